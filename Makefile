@@ -1,0 +1,37 @@
+PYTHON ?= python3
+SOURCES = nkd_hf recipes tests benchmarks
+
+.PHONY: demo test test-slow quality style
+
+demo: .venv/installed
+	.venv/bin/accelerate launch recipes/distill_deit.py
+
+test: .venv/installed-test
+	.venv/bin/python -m pytest
+
+test-slow: .venv/installed-test
+	.venv/bin/python -m pytest -m slow
+
+quality: .venv/installed-test
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+
+style: .venv/installed-test
+	.venv/bin/ruff check --fix $(SOURCES)
+	.venv/bin/ruff format $(SOURCES)
+
+# pip, not python: venv makes it last, so that a venv that was interrupted is made again.
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+# The installation is editable: only a change of the metadata asks for a new one. pip stands behind the `|` because every
+# installation touches it.
+.venv/installed: setup.cfg pyproject.toml | .venv/bin/pip
+	@echo "Installing nkd_hf and what it needs into .venv: some minutes, several GB"
+	.venv/bin/python -m pip install --editable .
+	@touch $@
+
+.venv/installed-test: setup.cfg pyproject.toml | .venv/bin/pip
+	@echo "Installing nkd_hf, what it needs and its test tools into .venv: some minutes, several GB"
+	.venv/bin/python -m pip install --editable ".[test]"
+	@touch .venv/installed $@
