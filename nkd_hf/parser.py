@@ -1,0 +1,312 @@
+"""Arguments of a recipe: a YAML file gives the defaults, the command line overrides them."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import types
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+_RESERVED = ("config", "base")
+_YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def parse_args(
+    dataclass_types: type | Iterable[type],
+    *,
+    default_config: str | Path | None = None,
+    default_config_unless: Sequence[str] = ("dataset_name",),
+    args: Sequence[str] | None = None,
+) -> tuple[Any, ...]:
+    """Fills dataclasses from a YAML file (`--config FILE`) and from the command line, which wins.
+
+    A key of the YAML is the name of a field, spelled alike. Its value must have the field's type: nothing is converted
+    but an integer for a float field. `null` means `None`, where the field allows it. Lists and mappings replace the
+    field's value as a whole. On the command line a list is `--name a b`, a mapping is JSON (`--name '{"a": 1}'`).
+
+    The key `base: other.yaml` names another YAML, relative to the file it stands in, whose values the file overrides.
+
+    Two rules of YAML 1.2 are followed where PyYAML keeps those of 1.1: `1e-3` is a number, and a bare `no` is a
+    string (`save_strategy: no`), which a bool field still takes as false (so too `yes`, `on` and `off`).
+
+    Args:
+        dataclass_types: one dataclass or several, such as a `transformers.TrainingArguments` and some of your own.
+            Fields may be str, int, float, bool, an `Enum`, a `Literal`, `list[...]`, dict, and each of them `| None`.
+        default_config: the YAML that is used when the command line names no `--config`.
+        default_config_unless: fields that, when given on the command line, switch `default_config` off: a run on
+            another data set should not inherit the settings of a demo.
+        args: the command line; None takes `sys.argv[1:]`.
+
+    Returns:
+        One instance of each dataclass, in order.
+
+    Raises:
+        SystemExit: with code 2 and a short message on stderr, as argparse does, for an unknown key or argument, a
+            value of the wrong type, a YAML that cannot be read, has a key twice, is no mapping or is its own base, and
+            for a `ValueError` raised by a dataclass's `__post_init__`.
+        ValueError: when two of the dataclasses have a field of the same name, or one has a field `config` or `base`.
+
+    Example:
+        >>> import dataclasses, pathlib, tempfile
+        >>> @dataclasses.dataclass
+        ... class ModelArguments:
+        ...     student: str = "resnet18"
+        ...     gamma: float = 1.5
+        ...     student_args: dict | None = None
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = pathlib.Path(folder, "nkd.yaml")
+        ...     _ = config.write_text("gamma: 1\\nstudent_args: {drop_path_rate: 1e-1}")
+        ...     parse_args(ModelArguments, args=["--config", str(config), "--student", "deit_tiny_patch16_224"])
+        (ModelArguments(student='deit_tiny_patch16_224', gamma=1.0, student_args={'drop_path_rate': 0.1}),)
+    """
+    parser = _Parser(dataclass_types)
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        config = _config_path(parser.prog, args, default_config, default_config_unless)
+        if config is not None:
+            parser.set_config(config)
+        return parser.parse_into_dataclasses(args)
+    except _ConfigError as error:
+        parser.error(str(error))
+
+
+class _ConfigError(ValueError):
+    """A fault in a YAML file; its message names the file."""
+
+
+class _Parser(HfArgumentParser):
+    def __init__(self, dataclass_types: type | Iterable[type]):
+        dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
+        self.type_hints = _type_hints(dataclass_types)
+        # An abbreviation that is unique today is ambiguous or another field once a field is added.
+        super().__init__(
+            dataclass_types,
+            allow_abbrev=False,
+            usage="%(prog)s [--config FILE] [--NAME VALUE ...]",  # argparse's own lists 150 arguments twice
+            description="The values in the YAML of --config are the defaults, the command line overrides them.",
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file with the defaults of the other arguments")
+        for action in self._actions:
+            if action.type is dict or get_origin(action.type) is dict:
+                action.type = _json_object
+            if action.help is None and action.nargs != 0:
+                action.help = "(default: %(default)s)"
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+    def set_config(self, path: str | Path) -> None:
+        """Makes the values of a YAML file the defaults."""
+        actions = {action.dest: action for action in self._actions}
+        for key, (value, file) in _read_config(Path(path).expanduser()).items():
+            if key not in self.type_hints:
+                raise _ConfigError(f"{file}: unknown key {key!r}{_closest(str(key), self.type_hints)}")
+            value = _check(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
+            self.set_defaults(**{key: value})
+            actions[key].required = False
+
+    def parse_into_dataclasses(self, args: list[str]) -> tuple[Any, ...]:
+        # Not parse_args_into_dataclasses: it reads a file `<script>.args` unasked, and constructs the dataclasses
+        # (seconds for TrainingArguments) before anything can be said about unknown arguments.
+        namespace, unknown = self.parse_known_args(args)
+        if options := [token.split("=", 1)[0] for token in unknown if token.startswith("-")]:
+            self.error(f"unknown argument {options[0]}{_closest(options[0], self._option_string_actions)}")
+        if unknown:
+            self.error(f"unexpected value {unknown[0]!r}: it follows no argument that takes it")
+        try:
+            return tuple(
+                cls(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(cls) if field.init})
+                for cls in self.dataclass_types
+            )
+        except ValueError as error:
+            self.error(str(error))
+
+
+def _type_hints(dataclass_types: list[type]) -> dict[str, Any]:
+    """The type of each field; argparse's own message on a name that occurs twice does not say where."""
+    type_hints, owners = {}, {}
+    for cls in dataclass_types:
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if not field.init:
+                continue
+            if field.name in _RESERVED:
+                raise ValueError(
+                    f"{cls.__name__}.{field.name} takes the name of a key of the parser: rename the field"
+                )
+            if field.name in owners:
+                raise ValueError(
+                    f"{owners[field.name].__name__} and {cls.__name__} both have a field {field.name!r}, and one "
+                    "argument cannot set both: rename one"
+                )
+            type_hints[field.name], owners[field.name] = hints[field.name], cls
+    return type_hints
+
+
+def _config_path(
+    prog: str, args: list[str], default_config: str | Path | None, unless: Sequence[str]
+) -> str | Path | None:
+    # A parser of its own: the full one would miss the required arguments that the YAML is yet to give.
+    parser = ArgumentParser(prog=prog, usage=SUPPRESS, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    config = parser.parse_known_args(args)[0].config
+    given = {token.split("=", 1)[0].lstrip("-").replace("-", "_") for token in args if token.startswith("--")}
+    return default_config if config is None and not given & set(unless) else config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers and booleans of YAML 1.2, in which a key that occurs twice is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} occurs twice: keep one", problem_mark=key.start_mark
+                )
+            keys.add(key.value)
+        return node
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
+)
+
+
+def _read_config(path: Path, below: tuple[Path, ...] = ()) -> dict[Any, tuple[Any, Path]]:
+    """Each key's value and the file it stands in; `below` are the files that lead here by their `base`."""
+    if path.resolve() in [file.resolve() for file in below]:
+        chain = " -> ".join(str(file) for file in (*below, path))
+        raise _ConfigError(f"{chain}: a file cannot be its own base: remove one `base`")
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        named = f", the base of {below[-1]}" if below else ""
+        raise _ConfigError(f"cannot read the config {path}{named}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise _ConfigError(f"{path}{where}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a date such as 2024-02-31
+        raise _ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise _ConfigError(f"{path}: expected a mapping such as `gamma: 1.5`, got {_describe_value(config)}")
+
+    base = config.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise _ConfigError(f"{path}: base: expected the name of a YAML file, got {_describe_value(base)}")
+    inherited = _read_config(path.parent / Path(base).expanduser(), (*below, path)) if base is not None else {}
+    return inherited | {key: (value, path) for key, value in config.items()}
+
+
+def _check(value: Any, type_hint: Any, choices: Iterable[str] | None, where: str) -> Any:
+    """The value as the field takes it, or an error that begins with `where`."""
+    got = f"got {_describe_value(value)}"
+    try:
+        checked = _convert(value, type_hint)
+    except TypeError:
+        expected = _describe_type(type_hint)
+        raise _ConfigError(f"{where}: expected {expected}, {got}{_mend(value, type_hint)}") from None
+    for item in checked if isinstance(checked, list) else [checked]:
+        if choices is not None and item is not None and item not in choices:
+            expected = ", ".join(map(repr, choices))
+            raise _ConfigError(f"{where}: expected one of {expected}, {got}{_closest(str(item), choices)}")
+    return checked
+
+
+def _mend(value: Any, type_hint: Any) -> str:
+    if value is None:
+        return ": remove the line to keep the default"
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, list | dict):
+            _convert(str(value), type_hint)
+            return ": put it in quotes"
+    with contextlib.suppress(TypeError, ValueError, yaml.YAMLError):
+        if isinstance(value, str):
+            _convert(yaml.load(value, Loader=_Loader), type_hint)
+            return ": remove the quotes"
+    return ""
+
+
+def _convert(value: Any, type_hint: Any) -> Any:
+    """The value as a field of this type takes it; TypeError when it does not fit."""
+    origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
+    if origin in (Union, types.UnionType):
+        converted = []
+        for member in type_args:
+            with contextlib.suppress(TypeError):
+                converted.append(_convert(value, member))
+        if not converted:
+            raise TypeError
+        return next((item for item in converted if type(item) is type(value)), converted[0])
+    if origin is Any or (origin in (str, type(None)) and isinstance(value, origin)):
+        return value
+    if origin is Literal and value in type_args:
+        return value
+    if isinstance(origin, type) and issubclass(origin, Enum) and value in [item.value for item in origin]:
+        return value
+    if origin is bool and isinstance(value, bool | str) and (isinstance(value, bool) or value in _YAML_BOOLEANS):
+        return value if isinstance(value, bool) else _YAML_BOOLEANS[value]
+    if origin is int and type(value) is int:
+        return value
+    if origin is float and type(value) in (int, float):
+        return float(value)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, type_args[0] if type_args else Any) for item in value]
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _convert(item, type_args[1] if type_args else Any) for key, item in value.items()}
+    raise TypeError
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentTypeError(f"expected a mapping in JSON such as '{{\"a\": 1}}', got {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"expected a mapping in JSON such as '{{\"a\": 1}}', got {text!r}")
+    return value
+
+
+def _describe_type(type_hint: Any) -> str:
+    origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe_type(member) for member in type_args)
+    if origin is list:
+        return f"a list, each item {_describe_type(type_args[0])}" if type_args else "a list"
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping"}
+    return names.get(origin) or ("null" if origin is type(None) else getattr(origin, "__name__", str(origin)))
+
+
+def _describe_value(value: Any) -> str:
+    text = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    names = {str: "the string", int: "the number", float: "the number", list: "the list", dict: "the mapping"}
+    return f"{names.get(type(value), f'the {type(value).__name__}')} {text}"
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f": did you mean {matches[0]!r}?" if matches else ""
