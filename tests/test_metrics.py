@@ -1,0 +1,116 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import EvalPrediction
+
+from nkd_hf.metrics import TopKAccuracy, compute_metrics, top5_indices, topk_accuracy
+from nkd_hf.metrics.topk_accuracy import top1_top5_accuracy
+
+
+@settings(deadline=None, max_examples=50)
+@given(num_samples=st.integers(1, 30), num_classes=st.integers(1, 12), seed=st.integers(0, 2**16))
+def test_agrees_with_counting_row_by_row(num_samples, num_classes, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.permuted(np.tile(np.arange(num_classes, dtype=np.float32), (num_samples, 1)), axis=1)
+    labels = rng.integers(0, num_classes, num_samples)
+    larger = [sum(row > row[label]) for row, label in zip(logits, labels, strict=True)]
+    expected = {
+        "accuracy": sum(place == 0 for place in larger) / num_samples,
+        "top5_accuracy": sum(place < 5 for place in larger) / num_samples,
+    }
+    indices = top5_indices(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert indices.dtype == torch.int64
+    assert indices.shape == (num_samples, min(5, num_classes))
+    for predictions in (indices.numpy(), logits):
+        result = compute_metrics(EvalPrediction(predictions, labels))
+        assert result == pytest.approx(expected)
+        assert all(type(value) is float for value in result.values())
+
+
+def test_metric_agrees_with_the_function():
+    rng = np.random.default_rng(0)
+    predictions = rng.permuted(np.tile(np.arange(9), (40, 1)), axis=1)[:, :5]
+    references = rng.integers(0, 9, 40)
+    expected = top1_top5_accuracy(predictions, references)
+    assert 0 < expected["accuracy"] < expected["top5_accuracy"] < 1
+    metric = TopKAccuracy()
+    assert metric.compute(predictions=predictions, references=references) == expected
+    for rows in (slice(0, 17), slice(17, 40)):
+        metric.add_batch(predictions=predictions[rows].tolist(), references=references[rows].tolist())
+    result = metric.compute()
+    assert result == expected
+    assert all(type(value) is float for value in result.values())
+
+
+def test_only_the_first_five_columns_count():
+    assert top1_top5_accuracy([[0, 1, 2, 3, 4, 5]], [5])["top5_accuracy"] == 0
+    assert top1_top5_accuracy([[0, 1, 2, 3, 4, 5]], [4]) == {"accuracy": 0.0, "top5_accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([0, 1], [0, 1], r"got \[2\] and \[2\]"),
+        ([[0, 1]], [0, 1], r"got \[1, 2\] and \[2\]"),
+        ([[0, 1]], [[0, 1]], r"got \[1, 2\] and \[1, 2\]"),
+        ([[0, 1], [0]], [0, 1], "equally many classes"),
+        (np.zeros((0, 5), dtype=int), np.zeros(0, dtype=int), "at least one sample"),
+        (np.zeros((3, 0), dtype=int), [0, 1, 2], "at least one sample"),
+        ([[0, 1]], [-1], "has no labels"),
+        ([[1, 0], [1, 1]], [0, 1], r"different class indices.*got \[1, 1\].*top5_indices"),
+        ([[1, 0], [2, -1]], [0, 1], r"got \[2, -1\]"),
+        ([[0.5, 0.25]], [0], "integers"),
+    ],
+)
+def test_bad_input_is_named(predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        top1_top5_accuracy(predictions, references)
+
+
+def test_metric_refuses_logits():
+    # evaluate turns them into integers before the metric sees them.
+    logits = np.random.default_rng(0).normal(size=(8, 10))
+    with pytest.raises(ValueError, match="top5_indices"):
+        TopKAccuracy().compute(predictions=logits, references=[0] * 8)
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(3), torch.zeros(2, 3, 4), (torch.zeros(2, 3),)])
+def test_top5_indices_refuses_other_shapes(logits):
+    with pytest.raises(ValueError, match=r"logits must be a tensor \[N, C\]"):
+        top5_indices(logits)
+
+
+def test_loads_by_path_in_two_processes_without_network(tmp_path):
+    # One interpreter that splits in two, without transformers, which evaluate does not need here: imports take seconds,
+    # and the race lies behind them.
+    program = """
+import os, socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError("asked for the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+sys.modules["transformers"] = None
+import evaluate
+del sys.modules["transformers"]
+child = os.fork()
+metric = evaluate.load(sys.argv[1])
+for _ in range(5):
+    result = metric.compute(predictions=[[2, 0, 1], [1, 2, 0]], references=[2, 0])
+    assert result == {"accuracy": 0.5, "top5_accuracy": 1.0}, result
+if child:
+    assert os.waitpid(child, 0)[1] == 0, "the other process failed"
+"""
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program, topk_accuracy.__file__]
+    process = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert {entry.name for entry in tmp_path.iterdir()} == {"home", "work"}
+    assert list(work.iterdir()) == []
