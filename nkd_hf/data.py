@@ -1,0 +1,332 @@
+"""Opens image classification datasets with `datasets`, in one shape whatever they were."""
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import PIL.Image
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from and how the training images are augmented; reads like any `HfArgumentParser` dataclass.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={
+            "help": "Hub id (`uoft-cs/cifar100`), local folder of images or of parquet files, parquet file or quoted glob "
+            "(all of it is training data), or `digits`, scikit-learn's 1797 digits, which need no download."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, where the Hub has several."}
+    )
+    train_split: str | None = field(default=None, metadata={"help": "Training split. Default: `train`."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to evaluate on. Default: the first of `validation`, `val`, `valid`, `test` that exists; "
+            "otherwise one is made from the training split (`train_val_split`)."
+        },
+    )
+    train_val_split: float = field(
+        default=0.1,
+        metadata={"help": "Fraction of the training split that becomes the validation split if none exists."},
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Default: `image` or `img`."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Default: the first of `label`, `labels`, `fine_label` that exists."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many samples, drawn with the seed (streaming: the first ones)."}
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on this many samples, drawn with the seed (streaming: the first ones)."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset as a stream, with no copy on disk."})
+    num_train_images: int | None = field(
+        default=None, metadata={"help": "Streaming: images in an epoch, from which the number of steps is computed."}
+    )
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "Unreadable image or missing label: stop with its name (`error`), or let the next good sample take its "
+            "place and count it (`skip`).",
+            "choices": ["error", "skip"],
+        },
+    )
+    random_resized_crop: list[float] = field(
+        default_factory=lambda: [0.08, 1.0],
+        metadata={"help": "Smallest and largest part of the image's area that the random crop takes."},
+    )
+    random_crop_padding: int | None = field(
+        default=None,
+        metadata={"help": "CIFAR's crop in place of the resized one: pad by this many black pixels, crop the size."},
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "RandAugment or AutoAugment in timm's syntax, e.g. `rand-m9-n2-mstd0.5-inc1`."}
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability that a rectangle is replaced with noise (timm's `pixel` mode)."}
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Beta parameter of mixup; 0 switches it off."})
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "Beta parameter of cutmix; 0 switches it off. With mixup: one of them a batch."}
+    )
+
+    def __post_init__(self):
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be error or skip, got {self.on_bad_image!r}")
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"train_val_split must lie between 0 and 1, got {self.train_val_split}")
+        for name in ("max_train_samples", "max_eval_samples", "num_train_images", "random_crop_padding"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}: leave it out to switch it off")
+        for name in ("horizontal_flip", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability from 0 to 1, got {getattr(self, name)}")
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}: 0 switches it off")
+        crop = self.random_resized_crop
+        if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
+            raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
+        if self.random_crop_padding is not None and (self.auto_augment or self.random_erasing):
+            raise ValueError(
+                "random_crop_padding does not go with auto_augment or random_erasing, whose pipeline (timm's) crops by "
+                "random_resized_crop: drop the one or the others"
+            )
+
+
+def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | IterableDatasetDict:
+    """Loads an image-classification dataset in one shape, whatever it was.
+
+    Args:
+        args: what to load.
+        seed: draws the validation split where one must be made (stratified by label if each class has images enough),
+            and the subsets of `max_train_samples` and `max_eval_samples`.
+
+    Returns:
+        The splits `train` and `validation` with the columns `image` (encoded: `datasets.Image(decode=False)`) and `label`
+        (`ClassLabel`; text labels become the sorted names, plain integers `LABEL_0`, `LABEL_1`, ...). In a stream,
+        integers without names stay integers.
+
+    Raises:
+        ValueError: the dataset cannot be reached, or has no such split, column or kind of label; the message says which
+            there are.
+
+    Example:
+        >>> data = load_image_dataset(DataArguments(dataset_name="digits", max_eval_samples=100))
+        >>> len(data["train"]), len(data["validation"]), data["train"].column_names
+        (1437, 100, ['image', 'label'])
+    """
+    loaded = _load(args)
+    splits = {"train": _pick_split(loaded, args.train_split, ["train"], "train_split")}
+    candidates = [name for name in ("validation", "val", "valid", "test") if name != args.train_split]
+    if args.validation_split is not None or any(name in loaded for name in candidates):
+        splits["validation"] = _pick_split(loaded, args.validation_split, candidates, "validation_split")
+    elif args.streaming:
+        raise ValueError(
+            f"{args.dataset_name!r} has no validation split (its splits: {', '.join(loaded)}), and none can be cut out of "
+            "a stream: name one with validation_split, or load without streaming"
+        )
+    splits = {name: _pick_columns(split, args) for name, split in splits.items()}
+    if args.streaming:
+        if _is_text(splits["train"].features["label"]):
+            raise ValueError(
+                f"the labels of {args.dataset_name!r} are text, and a stream does not say which there are: load without "
+                "streaming, or store the dataset with `class_encode_column`"
+            )
+        limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+        return IterableDatasetDict(
+            {name: split.take(limits[name]) if limits[name] else split for name, split in splits.items()}
+        )
+
+    splits = _with_class_labels(splits)
+    if "validation" not in splits:
+        train, validation = _split_rows(splits["train"]["label"][:], args.train_val_split, seed)
+        splits = {"train": splits["train"].select(train), "validation": splits["train"].select(validation)}
+    # Shuffled, since the rows of a folder of images are sorted by class.
+    for name, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        if limit is not None and limit < len(splits[name]):
+            splits[name] = splits[name].shuffle(seed=seed).select(range(limit))
+    return DatasetDict(splits)
+
+
+def label_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
+    """The class names of what [`load_image_dataset`] returned, by label: `dict(enumerate(names))` is an `id2label`.
+
+    Raises:
+        ValueError: a stream whose labels are integers without names.
+
+    Example:
+        >>> label_names(load_image_dataset(DataArguments(dataset_name="digits")))[:3]
+        ['0', '1', '2']
+    """
+    feature = data["train"].features["label"]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise ValueError(
+            f"the stream's labels are {feature.dtype} without names, so the number of classes is unknown: load without "
+            "streaming, or store the dataset with a ClassLabel feature"
+        )
+    return feature.names
+
+
+def streaming_max_steps(num_train_images: int, num_train_epochs: float, global_batch_size: int) -> int:
+    """The Trainer's `max_steps` for a stream: optimiser steps in which `num_train_epochs` epochs of images pass.
+
+    Args:
+        num_train_images: images in an epoch.
+        num_train_epochs: epochs, fractions allowed.
+        global_batch_size: images of one optimiser step (per-device batch x processes x accumulation).
+
+    Example:
+        >>> streaming_max_steps(1_281_167, 100, 256)
+        500456
+    """
+    for name, value in (
+        ("num_train_images", num_train_images),
+        ("num_train_epochs", num_train_epochs),
+        ("global_batch_size", global_batch_size),
+    ):
+        if value is None or value <= 0:
+            raise ValueError(f"{name} must be positive to know the length of a streamed run, got {value}: set {name}")
+    return math.ceil(num_train_images * num_train_epochs / global_batch_size)
+
+
+def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+    name = os.path.expanduser(args.dataset_name)
+    if name == "digits":
+        digits = _digits()
+        if args.streaming:
+            return IterableDatasetDict({key: split.to_iterable_dataset(num_shards=4) for key, split in digits.items()})
+        return digits
+    try:
+        if name.endswith(".parquet") or any(character in name for character in "*?["):
+            return datasets.load_dataset("parquet", data_files=name, streaming=args.streaming)
+        return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        raise ValueError(
+            f"dataset_name={args.dataset_name!r} could not be loaded ({type(cause).__name__}: {cause}). Expected a "
+            "dataset of the Hub (check its name and dataset_config_name; if it is gated, accept its terms on its page and "
+            "run `hf auth login`; with no network, only one that was loaded before), an existing folder of images or "
+            "parquet files, a parquet file or glob, or digits"
+        ) from error
+
+
+def _digits() -> DatasetDict:
+    bunch = load_digits()
+    features = datasets.Features(
+        image=datasets.Image(decode=False), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])
+    )
+    # A fixed seed: figures measured on the held-out digits must be comparable between runs.
+    train, validation = train_test_split(
+        np.arange(len(bunch.target)), test_size=0.2, random_state=0, stratify=bunch.target
+    )
+
+    def encoded(rows: np.ndarray) -> Dataset:
+        images = []
+        for row in rows:
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(np.rint(bunch.images[row] * (255 / 16)).astype(np.uint8)).save(buffer, format="PNG")
+            images.append({"bytes": buffer.getvalue(), "path": f"digit-{row:04d}.png"})
+        return Dataset.from_dict({"image": images, "label": bunch.target[rows].tolist()}, features=features)
+
+    return DatasetDict(train=encoded(train), validation=encoded(validation))
+
+
+def _pick_split(loaded: dict, wanted: str | None, candidates: list[str], option: str):
+    for name in candidates if wanted is None else [wanted]:
+        if name in loaded:
+            return loaded[name]
+    raise ValueError(
+        f"there is no split {wanted or candidates[0]!r}, only {', '.join(loaded)}: set {option} to one of these"
+    )
+
+
+def _pick_columns(split, args: DataArguments):
+    """The split with `image` and `label` alone."""
+    if split.features is None:
+        raise ValueError(f"{args.dataset_name!r} does not say which columns its stream has: load it without streaming")
+    columns = {}
+    for target, wanted, candidates in (
+        ("image", args.image_column_name, ["image", "img"]),
+        ("label", args.label_column_name, ["label", "labels", "fine_label"]),
+    ):
+        found = [name for name in (candidates if wanted is None else [wanted]) if name in split.column_names]
+        if not found:
+            raise ValueError(
+                f"there is no {target} column {' or '.join(candidates) if wanted is None else wanted!r}, only "
+                f"{', '.join(split.column_names)}: set {target}_column_name to one of these"
+            )
+        columns[found[0]] = target
+    if len(columns) != 2:
+        raise ValueError(f"image and label are both taken from the column {found[0]!r}: set two different ones")
+    split = split.select_columns(list(columns))
+    split = split.rename_columns({source: target for source, target in columns.items() if source != target})
+    image, label = split.features["image"], split.features["label"]
+    encoded = isinstance(image, dict) and set(image) <= {"bytes", "path"}
+    if not (encoded or isinstance(image, datasets.Image) or image in map(datasets.Value, IMAGE_DTYPES)):
+        raise ValueError(
+            f"the image column is {image}, expected images, encoded bytes or paths: set image_column_name"
+        )
+    if not (isinstance(label, datasets.ClassLabel) or _is_text(label) or label in map(datasets.Value, INTEGER_DTYPES)):
+        raise ValueError(f"the label column is {label}, expected one integer or name a row: set label_column_name")
+    return split.cast_column("image", datasets.Image(decode=False))
+
+
+IMAGE_DTYPES = ("binary", "large_binary", "string", "large_string")
+INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+def _is_text(feature) -> bool:
+    return feature in (datasets.Value("string"), datasets.Value("large_string"))
+
+
+def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Gives text and plain integer labels a `ClassLabel` that holds for all splits."""
+    feature = splits["train"].features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return splits
+    labels = set().union(*(split.unique("label") for split in splits.values())) - {None}
+    names = sorted(labels) if _is_text(feature) else [f"LABEL_{label}" for label in range(max(labels, default=-1) + 1)]
+    if not names:
+        raise ValueError("the label column holds no label at all: set label_column_name")
+    # The label column alone is cast: casting the dataset would write all images to the cache once more.
+    return {
+        name: datasets.concatenate_datasets(
+            [
+                split.select_columns("image"),
+                split.select_columns("label").cast_column("label", datasets.ClassLabel(names=names)),
+            ],
+            axis=1,
+        )
+        for name, split in splits.items()
+    }
+
+
+def _split_rows(labels: Sequence[int | None], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.array([-1 if label is None else label for label in labels])
+    num_validation = math.ceil(fraction * len(labels))
+    _, counts = np.unique(labels, return_counts=True)
+    if not 0 < num_validation < len(labels):
+        raise ValueError(f"train_val_split={fraction} leaves a split of {len(labels)} rows empty: change it")
+    stratified = counts.min() > 1 and len(counts) <= min(num_validation, len(labels) - num_validation)
+    return train_test_split(
+        np.arange(len(labels)), test_size=num_validation, random_state=seed, stratify=labels if stratified else None
+    )

@@ -1,0 +1,233 @@
+"""Datasets of decoded and transformed images, map-style and streamed."""
+
+import itertools
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+
+import datasets
+import PIL.Image
+import torch
+from datasets import Dataset
+from torch import multiprocessing
+from torch.utils.data import get_worker_info
+
+from .batches import EpochDataset, derived_seeds, seeded
+
+logger = logging.getLogger(__name__)
+
+# Rows held by each worker to shuffle a stream: some 200 MB of ImageNet's JPEGs.
+SHUFFLE_BUFFER = 2048
+
+
+class ImageDataset(EpochDataset):
+    """Samples of a dataset that fits on disk, decoded and transformed when asked for.
+
+    The transform of a sample is a pure function of `(seed, epoch, index)`, whatever the number of workers: ask for
+    `dataset[(epoch, index)]`, as [`~nkd_hf.batches.EpochSampler`] does. Images turn upright by their EXIF tag and become RGB, just as
+    in transformers' pipeline.
+
+    Args:
+        dataset: a `datasets.Dataset` with the columns `image` and `label`, such as a split of [`~nkd_hf.data.load_image_dataset`].
+        transform: RGB `PIL.Image` -> [3, H, W] float32.
+        seed: integer.
+        on_bad_image: `error`, or `skip`: the next good row takes the place of one whose image cannot be read or whose
+            label is missing (null or negative), so that lengths stay as they are.
+        training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
+
+    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch` and `index`.
+
+    Raises:
+        ValueError: the dataset is empty or lacks a column; on access: a bad row, with its file, or all rows are bad.
+
+    Example:
+        >>> from nkd_hf.data import DataArguments, load_image_dataset
+        >>> from nkd_hf.transforms import train_transform
+        >>> data = load_image_dataset(DataArguments(dataset_name="digits"))
+        >>> transform = train_transform(DataArguments(), 32, mean=[0.5] * 3, std=[0.5] * 3)
+        >>> sample = ImageDataset(data["train"], transform)[(2, 10)]
+        >>> sample["pixel_values"].shape, sample["epoch"], sample["index"]
+        (torch.Size([3, 32, 32]), 2, 10)
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[[PIL.Image.Image], torch.Tensor],
+        seed: int = 0,
+        on_bad_image: str = "error",
+        training: bool = True,
+    ):
+        _check_on_bad_image(on_bad_image)
+        _check_columns(dataset)
+        if len(dataset) == 0:
+            raise ValueError("the dataset has no rows: name another split")
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.transform = transform
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.training = training
+        # One flag a row, in memory that workers share: setting it twice is harmless, so it needs no lock.
+        self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    @property
+    def num_bad_images(self) -> int:
+        """How many different rows were found bad so far, by all workers together."""
+        return int(self._bad.sum())
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def get_sample(self, epoch: int, index: int) -> dict:
+        for row in itertools.chain(range(index, len(self)), range(index)):
+            if self._bad[row]:
+                continue
+            sample = self.dataset[row]
+            path = (sample["image"] or {}).get("path")
+            name = f"row {row} of the {'training' if self.training else 'evaluation'} data" + (
+                f" ({path})" if path else ""
+            )
+            try:
+                image, label = _read(sample, name)
+            except BadSampleError as error:
+                if self.on_bad_image == "error":
+                    raise
+                self._bad[row] = True
+                logger.warning("%s. The next good row takes its place.", error)
+                continue
+            with seeded(self.seed, epoch, row):
+                result = {"pixel_values": self.transform(image), "labels": label}
+            return result | {"epoch": epoch, "index": row} if self.training else result
+        raise ValueError(f"all {len(self)} rows are bad: see the warnings above, or set on_bad_image to error")
+
+
+class StreamingImageDataset(torch.utils.data.IterableDataset):
+    """Samples of a streamed dataset, decoded and transformed as they pass.
+
+    In training the stream never ends: pass follows pass, each in another order (the shards' and a buffer's), so that all
+    batches are full and a run that is resumed by skipping batches sees what it would have seen. Give the Trainer
+    `max_steps` (see [`~nkd_hf.data.streaming_max_steps`]). In evaluation there is one pass, in order.
+
+    A stream has no row numbers: the transform is a pure function of `(seed, pass, CRC-32 of the encoded image)`, whatever
+    the number of workers; where the image is a file of its own, its folder and name stand for its content. DataLoader
+    workers divide the dataset's shards among them, each going through its own part, drawn anew in each pass; workers
+    beyond `num_shards` have nothing to do.
+
+    Args:
+        dataset: a `datasets.IterableDataset` with the columns `image` and `label`.
+        transform: RGB `PIL.Image` -> [3, H, W] float32.
+        seed: integer.
+        on_bad_image: `error`, or `skip`: the next good sample is taken in place of a bad one.
+        training: whether to shuffle, to go on for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
+
+    Samples are those of [`ImageDataset`].
+
+    Raises:
+        ValueError: the dataset lacks a column; on iteration: a bad image, with its file, or not one that is good.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        transform: Callable[[PIL.Image.Image], torch.Tensor],
+        seed: int = 0,
+        on_bad_image: str = "error",
+        training: bool = True,
+    ):
+        _check_on_bad_image(on_bad_image)
+        _check_columns(dataset)
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.transform = transform
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.training = training
+        # Shared with workers. A lock of the fork context could not be handed to a spawned worker; this one fits both.
+        context = multiprocessing.get_context("spawn")
+        self._num_bad = context.Value("q", 0)
+        self._epoch = context.Value("q", 0)
+        self._warned = set()
+
+    @property
+    def num_bad_images(self) -> int:
+        """How many bad images were met so far, by all workers together, each counted once in every pass."""
+        return self._num_bad.value
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the pass with which the next iteration begins, in persistent workers too."""
+        self._epoch.value = epoch
+
+    def __iter__(self) -> Iterator[dict]:
+        if not self.training:
+            for encoded in self.dataset:
+                sample = self._sample(0, encoded)
+                if sample is not None:
+                    yield {"pixel_values": sample["pixel_values"], "labels": sample["labels"]}
+            return
+        for epoch in itertools.count(self._epoch.value):
+            # A new seed and not `dataset.set_epoch`, whose number all workers share: they reach their next pass at
+            # different times.
+            shuffled = self.dataset.shuffle(seed=derived_seeds(self.seed, epoch)[1] >> 1, buffer_size=SHUFFLE_BUFFER)
+            num_rows = num_good = 0
+            for encoded in shuffled:
+                num_rows += 1
+                sample = self._sample(epoch, encoded)
+                if sample is not None:
+                    num_good += 1
+                    yield sample
+            if num_rows == 0:
+                if get_worker_info() is None:
+                    raise ValueError("the stream has no rows: name another split")
+                return  # a worker that got no shard
+            if num_good == 0:
+                raise ValueError(f"all {num_rows} images of a pass are bad: see the warnings above")
+
+    def _sample(self, epoch: int, encoded: dict) -> dict | None:
+        image = encoded["image"] or {"bytes": None, "path": None}
+        if image["bytes"] is not None:
+            key = zlib.crc32(image["bytes"])
+        else:
+            key = zlib.crc32("/".join(PurePath(image["path"] or "").parts[-2:]).encode())
+        try:
+            decoded, label = _read(encoded, image["path"] or f"the image of CRC-32 {key:#010x}")
+        except BadSampleError as error:
+            if self.on_bad_image == "error":
+                raise
+            with self._num_bad.get_lock():
+                self._num_bad.value += 1
+            if key not in self._warned:
+                self._warned.add(key)
+                logger.warning("%s. The next good sample takes its place.", error)
+            return None
+        with seeded(self.seed, epoch, key):
+            return {"pixel_values": self.transform(decoded), "labels": label, "epoch": epoch, "index": key}
+
+
+class BadSampleError(ValueError):
+    """A row whose image cannot be decoded or whose label is missing; the message names it."""
+
+
+def _read(sample: dict, name: str) -> tuple[PIL.Image.Image, int]:
+    mend = "repair or remove it, or set on_bad_image to skip"
+    if sample["label"] is None or sample["label"] < 0:
+        raise BadSampleError(f"{name} has no label ({sample['label']}): {mend}")
+    if sample["image"] is None:
+        raise BadSampleError(f"{name} has no image: {mend}")
+    try:
+        image = datasets.Image().decode_example(sample["image"]).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, DecompressionBombError
+        raise BadSampleError(f"{name} cannot be decoded ({type(error).__name__}: {error}): {mend}") from error
+    return image, sample["label"]
+
+
+def _check_on_bad_image(value: str) -> None:
+    if value not in ("error", "skip"):
+        raise ValueError(f"on_bad_image must be error or skip, got {value!r}")
+
+
+def _check_columns(dataset: Dataset | datasets.IterableDataset) -> None:
+    if not {"image", "label"} <= set(dataset.column_names):
+        raise ValueError(
+            f"expected the columns image and label, got {', '.join(dataset.column_names)}: load the dataset with "
+            "load_image_dataset, or rename its columns"
+        )

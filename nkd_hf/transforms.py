@@ -1,0 +1,95 @@
+"""Transforms of training and of evaluation images."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import PIL.Image
+import timm.data
+import torch
+from torchvision.transforms import v2
+
+from .data import DataArguments
+
+
+def train_transform(
+    args: DataArguments,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bilinear",
+) -> Callable[[PIL.Image.Image], torch.Tensor]:
+    """The augmentation of training images, up to normalisation.
+
+    torchvision's v2 transforms (random crop, flip); with `auto_augment` or `random_erasing`, timm's pipeline, which has
+    the RandAugment and the erasing of the DeiT recipes. Either keeps no state and draws only from `random`, numpy and torch's
+    CPU generator, so that [`~nkd_hf.batches.seeded`] governs it.
+
+    Args:
+        args: the augmentation.
+        size: height and width of the result, or one integer for both.
+        mean: per channel, for pixels in 0..1.
+        std: per channel, for pixels in 0..1.
+        interpolation: `bilinear` or `bicubic`.
+
+    Returns:
+        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32.
+
+    Raises:
+        ValueError: `auto_augment` is not in timm's syntax; unknown interpolation.
+    """
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    if args.auto_augment or args.random_erasing:
+        try:
+            return timm.data.create_transform(
+                size,
+                is_training=True,
+                scale=tuple(args.random_resized_crop),
+                hflip=args.horizontal_flip,
+                color_jitter=None,
+                auto_augment=args.auto_augment,
+                interpolation=interpolation,
+                mean=tuple(mean),
+                std=tuple(std),
+                re_prob=args.random_erasing,
+                re_mode="pixel",
+                re_count=1,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"auto_augment={args.auto_augment!r} is not in timm's syntax ({type(error).__name__}: {error}): write for "
+                "example rand-m9-n2-mstd0.5-inc1"
+            ) from error
+
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    mode = v2.InterpolationMode(interpolation)
+    if args.random_crop_padding is not None:
+        crop = [v2.Resize(size, interpolation=mode), v2.RandomCrop(size, padding=args.random_crop_padding)]
+    else:
+        crop = [v2.RandomResizedCrop(size, scale=tuple(args.random_resized_crop), interpolation=mode)]
+    return v2.Compose(
+        [
+            *crop,
+            v2.RandomHorizontalFlip(args.horizontal_flip),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=list(mean), std=list(std)),
+            v2.ToPureTensor(),
+        ]
+    )
+
+
+def processor_transform(processor) -> Callable[[PIL.Image.Image], torch.Tensor]:
+    """Evaluation's transform: what `pipeline("image-classification")` does to an image, by the same code.
+
+    Args:
+        processor: a transformers image processor.
+
+    Returns:
+        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32.
+    """
+    return partial(_process, processor)
+
+
+def _process(processor, image: PIL.Image.Image) -> torch.Tensor:
+    return processor(image, return_tensors="pt")["pixel_values"][0]
