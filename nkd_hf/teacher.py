@@ -1,0 +1,201 @@
+"""A frozen teacher with its own preprocessing and label order."""
+
+import logging
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+
+from .preprocessing import Preprocessing, read_preprocessing
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher(nn.Module):
+    """A frozen classifier that answers to the student's pixels in the student's order of labels.
+
+    It stays in eval mode whatever is asked of it, and its parameters take no gradient.
+    Differs from cls_KD: there the training loop's `model.train()` reaches the teacher, whose batch statistics and drop
+    path then vary with the batch.
+
+    Args:
+        model (`nn.Module`): maps [B, 3, H, W] to logits [B, C], as a tensor or as an output with `.logits`.
+        preprocessing (`Preprocessing`, *optional*): what the model expects of its pixels; None means the student's.
+        id2label (`dict[int, str]`, *optional*): the model's class names.
+        name (`str`): what messages call the teacher.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing | None = None,
+        id2label: dict[int, str] | None = None,
+        name: str = "teacher",
+    ):
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+        self.id2label = id2label
+        self.name = name
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+        self.register_buffer("order", None, persistent=False)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    def align(self, preprocessing: Preprocessing | None, id2label: dict[int, str] | None) -> "Teacher":
+        """Prepares the teacher for a student's pixels and labels.
+
+        Args:
+            preprocessing: how the pixels that will come were normalised; None means as the teacher wants them.
+            id2label: the student's class names.
+
+        Raises:
+            ValueError: the two label spaces cannot be matched (see [`match_labels`]).
+        """
+        self.scale = self.shift = None
+        if self.preprocessing and preprocessing and preprocessing[:2] != self.preprocessing[:2]:
+            student_mean, student_std, mean, std = (
+                torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+                for values in (*preprocessing[:2], *self.preprocessing[:2])
+            )
+            # ((pixels * student_std + student_mean) - mean) / std, in one multiplication and one addition
+            self.scale, self.shift = student_std / std, (student_mean - mean) / std
+        order = None
+        if self.id2label is not None and id2label is not None:
+            order = match_labels(id2label, self.id2label, self.name)
+        self.order = None if order is None else torch.tensor(order)
+        return self
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Classifies the student's pixels.
+
+        Args:
+            pixel_values (`Tensor`): [B, 3, H, W] float, normalised for the student.
+
+        Returns:
+            `Tensor`: [B, C] float logits, in the student's order of labels, without gradient.
+        """
+        with torch.no_grad():
+            if self.scale is not None:
+                pixel_values = pixel_values * self.scale + self.shift
+            if self.preprocessing and pixel_values.shape[-2:] != self.preprocessing.size:
+                pixel_values = F.interpolate(
+                    pixel_values, self.preprocessing.size, mode=self.preprocessing.interpolation, antialias=True
+                )
+            output = self.model(pixel_values)
+            logits = output if isinstance(output, Tensor) else output.logits
+            return logits if self.order is None else logits[:, self.order]
+
+
+def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcessor | None = None) -> Teacher:
+    """Opens a teacher.
+
+    Args:
+        teacher (`str` or `nn.Module`): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
+            `*ForImageClassification` of transformers, or a timm model. A module is frozen and put in eval mode.
+        processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
+            does not carry its preprocessing; without it the module is taken to want the student's.
+
+    Returns:
+        [`Teacher`]
+
+    Raises:
+        ValueError: the id or folder cannot be opened.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf import create_student, load_teacher
+    >>> teacher = load_teacher(create_student("resnet18", num_labels=10, image_size=32))
+    >>> teacher.training, teacher.preprocessing.size
+    (False, (32, 32))
+
+    ```
+    """
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, nn.Module):
+        config = getattr(teacher, "config", None)
+        id2label = getattr(config, "id2label", None)
+        return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(teacher)
+        if processing_class is None and not isinstance(model.config, TimmWrapperConfig):
+            processing_class = AutoImageProcessor.from_pretrained(teacher)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"teacher {teacher!r} could not be opened: give the id of an image classifier on the Hub (is there a "
+            f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote. {error}"
+        ) from error
+    return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
+
+
+def match_labels(
+    student_id2label: dict[int, str], teacher_id2label: dict[int, str], teacher_name: str = "teacher"
+) -> list[int] | None:
+    """Finds where the student's classes stand among the teacher's logits.
+
+    Equal lists match by position, whether names repeat or not (ImageNet has two classes `crane`). Lists of the same
+    unique names in another order match by name. Generic names (`LABEL_0`) tell nothing: the order is kept, with a
+    warning.
+
+    Returns:
+        `list[int]` or None: `teacher_logits[:, order]` stands in the student's order; None when it does already.
+
+    Raises:
+        ValueError: the label spaces differ; the message lists the first differences.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.teacher import match_labels
+    >>> match_labels({0: "cat", 1: "dog"}, {0: "dog", 1: "cat"})
+    [1, 0]
+
+    ```
+    """
+    student = [student_id2label[i] for i in sorted(student_id2label)]
+    teacher = [teacher_id2label[i] for i in sorted(teacher_id2label)]
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"{teacher_name} has {len(teacher)} classes and the student {len(student)}; the first that only one of "
+            f"them has: {_differences(student, teacher)}. Load a teacher of {len(student)} classes"
+        )
+    if student == teacher:
+        return None
+    if _generic(student) or _generic(teacher):
+        which = "the student's" if _generic(student) else f"{teacher_name}'s"
+        logger.warning(
+            "%s class names are generic (LABEL_0, ...): its %d classes are taken to stand in the order of the other's. "
+            "Set id2label to be sure.",
+            which,
+            len(student),
+        )
+        return None
+    if set(student) == set(teacher) and len(set(student)) == len(student):
+        position = {name: i for i, name in enumerate(teacher)}
+        return [position[name] for name in student]
+    raise ValueError(
+        f"{teacher_name} and the student name their classes differently: {_differences(student, teacher)}. "
+        "Load a teacher of the same classes, or, if they are the same under other names, set the teacher's id2label "
+        "to the student's names"
+    )
+
+
+def _generic(names: list[str]) -> bool:
+    return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+
+
+def _differences(student: list[str], teacher: list[str], most: int = 3) -> str:
+    if sorted(student) != sorted(teacher) and len(student) != len(teacher):
+        only = [f"{name!r} (student)" for name in student if name not in teacher]
+        only += [f"{name!r} (teacher)" for name in teacher if name not in student]
+        return ", ".join(only[:most]) or "none, but names repeat"
+    differ = [(i, a, b) for i, (a, b) in enumerate(zip(student, teacher, strict=True)) if a != b]
+    return ", ".join(f"class {i} is {a!r} for the student and {b!r} for the teacher" for i, a, b in differ[:most])

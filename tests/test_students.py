@@ -1,0 +1,82 @@
+"""What is built, saved and opened again: by transformers, by a pipeline, by timm."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn, timm_deit
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
+
+from nkd_hf import USKDLoss, create_student, load_image_processor
+
+
+@pytest.fixture(scope="module")
+def image():
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+@pytest.mark.parametrize("student", [timm_cnn, timm_deit])
+def test_saved_timm_student_opens_everywhere_with_equal_logits(tmp_path, student, image):
+    trainer = make_trainer(tmp_path / "run", student(), digits(0, 64), distillation_loss=USKDLoss(32, 10))
+    trainer.train()
+    folder = str(tmp_path / "student")
+    trainer.save_model(folder)
+    processor = load_image_processor(trainer.student)
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = trainer.student.eval()(pixels).logits
+        opened = AutoModelForImageClassification.from_pretrained(folder).eval()
+        by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        # The weights are equal bit for bit; a kernel may still choose another order of summation for other memory.
+        torch.testing.assert_close(opened.state_dict(), trainer.student.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(by_timm.state_dict(), trainer.student.timm_model.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(opened(pixels).logits, logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(by_timm(pixels), logits, rtol=1e-5, atol=1e-6)
+    assert opened.config.id2label == DIGITS
+    torch.testing.assert_close(
+        AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"], pixels, rtol=0, atol=0
+    )
+    answer = pipeline("image-classification", model=folder, device="cpu")(image, top_k=10)
+    expected = logits.softmax(-1)[0]
+    assert {entry["label"]: entry["score"] for entry in answer} == pytest.approx(
+        {DIGITS[i]: expected[i].item() for i in range(10)}, rel=1e-5
+    )
+
+
+def test_saved_native_student_opens_with_its_processor(tmp_path, image):
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.2] * 3)
+    trainer = make_trainer(tmp_path / "run", native_vit(), digits(0, 64))
+    trainer.processing_class = processor
+    trainer.train()
+    folder = str(tmp_path / "student")
+    trainer.save_model(folder)
+    with torch.no_grad():
+        logits = trainer.student.eval()(processor(image, return_tensors="pt")["pixel_values"]).logits
+    answer = pipeline("image-classification", model=folder, device="cpu")(image, top_k=1)
+    assert answer[0]["label"] == DIGITS[logits.argmax().item()]
+    assert answer[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-5)
+    # The folder is a student to go on from, too: its own head, or a new one.
+    again = create_student(folder)
+    torch.testing.assert_close(again.state_dict(), trainer.student.state_dict(), rtol=0, atol=0)
+    assert load_image_processor(again).image_mean == (0.4, 0.4, 0.4)
+    assert create_student(folder, num_labels=3).config.num_labels == 3
+
+
+def test_student_carries_the_papers_preprocessing(image):
+    for name, interpolation in (("mobilenetv1_100", "bilinear"), ("deit_tiny_patch16_224", "bicubic")):
+        student = create_student(name, num_labels=10)
+        transforms = load_image_processor(student).val_transforms.transforms
+        assert transforms[0].size == 256
+        assert transforms[0].interpolation.value == interpolation
+        assert tuple(transforms[1].size) == (224, 224)
+        torch.testing.assert_close(transforms[3].mean, torch.tensor([0.485, 0.456, 0.406]))
+
+
+def test_names_that_open_nothing_are_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"'resnet19' is neither a timm architecture \(near: resnet"):
+        create_student("resnet19")
+    with pytest.raises(ValueError, match=r"could not be opened as a Hub id or a folder"):
+        create_student(str(tmp_path))
+    with pytest.raises(ValueError, match=r"model_args are for timm architectures"):
+        create_student(str(tmp_path), model_args={"depth": 3})

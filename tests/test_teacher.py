@@ -1,0 +1,105 @@
+"""The teacher: its pixels, its label order, how it is opened."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn
+from transformers import ViTImageProcessor
+
+from nkd_hf import NKDLoss, create_student, load_teacher
+from nkd_hf.preprocessing import Preprocessing, read_preprocessing
+from nkd_hf.teacher import match_labels
+
+
+def test_pixels_are_renormalised_and_resized_for_the_teacher():
+    teacher = timm_cnn(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
+    teacher.config.pretrained_cfg["input_size"] = [3, 48, 48]
+    student = timm_cnn(image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    raw = torch.rand(2, 3, 32, 32)
+    aligned = load_teacher(teacher).align(read_preprocessing(student), student.config.id2label)
+    got = aligned((raw - 0.4) / 0.3)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    with torch.no_grad():
+        resized = F.interpolate(raw, (48, 48), mode="bilinear", antialias=True)
+        expected = teacher.eval()((resized - mean) / std).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not got.requires_grad
+
+
+def test_equal_preprocessing_leaves_the_pixels_alone():
+    teacher = timm_cnn()
+    seen = []
+    teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pixels = torch.rand(2, 3, 32, 32)
+    load_teacher(teacher).align(read_preprocessing(timm_cnn()), DIGITS)(pixels)
+    assert seen[0] is pixels
+
+
+def test_preprocessing_of_a_native_processor():
+    processor = ViTImageProcessor(size={"height": 48, "width": 40}, image_mean=[0.4] * 3, image_std=[0.2] * 3)
+    assert read_preprocessing(native_vit(), processor) == Preprocessing((0.4,) * 3, (0.2,) * 3, (48, 40), "bilinear")
+    unscaled = ViTImageProcessor(do_rescale=False, image_mean=[127.5] * 3, image_std=[51.0] * 3)
+    mean, std = read_preprocessing(native_vit(), unscaled)[:2]
+    assert (*mean, *std) == pytest.approx((0.5, 0.5, 0.5, 0.2, 0.2, 0.2))
+    assert read_preprocessing(native_vit()) is None
+    assert read_preprocessing(timm_cnn().timm_model) is not None
+
+
+def test_logits_are_permuted_to_the_students_order(tmp_path):
+    teacher = timm_cnn(seed=1)
+    student = timm_cnn()
+    names = [str(9 - i) for i in range(10)]
+    student.config.id2label = dict(enumerate(names))
+    trainer = make_trainer(tmp_path, student, digits(0, 32), teacher=teacher, distillation_loss=NKDLoss())
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = teacher(pixels).logits
+    torch.testing.assert_close(trainer.teacher(pixels), expected.flip(1))
+
+
+def test_label_spaces(caplog):
+    imagenet = {0: "crane", 1: "tench", 2: "crane"}
+    assert match_labels(imagenet, dict(imagenet)) is None
+    assert match_labels({0: "a", 1: "b", 2: "c"}, {0: "c", 1: "a", 2: "b"}) == [1, 2, 0]
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert match_labels({0: "LABEL_0", 1: "LABEL_1"}, {0: "cat", 1: "dog"}) is None
+    assert "the student's class names are generic" in caplog.text
+    with pytest.raises(ValueError, match=r"class 1 is 'tench' for the student and 'crane' for the teacher"):
+        match_labels(imagenet, {0: "crane", 1: "crane", 2: "tench"})
+    with pytest.raises(ValueError, match=r"class 1 is 'dog' for the student and 'cow' for the teacher"):
+        match_labels({0: "cat", 1: "dog"}, {0: "cat", 1: "cow"})
+    with pytest.raises(ValueError, match=r"has 3 classes and the student 2.*'cow' \(teacher\).*teacher of 2 classes"):
+        match_labels({0: "cat", 1: "dog"}, {0: "cat", 1: "dog", 2: "cow"})
+
+
+def test_teacher_from_a_folder(tmp_path):
+    teacher = native_vit(seed=1)
+    teacher.save_pretrained(tmp_path / "teacher")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "teacher")
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 32), teacher=str(tmp_path / "teacher"), distillation_loss=NKDLoss()
+    )
+    assert trainer.teacher.preprocessing.mean == (0.5, 0.5, 0.5)
+    pixels = torch.rand(2, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = teacher.eval()((pixels - 0.5) / 0.5).logits
+    got = trainer.teacher((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"could not be opened: give the id of an image classifier"):
+        load_teacher(str(tmp_path))
+
+
+def test_bare_timm_module_is_a_teacher(tmp_path):
+    teacher = create_student(
+        "resnet18", num_labels=10, image_size=32, model_args={"channels": [8, 16, 32, 64]}
+    ).timm_model
+    trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 32), teacher=teacher, distillation_loss=NKDLoss())
+    trainer.train()
+    assert trainer.state.global_step == 4

@@ -1,0 +1,88 @@
+"""Small real models and small real data, for tests of everything that trains."""
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification, set_seed
+
+from nkd_hf import DistillationTrainer, DistillationTrainingArguments, create_student
+
+NUM_CLASSES = 10
+DIGITS = {i: str(i) for i in range(NUM_CLASSES)}
+
+
+def digits(start: int, stop: int) -> list[dict]:
+    """Samples of scikit-learn's digits as 32 x 32 pixel values."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(images[start:stop].reshape(-1, 1, 8, 8) / 8 - 1, dtype=torch.float32)
+    pixels = torch.nn.functional.interpolate(pixels, size=32).expand(-1, 3, -1, -1).contiguous()
+    return [{"pixel_values": p, "labels": int(label)} for p, label in zip(pixels, labels[start:stop], strict=True)]
+
+
+def timm_cnn(seed: int = 0, **kwargs):
+    set_seed(seed)
+    return create_student(
+        "resnet18", id2label=DIGITS, image_size=32, model_args={"channels": [8, 16, 32, 64]}, **kwargs
+    )
+
+
+def timm_deit(seed: int = 0, drop_path: float = 0.0):
+    set_seed(seed)
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "drop_path_rate": drop_path}
+    return create_student("deit_tiny_patch16_224", id2label=DIGITS, image_size=32, model_args=args)
+
+
+def native_vit(seed: int = 0, dropout: float = 0.0):
+    set_seed(seed)
+    config = ViTConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=dropout,
+        id2label=DIGITS,
+        label2id={name: i for i, name in DIGITS.items()},
+    )
+    return ViTForImageClassification(config)
+
+
+def native_resnet(seed: int = 0):
+    set_seed(seed)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], layer_type="basic", id2label=DIGITS
+    )
+    return ResNetForImageClassification(config)
+
+
+def make_trainer(folder, model, train=None, evaluation=None, *, teacher=None, distillation_loss=None, **kwargs):
+    """A trainer on the CPU that is silent and saves nothing unless told to."""
+    trainer_kwargs = {
+        key: kwargs.pop(key) for key in ("compute_metrics", "callbacks", "data_collator") if key in kwargs
+    }
+    defaults = {
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    args = DistillationTrainingArguments(str(folder), **(defaults | kwargs))
+    return DistillationTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        teacher=teacher,
+        distillation_loss=distillation_loss,
+        **trainer_kwargs,
+    )
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
