@@ -1,3 +1,56 @@
 """Knowledge distillation of image classifiers for the Hugging Face ecosystem: NKD and USKD (arXiv 2303.13005)."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from .batches import ImageCollator
+    from .data import DataArguments, load_image_dataset
+    from .images import ImageDataset, StreamingImageDataset
+    from .losses import NKDLoss, USKDLoss, nkd_loss, uskd_loss
+    from .metrics import TopKAccuracy
+    from .parser import parse_args
+    from .recipe import Recipe, RecipeArguments
+    from .students import create_student, load_image_processor
+    from .teacher import load_teacher
+    from .trainer import DistillationTrainer
+    from .training_args import DistillationTrainingArguments
+    from .transforms import processor_transform, train_transform
+
+# Imported on first use: `from nkd_hf.losses import nkd_loss` and `import nkd_hf` load torch at the most.
+_MODULE_OF = {
+    "DataArguments": "data",
+    "DistillationTrainer": "trainer",
+    "DistillationTrainingArguments": "training_args",
+    "ImageCollator": "batches",
+    "ImageDataset": "images",
+    "NKDLoss": "losses",
+    "Recipe": "recipe",
+    "RecipeArguments": "recipe",
+    "StreamingImageDataset": "images",
+    "TopKAccuracy": "metrics",
+    "USKDLoss": "losses",
+    "create_student": "students",
+    "load_image_dataset": "data",
+    "load_image_processor": "students",
+    "load_teacher": "teacher",
+    "nkd_loss": "losses",
+    "parse_args": "parser",
+    "processor_transform": "transforms",
+    "train_transform": "transforms",
+    "uskd_loss": "losses",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,260 @@
+"""`transformers.Trainer` with a teacher, or with self-distillation."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperImageProcessor, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import nested_gather
+
+from .batches import EpochDataset, EpochSampler, ImageCollator
+from .modeling import DistillationModel
+from .preprocessing import read_preprocessing
+from .teacher import Teacher, load_teacher
+from .training_args import DistillationTrainingArguments
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student with the task loss (cross-entropy) plus distillation losses.
+
+    Everything that `transformers.Trainer` does works as it does there. `trainer.model` is one module that holds the
+    student and whatever the losses train; `trainer.student` is the plain student, and the only thing that is saved
+    outside of `checkpoint-*`.
+
+    Args:
+        model (`PreTrainedModel`): the student, any `*ForImageClassification` of transformers; for timm's architectures
+            see [`create_student`].
+        args (`DistillationTrainingArguments`)
+        data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`. Batches hold `pixel_values`
+            [B, 3, H, W] float and `labels`: [B] int64, or [B, C] float after mixup / cutmix. `processing_class` is the
+            student's image processor; it is saved with the student.
+        teacher (`str`, `nn.Module` or [`Teacher`], *optional*): a Hub id, a folder or a model; see [`load_teacher`].
+        distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): [`NKDLoss`], [`USKDLoss`], or several by
+            name, which add up. None trains with the task loss alone: the baseline.
+        **kwargs: the other arguments of `Trainer`.
+
+    Raises:
+        ValueError: loss and teacher do not fit each other, the teacher's classes are not the student's, or no layer is
+            found for a loss that reads a mid feature.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf import DistillationTrainer, DistillationTrainingArguments, NKDLoss, create_student
+    >>> trainer = DistillationTrainer(
+    ...     model=create_student("resnet18", num_labels=10, image_size=32),
+    ...     teacher=create_student("resnet34", num_labels=10, image_size=32),
+    ...     distillation_loss=NKDLoss(),
+    ...     args=DistillationTrainingArguments("resnet18-nkd", report_to="none", use_cpu=True),
+    ... )
+    >>> batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([3, 7])}
+    >>> trainer.compute_loss(trainer.model, batch).isfinite().item()
+    True
+
+    ```
+    """
+
+    # compute_loss returns a mean over its micro-batch, and the Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: DistillationTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: BaseImageProcessor | None = None,
+        *,
+        teacher: str | nn.Module | Teacher | None = None,
+        distillation_loss: nn.Module | dict[str, nn.Module] | None = None,
+        **kwargs,
+    ):
+        args = DistillationTrainingArguments("tmp_trainer") if args is None else args
+        if distillation_loss is None:
+            distillation_loss = {}
+        elif isinstance(distillation_loss, nn.Module):
+            distillation_loss = {"distillation": distillation_loss}
+        self._distillation_losses = distillation_loss
+        if model is not None:
+            model = self._with_losses(model, args)
+        self._component_sums: dict[str, Tensor] = {}
+        self._component_steps = 0.0
+        self._saving_checkpoint = False
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        # The smoothing is in the model's task loss, for both kinds of labels.
+        self.label_smoother = None
+        # Set anew in each step of training; here for who calls compute_loss by hand.
+        self.current_gradient_accumulation_steps = 1
+        self.teacher = self._prepare_teacher(teacher)
+
+    def _with_losses(self, model: nn.Module, args: DistillationTrainingArguments) -> DistillationModel:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"model must be a *ForImageClassification of transformers, got {type(model).__name__}: "
+                'for a timm architecture give create_student("<its name>")'
+            )
+        return DistillationModel(
+            model, self._distillation_losses, args.feature_layer, label_smoothing=args.label_smoothing_factor
+        )
+
+    def _prepare_teacher(self, teacher: str | nn.Module | Teacher | None) -> nn.Module | None:
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        if model.needs("teacher_logits") != (teacher is not None):
+            names = ", ".join(type(loss).__name__ for loss in self._distillation_losses.values()) or "none"
+            raise ValueError(
+                f"distillation_loss is {names}, which asks for no teacher: leave teacher out"
+                if teacher is not None
+                else f"distillation_loss is {names}, which asks for a teacher: set teacher to a Hub id, folder or model"
+            )
+        if model.tap is not None and self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot read a mid feature: start the script with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        if teacher is None:
+            return None
+        if teacher is model.student:
+            raise ValueError("teacher and student are one and the same model: freezing the one would freeze the other")
+        teacher = load_teacher(teacher)
+        teacher.align(read_preprocessing(model.student, self.processing_class), model.config.id2label)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The plain student."""
+        return self.accelerator.unwrap_model(self.model).student
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        # model_init gives a student, and the Trainer needs the module that is trained.
+        return self._with_losses(super().call_model_init(trial), self.args)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Task loss plus distillation losses; under `torch.no_grad()`, as evaluation runs, the cross-entropy alone.
+
+        Args:
+            model: `trainer.model`, possibly wrapped.
+            inputs: `pixel_values` [B, 3, H, W] float and `labels` [B] int64 or [B, C] float.
+            return_outputs: whether to return `{"logits": [B, C]}` too.
+            num_items_in_batch: ignored; the loss is a mean over the micro-batch.
+
+        Returns:
+            `Tensor`: a float32 scalar.
+        """
+        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        if not torch.is_grad_enabled():
+            logits = model(pixel_values)["logits"]
+            loss = F.cross_entropy(logits.float(), labels)
+            return (loss, {"logits": logits}) if return_outputs else loss
+        teacher_logits = self.teacher(pixel_values) if self.teacher is not None else None
+        outputs = model(pixel_values, labels, teacher_logits)
+        # DataParallel gives a vector, one entry per GPU.
+        losses = {name: value.mean() for name, value in outputs["losses"].items()}
+        share = 1 / self.current_gradient_accumulation_steps
+        for name, value in losses.items():
+            self._component_sums[name] = self._component_sums.get(name, 0.0) + value.detach() * share
+        self._component_steps += share
+        loss = sum(losses.values())
+        return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
+
+    def train(self, *args, **kwargs):
+        # What an interrupted run has left in the sums is not of this run.
+        self._component_sums, self._component_steps = {}, 0.0
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.
+        if "loss" in logs and self._component_sums:
+            sums = torch.stack(list(self._component_sums.values()))
+            means = nested_gather(sums.unsqueeze(0), self.args.parallel_mode).mean(dim=0) / self._component_steps
+            logs = {"loss": logs["loss"], **dict(zip(self._component_sums, means.tolist(), strict=True)), **logs}
+            self._component_sums, self._component_steps = {}, 0.0
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        # (epoch, index) pairs make the augmentation a function of both in every worker; set_epoch would not reach them.
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(train_dataset, EpochDataset):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            shuffle = self.args.train_sampling_strategy != "sequential"
+            sampler = EpochSampler(len(train_dataset), seed, shuffle=shuffle)
+            self.pop_callback(_SetEpoch)
+            self.add_callback(_SetEpoch(sampler))
+            return sampler
+        return super()._get_train_sampler(train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        # Mixup and cutmix are for training alone.
+        with self._without_mixing():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        with self._without_mixing():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _without_mixing(self) -> Iterator[None]:
+        collator = self.data_collator
+        if isinstance(collator, ImageCollator):
+            self.data_collator = collator.without_mixing()
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # What the losses train belongs to checkpoints; every other save, a push among them, is the student alone.
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # The default would write the keys of the module that is trained, and a pickle of the arguments beside them.
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        model: DistillationModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        model.save(output_dir, state_dict, with_losses=self._saving_checkpoint)
+        # A timm student's preprocessing is in its config.json, where transformers and timm look for it.
+        if self.processing_class is not None and not isinstance(self.processing_class, TimmWrapperImageProcessor):
+            self.processing_class.save_pretrained(output_dir)
+        with open(os.path.join(output_dir, "training_args.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(self.args.to_dict(), file, sort_keys=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The default looks for the trained module's keys, and a checkpoint holds the student's.
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.accelerator.unwrap_model(self.model).load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.accelerator.unwrap_model(self.model).load(self.state.best_model_checkpoint)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch: on resume, the Trainer's own call stops short of it when there are several processes."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.sampler.set_epoch(int(state.epoch))

@@ -1,0 +1,90 @@
+"""Import directions, lazy imports, and the examples of every public docstring."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nkd_hf
+
+PACKAGE = Path(nkd_hf.__file__).parent
+ROOT = PACKAGE.parent
+MODULES = [module.name for module in pkgutil.walk_packages(nkd_hf.__path__, "nkd_hf.")]
+# What a module of the package may import of the package.
+ALLOWED = {
+    "losses": {"losses"},
+    "features": set(),
+    "preprocessing": set(),
+    "batches": set(),
+    "data": set(),
+    "images": {"batches"},
+    "transforms": {"data"},
+    "training_args": set(),
+    "parser": set(),
+    "metrics": {"metrics"},
+    "modeling": {"features"},
+    "teacher": {"preprocessing"},
+    "students": set(),
+    "trainer": {"batches", "losses", "modeling", "preprocessing", "teacher", "training_args"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, those of the package from its top."""
+    names = set()
+    package = ("nkd_hf", *path.relative_to(PACKAGE).parts[:-1]) if path.is_relative_to(PACKAGE) else ()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            names.add(".".join(part for part in (parent, node.module) if part))
+    return names
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_import_directions(module):
+    files = (
+        [PACKAGE / f"{module}.py"] if (PACKAGE / f"{module}.py").exists() else list((PACKAGE / module).glob("*.py"))
+    )
+    assert files
+    inside = {name.split(".")[1] for file in files for name in imports(file) if name.startswith("nkd_hf.")}
+    assert inside <= ALLOWED[module]
+
+
+def test_losses_and_features_import_torch_alone():
+    allowed = {"torch", "nkd_hf"} | sys.stdlib_module_names
+    for file in [PACKAGE / "features.py", *(PACKAGE / "losses").glob("*.py")]:
+        assert {name.split(".")[0] for name in imports(file)} <= allowed, file
+
+
+def test_recipes_import_the_public_names_alone_and_nothing_imports_recipes():
+    for file in (ROOT / "recipes").glob("*.py"):
+        assert {name for name in imports(file) if name.startswith("nkd_hf")} == {"nkd_hf"}
+    for file in PACKAGE.rglob("*.py"):
+        assert not any(name.split(".")[0] == "recipes" for name in imports(file))
+
+
+def test_losses_load_no_transformers():
+    code = "import sys; from nkd_hf.losses import nkd_loss; print({'transformers', 'timm', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_public_names_resolve():
+    for name in nkd_hf.__all__:
+        assert getattr(nkd_hf, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = nkd_hf.nothing_of_the_kind
+
+
+@pytest.mark.parametrize("module", ["nkd_hf", *MODULES])
+def test_examples_of_docstrings(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
