@@ -1,0 +1,327 @@
+"""The steps that the recipes share: open the data, train teacher, baseline and student, write down what came out."""
+
+import copy
+import inspect
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import matplotlib.figure
+import timm
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
+
+from .batches import ImageCollator
+from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
+from .features import feature_shape
+from .images import ImageDataset, StreamingImageDataset
+from .losses import NKDLoss, USKDLoss
+from .metrics import compute_metrics, top5_indices
+from .preprocessing import read_preprocessing
+from .students import create_student, load_image_processor
+from .trainer import DistillationTrainer
+from .training_args import DistillationTrainingArguments
+from .transforms import processor_transform, train_transform
+
+_LOSSES = {"nkd": NKDLoss, "uskd": USKDLoss}
+
+
+@dataclass
+class RecipeArguments:
+    """What is distilled into what.
+
+    Raises:
+        ValueError: the loss is unknown, or its arguments do not fit it.
+    """
+
+    student: str = field(
+        metadata={"help": "timm architecture (starts from random weights), Hub id or folder (starts from its own)."}
+    )
+    student_args: dict | None = field(
+        default=None,
+        metadata={"help": "Arguments of timm's architecture, such as drop_path_rate; saved with the student."},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder; or a timm architecture, which is trained first on the same data."},
+    )
+    teacher_args: dict | None = field(
+        default=None, metadata={"help": "Arguments of timm's architecture, for a teacher that is trained first."}
+    )
+    distillation_loss: str = field(
+        default="nkd",
+        metadata={"help": "`nkd` (needs a teacher), `uskd` (has none), or `none`: the same recipe's baseline."},
+    )
+    loss_args: dict | None = field(
+        default=None,
+        metadata={"help": "Arguments of the loss, such as gamma and temperature (nkd), alpha, beta and mu (uskd)."},
+    )
+    compare_with_baseline: bool = field(
+        default=False,
+        metadata={"help": "First train the same student from the same seed without the distillation loss."},
+    )
+    image_size: int = field(default=224, metadata={"help": "Height and width of a timm student's input, in pixels."})
+    image_mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406],
+        metadata={"help": "Of a timm student's input, per channel in [0, 1]. Default: ImageNet's."},
+    )
+    image_std: list[float] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225],
+        metadata={"help": "Of a timm student's input, per channel in [0, 1]. Default: ImageNet's."},
+    )
+    crop_pct: float = field(
+        default=0.875, metadata={"help": "Evaluation resizes the short side to image_size / crop_pct, then crops."}
+    )
+    interpolation: str | None = field(
+        default=None,
+        metadata={"help": "bilinear or bicubic. Default: bicubic for DeiT, ViT and Swin, bilinear for CNNs."},
+    )
+
+    def __post_init__(self):
+        if self.distillation_loss not in ("none", *_LOSSES):
+            raise ValueError(f"distillation_loss must be nkd, uskd or none, got {self.distillation_loss!r}")
+        if self.distillation_loss == "nkd" and self.teacher is None:
+            raise ValueError(
+                "distillation_loss=nkd needs a teacher: set teacher to a Hub id, a folder or an architecture"
+            )
+        if self.distillation_loss == "uskd" and self.teacher is not None:
+            raise ValueError(f"distillation_loss=uskd has no teacher, got teacher={self.teacher!r}: leave it out")
+        # Built once for its errors, which should come before a teacher is trained.
+        self.build_loss(in_features=2, num_classes=2)
+
+    def build_loss(self, **shape) -> nn.Module | None:
+        """The distillation loss; `shape` is for those that have parameters of their own.
+
+        Raises:
+            ValueError: `loss_args` do not fit the loss.
+        """
+        if self.distillation_loss == "none":
+            return None
+        loss = _LOSSES[self.distillation_loss]
+        parameters = inspect.signature(loss).parameters
+        known = [name for name in parameters if name not in ("in_features", "num_classes", "feature_norm")]
+        if unknown := [name for name in self.loss_args or {} if name not in known]:
+            raise ValueError(
+                f"loss_args of distillation_loss={self.distillation_loss} are {', '.join(known)}, got {', '.join(unknown)}"
+            )
+        shape = {name: value for name, value in shape.items() if name in parameters}
+        return loss(**shape, **self.loss_args or {})
+
+
+class Recipe:
+    """One run of a recipe: its data, what was trained so far, and its figures.
+
+    Args:
+        recipe (`RecipeArguments`)
+        data (`DataArguments`)
+        training (`DistillationTrainingArguments`): `output_dir` holds the results; each model gets a folder in it.
+
+    Example:
+
+    ```python
+    recipe = Recipe(*parse_args((RecipeArguments, DataArguments, DistillationTrainingArguments)))
+    recipe.train_teacher()
+    recipe.train_baseline()
+    recipe.train_student()
+    recipe.report()
+    ```
+    """
+
+    def __init__(self, recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments):
+        self.args, self.data_args, self.training_args = recipe, data, training
+        self.folder = Path(training.output_dir)
+        self.results: dict[str, float | None] = {"teacher": None, "baseline": None, "distilled": None}
+        self.curves: dict[str, list[tuple[float, float]]] = {}
+        self.teacher: str | PreTrainedModel | None = None
+        with training.main_process_first(desc="loading the data"):
+            self.data = load_image_dataset(data, training.seed)
+        self.id2label = dict(enumerate(label_names(self.data)))
+        if data.streaming:
+            self._count_steps()
+
+    def train_teacher(self) -> None:
+        """Trains the teacher, if it is named by an architecture and the loss wants one."""
+        if self.args.distillation_loss != "nkd":
+            return
+        self.teacher = self.args.teacher
+        if timm.is_model(self.args.teacher):
+            trainer = self._train("teacher", self._create(self.args.teacher, self.args.teacher_args))
+            self.teacher = trainer.student
+
+    def train_baseline(self) -> None:
+        """Trains the student without the distillation loss, if that is asked for."""
+        if self.args.compare_with_baseline or self.args.distillation_loss == "none":
+            self._train("baseline", self._create(self.args.student, self.args.student_args))
+
+    def train_student(self) -> None:
+        """Trains the student with the distillation loss, from the seed and with the data of the baseline."""
+        if self.args.distillation_loss != "none":
+            student = self._create(self.args.student, self.args.student_args)
+            self._train("student", student, self._loss(student), self.teacher)
+
+    def report(self) -> None:
+        """Prints the table, writes `results.json` and `accuracy.png`, and shows how the student is opened."""
+        if not self.training_args.should_save:
+            return
+        (self.folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+        self._plot(self.folder / "accuracy.png")
+        names = {
+            "teacher": f"teacher ({self.args.teacher})",
+            "baseline": f"baseline ({self.args.student})",
+            "distilled": f"distilled ({self.args.distillation_loss.upper()})",
+        }
+        print(f"\n{'':<44}top-1 accuracy")
+        for name, value in self.results.items():
+            if value is not None:
+                print(f"{names[name]:<44}{value:14.2%}")
+        print(f"\nFigures: {self.folder / 'results.json'}, curves: {self.folder / 'accuracy.png'}")
+        self._show_pipeline("baseline" if self.args.distillation_loss == "none" else "student")
+
+    def _create(self, name: str, model_args: dict | None) -> PreTrainedModel:
+        # The same seed for each: baseline and student start from the same weights.
+        set_seed(self.training_args.seed)
+        return create_student(
+            name,
+            id2label=self.id2label,
+            model_args=model_args,
+            image_size=self.args.image_size,
+            image_mean=self.args.image_mean,
+            image_std=self.args.image_std,
+            crop_pct=self.args.crop_pct,
+            interpolation=self.args.interpolation,
+        )
+
+    def _loss(self, student: PreTrainedModel) -> nn.Module | None:
+        if self.args.distillation_loss != "uskd":
+            return self.args.build_loss()
+        height, width = read_preprocessing(student, load_image_processor(student)).size
+        shape = feature_shape(student, torch.zeros(2, 3, height, width), self.training_args.feature_layer)
+        # Tokens come from Swin, whose official stages end in a LayerNorm that timm's and transformers' models lack.
+        feature_norm = nn.LayerNorm(shape[-1]) if len(shape) == 3 else None
+        return self.args.build_loss(
+            in_features=shape[-1], num_classes=student.config.num_labels, feature_norm=feature_norm
+        )
+
+    def _datasets(self, student: PreTrainedModel) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
+        args, seed = self.data_args, self.training_args.seed
+        processor = load_image_processor(student)
+        wanted = read_preprocessing(student, processor)
+        transform = train_transform(args, wanted.size, wanted.mean, wanted.std, wanted.interpolation)
+        kind = StreamingImageDataset if args.streaming else ImageDataset
+        train = kind(self.data["train"], transform, seed, args.on_bad_image)
+        validation = kind(
+            self.data["validation"], processor_transform(processor), seed, args.on_bad_image, training=False
+        )
+        return train, validation
+
+    def _train(
+        self,
+        name: str,
+        student: PreTrainedModel,
+        loss: nn.Module | None = None,
+        teacher: str | PreTrainedModel | None = None,
+    ) -> DistillationTrainer:
+        """Trains one model into its own folder and notes its accuracy."""
+        args = copy.copy(self.training_args)
+        args.output_dir = str(self.folder / name)
+        # What is pushed, and what is resumed, is the recipe's result.
+        is_result = loss is not None or self.args.distillation_loss == "none"
+        args.push_to_hub = args.push_to_hub and is_result
+        train, validation = self._datasets(student)
+        trainer = DistillationTrainer(
+            model=student,
+            teacher=teacher,
+            distillation_loss=loss,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=ImageCollator(
+                len(self.id2label), self.data_args.mixup_alpha, self.data_args.cutmix_alpha, args.seed
+            ),
+            processing_class=load_image_processor(student),
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=top5_indices,
+        )
+        if isinstance(teacher, str):
+            self.results["teacher"] = self._teacher_accuracy(trainer)
+        self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if is_result else None)
+        trainer.save_model()
+        metrics = trainer.evaluate()
+        trainer.save_state()
+        key = "distilled" if name == "student" else name
+        self.results[key] = metrics["eval_accuracy"]
+        self.curves[key] = [
+            (entry["epoch"], entry["eval_accuracy"]) for entry in trainer.state.log_history if "eval_accuracy" in entry
+        ]
+        for kind, data in (("training", train), ("evaluation", validation)):
+            if data.num_bad_images:
+                self._say(f"{data.num_bad_images} bad {kind} images were replaced; they are named above")
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        return trainer
+
+    def _teacher_accuracy(self, trainer: DistillationTrainer) -> float:
+        """Top-1 of the teacher on the student's pixels: a wrong teacher shows before days of training."""
+        hits = []
+        for batch in tqdm(
+            trainer.get_eval_dataloader(), desc="Evaluating the teacher", disable=trainer.args.disable_tqdm
+        ):
+            hit = trainer.teacher(batch["pixel_values"]).argmax(-1) == batch["labels"]
+            hits.append(trainer.accelerator.gather_for_metrics(hit).cpu())
+        return torch.cat(hits).float().mean().item()
+
+    def _count_steps(self) -> None:
+        """A stream has no length: epochs become steps."""
+        args = self.training_args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        images = self.data_args.num_train_images
+        if images is not None and self.data_args.max_train_samples is not None:
+            images = min(images, self.data_args.max_train_samples)
+        if args.max_steps <= 0:
+            args.max_steps = streaming_max_steps(images, args.num_train_epochs, batch)
+        steps_per_epoch = streaming_max_steps(images, 1, batch)
+        for kind in ("eval", "save", "logging"):
+            if getattr(args, f"{kind}_strategy") == IntervalStrategy.EPOCH:
+                setattr(args, f"{kind}_strategy", IntervalStrategy.STEPS)
+                setattr(args, f"{kind}_steps", steps_per_epoch)
+
+    def _plot(self, path: Path) -> None:
+        figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        if self.results["teacher"] is not None:
+            axes.axhline(100 * self.results["teacher"], color="0.4", linestyle="--", label="teacher")
+        for name in ("baseline", "distilled"):
+            if name in self.curves:
+                epochs, values = zip(*self.curves[name], strict=True)
+                axes.plot(epochs, [100 * value for value in values], marker=".", label=name)
+        axes.set(xlabel="epoch", ylabel="top-1 accuracy on held-out images (%)", title=self.args.student)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=120)
+
+    def _show_pipeline(self, name: str) -> None:
+        row = next(iter(self.data["validation"].cast_column("image", datasets.Image())))
+        example = self.folder / "example.png"
+        row["image"].convert("RGB").save(example)
+        folder = self.folder / name
+        answer = pipeline("image-classification", model=str(folder), device="cpu")(str(example), top_k=3)
+        print(
+            f"\nThe student opens anywhere; {example} is a held-out image of class {self.id2label[row['label']]!r}:\n"
+        )
+        print(">>> from transformers import pipeline")
+        print(f'>>> classifier = pipeline("image-classification", model="{folder}")')
+        print(f'>>> classifier("{example}", top_k=3)')
+        print([{"label": entry["label"], "score": round(entry["score"], 4)} for entry in answer])
+
+    def _say(self, message: str) -> None:
+        if self.training_args.should_save:
+            print(f"\n{message}", flush=True)
+
+
+def _count(model: PreTrainedModel) -> str:
+    parameters = model.num_parameters()
+    return f"{parameters / 1e6:.1f} million" if parameters > 1e6 else f"{parameters / 1e3:.0f} thousand"

@@ -1,0 +1,118 @@
+"""The recipes as users start them, on few samples."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, parse_args
+
+ROOT = Path(__file__).parents[1]
+FEW = ["--max_train_samples", "96", "--max_eval_samples", "40", "--num_train_epochs", "2", "--disable_tqdm", "true"]
+
+
+def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
+    accelerate = Path(sys.executable).with_name("accelerate")
+    done = subprocess.run(
+        [accelerate, "launch", ROOT / "recipes" / f"{recipe}.py", *arguments],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.parametrize("recipe", ["distill_deit", "distill_cnn", "self_distill"])
+def test_recipe_with_few_samples(tmp_path, recipe):
+    done = launch(recipe, *FEW, "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"teacher", "baseline", "distilled"}
+    assert (results["teacher"] is None) == (recipe == "self_distill")
+    for name in ("baseline", "distilled"):
+        assert 0 <= results[name] <= 1
+        assert f"{results[name]:.2%}" in done.stdout
+    with Image.open(tmp_path / "accuracy.png") as picture:
+        assert min(picture.size) > 400
+    # The last line is what the call above it answers.
+    answer = pipeline("image-classification", model=str(tmp_path / "student"), device="cpu")(
+        str(tmp_path / "example.png"), top_k=3
+    )
+    shown = done.stdout.strip().splitlines()[-4:]
+    assert shown[1] == f'>>> classifier = pipeline("image-classification", model="{tmp_path / "student"}")'
+    assert shown[3] == str([{"label": e["label"], "score": round(e["score"], 4)} for e in answer])
+
+
+def run(recipe: str, *arguments: str) -> Recipe:
+    """The recipe in this process."""
+    config = ROOT / "recipes" / "configs" / f"digits_{recipe}.yaml"
+    run = Recipe(
+        *parse_args(
+            (RecipeArguments, DataArguments, DistillationTrainingArguments),
+            args=["--config", str(config), *FEW, *arguments],
+        )
+    )
+    run.train_teacher()
+    run.train_baseline()
+    run.train_student()
+    return run
+
+
+def test_baseline_of_a_recipe_from_a_stream(tmp_path):
+    stream = ["--streaming", "true", "--num_train_images", "96"]
+    recipe = run("distill_cnn", "--output_dir", str(tmp_path), "--distillation_loss", "none", *stream)
+    assert recipe.results["teacher"] is None
+    assert recipe.results["distilled"] is None
+    assert 0 <= recipe.results["baseline"] <= 1
+    # 2 epochs of 96 images in batches of 64 are 3 steps; evaluation comes once an epoch, though a stream has none.
+    assert recipe.training_args.max_steps == 3
+    assert len(recipe.curves["baseline"]) >= 2
+
+
+def test_teacher_from_a_folder_is_measured_first(tmp_path):
+    first = run("distill_cnn", "--output_dir", str(tmp_path / "first"))
+    folder = str(tmp_path / "first" / "teacher")
+    second = run(
+        "distill_cnn",
+        "--output_dir",
+        str(tmp_path / "second"),
+        "--teacher",
+        folder,
+        "--compare_with_baseline",
+        "false",
+    )
+    assert second.results["teacher"] == pytest.approx(first.results["teacher"])
+    assert second.results["baseline"] is None
+    # The same teacher, the same seed: the same student.
+    assert second.results["distilled"] == first.results["distilled"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gama", "1.0"], "unknown argument --gama"),
+        (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["--distillation_loss", "kd"], "distillation_loss must be nkd, uskd or none, got 'kd'"),
+        (["--loss_args", '{"gama": 1.0}'], "loss_args of distillation_loss=nkd are gamma, temperature, got gama"),
+        (["--loss_args", '{"gamma": -1.0}'], "gamma must be a finite number >= 0, got -1.0"),
+        (["--teacher", "null", "--distillation_loss", "uskd"], "distillation_loss=uskd has no teacher"),
+        (["--dataset_name", "me/mine"], "the following arguments are required: --student"),
+    ],
+)
+def test_wrong_arguments_are_short_errors(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(
+            (RecipeArguments, DataArguments, DistillationTrainingArguments),
+            default_config=ROOT / "recipes" / "configs" / "digits_distill_deit.yaml",
+            args=arguments,
+        )
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 2
