@@ -1,0 +1,204 @@
+"""The normalised loss that NKD and USKD share, and the checks of what users hand to a loss.
+
+Both losses compare a student with soft labels in two parts: the target classes under the ordinary softmax, and the
+other classes under a softmax of their own, from which the targets are left out, so that student and soft label both sum
+to one there. NKD takes the soft labels from a teacher, USKD makes them from the student; the arithmetic is this file's.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def normalized_loss(
+    student_logits: Tensor,
+    target_index: Tensor,
+    target_weight: Tensor,
+    non_target_label: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    r"""The target term and the non-target term of the normalised loss, each a mean over the batch.
+
+    With :math:`S` the student's softmax, :math:`\hat S` its softmax at temperature :math:`\lambda` over the classes that
+    are not targets, :math:`P` the target weights and :math:`Q` the soft label of the other classes:
+
+    .. math::
+        L_\text{target} = -\frac1B \sum_b \sum_k P_{bk} \log S_{b,t_{bk}} \qquad
+        L_\text{non-target} = -\frac{\lambda^2}B \sum_b \sum_{i \notin t_b} Q_{bi} \log \hat S_{bi}
+
+    The gradient is prepared in the forward pass and costs no exponentials in the backward pass (at temperature 1, K = 1).
+    It flows to `student_logits` alone, and can't be differentiated again.
+
+    Args:
+        student_logits: [B, C] float logits.
+        target_index: [B, K] int64 target classes. A class may stand twice in a row if its second weight is zero.
+        target_weight: [B, K] soft label of the targets, in the dtype of `compute_dtype(student_logits)`, in which all
+            the arithmetic runs; need not sum to one.
+        non_target_label: [B, C] soft label of the other classes, in that dtype: zero at the targets; rows sum to one, or
+            are zero where every class is a target.
+        temperature: of the student's softmax in the non-target term.
+
+    Returns:
+        Two scalars in the dtype of `target_weight`.
+    """
+    return _NormalizedLoss.apply(student_logits, target_index, target_weight, non_target_label, temperature)
+
+
+class _NormalizedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, target_index, target_weight, non_target_label, temperature):
+        batch_size = student_logits.shape[0]
+        dtype = target_weight.dtype
+
+        rest_logits = drop_targets(student_logits, target_index, temperature, dtype)
+        non_target_log_prob = rest_logits.log_softmax(-1)
+        if temperature == 1 and target_index.shape[1] == 1:
+            log_peak = non_target_log_prob.amax(-1, keepdim=True)
+            log_odds = target_log_odds(student_logits, target_index, rest_logits, log_peak)
+            target_log_prob = F.logsigmoid(log_odds)
+            rest_prob = torch.sigmoid(-log_odds)
+        else:
+            target_log_prob = student_logits.log_softmax(-1, dtype=dtype).gather(-1, target_index)
+            rest_prob = None
+        del rest_logits  # one matrix less at the peak
+        target_term = (target_weight * target_log_prob).sum() / -batch_size
+
+        # log 0 at the targets would make 0 * -inf = nan; their label is zero, so any finite number serves
+        non_target_log_prob.scatter_(-1, target_index, 0)
+        non_target_term = (non_target_label * non_target_log_prob).sum() * (-(temperature**2) / batch_size)
+
+        if ctx.needs_input_grad[0]:
+            non_target_prob = non_target_log_prob.exp_().scatter_(-1, target_index, 0)
+            ctx.save_for_backward(
+                student_logits, target_index, target_weight, non_target_label, non_target_prob, rest_prob
+            )
+            ctx.temperature = temperature
+        return target_term, non_target_term
+
+    # Not `once_differentiable`: it objects only when the incoming gradient itself requires a gradient, so that a gradient
+    # penalty, whose incoming gradient is the constant 1, would silently lose this loss's share.
+    @staticmethod
+    def backward(ctx, grad_target, grad_non_target):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "expected a first derivative of the NKD / USKD loss, got create_graph=True: its gradient is prepared in "
+                "the forward pass and can't be differentiated again; call backward without create_graph"
+            )
+        student_logits, target_index, target_weight, non_target_label, non_target_prob, rest_prob = ctx.saved_tensors
+        batch_size = student_logits.shape[0]
+        # with s the softmax over all classes and P, Q the labels, the terms' gradients are
+        # (sum_k P_k) s - P and temperature * (non_target_prob - Q)
+        target_scale = target_weight * (grad_target / batch_size)
+        non_target_scale = grad_non_target * (ctx.temperature / batch_size)
+        if rest_prob is not None:
+            # off the target s is rest_prob * non_target_prob, at the target 1 - rest_prob
+            target_scale = target_scale * rest_prob
+            grad = non_target_prob * (target_scale + non_target_scale)
+        else:
+            grad = student_logits.softmax(-1, dtype=non_target_prob.dtype)
+            grad.mul_(target_scale.sum(-1, keepdim=True)).addcmul_(non_target_prob, non_target_scale)
+        grad.addcmul_(non_target_label, non_target_scale, value=-1).scatter_add_(-1, target_index, -target_scale)
+        return grad.to(student_logits.dtype), None, None, None, None
+
+
+def drop_targets(logits: Tensor, target_index: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """A copy of [B, C] logits in `dtype` with the targets [B, K] at minus infinity, up to a shift divided by temperature."""
+    logits = logits.to(dtype, copy=True).scatter_(-1, target_index, -math.inf)
+    if temperature != 1:
+        # the shift keeps the digits of large logits, which the division would round away
+        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+    return logits
+
+
+def target_log_odds(logits: Tensor, target_index: Tensor, rest_logits: Tensor, log_peak: Tensor) -> Tensor:
+    """Log-odds [B, 1] of one target against all other classes together: its probability is their sigmoid.
+
+    Args:
+        logits: [B, C] float.
+        target_index: [B, 1] int64.
+        rest_logits: [B, C], what `drop_targets` made of the logits at temperature 1.
+        log_peak: [B, 1], the largest log-probability in the softmax of `rest_logits`.
+    """
+    # The logsumexp of the rest is its largest logit minus log_peak: no second pass of exponentials over [B, C]. In this
+    # order large logits cancel before anything small is added.
+    return logits.gather(-1, target_index).to(rest_logits.dtype) - rest_logits.amax(-1, keepdim=True) + log_peak
+
+
+def compute_dtype(student_logits: Tensor) -> torch.dtype:
+    """float32 for half precisions, the logits' own dtype otherwise."""
+    return torch.promote_types(student_logits.dtype, torch.float32)
+
+
+def check_scalar(name: str, value: float, *, positive: bool = False) -> None:
+    """ValueError unless `value` is finite and at least zero (`positive`: above zero)."""
+    if not (0 < value < math.inf if positive else 0 <= value < math.inf):
+        raise ValueError(
+            f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value}: "
+            f"{'1.0 leaves the logits as they are' if positive else '0 switches its term off'}"
+        )
+
+
+def check_student_logits(student_logits: Tensor) -> None:
+    """ValueError unless [B, C] float with B >= 1 and C >= 2."""
+    shape = list(student_logits.shape)
+    if len(shape) != 2:
+        raise ValueError(
+            f"student_logits must be [B, C], got {shape}: hand in one row of class logits per image, pooled over space"
+        )
+    if not student_logits.is_floating_point():
+        raise ValueError(
+            f"student_logits must be floating point, got {student_logits.dtype}: hand in logits, not class indices"
+        )
+    if shape[0] < 1:
+        raise ValueError(f"student_logits must hold at least one image, got {shape}: skip empty batches")
+    if shape[1] < 2:
+        raise ValueError(
+            f"student_logits must be [B, C] with at least two classes, got {shape}: "
+            "with fewer there is no non-target class to distill"
+        )
+
+
+def check_other_logits(name: str, logits: Tensor, student_logits: Tensor, mend: str) -> None:
+    """ValueError unless `logits` are float and shaped like the student's; `mend` ends the message on class counts."""
+    expected, got = list(student_logits.shape), list(logits.shape)
+    if got != expected:
+        if len(got) != 2:
+            mend = "hand in one row of class logits per image"
+        elif got[0] != expected[0]:
+            mend = "hand in the logits of the same batch"
+        raise ValueError(f"{name} must be {expected} like student_logits, got {got}: {mend}")
+    if not logits.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {logits.dtype}: hand in logits, not class indices")
+
+
+def check_labels(labels: Tensor, student_logits: Tensor) -> None:
+    """ValueError unless [B] integer classes below C or [B, C] float mixup labels.
+
+    The range of class indices is looked at on the CPU alone, and not in a compiled graph: elsewhere it would make the
+    device wait.
+    """
+    batch_size, num_classes = student_logits.shape
+    shape = list(labels.shape)
+    if shape == [batch_size, num_classes]:
+        if not labels.is_floating_point():
+            raise ValueError(
+                f"labels of shape {shape} must be floating point (mixup), got {labels.dtype}: "
+                f"hand in class indices [{batch_size}], or call .float() on one-hot labels"
+            )
+        return
+    if shape != [batch_size]:
+        raise ValueError(
+            f"labels must be class indices [{batch_size}] or mixup labels [{batch_size}, {num_classes}], got {shape}: "
+            "hand in one label per image of student_logits"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels of shape {shape} must be integer class indices, got {labels.dtype}: call .long()")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        smallest, largest = (int(bound) for bound in labels.aminmax())
+        if smallest < 0 or largest >= num_classes:
+            raise ValueError(
+                f"labels must be in 0..{num_classes - 1}, got {smallest if smallest < 0 else largest}: "
+                "give the student as many classes as the dataset has, and leave unlabelled images out"
+            )
