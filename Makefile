@@ -7,7 +7,7 @@ demo: .venv/installed
 	.venv/bin/accelerate launch recipes/distill_deit.py
 
 test: .venv/installed-test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: .venv/installed-test
 	.venv/bin/python -m pytest -m slow

@@ -1,9 +1,6 @@
 import io
-import os
 import pickle
 import random
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
 import numpy as np

@@ -30,15 +30,6 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 HARD, MIXUP = "class indices", "mixup"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """PyTorch's softmax wakes all threads for the smallest tensor, which takes milliseconds on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_close(actual, expected, tolerance):
     assert actual.shape == expected.shape
     assert actual.isfinite().all()

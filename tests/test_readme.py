@@ -1,0 +1,43 @@
+"""The README's Python runs as it is written, block after block."""
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    row = names["data"]["validation"].cast_column("image", datasets.Image())[0]
+    answer = names["classifier"](row["image"])
+    assert {entry["label"] for entry in answer} <= set(names["id2label"].values())
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:recipes|tests|benchmarks)/[\w./-]+\.(?:py|yaml)", README)))
+)
+def test_named_files_exist(path):
+    assert (ROOT / path).is_file()
+
+
+def test_every_config_parses():
+    from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, parse_args
+
+    for config in (ROOT / "recipes" / "configs").glob("*.yaml"):
+        recipe, data, training = parse_args(
+            (RecipeArguments, DataArguments, DistillationTrainingArguments),
+            args=["--config", str(config), "--bf16", "false", "--use_cpu", "true"],
+        )
+        assert recipe.student
+        assert training.num_train_epochs >= 1
+        first_lines = config.read_text().splitlines()[:3]
+        assert all(line.startswith("#") for line in first_lines), config
