@@ -33,7 +33,7 @@ def test_every_config_parses():
     from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, parse_args
 
     for config in (ROOT / "recipes" / "configs").glob("*.yaml"):
-        recipe, data, training = parse_args(
+        recipe, _, training = parse_args(
             (RecipeArguments, DataArguments, DistillationTrainingArguments),
             args=["--config", str(config), "--bf16", "false", "--use_cpu", "true"],
         )
