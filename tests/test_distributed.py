@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
+TRAIN = """
 import json, os, sys
 import torch
 sys.path.insert(0, {tests!r})
@@ -37,10 +37,38 @@ if trainer.is_world_process_zero():
     json.dump(result, open(os.path.join(folder, "result.json"), "w"))
 """
 
+RESUME = """
+import json, os, sys
+import torch
+sys.path.insert(0, {tests!r})
+from tiny import make_trainer, timm_deit
+from nkd_hf import DataArguments, ImageCollator, ImageDataset, USKDLoss, load_image_dataset, train_transform
 
-def launch(folder: Path, processes: int) -> dict:
+folder = sys.argv[1]
+data = load_image_dataset(DataArguments(max_train_samples=96))
+transform = train_transform(DataArguments(horizontal_flip=0.0), 32, [0.5] * 3, [0.5] * 3)
+
+def run(**kwargs):
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        folder, timm_deit(drop_path=0.1), ImageDataset(data["train"], transform), distillation_loss=USKDLoss(32, 10),
+        data_collator=ImageCollator(10, mixup_alpha=0.8), per_device_train_batch_size=8, max_steps=15,
+        save_strategy="steps", save_steps=8,
+    )
+    trainer.train(**kwargs)
+    return {{key: value.clone() for key, value in trainer.model.state_dict().items()}}, trainer
+
+whole, _ = run()
+resumed, trainer = run(resume_from_checkpoint=os.path.join(folder, "checkpoint-8"))  # in the second epoch of 6 steps
+if trainer.is_world_process_zero():
+    differ = [key for key in whole if not torch.equal(whole[key], resumed[key])]
+    json.dump({{"world_size": trainer.args.world_size, "differ": differ}}, open(os.path.join(folder, "result.json"), "w"))
+"""
+
+
+def launch(folder: Path, processes: int, source: str) -> dict:
     script = folder / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(source.format(tests=str(Path(__file__).parent)))
     command = [
         sys.executable,
         "-m",
@@ -56,7 +84,7 @@ def launch(folder: Path, processes: int) -> dict:
 
 
 def test_two_processes_train_one_head_and_evaluate_each_sample_once(tmp_path):
-    result = launch(tmp_path, processes=2)
+    result = launch(tmp_path, 2, TRAIN)
     assert result["world_size"] == 2
     assert result["heads_equal"]
     # 31 held-out images: a fraction of 31 and no image counted twice
@@ -67,3 +95,7 @@ def test_two_processes_train_one_head_and_evaluate_each_sample_once(tmp_path):
     assert log["loss"] == pytest.approx(sum(log[name] for name in components), rel=1e-5)
     assert (tmp_path / "checkpoint-3" / "distillation_losses.safetensors").is_file()
     assert not (tmp_path / "checkpoint-3" / "training_args.bin").exists()
+
+
+def test_two_processes_resume_in_the_middle_of_an_epoch_bit_for_bit(tmp_path):
+    assert launch(tmp_path, 2, RESUME) == {"world_size": 2, "differ": []}
