@@ -181,6 +181,8 @@ class ImageCollator:
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         pixel_values = torch.stack([sample["pixel_values"] for sample in samples])
+        if self._mix is None and not any("labels" in sample or "label" in sample for sample in samples):
+            return {"pixel_values": pixel_values}  # `Trainer.predict` on images without labels
         labels = torch.tensor([self._label(row, sample) for row, sample in enumerate(samples)], dtype=torch.int64)
         if self._mix is not None:
             if all("epoch" in sample and "index" in sample for sample in samples):

@@ -28,7 +28,7 @@ def _by_rank(output: Tensor) -> Tensor:
     return _pool_nchw(output) if output.ndim == 4 else _tokens(output)
 
 
-# Family -> (layer, how its output becomes a feature). `{middle}` is the block at half of the depth.
+# Family -> (layer, how its output becomes a feature). `{middle}` is the block at half of the depth, `{last}` the last.
 _TIMM_LAYERS = {
     "resnet": ("timm_model.layer3", _pool_nchw),
     "mobilenetv1": ("timm_model.blocks.3", _pool_nchw),
@@ -79,7 +79,11 @@ class FeatureTap:
                 f"choose one that is, for example {_candidates(model, near=self.layer)}"
             )
         self._output: Tensor | None = None
-        self._hook = modules[self.layer].register_forward_hook(self._keep)
+        module = modules[self.layer]
+        # Its last part stands for a Sequential, which timm's gradient checkpointing takes apart without calling it.
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[-1]
+        self._hook = module.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         self._output = output if isinstance(output, Tensor) else output[0]

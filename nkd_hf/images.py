@@ -89,7 +89,7 @@ class ImageDataset(EpochDataset):
                 f" ({path})" if path else ""
             )
             try:
-                image, label = _read(sample, name)
+                image, label = read_sample(sample, name)
             except BadSampleError as error:
                 if self.on_bad_image == "error":
                     raise
@@ -189,7 +189,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         else:
             key = zlib.crc32("/".join(PurePath(image["path"] or "").parts[-2:]).encode())
         try:
-            decoded, label = _read(encoded, image["path"] or f"the image of CRC-32 {key:#010x}")
+            decoded, label = read_sample(encoded, image["path"] or f"the image of CRC-32 {key:#010x}")
         except BadSampleError as error:
             if self.on_bad_image == "error":
                 raise
@@ -207,7 +207,8 @@ class BadSampleError(ValueError):
     """A row whose image cannot be decoded or whose label is missing; the message names it."""
 
 
-def _read(sample: dict, name: str) -> tuple[PIL.Image.Image, int]:
+def read_sample(sample: dict, name: str) -> tuple[PIL.Image.Image, int]:
+    """The RGB image and the label of an encoded row; [`BadSampleError`], with its name, where there is none."""
     mend = "repair or remove it, or set on_bad_image to skip"
     if sample["label"] is None or sample["label"] < 0:
         raise BadSampleError(f"{name} has no label ({sample['label']}): {mend}")

@@ -81,6 +81,8 @@ class DistillationModel(nn.Module):
             `dict`: `logits` [B, C] and, with labels, `losses`: scalars by name, `task` (cross-entropy) first.
         """
         logits = self.student(pixel_values).logits
+        if labels is not None and not labels.is_floating_point():
+            labels = labels.long()
         if labels is None:
             if self.tap is not None:
                 self.tap.clear()
@@ -153,6 +155,8 @@ def save_student(student: PreTrainedModel, folder: str, state_dict: dict[str, Te
     if isinstance(student, TimmWrapperForImageClassification):
         # timm knows its own keys alone; transformers opens both kinds.
         state_dict = _under("timm_model.", state_dict)
+        # A config that came from a file holds its file's names, which would be written before those of id2label.
+        student.config.__dict__.pop("label_names", None)
     student.save_pretrained(folder, state_dict=state_dict)
 
 

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+from timm.data import resolve_data_config
+from timm.layers import PatchEmbed
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
 
@@ -28,10 +30,11 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
 
     Args:
         model: a `*ForImageClassification`, or a bare timm model.
-        processor: the transformers image processor that belongs to a native transformers model.
+        processor: the transformers image processor that belongs to a native transformers model. None looks where the
+            model came from.
 
     Returns:
-        The preprocessing, or None when neither the model nor the processor tells it.
+        The preprocessing, or None when nothing tells it.
     """
     config = getattr(model, "config", None)
     if isinstance(config, TimmWrapperConfig):
@@ -39,18 +42,23 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
     else:
         pretrained_cfg = getattr(model, "pretrained_cfg", None)
     if pretrained_cfg:
-        from timm.data import resolve_data_config
-
         data_config = resolve_data_config(dict(pretrained_cfg), verbose=False)
+        size = data_config["input_size"][1:]
+        if isinstance(getattr(model, "patch_embed", None), PatchEmbed):
+            # A bare timm model that was built for another size says so here alone.
+            size = model.patch_embed.img_size
         return Preprocessing(
             tuple(data_config["mean"]),
             tuple(data_config["std"]),
-            tuple(data_config["input_size"][1:]),
+            tuple(size),
             data_config["interpolation"],
         )
-    if processor is None:
-        return None
-    return _read_processor(processor)
+    if processor is None and config is not None and config.name_or_path:
+        try:
+            processor = AutoImageProcessor.from_pretrained(config.name_or_path)
+        except (OSError, ValueError):
+            return None
+    return None if processor is None else _read_processor(processor)
 
 
 def _read_processor(processor: BaseImageProcessor) -> Preprocessing:

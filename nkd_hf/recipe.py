@@ -1,15 +1,16 @@
 """The steps that the recipes share: open the data, train teacher, baseline and student, write down what came out."""
 
+import contextlib
 import copy
 import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import matplotlib.figure
 import timm
 import torch
+from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
@@ -17,7 +18,7 @@ from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
 from .batches import ImageCollator
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
 from .features import feature_shape
-from .images import ImageDataset, StreamingImageDataset
+from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .losses import NKDLoss, USKDLoss
 from .metrics import compute_metrics, top5_indices
 from .preprocessing import read_preprocessing
@@ -163,13 +164,21 @@ class Recipe:
     def train_student(self) -> None:
         """Trains the student with the distillation loss, from the seed and with the data of the baseline."""
         if self.args.distillation_loss != "none":
+            if self.teacher is None:
+                self.train_teacher()
             student = self._create(self.args.student, self.args.student_args)
             self._train("student", student, self._loss(student), self.teacher)
 
     def report(self) -> None:
         """Prints the table, writes `results.json` and `accuracy.png`, and shows how the student is opened."""
-        if not self.training_args.should_save:
-            return
+        if self.training_args.should_save:
+            self._write_report()
+        # A process that leaves while another still writes can take the whole group down.
+        state = PartialState()
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+    def _write_report(self) -> None:
         (self.folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
         self._plot(self.folder / "accuracy.png")
         names = {
@@ -234,6 +243,12 @@ class Recipe:
         # What is pushed, and what is resumed, is the recipe's result.
         is_result = loss is not None or self.args.distillation_loss == "none"
         args.push_to_hub = args.push_to_hub and is_result
+        args.hub_model_id = args.hub_model_id or self.folder.name
+        if loss is None:
+            args.feature_layer = None
+        resume = {"true": True, "false": None}.get(
+            str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint
+        )
         train, validation = self._datasets(student)
         trainer = DistillationTrainer(
             model=student,
@@ -252,14 +267,18 @@ class Recipe:
         if isinstance(teacher, str):
             self.results["teacher"] = self._teacher_accuracy(trainer)
         self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if is_result else None)
+        trainer.train(resume_from_checkpoint=resume if is_result else None)
         trainer.save_model()
         metrics = trainer.evaluate()
         trainer.save_state()
         key = "distilled" if name == "student" else name
         self.results[key] = metrics["eval_accuracy"]
+        # To the Trainer, a stream is one long epoch.
+        epochs = args.num_train_epochs if self.data_args.streaming else 1
         self.curves[key] = [
-            (entry["epoch"], entry["eval_accuracy"]) for entry in trainer.state.log_history if "eval_accuracy" in entry
+            (entry["epoch"] * epochs, entry["eval_accuracy"])
+            for entry in trainer.state.log_history
+            if "eval_accuracy" in entry
         ]
         for kind, data in (("training", train), ("evaluation", validation)):
             if data.num_bad_images:
@@ -287,11 +306,10 @@ class Recipe:
             images = min(images, self.data_args.max_train_samples)
         if args.max_steps <= 0:
             args.max_steps = streaming_max_steps(images, args.num_train_epochs, batch)
-        steps_per_epoch = streaming_max_steps(images, 1, batch)
         for kind in ("eval", "save", "logging"):
             if getattr(args, f"{kind}_strategy") == IntervalStrategy.EPOCH:
                 setattr(args, f"{kind}_strategy", IntervalStrategy.STEPS)
-                setattr(args, f"{kind}_steps", steps_per_epoch)
+                setattr(args, f"{kind}_steps", streaming_max_steps(images, 1, batch))
 
     def _plot(self, path: Path) -> None:
         figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
@@ -309,14 +327,15 @@ class Recipe:
         figure.savefig(path, dpi=120)
 
     def _show_pipeline(self, name: str) -> None:
-        row = next(iter(self.data["validation"].cast_column("image", datasets.Image())))
+        for row in self.data["validation"]:
+            with contextlib.suppress(BadSampleError):
+                image, label = read_sample(row, "the example")
+                break
         example = self.folder / "example.png"
-        row["image"].convert("RGB").save(example)
+        image.save(example)
         folder = self.folder / name
         answer = pipeline("image-classification", model=str(folder), device="cpu")(str(example), top_k=3)
-        print(
-            f"\nThe student opens anywhere; {example} is a held-out image of class {self.id2label[row['label']]!r}:\n"
-        )
+        print(f"\nThe student opens anywhere; {example} is a held-out image of class {self.id2label[label]!r}:\n")
         print(">>> from transformers import pipeline")
         print(f'>>> classifier = pipeline("image-classification", model="{folder}")')
         print(f'>>> classifier("{example}", top_k=3)')

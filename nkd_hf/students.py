@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers import (
     AutoImageProcessor,
@@ -69,8 +70,20 @@ def create_student(
     """
     if id2label is not None:
         num_labels = len(id2label)
+    if timm.is_model(name) and "." in name:
+        raise ValueError(
+            f"{name!r} names pretrained weights by its tag: write 'timm/{name}' for those, or "
+            f"{name.partition('.')[0]!r} for the architecture with random weights"
+        )
     if not timm.is_model(name):
         return _open_student(name, num_labels, id2label, model_args)
+    if not 0 < crop_pct <= 1 or len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+        raise ValueError(
+            f"expected 0 < crop_pct <= 1, and three values each of image_mean and image_std, of which the latter are > 0; "
+            f"got crop_pct={crop_pct}, image_mean={list(image_mean)}, image_std={list(image_std)}"
+        )
+    if interpolation not in (None, "bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
     model_args = dict(model_args or {})
     if interpolation is None:
         interpolation = "bicubic" if name.startswith(_BICUBIC_FAMILIES) else "bilinear"
@@ -91,7 +104,10 @@ def create_student(
             "interpolation": interpolation,
         },
     )
-    return TimmWrapperForImageClassification(config)
+    try:
+        return TimmWrapperForImageClassification(config)
+    except TypeError as error:
+        raise ValueError(f"timm's {name} does not take model_args={model_args}: {error}") from error
 
 
 def _open_student(
@@ -104,15 +120,20 @@ def _open_student(
         )
     if model_args:
         raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: leave them out")
-    labels = {}
     if id2label is not None:
-        labels = {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
-    elif num_labels is not None:
-        labels = {"num_labels": num_labels}
+        num_labels = len(id2label)
+    labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        return AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+        # In float32 whatever the file has: half precision is autocast's business, not that of the weights that train.
+        student = AutoModelForImageClassification.from_pretrained(
+            name, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
+    if id2label is not None:
+        student.config.id2label = dict(id2label)
+        student.config.label2id = {label: i for i, label in id2label.items()}
+    return student
 
 
 def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:

@@ -40,6 +40,7 @@ class Teacher(nn.Module):
         self.preprocessing = preprocessing
         self.id2label = id2label
         self.name = name
+        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self.register_buffer("order", None, persistent=False)
@@ -59,6 +60,13 @@ class Teacher(nn.Module):
             ValueError: the two label spaces cannot be matched (see [`match_labels`]).
         """
         self.scale = self.shift = None
+        if (self.preprocessing is None) != (preprocessing is None):
+            logger.warning(
+                "The %s's preprocessing is not known: the pixels reach %s as the student gets them. Hand in its image "
+                "processor (processing_class) so that they are normalised and resized as each of them wants.",
+                "student" if preprocessing is None else "teacher",
+                self.name,
+            )
         if self.preprocessing and preprocessing and preprocessing[:2] != self.preprocessing[:2]:
             student_mean, student_std, mean, std = (
                 torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
@@ -88,7 +96,7 @@ class Teacher(nn.Module):
                 pixel_values = F.interpolate(
                     pixel_values, self.preprocessing.size, mode=self.preprocessing.interpolation, antialias=True
                 )
-            output = self.model(pixel_values)
+            output = self.model(pixel_values.to(self.dtype))
             logits = output if isinstance(output, Tensor) else output.logits
             return logits if self.order is None else logits[:, self.order]
 
@@ -100,7 +108,8 @@ def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcess
         teacher (`str` or `nn.Module`): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
             `*ForImageClassification` of transformers, or a timm model. A module is frozen and put in eval mode.
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
-            does not carry its preprocessing; without it the module is taken to want the student's.
+            does not carry its preprocessing. None looks where the module came from; where nothing is found, the module
+            gets the student's pixels, with a warning.
 
     Returns:
         [`Teacher`]
@@ -125,7 +134,7 @@ def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcess
         id2label = getattr(config, "id2label", None)
         return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
     try:
-        model = AutoModelForImageClassification.from_pretrained(teacher)
+        model = AutoModelForImageClassification.from_pretrained(teacher, dtype=torch.float32)
         if processing_class is None and not isinstance(model.config, TimmWrapperConfig):
             processing_class = AutoImageProcessor.from_pretrained(teacher)
     except (OSError, ValueError) as error:

@@ -1,6 +1,9 @@
 """`transformers.Trainer` with a teacher, or with self-distillation."""
 
 import contextlib
+import copy
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +12,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperImageProcessor, Trainer, TrainerCallback
+from torch.utils.data import ConcatDataset, Subset
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    TimmWrapperForImageClassification,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_pt_utils import nested_gather
 
 from .batches import EpochDataset, EpochSampler, ImageCollator
@@ -17,6 +27,8 @@ from .modeling import DistillationModel
 from .preprocessing import read_preprocessing
 from .teacher import Teacher, load_teacher
 from .training_args import DistillationTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
@@ -76,13 +88,20 @@ class DistillationTrainer(Trainer):
         **kwargs,
     ):
         args = DistillationTrainingArguments("tmp_trainer") if args is None else args
-        if distillation_loss is None:
-            distillation_loss = {}
-        elif isinstance(distillation_loss, nn.Module):
-            distillation_loss = {"distillation": distillation_loss}
-        self._distillation_losses = distillation_loss
+        if not isinstance(args, DistillationTrainingArguments):
+            raise ValueError(
+                f"args must be DistillationTrainingArguments, got {type(args).__name__}: it takes the same ones"
+            )
+        losses = {} if distillation_loss is None else distillation_loss
+        losses = losses if isinstance(losses, dict) else {"distillation": losses}
+        for loss in losses.values():
+            if not isinstance(loss, nn.Module):
+                raise ValueError(
+                    f"distillation_loss must be a module such as NKDLoss(), or a dict of them by name, got {loss!r}"
+                )
+        self._distillation_losses = losses
         if model is not None:
-            model = self._with_losses(model, args)
+            model = self._with_losses(model, losses, args)
         self._component_sums: dict[str, Tensor] = {}
         self._component_steps = 0.0
         self._saving_checkpoint = False
@@ -93,15 +112,15 @@ class DistillationTrainer(Trainer):
         self.current_gradient_accumulation_steps = 1
         self.teacher = self._prepare_teacher(teacher)
 
-    def _with_losses(self, model: nn.Module, args: DistillationTrainingArguments) -> DistillationModel:
+    def _with_losses(
+        self, model: nn.Module, losses: dict[str, nn.Module], args: DistillationTrainingArguments
+    ) -> DistillationModel:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"model must be a *ForImageClassification of transformers, got {type(model).__name__}: "
                 'for a timm architecture give create_student("<its name>")'
             )
-        return DistillationModel(
-            model, self._distillation_losses, args.feature_layer, label_smoothing=args.label_smoothing_factor
-        )
+        return DistillationModel(model, losses, args.feature_layer, label_smoothing=args.label_smoothing_factor)
 
     def _prepare_teacher(self, teacher: str | nn.Module | Teacher | None) -> nn.Module | None:
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
@@ -131,8 +150,9 @@ class DistillationTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        # model_init gives a student, and the Trainer needs the module that is trained.
-        return self._with_losses(super().call_model_init(trial), self.args)
+        # model_init gives a student, and the Trainer needs the module that is trained; its losses start anew as well.
+        losses = copy.deepcopy(self._distillation_losses)
+        return self._with_losses(super().call_model_init(trial), losses, self.args)
 
     def compute_loss(
         self,
@@ -152,10 +172,14 @@ class DistillationTrainer(Trainer):
         Returns:
             `Tensor`: a float32 scalar.
         """
+        if "labels" not in inputs:
+            raise ValueError(
+                f"the batch must hold pixel_values and labels, got {', '.join(inputs)}: see data_collator"
+            )
         pixel_values, labels = inputs["pixel_values"], inputs["labels"]
         if not torch.is_grad_enabled():
             logits = model(pixel_values)["logits"]
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels if labels.is_floating_point() else labels.long())
             return (loss, {"logits": logits}) if return_outputs else loss
         teacher_logits = self.teacher(pixel_values) if self.teacher is not None else None
         outputs = model(pixel_values, labels, teacher_logits)
@@ -192,6 +216,13 @@ class DistillationTrainer(Trainer):
             self.pop_callback(_SetEpoch)
             self.add_callback(_SetEpoch(sampler))
             return sampler
+        parts = train_dataset.datasets if isinstance(train_dataset, ConcatDataset) else [train_dataset]
+        parts = [part.dataset if isinstance(part, Subset) else part for part in parts]
+        if any(isinstance(part, EpochDataset) for part in parts):
+            raise ValueError(
+                f"a {type(train_dataset).__name__} of an ImageDataset would see the augmentation of epoch 0 in all epochs: "
+                "select or concatenate the rows of the datasets.Dataset, and make an ImageDataset of the result"
+            )
         return super()._get_train_sampler(train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
@@ -230,11 +261,19 @@ class DistillationTrainer(Trainer):
         model: DistillationModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state_dict = model.state_dict() if state_dict is None else state_dict
         model.save(output_dir, state_dict, with_losses=self._saving_checkpoint)
+        timm_student = isinstance(model.student, TimmWrapperForImageClassification)
+        if self.processing_class is None and not timm_student and not self._saving_checkpoint:
+            logger.warning(
+                "%s holds no preprocessing, so that pipeline() cannot open it: hand the student's image processor to "
+                "DistillationTrainer(processing_class=...).",
+                output_dir,
+            )
         # A timm student's preprocessing is in its config.json, where transformers and timm look for it.
-        if self.processing_class is not None and not isinstance(self.processing_class, TimmWrapperImageProcessor):
+        if self.processing_class is not None and not timm_student:
             self.processing_class.save_pretrained(output_dir)
         with open(os.path.join(output_dir, "training_args.yaml"), "w", encoding="utf-8") as file:
-            yaml.safe_dump(self.args.to_dict(), file, sort_keys=False)
+            # Through JSON, which turns what YAML has no name for (paths, numpy's numbers) into text.
+            yaml.safe_dump(json.loads(json.dumps(self.args.to_dict(), default=str)), file, sort_keys=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The default looks for the trained module's keys, and a checkpoint holds the student's.

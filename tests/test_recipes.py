@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 from transformers import pipeline
 
-from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, parse_args
+from nkd_hf import (
+    DataArguments,
+    DistillationTrainingArguments,
+    Recipe,
+    RecipeArguments,
+    load_image_dataset,
+    parse_args,
+)
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--max_train_samples", "96", "--max_eval_samples", "40", "--num_train_epochs", "2", "--disable_tqdm", "true"]
@@ -63,6 +70,30 @@ def run(recipe: str, *arguments: str) -> Recipe:
     run.train_baseline()
     run.train_student()
     return run
+
+
+def test_feature_layer_is_for_the_self_distilled_student_alone(tmp_path):
+    recipe = run("self_distill", "--output_dir", str(tmp_path), "--feature_layer", "timm_model.layer2")
+    assert set(recipe.curves) == {"baseline", "distilled"}
+
+
+def test_own_images_with_a_broken_one_that_is_skipped(tmp_path, capsys):
+    folder = tmp_path / "images"
+    data = load_image_dataset(DataArguments())
+    for split in ("train", "val"):
+        for i in range(60):
+            row = data["train"][i]
+            path = folder / split / f"digit {row['label']}" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(row["image"]["bytes"])
+    first = sorted((folder / "val").rglob("*.png"))[0]
+    first.write_bytes(first.read_bytes()[:60])
+    recipe = run("distill_cnn", "--dataset_name", str(folder), "--output_dir", str(tmp_path / "run"), "--distillation_loss",
+                 "none", "--on_bad_image", "skip", "--max_eval_samples", "60")  # fmt: skip
+    recipe.report()
+    said = capsys.readouterr().out
+    assert "1 bad evaluation images were replaced" in said
+    assert "digit " in said.strip().splitlines()[-1]
 
 
 def test_baseline_of_a_recipe_from_a_stream(tmp_path):

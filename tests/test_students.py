@@ -1,5 +1,7 @@
 """What is built, saved and opened again: by transformers, by a pipeline, by timm."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn, timm_deit
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from nkd_hf import USKDLoss, create_student, load_image_processor
+from nkd_hf.modeling import save_student
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +83,35 @@ def test_names_that_open_nothing_are_errors(tmp_path):
         create_student(str(tmp_path))
     with pytest.raises(ValueError, match=r"model_args are for timm architectures"):
         create_student(str(tmp_path), model_args={"depth": 3})
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], [f"digit {i}" for i in range(10)]])
+def test_timm_folder_opens_with_other_names(tmp_path, image, names):
+    save_student(timm_cnn(), str(tmp_path / "first"))
+    student = create_student(str(tmp_path / "first"), id2label=dict(enumerate(names)))
+    assert student(torch.zeros(1, 3, 32, 32)).logits.shape == (1, len(names))
+    save_student(student, str(tmp_path / "second"))
+    answer = pipeline("image-classification", model=str(tmp_path / "second"), device="cpu")(image, top_k=len(names))
+    assert {entry["label"] for entry in answer} == set(names)
+    if len(names) == 10:  # the head fits, and stays
+        torch.testing.assert_close(student.state_dict(), timm_cnn().state_dict(), rtol=0, atol=0)
+
+
+def test_student_from_a_half_precision_file_trains_in_float32(tmp_path):
+    native_vit().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert all(parameter.dtype == torch.float32 for parameter in create_student(str(tmp_path)).parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet18.tv_in1k"}, "write 'timm/resnet18.tv_in1k' for those, or 'resnet18'"),
+        ({"crop_pct": 0.0}, "expected 0 < crop_pct <= 1"),
+        ({"image_mean": [0.5]}, "three values each of image_mean and image_std"),
+        ({"interpolation": "nearest"}, "interpolation must be bilinear or bicubic, got 'nearest'"),
+        ({"model_args": {"nope": 1}}, "timm's resnet18 does not take model_args={'nope': 1}"),
+    ],
+)
+def test_arguments_out_of_range_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_student(**({"name": "resnet18", "num_labels": 10} | arguments))

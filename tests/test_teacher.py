@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn
-from transformers import ViTImageProcessor
+from tiny import DIGITS, digits, make_trainer, native_resnet, native_vit, timm_cnn
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from nkd_hf import NKDLoss, create_student, load_teacher
 from nkd_hf.preprocessing import Preprocessing, read_preprocessing
@@ -103,3 +103,27 @@ def test_bare_timm_module_is_a_teacher(tmp_path):
     trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 32), teacher=teacher, distillation_loss=NKDLoss())
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_native_module_is_normalised_as_the_folder_that_it_came_from(tmp_path):
+    native_vit(seed=1).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    module = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert load_teacher(module).preprocessing == load_teacher(str(tmp_path)).preprocessing
+    assert load_teacher(module).preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_unknown_preprocessing_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        load_teacher(native_vit()).align(read_preprocessing(timm_cnn()), None)
+    assert "The teacher's preprocessing is not known" in caplog.text
+
+
+def test_half_precision_teacher(tmp_path):
+    student = timm_cnn()
+    teacher = native_resnet(seed=1).to(torch.bfloat16)
+    trainer = make_trainer(tmp_path, student, digits(0, 32), teacher=teacher, distillation_loss=NKDLoss())
+    assert trainer.teacher(torch.rand(2, 3, 32, 32)).isfinite().all()
+    teacher.save_pretrained(tmp_path / "teacher")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "teacher")
+    assert load_teacher(str(tmp_path / "teacher"))(torch.rand(2, 3, 32, 32)).dtype == torch.float32

@@ -4,10 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import yaml
 from huggingface_hub import RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from tiny import (
@@ -22,7 +24,17 @@ from tiny import (
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from nkd_hf import DistillationTrainingArguments, ImageCollator, NKDLoss, USKDLoss
+from nkd_hf import (
+    DataArguments,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    ImageCollator,
+    ImageDataset,
+    NKDLoss,
+    USKDLoss,
+    load_image_dataset,
+    train_transform,
+)
 
 STUDENTS = {"timm-cnn": timm_cnn, "timm-deit": timm_deit, "native-vit": native_vit, "native-resnet": native_resnet}
 COMPONENTS = {
@@ -316,8 +328,6 @@ def test_model_init_and_callbacks(tmp_path, train):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             steps.append(state.global_step)
 
-    from nkd_hf import DistillationTrainer
-
     trainer = DistillationTrainer(
         model_init=lambda: timm_deit(),
         args=DistillationTrainingArguments(
@@ -336,6 +346,10 @@ def test_arguments_that_do_not_fit_are_errors(tmp_path, train):
         make_trainer(tmp_path, timm_cnn(), train, distillation_loss=NKDLoss())
     with pytest.raises(ValueError, match=r"none, which asks for no teacher"):
         make_trainer(tmp_path, timm_cnn(), train, teacher=timm_cnn())
+    with pytest.raises(ValueError, match=r"must be a module such as NKDLoss\(\)"):
+        make_trainer(tmp_path, timm_cnn(), train, teacher=timm_cnn(), distillation_loss=NKDLoss)
+    with pytest.raises(ValueError, match=r"args must be DistillationTrainingArguments, got TrainingArguments"):
+        DistillationTrainer(timm_cnn(), TrainingArguments(str(tmp_path)))
     with pytest.raises(ValueError, match=r"is read by no distillation loss"):
         make_trainer(tmp_path, timm_cnn(), train, feature_layer="timm_model.layer2")
     with pytest.raises(ValueError, match=r"got ResNet: for a timm architecture give create_student"):
@@ -350,3 +364,69 @@ def test_arguments_that_do_not_fit_are_errors(tmp_path, train):
 
     with pytest.raises(ValueError, match=r"asks for \['attention_maps'\]"):
         make_trainer(tmp_path, timm_cnn(), train, distillation_loss=Odd())
+
+
+@pytest.mark.parametrize("student", [timm_cnn, timm_deit, native_vit])
+def test_gradient_checkpointing_changes_nothing(tmp_path, train, student):
+    runs = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        loss = USKDLoss(32, 10)
+        trainer = make_trainer(
+            tmp_path, student(), train, distillation_loss=loss, gradient_checkpointing=checkpointing
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+def test_model_init_starts_the_losses_anew(tmp_path, train):
+    args = DistillationTrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        learning_rate=0.1,
+    )
+    trainer = DistillationTrainer(
+        model_init=lambda: timm_deit(), args=args, train_dataset=train, distillation_loss=USKDLoss(32, 10)
+    )
+    first = trainer.train() and losses(trainer)
+    assert (trainer.train() and losses(trainer)) == first
+
+
+def test_parts_of_an_image_dataset_are_refused(tmp_path):
+    data = load_image_dataset(DataArguments(max_train_samples=32))["train"]
+    images = ImageDataset(data, train_transform(DataArguments(), 32, [0.5] * 3, [0.5] * 3))
+    for part in (torch.utils.data.Subset(images, range(8)), torch.utils.data.ConcatDataset([images, images])):
+        trainer = make_trainer(tmp_path, timm_cnn(), part)
+        with pytest.raises(ValueError, match=r"would see the augmentation of epoch 0 in all epochs"):
+            trainer.train()
+
+
+def test_arguments_that_yaml_has_no_name_for_are_saved(tmp_path):
+    trainer = make_trainer(tmp_path, timm_cnn(), learning_rate=np.float64(1e-3), run_name=Path("run"))
+    trainer.save_model(tmp_path / "student")
+    saved = yaml.safe_load((tmp_path / "student" / "training_args.yaml").read_text())
+    assert saved["learning_rate"] == 1e-3
+    assert saved["run_name"] == "run"
+
+
+def test_integer_labels_of_any_size(tmp_path, train):
+    batch = {"pixel_values": torch.stack([s["pixel_values"] for s in train[:8]]), "labels": torch.arange(8)}
+    trainer = make_trainer(tmp_path, native_vit(), train, distillation_loss=USKDLoss(32, 10))
+    expected = trainer.compute_loss(trainer.model, batch)
+    batch["labels"] = batch["labels"].int()
+    assert trainer.compute_loss(trainer.model, batch) == expected
+    with torch.no_grad():
+        assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
+def test_predict_without_labels_through_the_collator(tmp_path, train):
+    trainer = make_trainer(tmp_path, timm_cnn(), train, data_collator=ImageCollator(10, mixup_alpha=0.8))
+    unlabelled = [{"pixel_values": sample["pixel_values"]} for sample in train[:20]]
+    assert trainer.predict(unlabelled).predictions.shape == (20, 10)
+    with pytest.raises(ValueError, match=r"the batch must hold pixel_values and labels"):
+        trainer.compute_loss(trainer.model, {"pixel_values": torch.zeros(1, 3, 32, 32)})
