@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .losses import NKDLoss, USKDLoss, nkd_loss, uskd_loss
     from .metrics import TopKAccuracy
     from .parser import parse_args
-    from .recipe import Recipe, RecipeArguments
+    from .recipe import Recipe
+    from .recipe_args import RecipeArguments
     from .students import create_student, load_image_processor
     from .teacher import load_teacher
     from .trainer import DistillationTrainer
@@ -28,7 +29,7 @@ _MODULE_OF = {
     "ImageDataset": "images",
     "NKDLoss": "losses",
     "Recipe": "recipe",
-    "RecipeArguments": "recipe",
+    "RecipeArguments": "recipe_args",
     "StreamingImageDataset": "images",
     "TopKAccuracy": "metrics",
     "USKDLoss": "losses",
