@@ -192,10 +192,10 @@ class DistillationTrainer(Trainer):
         loss = sum(losses.values())
         return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
 
-    def train(self, *args, **kwargs):
-        # What an interrupted run has left in the sums is not of this run.
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs):
+        # What an interrupted run, or an attempt of auto_find_batch_size, has left in the sums is not of this run.
         self._component_sums, self._component_steps = {}, 0.0
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(batch_size, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.

@@ -66,20 +66,21 @@ if trainer.is_world_process_zero():
 """
 
 
+def torchrun(processes: int, *command: str | Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def launch(folder: Path, processes: int, source: str) -> dict:
     script = folder / "train.py"
     script.write_text(source.format(tests=str(Path(__file__).parent)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        str(script),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(processes, script, str(folder))
     return json.loads((folder / "result.json").read_text())
 
 
@@ -99,3 +100,16 @@ def test_two_processes_train_one_head_and_evaluate_each_sample_once(tmp_path):
 
 def test_two_processes_resume_in_the_middle_of_an_epoch_bit_for_bit(tmp_path):
     assert launch(tmp_path, 2, RESUME) == {"world_size": 2, "differ": []}
+
+
+def test_recipe_in_two_processes_writes_all_its_results(tmp_path):
+    recipes = Path(__file__).parents[1] / "recipes"
+    torchrun(
+        2, recipes / "distill_cnn.py", "--config", recipes / "configs" / "digits_distill_cnn.yaml", "--use_cpu", "true",
+        "--max_train_samples", "64", "--max_eval_samples", "41", "--num_train_epochs", "1", "--output_dir", tmp_path,
+    )  # fmt: skip
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"teacher", "baseline", "student", "results.json", "accuracy.png", "example.png"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    for accuracy in results.values():  # of 41 images, none counted twice
+        assert accuracy * 41 == pytest.approx(round(accuracy * 41))

@@ -430,3 +430,20 @@ def test_predict_without_labels_through_the_collator(tmp_path, train):
     assert trainer.predict(unlabelled).predictions.shape == (20, 10)
     with pytest.raises(ValueError, match=r"the batch must hold pixel_values and labels"):
         trainer.compute_loss(trainer.model, {"pixel_values": torch.zeros(1, 3, 32, 32)})
+
+
+def test_components_leave_out_the_attempts_of_auto_find_batch_size(tmp_path, train):
+    class OutOfMemoryOnce(USKDLoss):
+        calls = 0
+
+        def forward(self, mid_feature, student_logits, labels):
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward(mid_feature, student_logits, labels)
+
+    trainer = make_trainer(tmp_path, timm_deit(), train, distillation_loss=OutOfMemoryOnce(32, 10), logging_steps=2,
+                           auto_find_batch_size=True)  # fmt: skip
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(sum(first[name] for name in COMPONENTS[USKDLoss]), rel=1e-5)
