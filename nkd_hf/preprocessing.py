@@ -6,7 +6,6 @@ from timm.data import resolve_data_config
 from timm.layers import PatchEmbed
 from torch import nn
 from transformers import AutoImageProcessor, BaseImageProcessor
-from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
 
 class Preprocessing(NamedTuple):
@@ -26,7 +25,7 @@ class Preprocessing(NamedTuple):
 
 
 def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = None) -> Preprocessing | None:
-    """Reads a model's preprocessing from its timm configuration, or else from its image processor.
+    """Reads a model's preprocessing from timm's `pretrained_cfg`, or else from its image processor.
 
     Args:
         model: a `*ForImageClassification`, or a bare timm model.
@@ -37,10 +36,8 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
         The preprocessing, or None when nothing tells it.
     """
     config = getattr(model, "config", None)
-    if isinstance(config, TimmWrapperConfig):
-        pretrained_cfg = getattr(config, "pretrained_cfg", None)
-    else:
-        pretrained_cfg = getattr(model, "pretrained_cfg", None)
+    # In the configuration of transformers' models; a bare timm model has it itself.
+    pretrained_cfg = getattr(config, "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None)
     if pretrained_cfg:
         data_config = resolve_data_config(dict(pretrained_cfg), verbose=False)
         size = data_config["input_size"][1:]

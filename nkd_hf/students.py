@@ -1,4 +1,4 @@
-"""Builds a student: a timm architecture from scratch, or a model from the Hub or a folder."""
+"""Builds a student: an architecture from scratch, or a model from the Hub or a folder."""
 
 import difflib
 import os
@@ -12,11 +12,15 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    BitImageProcessor,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperImageProcessor,
 )
+from transformers.image_utils import PILImageResampling
+
+from .architectures import ARCHITECTURES, is_architecture
 
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
@@ -28,27 +32,31 @@ def create_student(
     num_labels: int | None = None,
     id2label: dict[int, str] | None = None,
     model_args: dict[str, Any] | None = None,
-    image_size: int = 224,
-    image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
-    crop_pct: float = 0.875,
+    image_size: int | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
     interpolation: str | None = None,
 ) -> PreTrainedModel:
     """Builds a student that `DistillationTrainer` trains and `AutoModelForImageClassification` opens afterwards.
 
     Args:
-        name (`str`): the name of a timm architecture (`"deit_tiny_patch16_224"`), which starts from random weights; or
-            a Hub id or a folder (`"microsoft/resnet-18"`), which starts from its own weights and keeps its own
-            preprocessing, so that all arguments but the labels are for timm architectures only.
-        num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for a timm architecture, and
-            else the model's own. A model that has another number gets a new head.
+        name (`str`): the name of an architecture, which starts from random weights: one of timm's
+            (`"deit_tiny_patch16_224"`), `"shufflenet_v2_x1_0"`, `"resnet18_cifar"` or `"resnet34_cifar"`; or a Hub id or
+            a folder (`"microsoft/resnet-18"`), which starts from its own weights and keeps its own preprocessing, so
+            that all arguments but the labels are for architectures only.
+        num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for an architecture, 100
+            (CIFAR-100) for `*_cifar`, and else the model's own. A model that has another number gets a new head.
         id2label (`dict[int, str]`, *optional*): class names; they are saved with the student. Their number replaces
             `num_labels`.
-        model_args (`dict`, *optional*): handed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`.
-        image_size (`int`, defaults to 224): height and width of the input in pixels.
-        image_mean, image_std (`Sequence[float]`): per channel, in units of [0, 1]; ImageNet's by default.
-        crop_pct (`float`, defaults to 0.875): evaluation resizes the short side to `image_size / crop_pct` before the
-            central crop. This is the paper's preprocessing (cls_KD), not that of timm's pretrained weights.
+        model_args (`dict`, *optional*): handed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. Of the
+            three others: `stages_repeats` and `stages_out_channels`, or `layers`.
+        image_size (`int`, *optional*): height and width of the input in pixels; None means 224, or 32 for `*_cifar`.
+        image_mean, image_std (`Sequence[float]`, *optional*): per channel, in units of [0, 1]; None means ImageNet's,
+            or CIFAR-100's for `*_cifar`.
+        crop_pct (`float`, *optional*): evaluation resizes the short side to `image_size / crop_pct` before the central
+            crop; None means 0.875, or 1.0 for `*_cifar`. This is the paper's preprocessing (cls_KD), not that of timm's
+            pretrained weights.
         interpolation (`str`, *optional*): `bilinear` or `bicubic`; None takes the paper's, which is bicubic for DeiT,
             ViT and Swin and bilinear for CNNs.
 
@@ -56,7 +64,7 @@ def create_student(
         `PreTrainedModel`: its forward maps `pixel_values` [B, 3, H, W] to `.logits` [B, C].
 
     Raises:
-        ValueError: `name` is neither a timm architecture nor a model that can be opened, or has no use for model_args.
+        ValueError: `name` is neither an architecture nor a model that can be opened, or has no use for model_args.
 
     Example:
 
@@ -75,34 +83,44 @@ def create_student(
             f"{name!r} names pretrained weights by its tag: write 'timm/{name}' for those, or "
             f"{name.partition('.')[0]!r} for the architecture with random weights"
         )
-    if not timm.is_model(name):
+    if not is_architecture(name):
         return _open_student(name, num_labels, id2label, model_args)
+    default = _default_preprocessing(name)
+    image_size = default["input_size"][-1] if image_size is None else image_size
+    image_mean = default["mean"] if image_mean is None else image_mean
+    image_std = default["std"] if image_std is None else image_std
+    crop_pct = default["crop_pct"] if crop_pct is None else crop_pct
+    interpolation = default["interpolation"] if interpolation is None else interpolation
     if not 0 < crop_pct <= 1 or len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
         raise ValueError(
             f"expected 0 < crop_pct <= 1, and three values each of image_mean and image_std, of which the latter are > 0; "
             f"got crop_pct={crop_pct}, image_mean={list(image_mean)}, image_std={list(image_std)}"
         )
-    if interpolation not in (None, "bilinear", "bicubic"):
+    if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    pretrained_cfg = {
+        "input_size": [3, image_size, image_size],
+        "mean": list(image_mean),
+        "std": list(image_std),
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+    }
+    if num_labels is None:
+        num_labels = ARCHITECTURES[name].num_labels if name in ARCHITECTURES else 1000
+    labels = {"num_labels": num_labels}
+    if id2label is not None:
+        labels |= {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
     model_args = dict(model_args or {})
-    if interpolation is None:
-        interpolation = "bicubic" if name.startswith(_BICUBIC_FAMILIES) else "bilinear"
+    if name in ARCHITECTURES:
+        return _create_from_config(name, model_args, pretrained_cfg=pretrained_cfg, **labels)
     # Transformers are built for one input size; CNNs do not know the argument.
     if name.startswith(_BICUBIC_FAMILIES):
         model_args.setdefault("img_size", image_size)
     config = TimmWrapperConfig(
         architecture=name,
-        num_labels=num_labels or 1000,
-        id2label=id2label,
-        label2id=None if id2label is None else {label: i for i, label in id2label.items()},
         model_args=model_args or None,
-        pretrained_cfg={
-            "input_size": [3, image_size, image_size],
-            "mean": list(image_mean),
-            "std": list(image_std),
-            "crop_pct": crop_pct,
-            "interpolation": interpolation,
-        },
+        pretrained_cfg=pretrained_cfg,
+        **labels,
     )
     try:
         return TimmWrapperForImageClassification(config)
@@ -110,11 +128,38 @@ def create_student(
         raise ValueError(f"timm's {name} does not take model_args={model_args}: {error}") from error
 
 
+def _default_preprocessing(name: str) -> dict[str, Any]:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name].model_class.config_class().pretrained_cfg
+    return {
+        "input_size": [3, 224, 224],
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic" if name.startswith(_BICUBIC_FAMILIES) else "bilinear",
+    }
+
+
+def _create_from_config(name: str, model_args: dict[str, Any], **kwargs) -> PreTrainedModel:
+    model_class, _, settings = ARCHITECTURES[name]
+    if unknown := sorted(set(model_args) - set(settings)):
+        raise ValueError(
+            f"{name} does not take model_args={model_args}: expected some of {list(settings)}, got {unknown}"
+        )
+    try:
+        return model_class(model_class.config_class(**(settings | model_args), **kwargs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} does not take model_args={model_args}: {error}") from error
+
+
 def _open_student(
     name: str, num_labels: int | None, id2label: dict[int, str] | None, model_args: dict[str, Any] | None
 ) -> PreTrainedModel:
     if "/" not in name and not os.path.isdir(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
+        names = [*ARCHITECTURES, *timm.list_models()]
+        near = (
+            ", ".join(difflib.get_close_matches(name, names, n=5)) or f"see timm.list_models() and {[*ARCHITECTURES]}"
+        )
         raise ValueError(
             f"{name!r} is neither a timm architecture (near: {near}) nor a folder, and a Hub id has a slash (owner/name)"
         )
@@ -149,4 +194,14 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
     """
     if isinstance(student, TimmWrapperForImageClassification):
         return TimmWrapperImageProcessor(student.config.pretrained_cfg, architecture=student.config.architecture)
+    if pretrained_cfg := getattr(student.config, "pretrained_cfg", None):
+        size = pretrained_cfg["input_size"][-1]
+        # Its crop is torchvision's, but for half a pixel that it rounds down where torchvision rounds to even.
+        return BitImageProcessor(
+            size={"shortest_edge": round(size / pretrained_cfg["crop_pct"])},
+            crop_size={"height": size, "width": size},
+            resample=PILImageResampling[pretrained_cfg["interpolation"].upper()],
+            image_mean=pretrained_cfg["mean"],
+            image_std=pretrained_cfg["std"],
+        )
     return AutoImageProcessor.from_pretrained(student.name_or_path)
