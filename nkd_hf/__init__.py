@@ -8,8 +8,9 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from .batches import ImageCollator
     from .data import DataArguments, load_image_dataset
+    from .features import token_shape
     from .images import ImageDataset, StreamingImageDataset
-    from .losses import NKDLoss, USKDLoss, nkd_loss, uskd_loss
+    from .losses import NKDLoss, USKDLoss, ViTKDLoss, nkd_loss, uskd_loss
     from .metrics import TopKAccuracy
     from .parser import parse_args
     from .recipe import Recipe
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "StreamingImageDataset": "images",
     "TopKAccuracy": "metrics",
     "USKDLoss": "losses",
+    "ViTKDLoss": "losses",
     "create_student": "students",
     "load_image_dataset": "data",
     "load_image_processor": "students",
@@ -40,6 +42,7 @@ _MODULE_OF = {
     "nkd_loss": "losses",
     "parse_args": "parser",
     "processor_transform": "transforms",
+    "token_shape": "features",
     "train_transform": "transforms",
     "uskd_loss": "losses",
 }

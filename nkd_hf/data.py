@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import datasets
 import numpy as np
 import PIL.Image
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -57,7 +57,15 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read the dataset as a stream, with no copy on disk."})
     num_train_images: int | None = field(
-        default=None, metadata={"help": "Streaming: images in an epoch, from which the number of steps is computed."}
+        default=None,
+        metadata={"help": "Images in an epoch: a stream's number of steps, and `nkd-hf plan`, are computed from it."},
+    )
+    num_classes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Classes that the dataset must have; `nkd-hf plan` reckons with them. Default for the plan: the "
+            "architecture's own, 1000 or CIFAR's 100."
+        },
     )
     on_bad_image: str = field(
         default="error",
@@ -82,6 +90,12 @@ class DataArguments:
     random_erasing: float = field(
         default=0.0, metadata={"help": "Probability that a rectangle is replaced with noise (timm's `pixel` mode)."}
     )
+    pca_lighting: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviation of AlexNet's lighting noise along the principal axes of ImageNet's colours."
+        },
+    )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Beta parameter of mixup; 0 switches it off."})
     cutmix_alpha: float = field(
         default=0.0, metadata={"help": "Beta parameter of cutmix; 0 switches it off. With mixup: one of them a batch."}
@@ -92,24 +106,31 @@ class DataArguments:
             raise ValueError(f"on_bad_image must be error or skip, got {self.on_bad_image!r}")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"train_val_split must lie between 0 and 1, got {self.train_val_split}")
-        for name in ("max_train_samples", "max_eval_samples", "num_train_images", "random_crop_padding"):
+        for name in (
+            "max_train_samples",
+            "max_eval_samples",
+            "num_train_images",
+            "num_classes",
+            "random_crop_padding",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}: leave it out to switch it off")
         for name in ("horizontal_flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability from 0 to 1, got {getattr(self, name)}")
-        for name in ("mixup_alpha", "cutmix_alpha"):
+        for name in ("pca_lighting", "mixup_alpha", "cutmix_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}: 0 switches it off")
         crop = self.random_resized_crop
         if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
             raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
-        if self.random_crop_padding is not None and (self.auto_augment or self.random_erasing):
-            raise ValueError(
-                "random_crop_padding does not go with auto_augment or random_erasing, whose pipeline (timm's) crops by "
-                "random_resized_crop: drop the one or the others"
-            )
+        for name in ("random_crop_padding", "pca_lighting"):
+            if getattr(self, name) and (self.auto_augment or self.random_erasing):
+                raise ValueError(
+                    f"{name} does not go with auto_augment or random_erasing, whose pipeline (timm's) does not have it: "
+                    "drop the one or the others"
+                )
 
 
 def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | IterableDatasetDict:
@@ -136,7 +157,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     """
     loaded = _load(args)
     splits = {"train": _pick_split(loaded, args.train_split, ["train"], "train_split")}
-    candidates = [name for name in ("validation", "val", "valid", "test") if name != args.train_split]
+    candidates = [name for name in _EVALUATION_SPLITS if name != args.train_split]
     if args.validation_split is not None or any(name in loaded for name in candidates):
         splits["validation"] = _pick_split(loaded, args.validation_split, candidates, "validation_split")
     elif args.streaming:
@@ -146,11 +167,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         )
     splits = {name: _pick_columns(split, args) for name, split in splits.items()}
     if args.streaming:
-        if _is_text(splits["train"].features["label"]):
-            raise ValueError(
-                f"the labels of {args.dataset_name!r} are text, and a stream does not say which there are: load without "
-                "streaming, or store the dataset with `class_encode_column`"
-            )
+        _check_stream(splits["train"], args)
         limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
         return IterableDatasetDict(
             {name: split.take(limits[name]) if limits[name] else split for name, split in splits.items()}
@@ -160,11 +177,38 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     if "validation" not in splits:
         train, validation = _split_rows(splits["train"]["label"][:], args.train_val_split, seed)
         splits = {"train": splits["train"].select(train), "validation": splits["train"].select(validation)}
-    # Shuffled, since the rows of a folder of images are sorted by class.
-    for name, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
-        if limit is not None and limit < len(splits[name]):
-            splits[name] = splits[name].shuffle(seed=seed).select(range(limit))
-    return DatasetDict(splits)
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    return DatasetDict({name: _subset(split, limits[name], seed) for name, split in splits.items()})
+
+
+def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dataset | IterableDataset]:
+    """Loads the one split that a finished model is evaluated on; unlike in [`load_image_dataset`], it may be the only one.
+
+    Args:
+        args: what to load; `validation_split` may name any split.
+        seed: draws the subset of `max_eval_samples`.
+
+    Returns:
+        The split's name, and the split with the columns of [`load_image_dataset`].
+
+    Raises:
+        ValueError: as in [`load_image_dataset`]; a validation split is never made from the training split here.
+
+    Example:
+        >>> name, split = load_evaluation_split(DataArguments(dataset_name="digits"))
+        >>> name, len(split), split.column_names
+        ('validation', 360, ['image', 'label'])
+    """
+    loaded = _load(args)
+    wanted = args.validation_split or next((name for name in _EVALUATION_SPLITS if name in loaded), None)
+    split = _pick_columns(_pick_split(loaded, wanted, [_EVALUATION_SPLITS[0]], "the split to evaluate on"), args)
+    if args.streaming:
+        _check_stream(split, args)
+        return wanted, split.take(args.max_eval_samples) if args.max_eval_samples else split
+    # Text and plain integers get the classes that they had in training.
+    train = _pick_columns(loaded["train"], args) if "train" in loaded else split
+    split = _with_class_labels({"train": train, "validation": split})["validation"]
+    return wanted, _subset(split, args.max_eval_samples, seed)
 
 
 def label_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
@@ -290,12 +334,27 @@ def _pick_columns(split, args: DataArguments):
     return split.cast_column("image", datasets.Image(decode=False))
 
 
+# In the order in which they are looked for.
+_EVALUATION_SPLITS = ("validation", "val", "valid", "test")
 IMAGE_DTYPES = ("binary", "large_binary", "string", "large_string")
 INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
 def _is_text(feature) -> bool:
     return feature in (datasets.Value("string"), datasets.Value("large_string"))
+
+
+def _check_stream(split: IterableDataset, args: DataArguments) -> None:
+    if _is_text(split.features["label"]):
+        raise ValueError(
+            f"the labels of {args.dataset_name!r} are text, and a stream does not say which there are: load without "
+            "streaming, or store the dataset with `class_encode_column`"
+        )
+
+
+def _subset(split: Dataset, limit: int | None, seed: int) -> Dataset:
+    # Shuffled, since the rows of a folder of images are sorted by class.
+    return split if limit is None or limit >= len(split) else split.shuffle(seed=seed).select(range(limit))
 
 
 def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:

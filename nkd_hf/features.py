@@ -1,10 +1,13 @@
-"""Reads a mid layer's output during the student's one forward pass.
+"""Reads what some layers of a model put out during its one forward pass, as the features that a loss asks for.
 
-USKD's auxiliary head reads the last stage but one of a CNN or a Swin, and the class token after the middle block of a
-ViT or DeiT (arXiv 2303.13005, section 3.3, and the configurations of github.com/yzd-v/cls_KD).
+- `mid`, for USKD's auxiliary head: the last stage but one of a CNN or a Swin, and the class token after the middle block
+  of a ViT or DeiT (arXiv 2303.13005, section 3.3, and the configurations of github.com/yzd-v/cls_KD).
+- `low` and `high`, for ViTKD: a ViT's patch tokens after its first two blocks, and after its last block and final norm
+  (arXiv 2209.02432; forward of the backbones `VisionTransformer` and `Deit_3` of github.com/yzd-v/cls_KD).
 """
 
 import difflib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,109 +27,157 @@ def _class_token(output: Tensor) -> Tensor:
     return output[:, 0]
 
 
+def _patch_tokens(output: Tensor, num_prefix_tokens: int) -> Tensor:
+    return output[:, num_prefix_tokens:]
+
+
 def _by_rank(output: Tensor) -> Tensor:
     return _pool_nchw(output) if output.ndim == 4 else _tokens(output)
 
 
-# Family -> (layer, how its output becomes a feature). `{middle}` is the block at half of the depth, `{last}` the last.
+def _vit(blocks: str, norm: str) -> dict[str, tuple]:
+    return {
+        "mid": (f"{blocks}.{{middle}}", _class_token),
+        "low": ((f"{blocks}.0", f"{blocks}.1"), _patch_tokens),
+        "high": (norm, _patch_tokens),
+    }
+
+
+# What a loss can ask for, by the names of its forward's arguments -> the kind of feature.
+STUDENT_FEATURES = {"mid_feature": "mid", "student_low": "low", "student_high": "high"}
+TEACHER_FEATURES = {"teacher_low": "low", "teacher_high": "high"}
+
+# Family -> kind of feature -> (layer or layers, how an output becomes a feature). Those of several layers are stacked on
+# dim 1. `{middle}` is the block at half of the depth, `{last}` the last.
 _TIMM_LAYERS = {
-    "resnet": ("timm_model.layer3", _pool_nchw),
-    "mobilenetv1": ("timm_model.blocks.3", _pool_nchw),
-    "mobilenetv2": ("timm_model.blocks.6", _pool_nchw),
-    "regnet": ("timm_model.s3", _pool_nchw),
-    "swin": ("timm_model.layers.2", _tokens),
-    "deit": ("timm_model.blocks.{middle}", _class_token),
-    "vit": ("timm_model.blocks.{middle}", _class_token),
+    "resnet": {"mid": ("timm_model.layer3", _pool_nchw)},
+    "mobilenetv1": {"mid": ("timm_model.blocks.3", _pool_nchw)},
+    "mobilenetv2": {"mid": ("timm_model.blocks.6", _pool_nchw)},
+    "regnet": {"mid": ("timm_model.s3", _pool_nchw)},
+    "swin": {"mid": ("timm_model.layers.2", _tokens)},
+    "deit": _vit("timm_model.blocks", "timm_model.norm"),
+    "vit": _vit("timm_model.blocks", "timm_model.norm"),
 }
 _TRANSFORMERS_LAYERS = {
-    "resnet": ("resnet.encoder.stages.2", _pool_nchw),
-    "mobilenet_v1": ("mobilenet_v1.layer.21", _pool_nchw),
-    "mobilenet_v2": ("mobilenet_v2.layer.15", _pool_nchw),
-    "regnet": ("regnet.encoder.stages.2", _pool_nchw),
+    "resnet": {"mid": ("resnet.encoder.stages.2", _pool_nchw)},
+    "mobilenet_v1": {"mid": ("mobilenet_v1.layer.21", _pool_nchw)},
+    "mobilenet_v2": {"mid": ("mobilenet_v2.layer.15", _pool_nchw)},
+    "regnet": {"mid": ("regnet.encoder.stages.2", _pool_nchw)},
     # The stage itself returns its output after downsampling (768 channels); its last block does not.
-    "swin": ("swin.encoder.layers.2.blocks.{last}", _tokens),
-    "vit": ("vit.layers.{middle}", _class_token),
-    "deit": ("deit.layers.{middle}", _class_token),
+    "swin": {"mid": ("swin.encoder.layers.2.blocks.{last}", _tokens)},
+    "vit": _vit("vit.layers", "vit.layernorm"),
+    "deit": _vit("deit.layers", "deit.layernorm"),
+    "nkd_shufflenet_v2": {"mid": ("shufflenet.stage4", _pool_nchw)},
+    "nkd_resnet_cifar": {"mid": ("resnet.layer3", _pool_nchw)},
 }
+# Class and distillation token; a timm model knows the number of its own.
+_TRANSFORMERS_PREFIX_TOKENS = {"vit": 1, "deit": 2}
 
 
 class FeatureTap:
-    """Keeps the output of one named submodule of `model`, as a feature that a loss can read.
+    """Keeps the output of named submodules of `model`, as a feature that a loss can read.
 
-    The hook is registered at construction, so build the tap before `torch.compile` sees the model: a hook that is
+    The hooks are registered at construction, so build the tap before `torch.compile` sees the model: a hook that is
     registered later never fires in the compiled graph.
 
     Args:
-        model (`nn.Module`): a `*ForImageClassification` of transformers, timm models among them (`TimmWrapper*`).
-        layer (`str`, *optional*): the submodule's name in `model`. None finds the layer that the paper uses.
+        model (`nn.Module`): a `*ForImageClassification` of transformers, timm models among them (`TimmWrapper*`), or a
+            bare timm model.
+        layer (`str`, *optional*): the submodule's name in `model`. None finds the layers that the paper uses.
+        kind (`str`, defaults to `"mid"`): what is read, see the top of this file: `mid`, `low` or `high`.
 
     Raises:
         ValueError: no layer is known for this model, or the model has no submodule of that name.
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None):
-        family_layer, self._to_feature = _family(model)
-        self.layer = layer or family_layer
-        if self.layer is None:
+    def __init__(self, model: nn.Module, layer: str | None = None, kind: str = "mid"):
+        layers, self._to_feature = _find(model, kind)
+        layers = layers if layer is None else (layer,)
+        if not layers and kind != "mid":
+            raise ValueError(
+                f"no {kind} patch tokens are known for {_describe(model)}: ViTKD, which reads them, needs a ViT or DeiT, "
+                "timm's or transformers', as student and as teacher"
+            )
+        if not layers:
             raise ValueError(
                 f"no mid layer is known for {_describe(model)}: set feature_layer (--feature_layer) to one of its "
                 f"submodules, for example {_candidates(model)}"
             )
         modules = dict(model.named_modules())
-        if self.layer not in modules:
+        if layers[0] not in modules:
             raise ValueError(
-                f"feature_layer {self.layer!r} is not a submodule of {_describe(model)}: "
-                f"choose one that is, for example {_candidates(model, near=self.layer)}"
+                f"feature_layer {layers[0]!r} is not a submodule of {_describe(model)}: "
+                f"choose one that is, for example {_candidates(model, near=layers[0])}"
             )
-        self._output: Tensor | None = None
-        module = modules[self.layer]
-        # Its last part stands for a Sequential, which timm's gradient checkpointing takes apart without calling it.
-        while isinstance(module, nn.Sequential) and len(module):
-            module = module[-1]
-        self._hook = module.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        self._output = output if isinstance(output, Tensor) else output[0]
+        self.layer = ", ".join(layers)
+        self._outputs = [_Output(modules[name]) for name in layers]
 
     def take(self) -> Tensor:
         """Hands over the feature of the forward pass that just ran, and lets go of it.
 
         Returns:
-            `Tensor`: [B, D] for CNNs (average-pooled) and for ViT / DeiT (the class token), or [B, N, D] tokens for
-            Swin, in the dtype that the layer computed in.
+            `Tensor`, in the dtype that the layer computed in. `mid`: [B, D] for CNNs (average-pooled) and for ViT / DeiT
+            (the class token), or [B, N, D] tokens for Swin. `low`: [B, 2, P, D] patch tokens, row by row, without class
+            tokens and their like; `high`: [B, P, D] of those.
 
         Raises:
             RuntimeError: the layer took no part in the forward pass.
         """
-        output, self._output = self._output, None
-        if output is None:
-            raise RuntimeError(f"{self.layer} took no part in the forward pass: choose a feature_layer that does")
-        return output if output.ndim == 2 else self._to_feature(output)
+        outputs = [output.take() for output in self._outputs]
+        if any(output is None for output in outputs):
+            raise RuntimeError(
+                f"{self.layer} took no part in the forward pass: choose a feature_layer that does, and hand in a model "
+                "that has not run compiled before"
+            )
+        features = [output if output.ndim == 2 else self._to_feature(output) for output in outputs]
+        return features[0] if len(features) == 1 else torch.stack(features, dim=1)
 
     def clear(self) -> None:
         """Lets go of a feature that nobody asked for."""
-        self._output = None
+        for output in self._outputs:
+            output.take()
 
     def remove(self) -> None:
-        """Takes the hook off the model."""
-        self._hook.remove()
+        """Takes the hooks off the model."""
+        self.clear()
+        for output in self._outputs:
+            output.hook.remove()
 
 
-def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = None) -> torch.Size:
+class _Output:
+    """The last output of one module."""
+
+    def __init__(self, module: nn.Module):
+        self._value: Tensor | None = None
+        # Its last part stands for a Sequential, which timm's gradient checkpointing takes apart without calling it.
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[-1]
+        self.hook = module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        self._value = output if isinstance(output, Tensor) else output[0]
+
+    def take(self) -> Tensor | None:
+        value, self._value = self._value, None
+        return value
+
+
+def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = None, kind: str = "mid") -> torch.Size:
     """Looks at the tapped feature of one batch; its last entry is what `USKDLoss(in_features=...)` wants.
 
     Args:
         model (`nn.Module`): the student.
         pixel_values (`Tensor`): [B, 3, H, W] float, any image of the size that the student takes.
         layer (`str`, *optional*): as in [`FeatureTap`].
+        kind (`str`, defaults to `"mid"`): as in [`FeatureTap`].
 
     Returns:
-        `torch.Size`: (B, D), or (B, N, D) for Swin.
+        `torch.Size`: of what [`FeatureTap.take`] returns: for `mid` (B, D), or (B, N, D) for Swin.
 
     Raises:
         ValueError: as in [`FeatureTap`].
     """
-    tap = FeatureTap(model, layer)
+    tap = FeatureTap(model, layer, kind)
     was_training = model.training
     try:
         with torch.no_grad():
@@ -137,27 +188,95 @@ def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = No
         tap.remove()
 
 
-def _family(model: nn.Module) -> tuple[str | None, Callable[[Tensor], Tensor]]:
-    """The layer that the paper taps in models of this kind (None when unknown), and how its output becomes a feature."""
-    config = model.config
-    if config.model_type == "timm_wrapper":
-        layers = _TIMM_LAYERS
-        family = next((name for name in layers if config.architecture.startswith(name)), None)
+def token_shape(model: nn.Module) -> tuple[int, int]:
+    """How many patch tokens a ViT makes of an image, and of which width: `ViTKDLoss(student_dim=token_shape(model)[1], ...)`.
+
+    Args:
+        model (`nn.Module`): a ViT or DeiT, timm's (wrapped by transformers or bare) or transformers'.
+
+    Returns:
+        `tuple[int, int]`: (P, D) at the image size that the model was built for, read without running it.
+
+    Raises:
+        ValueError: the model is no ViT or DeiT.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf import create_student, token_shape
+    >>> token_shape(create_student("deit_tiny_patch16_224", num_labels=10))
+    (196, 192)
+
+    ```
+    """
+    FeatureTap(model, kind="high").remove()
+    vit = _timm_model(model)
+    if vit is not None:
+        return vit.patch_embed.num_patches, vit.embed_dim
+    return model.base_model.embeddings.patch_embeddings.num_patches, model.config.hidden_size
+
+
+def check_token_grids(student: nn.Module, teacher: nn.Module) -> None:
+    """ValueError unless both are ViTs that cut the images they were built for into as many patches."""
+    student_tokens, teacher_tokens = token_shape(student)[0], token_shape(teacher)[0]
+    if student_tokens != teacher_tokens:
+        raise ValueError(
+            f"ViTKD needs as many patch tokens from the teacher as from the student's {student_tokens}, got "
+            f"{teacher_tokens} from {_describe(teacher)}: choose a teacher whose image size / patch size is the student's"
+        )
+
+
+def _timm_model(model: nn.Module) -> nn.Module | None:
+    """The timm model that this is or wraps; None for those of transformers."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return model
+    return model.timm_model if config.model_type == "timm_wrapper" else None
+
+
+def _architecture(model: nn.Module) -> str | None:
+    """The name of a timm architecture."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        return getattr(config, "architecture", None)
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    # timm's class may have been called by hand.
+    return named or ("vit" if type(model).__name__.startswith("VisionTransformer") else None)
+
+
+def _find(model: nn.Module, kind: str) -> tuple[tuple[str, ...], Callable[[Tensor], Tensor]]:
+    """The layers that the paper reads in models of this kind (none when unknown), and how outputs become a feature."""
+    timm_model = _timm_model(model)
+    if timm_model is None:
+        known = _TRANSFORMERS_LAYERS.get(model.config.model_type, {})
     else:
-        layers, family = _TRANSFORMERS_LAYERS, config.model_type
-    if family not in layers:
-        return None, _by_rank
-    layer, to_feature = layers[family]
+        architecture = _architecture(model) or ""
+        known = next((kinds for family, kinds in _TIMM_LAYERS.items() if architecture.startswith(family)), {})
+    if kind not in known:
+        return (), _by_rank
+    layers, to_feature = known[kind]
+    layers = layers if isinstance(layers, tuple) else (layers,)
+    if timm_model is model:
+        layers = tuple(layer.removeprefix("timm_model.") for layer in layers)
     modules = dict(model.named_modules())
-    if "{" in layer:
-        blocks = modules.get(layer.rpartition(".")[0], ())
-        layer = layer.format(middle=len(blocks) // 2 - 1, last=len(blocks) - 1)
+    if "{" in layers[0]:
+        blocks = modules.get(layers[0].rpartition(".")[0], ())
+        layers = (layers[0].format(middle=len(blocks) // 2 - 1, last=len(blocks) - 1),)
     # timm has other networks whose names begin alike (resnet51q, resnetv2_50).
-    return (layer, to_feature) if layer in modules else (None, _by_rank)
+    if not modules.keys() >= set(layers):
+        return (), _by_rank
+    if to_feature is _patch_tokens:
+        count = (
+            _TRANSFORMERS_PREFIX_TOKENS[model.config.model_type]
+            if timm_model is None
+            else timm_model.num_prefix_tokens
+        )
+        to_feature = functools.partial(_patch_tokens, num_prefix_tokens=count)
+    return layers, to_feature
 
 
 def _describe(model: nn.Module) -> str:
-    architecture = getattr(model.config, "architecture", None)
+    architecture = _architecture(model)
     return f"{type(model).__name__} ({architecture})" if architecture else type(model).__name__
 
 

@@ -5,14 +5,17 @@ import os
 
 import safetensors.torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
-from .features import FeatureTap
+from .features import STUDENT_FEATURES, TEACHER_FEATURES, FeatureTap
 
 # What a loss can ask for, by the names of its forward's arguments.
-_LOSS_INPUTS = {"student_logits", "teacher_logits", "labels", "mid_feature"}
+_LOSS_INPUTS = {"student_logits", "teacher_logits", "labels", *STUDENT_FEATURES, *TEACHER_FEATURES}
 _LOSSES_FILE = "distillation_losses.safetensors"
+# Of a checkpoint with a moving average, whose model.safetensors is the average.
+_UNAVERAGED_FILE = "unaveraged_student.safetensors"
 
 
 class DistillationModel(nn.Module):
@@ -23,14 +26,16 @@ class DistillationModel(nn.Module):
 
     Args:
         student (`PreTrainedModel`): any `*ForImageClassification`.
-        losses (`dict[str, nn.Module]`): each maps some of `student_logits` [B, C], `teacher_logits` [B, C], `labels`
-            and `mid_feature` [B, D] or [B, N, D], asked for by the names of its forward's arguments, to a dict of
+        losses (`dict[str, nn.Module]`): each maps some of `student_logits` [B, C], `teacher_logits` [B, C], `labels`,
+            `mid_feature` [B, D] or [B, N, D], and the patch tokens `student_low`, `teacher_low` [B, 2, P, D],
+            `student_high` and `teacher_high` [B, P, D], asked for by the names of its forward's arguments, to a dict of
             weighted components.
         feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
         label_smoothing (`float`, defaults to 0.0): of the task loss.
+        ema_decay (`float`, *optional*): of a moving average of the student's weights, which is evaluated and saved.
 
     Raises:
-        ValueError: a loss asks for something else, or no mid layer is found for a loss that needs one.
+        ValueError: a loss asks for something else, or for a feature that is not known for this student.
     """
 
     def __init__(
@@ -39,9 +44,14 @@ class DistillationModel(nn.Module):
         losses: dict[str, nn.Module],
         feature_layer: str | None = None,
         label_smoothing: float = 0.0,
+        ema_decay: float | None = None,
     ):
         super().__init__()
         self.student = student
+        # Made before a hook is on the student, which would be copied too. Buffers are copied, not averaged, as in mmengine.
+        self.average = None if ema_decay is None else ModelEmaV3(student, ema_decay, exclude_buffers=True)
+        if self.average is not None:
+            self.average.requires_grad_(False)
         self.losses = nn.ModuleDict(losses)
         self.label_smoothing = label_smoothing
         self._inputs = {name: list(inspect.signature(loss.forward).parameters) for name, loss in losses.items()}
@@ -51,11 +61,13 @@ class DistillationModel(nn.Module):
                     f"the forward of distillation loss {name!r} asks for {sorted(unknown)}: "
                     f"name its arguments from {sorted(_LOSS_INPUTS)}"
                 )
-        self.tap = None
-        if self.needs("mid_feature"):
-            self.tap = FeatureTap(student, feature_layer)
-        elif feature_layer is not None:
+        if feature_layer is not None and not self.needs("mid_feature"):
             raise ValueError(f"feature_layer={feature_layer!r} is read by no distillation loss: leave it out")
+        self.taps = {
+            name: FeatureTap(student, feature_layer if name == "mid_feature" else None, kind)
+            for name, kind in STUDENT_FEATURES.items()
+            if self.needs(name)
+        }
         # FSDP wraps these blocks; callbacks log the configuration, a push writes the tags.
         self._no_split_modules = student._no_split_modules
         self.config = student.config
@@ -66,8 +78,26 @@ class DistillationModel(nn.Module):
         """Whether a loss asks for this input."""
         return any(name in inputs for inputs in self._inputs.values())
 
+    @property
+    def tap(self) -> FeatureTap | None:
+        """Where `mid_feature` is read."""
+        return self.taps.get("mid_feature")
+
+    def clear_features(self) -> None:
+        """Lets go of features that nobody asked for."""
+        for tap in self.taps.values():
+            tap.clear()
+
+    @property
+    def teacher_inputs(self) -> list[str]:
+        """What the losses ask of a teacher: none of it, and there must be no teacher."""
+        return [name for name in ("teacher_logits", *TEACHER_FEATURES) if self.needs(name)]
+
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, teacher_logits: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        teacher_outputs: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor | dict[str, Tensor]]:
         """Runs the student once and, for training, its losses.
 
@@ -75,27 +105,39 @@ class DistillationModel(nn.Module):
             pixel_values (`Tensor`): [B, 3, H, W] float.
             labels (`Tensor`, *optional*): [B] int64 class indices, or [B, C] float rows that sum to 1. None gives the
                 logits alone.
-            teacher_logits (`Tensor`, *optional*): [B, C] float.
+            teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
+                `teacher_logits` [B, C] float.
 
         Returns:
             `dict`: `logits` [B, C] and, with labels, `losses`: scalars by name, `task` (cross-entropy) first.
         """
-        logits = self.student(pixel_values).logits
+        student = self.evaluated_student if labels is None else self.student
+        logits = student(pixel_values).logits
         if labels is not None and not labels.is_floating_point():
             labels = labels.long()
         if labels is None:
-            if self.tap is not None:
-                self.tap.clear()
+            self.clear_features()
             return {"logits": logits}
         # The labels are never handed to the student: rows [B, C] would turn it to binary cross-entropy for good.
         losses = {"task": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)}
-        available = {"student_logits": logits, "teacher_logits": teacher_logits, "labels": labels}
-        if self.tap is not None:
-            available["mid_feature"] = self.tap.take()
+        available = {"student_logits": logits, "labels": labels, **(teacher_outputs or {})}
+        available |= {name: tap.take() for name, tap in self.taps.items()}
         for name, loss in self.losses.items():
             for component, value in loss(**{key: available[key] for key in self._inputs[name]}).items():
                 losses[component if component not in losses else f"{name}_{component}"] = value
         return {"logits": logits, "losses": losses}
+
+    @property
+    def evaluated_student(self) -> PreTrainedModel:
+        """The student that is evaluated and saved: the averaged one, where there is an average."""
+        return self.student if self.average is None else self.average.module
+
+    def update_average(self, step: int) -> None:
+        """Moves the average towards the student after an optimiser step, of which `step` were made before.
+
+        As in mmengine, the first step's weights are taken as they are.
+        """
+        self.average.update(self.student, step=step + 1)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts the student's parameters: what callbacks report."""
@@ -117,28 +159,30 @@ class DistillationModel(nn.Module):
             state_dict: of this module, gathered when it is sharded.
             with_losses: whether the folder is a checkpoint.
         """
-        save_student(self.student, folder, _under("student.", state_dict))
-        tensors = _under("losses.", state_dict)
-        if tensors and with_losses:
-            safetensors.torch.save_file(tensors, os.path.join(folder, _LOSSES_FILE), metadata={"format": "pt"})
+        unaveraged = _under("student.", state_dict)
+        averaged = unaveraged if self.average is None else _under("average.module.", state_dict)
+        save_student(self.evaluated_student, folder, averaged)
+        if with_losses:
+            _save_tensors(_under("losses.", state_dict), os.path.join(folder, _LOSSES_FILE))
+            if self.average is not None:
+                _save_tensors(unaveraged, os.path.join(folder, _UNAVERAGED_FILE))
 
     def load(self, folder: str) -> None:
-        """Reads student and losses from a checkpoint.
+        """Reads student, losses and the moving average from a checkpoint.
 
         Raises:
-            ValueError: the folder is no checkpoint of this student with these losses.
+            ValueError: the folder is no checkpoint of this student with these losses and settings.
         """
         # Through from_pretrained, which turns the keys of the file into those of the installed version.
-        saved = type(self.student).from_pretrained(folder)
+        saved = type(self.student).from_pretrained(folder).state_dict()
+        if self.average is None and os.path.isfile(os.path.join(folder, _UNAVERAGED_FILE)):
+            raise ValueError(f"{folder} was saved with ema_decay: set it as it was then")
         try:
-            self.student.load_state_dict(saved.state_dict())
+            self.evaluated_student.load_state_dict(saved)
+            if self.average is not None:
+                self.student.load_state_dict(_load_tensors(folder, _UNAVERAGED_FILE, "ema_decay"))
             if self.losses.state_dict():
-                path = os.path.join(folder, _LOSSES_FILE)
-                if not os.path.isfile(path):
-                    raise ValueError(
-                        f"{folder} has no {_LOSSES_FILE}: it was saved without the losses that are set now"
-                    )
-                self.losses.load_state_dict(safetensors.torch.load_file(path))
+                self.losses.load_state_dict(_load_tensors(folder, _LOSSES_FILE, "the losses that are set now"))
         except RuntimeError as error:
             raise ValueError(f"{folder} was saved by another student or other losses: {error}") from error
 
@@ -162,3 +206,16 @@ def save_student(student: PreTrainedModel, folder: str, state_dict: dict[str, Te
 
 def _under(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    if tensors:
+        tensors = {key: value.contiguous() for key, value in tensors.items()}
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _load_tensors(folder: str, file: str, wanted: str) -> dict[str, Tensor]:
+    path = os.path.join(folder, file)
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} has no {file}: it was saved without {wanted}")
+    return safetensors.torch.load_file(path)

@@ -6,21 +6,22 @@ import json
 from pathlib import Path
 
 import matplotlib.figure
-import timm
 import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
 
+from .architectures import is_architecture
 from .batches import ImageCollator
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
-from .features import feature_shape
+from .features import check_token_grids
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .metrics import compute_metrics, top5_indices
 from .preprocessing import read_preprocessing
 from .recipe_args import RecipeArguments
-from .students import create_student, load_image_processor
+from .students import load_image_processor
+from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
 from .training_args import DistillationTrainingArguments
 from .transforms import processor_transform, train_transform
@@ -50,7 +51,7 @@ class Recipe:
         self.folder = Path(training.output_dir)
         self.results: dict[str, float | None] = {"teacher": None, "baseline": None, "distilled": None}
         self.curves: dict[str, list[tuple[float, float]]] = {}
-        self.teacher: str | PreTrainedModel | None = None
+        self.teacher: str | PreTrainedModel | Teacher | None = None
         if training.device.type == "cpu":
             # Workers and PyTorch's threads share the cores; threads that wait for each other make steps several times
             # slower than fewer of them.
@@ -58,15 +59,23 @@ class Recipe:
         with training.main_process_first(desc="loading the data"):
             self.data = load_image_dataset(data, training.seed)
         self.id2label = dict(enumerate(label_names(self.data)))
+        if data.num_classes not in (None, len(self.id2label)):
+            raise ValueError(
+                f"num_classes is {data.num_classes}, but {data.dataset_name!r} has {len(self.id2label)} classes: set it to "
+                "that, or leave it out"
+            )
         if data.streaming:
             self._count_steps()
 
     def train_teacher(self) -> None:
         """Trains the teacher, if it is named by an architecture and the loss wants one."""
-        if self.args.distillation_loss != "nkd":
+        if not self.args.needs_teacher:
             return
         self.teacher = self.args.teacher
-        if timm.is_model(self.args.teacher):
+        if is_architecture(self.args.teacher):
+            if "vitkd" in self.args.losses:  # Its error should come before the teacher is trained.
+                student = self._create(self.args.student, self.args.student_args)
+                check_token_grids(student, self._create(self.args.teacher, self.args.teacher_args))
             trainer = self._train("teacher", self._create(self.args.teacher, self.args.teacher_args))
             self.teacher = trainer.student
 
@@ -81,7 +90,8 @@ class Recipe:
             if self.teacher is None:
                 self.train_teacher()
             student = self._create(self.args.student, self.args.student_args)
-            self._train("student", student, self._loss(student), self.teacher)
+            loss = self._loss(student)
+            self._train("student", student, loss, self.teacher)
 
     def report(self) -> None:
         """Prints the table, writes `results.json` and `accuracy.png`, and shows how the student is opened."""
@@ -110,27 +120,17 @@ class Recipe:
     def _create(self, name: str, model_args: dict | None) -> PreTrainedModel:
         # The same seed for each: baseline and student start from the same weights.
         set_seed(self.training_args.seed)
-        return create_student(
-            name,
-            id2label=self.id2label,
-            model_args=model_args,
-            image_size=self.args.image_size,
-            image_mean=self.args.image_mean,
-            image_std=self.args.image_std,
-            crop_pct=self.args.crop_pct,
-            interpolation=self.args.interpolation,
-        )
+        return self.args.create(name, model_args, id2label=self.id2label)
 
-    def _loss(self, student: PreTrainedModel) -> nn.Module | None:
-        if self.args.distillation_loss != "uskd":
-            return self.args.build_loss()
-        height, width = read_preprocessing(student, load_image_processor(student)).size
-        shape = feature_shape(student, torch.zeros(2, 3, height, width), self.training_args.feature_layer)
-        # Tokens come from Swin, whose official stages end in a LayerNorm that timm's and transformers' models lack.
-        feature_norm = nn.LayerNorm(shape[-1]) if len(shape) == 3 else None
-        return self.args.build_loss(
-            in_features=shape[-1], num_classes=student.config.num_labels, feature_norm=feature_norm
-        )
+    def _loss(self, student: PreTrainedModel) -> nn.Module | dict[str, nn.Module] | None:
+        teacher = None
+        if "vitkd" in self.args.losses:
+            # Opened here for its width, and handed on.
+            self.teacher = load_teacher(self.teacher)
+            teacher = self.teacher.model
+        size = read_preprocessing(student, load_image_processor(student)).size
+        shapes = self.args.loss_shapes(student, size, teacher, self.training_args.feature_layer)
+        return self.args.build_loss(**shapes)
 
     def _datasets(self, student: PreTrainedModel) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
         args, seed = self.data_args, self.training_args.seed
@@ -148,8 +148,8 @@ class Recipe:
         self,
         name: str,
         student: PreTrainedModel,
-        loss: nn.Module | None = None,
-        teacher: str | PreTrainedModel | None = None,
+        loss: nn.Module | dict[str, nn.Module] | None = None,
+        teacher: str | PreTrainedModel | Teacher | None = None,
     ) -> DistillationTrainer:
         """Trains one model into its own folder and notes its accuracy."""
         args = copy.copy(self.training_args)
@@ -178,12 +178,15 @@ class Recipe:
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=top5_indices,
         )
-        if isinstance(teacher, str):
+        # One that was not trained here has yet to be measured.
+        if teacher is not None and self.results["teacher"] is None:
             self.results["teacher"] = self._teacher_accuracy(trainer)
         self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
         trainer.train(resume_from_checkpoint=resume if is_result else None)
         trainer.save_model()
         metrics = trainer.evaluate()
+        if args.precise_bn_images is not None:
+            trainer.save_model()  # with the statistics that were evaluated
         trainer.save_state()
         key = "distilled" if name == "student" else name
         self.results[key] = metrics["eval_accuracy"]

@@ -2,12 +2,19 @@
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .losses import NKDLoss, USKDLoss
+from .features import feature_shape, token_shape
+from .losses import NKDLoss, USKDLoss, ViTKDLoss
+from .students import create_student
 
-_LOSSES = {"nkd": NKDLoss, "uskd": USKDLoss}
+_LOSSES = {"nkd": NKDLoss, "uskd": USKDLoss, "vitkd": ViTKDLoss}
+# Those of the losses' arguments that the models tell.
+_SHAPES = {"in_features", "num_classes", "feature_norm", "student_dim", "teacher_dim"}
 
 
 @dataclass
@@ -34,27 +41,46 @@ class RecipeArguments:
     )
     distillation_loss: str = field(
         default="nkd",
-        metadata={"help": "`nkd` (needs a teacher), `uskd` (has none), or `none`: the same recipe's baseline."},
+        metadata={
+            "help": "`nkd`, `vitkd` (need a teacher), `uskd` (has none), several joined by + (`nkd+vitkd`), or `none`: the "
+            "same recipe's baseline."
+        },
     )
     loss_args: dict | None = field(
         default=None,
-        metadata={"help": "Arguments of the loss, such as gamma and temperature (nkd), alpha, beta and mu (uskd)."},
+        metadata={
+            "help": "Arguments of the loss, such as gamma and temperature (nkd), alpha, beta and mu (uskd), alpha, beta and "
+            "mask_ratio (vitkd); for several losses by their names, {nkd: {gamma: 1.0}, vitkd: {alpha: 3.0e-5}}."
+        },
     )
     compare_with_baseline: bool = field(
         default=False,
         metadata={"help": "First train the same student from the same seed without the distillation loss."},
     )
-    image_size: int = field(default=224, metadata={"help": "Height and width of a timm student's input, in pixels."})
-    image_mean: list[float] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406],
-        metadata={"help": "Of a timm student's input, per channel in [0, 1]. Default: ImageNet's."},
+    num_processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes (GPUs) that the settings are meant for: `nkd-hf plan` reckons with it; `accelerate launch` "
+            "decides how many there are."
+        },
     )
-    image_std: list[float] = field(
-        default_factory=lambda: [0.229, 0.224, 0.225],
-        metadata={"help": "Of a timm student's input, per channel in [0, 1]. Default: ImageNet's."},
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width of the student's input, in pixels. Default: 224; 32 for *_cifar."},
     )
-    crop_pct: float = field(
-        default=0.875, metadata={"help": "Evaluation resizes the short side to image_size / crop_pct, then crops."}
+    image_mean: list[float] | None = field(
+        default=None,
+        metadata={"help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar."},
+    )
+    image_std: list[float] | None = field(
+        default=None,
+        metadata={"help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar."},
+    )
+    crop_pct: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation resizes the short side to image_size / crop_pct, then crops. Default: 0.875; 1 for *_cifar."
+        },
     )
     interpolation: str | None = field(
         default=None,
@@ -62,31 +88,107 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
-        if self.distillation_loss not in ("none", *_LOSSES):
-            raise ValueError(f"distillation_loss must be nkd, uskd or none, got {self.distillation_loss!r}")
-        if self.distillation_loss == "nkd" and self.teacher is None:
+        losses = self.losses
+        if self.distillation_loss != "none" and (not _LOSSES.keys() >= set(losses) or len(set(losses)) < len(losses)):
             raise ValueError(
-                "distillation_loss=nkd needs a teacher: set teacher to a Hub id, a folder or an architecture"
+                f"distillation_loss must be {', '.join(_LOSSES)}, several of them joined by +, or none, "
+                f"got {self.distillation_loss!r}"
             )
-        if self.distillation_loss == "uskd" and self.teacher is not None:
-            raise ValueError(f"distillation_loss=uskd has no teacher, got teacher={self.teacher!r}: leave it out")
+        if self.needs_teacher and self.teacher is None:
+            raise ValueError(
+                f"distillation_loss={self.distillation_loss} needs a teacher: set teacher to a Hub id, a folder or an "
+                "architecture"
+            )
+        if losses and not self.needs_teacher and self.teacher is not None:
+            raise ValueError(
+                f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: leave it out"
+            )
         # Built once for its errors, which should come before a teacher is trained.
-        self.build_loss(in_features=2, num_classes=2)
+        self.build_loss(in_features=2, num_classes=2, student_dim=2, teacher_dim=2)
 
-    def build_loss(self, **shape) -> nn.Module | None:
-        """The distillation loss; `shape` is for those that have parameters of their own.
+    @property
+    def losses(self) -> list[str]:
+        """The names in `distillation_loss`."""
+        return [] if self.distillation_loss == "none" else self.distillation_loss.split("+")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether one of the losses has a teacher."""
+        return any(name != "uskd" for name in self.losses)
+
+    def create(self, name: str, model_args: dict[str, Any] | None = None, **labels) -> PreTrainedModel:
+        """Builds a student or teacher by its name, with this recipe's preprocessing; see [`create_student`].
+
+        Args:
+            name: of an architecture, a Hub id or a folder.
+            model_args: `student_args` or `teacher_args`.
+            **labels: `id2label` or `num_labels`.
+        """
+        return create_student(
+            name,
+            model_args=model_args,
+            image_size=self.image_size,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            **labels,
+        )
+
+    def loss_shapes(
+        self,
+        student: nn.Module,
+        image_size: tuple[int, int],
+        teacher: nn.Module | None = None,
+        feature_layer: str | None = None,
+    ) -> dict[str, Any]:
+        """What the models tell [`RecipeArguments.build_loss`].
+
+        Args:
+            student: a `*ForImageClassification`.
+            image_size: height and width that it takes.
+            teacher: the model, for ViTKD.
+            feature_layer: see [`FeatureTap`].
+
+        Raises:
+            ValueError: a loss asks for a feature that is not known for the model.
+        """
+        shapes = {}
+        if "uskd" in self.losses:
+            pixel_values = torch.zeros(2, 3, *image_size)
+            feature = feature_shape(student, pixel_values, feature_layer)
+            # Tokens come from Swin, whose official stages end in a LayerNorm that timm's and transformers' models lack.
+            feature_norm = nn.LayerNorm(feature[-1]) if len(feature) == 3 else None
+            shapes = {
+                "in_features": feature[-1],
+                "num_classes": student.config.num_labels,
+                "feature_norm": feature_norm,
+            }
+        if "vitkd" in self.losses:
+            shapes |= {"student_dim": token_shape(student)[1], "teacher_dim": token_shape(teacher)[1]}
+        return shapes
+
+    def build_loss(self, **shape) -> nn.Module | dict[str, nn.Module] | None:
+        """The distillation loss, or several by name; `shape` is for those that have parameters of their own.
 
         Raises:
             ValueError: `loss_args` do not fit the loss.
         """
-        if self.distillation_loss == "none":
-            return None
-        loss = _LOSSES[self.distillation_loss]
-        parameters = inspect.signature(loss).parameters
-        known = [name for name in parameters if name not in ("in_features", "num_classes", "feature_norm")]
-        if unknown := [name for name in self.loss_args or {} if name not in known]:
+        losses, loss_args = self.losses, self.loss_args or {}
+        if len(losses) < 2:
+            return _build(losses[0], loss_args, shape) if losses else None
+        if wrong := [name for name, args in loss_args.items() if name not in losses or not isinstance(args, dict)]:
             raise ValueError(
-                f"loss_args of distillation_loss={self.distillation_loss} are {', '.join(known)}, got {', '.join(unknown)}"
+                f"loss_args of distillation_loss={self.distillation_loss} are by the names of the losses, such as "
+                f"{{{losses[0]}: {{...}}}}, got {', '.join(map(str, wrong))}"
             )
-        shape = {name: value for name, value in shape.items() if name in parameters}
-        return loss(**shape, **self.loss_args or {})
+        return {name: _build(name, loss_args.get(name, {}), shape) for name in losses}
+
+
+def _build(name: str, loss_args: dict, shape: dict) -> nn.Module:
+    loss = _LOSSES[name]
+    parameters = inspect.signature(loss).parameters
+    known = [parameter for parameter in parameters if parameter not in _SHAPES]
+    if unknown := [key for key in loss_args if key not in known]:
+        raise ValueError(f"loss_args of distillation_loss={name} are {', '.join(known)}, got {', '.join(unknown)}")
+    return loss(**{key: value for key, value in shape.items() if key in parameters}, **loss_args)

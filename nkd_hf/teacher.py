@@ -2,13 +2,15 @@
 
 import logging
 import re
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
-from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
+from . import architectures  # noqa: F401  (so that their folders open without trust_remote_code)
+from .features import TEACHER_FEATURES, FeatureTap
 from .preprocessing import Preprocessing, read_preprocessing
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Teacher(nn.Module):
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self.register_buffer("order", None, persistent=False)
+        self._taps: dict[str, FeatureTap] = {}
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -79,6 +82,31 @@ class Teacher(nn.Module):
             order = match_labels(id2label, self.id2label, self.name)
         self.order = None if order is None else torch.tensor(order)
         return self
+
+    def tap(self, names: Iterable[str]) -> "Teacher":
+        """Keeps features from now on, in place of those that were kept before; ahead of the first call, if it compiles.
+
+        Args:
+            names: of losses' inputs: `teacher_low`, `teacher_high`. What is no feature (`teacher_logits`) is left out.
+
+        Raises:
+            ValueError: no such feature is known for this model.
+        """
+        for tap in self._taps.values():
+            tap.remove()
+        self._taps = {}
+        for name in names:
+            if name in TEACHER_FEATURES:
+                self._taps[name] = FeatureTap(self.model, kind=TEACHER_FEATURES[name])
+        return self
+
+    def take_features(self) -> dict[str, Tensor]:
+        """Hands over the tapped features of the last call by name, without gradient; see [`FeatureTap.take`].
+
+        Raises:
+            RuntimeError: there was no call since they were last taken.
+        """
+        return {name: tap.take() for name, tap in self._taps.items()}
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Classifies the student's pixels.
@@ -135,7 +163,7 @@ def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcess
         return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
     try:
         model = AutoModelForImageClassification.from_pretrained(teacher, dtype=torch.float32)
-        if processing_class is None and not isinstance(model.config, TimmWrapperConfig):
+        if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
             processing_class = AutoImageProcessor.from_pretrained(teacher)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -146,9 +174,16 @@ def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcess
 
 
 def match_labels(
-    student_id2label: dict[int, str], teacher_id2label: dict[int, str], teacher_name: str = "teacher"
+    student_id2label: dict[int, str],
+    teacher_id2label: dict[int, str],
+    teacher_name: str = "teacher",
+    *,
+    roles: tuple[str, str] = ("student", "teacher"),
+    advice: str | None = None,
 ) -> list[int] | None:
     """Finds where the student's classes stand among the teacher's logits.
+
+    `roles` and `advice` are for other pairs than student and teacher: what messages call them, and what to do.
 
     Equal lists match by position, whether names repeat or not (ImageNet has two classes `crane`). Lists of the same
     unique names in another order match by name. Generic names (`LABEL_0`) tell nothing: the order is kept, with a
@@ -173,13 +208,13 @@ def match_labels(
     teacher = [teacher_id2label[i] for i in sorted(teacher_id2label)]
     if len(student) != len(teacher):
         raise ValueError(
-            f"{teacher_name} has {len(teacher)} classes and the student {len(student)}; the first that only one of "
-            f"them has: {_differences(student, teacher)}. Load a teacher of {len(student)} classes"
+            f"{teacher_name} has {len(teacher)} classes and the {roles[0]} {len(student)}; the first that only one of "
+            f"them has: {_differences(student, teacher, roles)}. {advice or f'Load a teacher of {len(student)} classes'}"
         )
     if student == teacher:
         return None
     if _generic(student) or _generic(teacher):
-        which = "the student's" if _generic(student) else f"{teacher_name}'s"
+        which = f"the {roles[0]}'s" if _generic(student) else f"{teacher_name}'s"
         logger.warning(
             "%s class names are generic (LABEL_0, ...): its %d classes are taken to stand in the order of the other's. "
             "Set id2label to be sure.",
@@ -190,10 +225,13 @@ def match_labels(
     if set(student) == set(teacher) and len(set(student)) == len(student):
         position = {name: i for i, name in enumerate(teacher)}
         return [position[name] for name in student]
-    raise ValueError(
-        f"{teacher_name} and the student name their classes differently: {_differences(student, teacher)}. "
+    advice = advice or (
         "Load a teacher of the same classes, or, if they are the same under other names, set the teacher's id2label "
         "to the student's names"
+    )
+    raise ValueError(
+        f"{teacher_name} and the {roles[0]} name their classes differently: {_differences(student, teacher, roles)}. "
+        f"{advice}"
     )
 
 
@@ -201,10 +239,12 @@ def _generic(names: list[str]) -> bool:
     return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
 
 
-def _differences(student: list[str], teacher: list[str], most: int = 3) -> str:
+def _differences(student: list[str], teacher: list[str], roles: tuple[str, str], most: int = 3) -> str:
     if sorted(student) != sorted(teacher) and len(student) != len(teacher):
-        only = [f"{name!r} (student)" for name in student if name not in teacher]
-        only += [f"{name!r} (teacher)" for name in teacher if name not in student]
+        only = [f"{name!r} ({roles[0]})" for name in student if name not in teacher]
+        only += [f"{name!r} ({roles[1]})" for name in teacher if name not in student]
         return ", ".join(only[:most]) or "none, but names repeat"
     differ = [(i, a, b) for i, (a, b) in enumerate(zip(student, teacher, strict=True)) if a != b]
-    return ", ".join(f"class {i} is {a!r} for the student and {b!r} for the teacher" for i, a, b in differ[:most])
+    return ", ".join(
+        f"class {i} is {a!r} for the {roles[0]} and {b!r} for the {roles[1]}" for i, a, b in differ[:most]
+    )

@@ -22,8 +22,11 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import nested_gather
 
+from .batch_norm import estimate_batch_norm
 from .batches import EpochDataset, EpochSampler, ImageCollator
+from .features import check_token_grids
 from .modeling import DistillationModel
+from .optimization import SCHEDULES, decayed_parameters, lr_factor
 from .preprocessing import read_preprocessing
 from .teacher import Teacher, load_teacher
 from .training_args import DistillationTrainingArguments
@@ -46,7 +49,7 @@ class DistillationTrainer(Trainer):
             [B, 3, H, W] float and `labels`: [B] int64, or [B, C] float after mixup / cutmix. `processing_class` is the
             student's image processor; it is saved with the student.
         teacher (`str`, `nn.Module` or [`Teacher`], *optional*): a Hub id, a folder or a model; see [`load_teacher`].
-        distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): [`NKDLoss`], [`USKDLoss`], or several by
+        distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): [`NKDLoss`], [`USKDLoss`], [`ViTKDLoss`], or several by
             name, which add up. None trains with the task loss alone: the baseline.
         **kwargs: the other arguments of `Trainer`.
 
@@ -105,12 +108,15 @@ class DistillationTrainer(Trainer):
         self._component_sums: dict[str, Tensor] = {}
         self._component_steps = 0.0
         self._saving_checkpoint = False
+        self._batch_norm_step: int | None = None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # The smoothing is in the model's task loss, for both kinds of labels.
         self.label_smoother = None
         # Set anew in each step of training; here for who calls compute_loss by hand.
         self.current_gradient_accumulation_steps = 1
         self.teacher = self._prepare_teacher(teacher)
+        if args.ema_decay is not None:
+            self.add_callback(_UpdateAverage())
 
     def _with_losses(
         self, model: nn.Module, losses: dict[str, nn.Module], args: DistillationTrainingArguments
@@ -120,20 +126,20 @@ class DistillationTrainer(Trainer):
                 f"model must be a *ForImageClassification of transformers, got {type(model).__name__}: "
                 'for a timm architecture give create_student("<its name>")'
             )
-        return DistillationModel(model, losses, args.feature_layer, label_smoothing=args.label_smoothing_factor)
+        return DistillationModel(model, losses, args.feature_layer, args.label_smoothing_factor, args.ema_decay)
 
     def _prepare_teacher(self, teacher: str | nn.Module | Teacher | None) -> nn.Module | None:
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
-        if model.needs("teacher_logits") != (teacher is not None):
+        if bool(model.teacher_inputs) != (teacher is not None):
             names = ", ".join(type(loss).__name__ for loss in self._distillation_losses.values()) or "none"
             raise ValueError(
                 f"distillation_loss is {names}, which asks for no teacher: leave teacher out"
                 if teacher is not None
                 else f"distillation_loss is {names}, which asks for a teacher: set teacher to a Hub id, folder or model"
             )
-        if model.tap is not None and self.args.n_gpu > 1:
+        if model.taps and self.args.n_gpu > 1:
             raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot read a mid feature: start the script with "
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot read a feature: start the script with "
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         if teacher is None:
@@ -142,12 +148,15 @@ class DistillationTrainer(Trainer):
             raise ValueError("teacher and student are one and the same model: freezing the one would freeze the other")
         teacher = load_teacher(teacher)
         teacher.align(read_preprocessing(model.student, self.processing_class), model.config.id2label)
+        teacher.tap(model.teacher_inputs)
+        if model.needs("student_high") and model.needs("teacher_high"):
+            check_token_grids(model.student, teacher.model)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     @property
     def student(self) -> PreTrainedModel:
-        """The plain student."""
-        return self.accelerator.unwrap_model(self.model).student
+        """The plain student that is evaluated and saved: with `ema_decay`, the one with the averaged weights."""
+        return self.accelerator.unwrap_model(self.model).evaluated_student
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         # model_init gives a student, and the Trainer needs the module that is trained; its losses start anew as well.
@@ -181,8 +190,11 @@ class DistillationTrainer(Trainer):
             logits = model(pixel_values)["logits"]
             loss = F.cross_entropy(logits.float(), labels if labels.is_floating_point() else labels.long())
             return (loss, {"logits": logits}) if return_outputs else loss
-        teacher_logits = self.teacher(pixel_values) if self.teacher is not None else None
-        outputs = model(pixel_values, labels, teacher_logits)
+        teacher_outputs = {}
+        if self.teacher is not None:
+            teacher_outputs["teacher_logits"] = self.teacher(pixel_values)
+            teacher_outputs |= self.accelerator.unwrap_model(self.teacher).take_features()
+        outputs = model(pixel_values, labels, teacher_outputs)
         # DataParallel gives a vector, one entry per GPU.
         losses = {name: value.mean() for name, value in outputs["losses"].items()}
         share = 1 / self.current_gradient_accumulation_steps
@@ -194,8 +206,62 @@ class DistillationTrainer(Trainer):
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs):
         # What an interrupted run, or an attempt of auto_find_batch_size, has left in the sums is not of this run.
-        self._component_sums, self._component_steps = {}, 0.0
+        self._component_sums, self._component_steps, self._batch_norm_step = {}, 0.0, None
         return super()._inner_training_loop(batch_size, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        # The default reads args.learning_rate, which may be meant for another global batch.
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        args = self.args
+        global_batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        learning_rate = args.scaled_learning_rate(global_batch_size)
+        if learning_rate != args.learning_rate:
+            for group in optimizer.param_groups:
+                group["lr"] *= learning_rate / args.learning_rate
+            if self.is_world_process_zero():
+                logger.warning(
+                    "learning_rate %g is meant for a global batch of %d (base_batch_size), and this run's is %d: it is "
+                    "scaled to %g.",
+                    args.learning_rate,
+                    args.base_batch_size,
+                    global_batch_size,
+                    learning_rate,
+                )
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # The default decays BatchNorm's weights and position embeddings, and no bias.
+        if self.args.no_weight_decay is None:
+            return super().get_decay_parameter_names(model)
+        return decayed_parameters(model, self.args.no_weight_decay)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        # The default knows transformers' schedules alone.
+        args, name = self.args, self.args.lr_scheduler_type.value
+        if self.lr_scheduler is not None or name not in SCHEDULES:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        factors = [
+            lr_factor(name, num_training_steps, args.num_train_epochs, group["lr"], args.lr_scheduler_kwargs)
+            for group in optimizer.param_groups
+        ]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ):
+        # Once for all evaluations of a step.
+        images = self.args.precise_bn_images
+        if images is not None and self.train_dataset is not None and self._batch_norm_step != self.state.global_step:
+            self._estimate_batch_norm(images)
+            self._batch_norm_step = self.state.global_step
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.
@@ -243,6 +309,20 @@ class DistillationTrainer(Trainer):
             yield
         finally:
             self.data_collator = collator
+
+    def _estimate_batch_norm(self, num_images: int) -> None:
+        with self._without_mixing():
+            estimate_batch_norm(
+                self.student,
+                self.train_dataset,
+                num_images,
+                self.accelerator,
+                key=(self.args.seed, self.state.global_step),
+                batch_size=self.args.train_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        self.accelerator.unwrap_model(self.model).clear_features()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # What the losses train belongs to checkpoints; every other save, a push among them, is the student alone.
@@ -297,3 +377,10 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.sampler.set_epoch(int(state.epoch))
+
+
+class _UpdateAverage(TrainerCallback):
+    """Updates the moving average of the student's weights after each optimiser step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        model.update_average(state.global_step)

@@ -1,8 +1,12 @@
 """The arguments of a distillation run."""
 
+import json
+import math
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+
+from .optimization import NO_DECAY_KINDS, SCHEDULES, EpochSchedule, check_arguments
 
 
 @dataclass
@@ -12,15 +16,58 @@ class DistillationTrainingArguments(TrainingArguments):
     Args:
         feature_layer (`str`, *optional*): the student's submodule whose output USKD's auxiliary head reads. None takes
             the paper's layer for the architectures that it names.
+        lr_scheduler_type (`str`, defaults to `"linear"`): one of `TrainingArguments`, or one that counts in epochs, with
+            these `lr_scheduler_kwargs`: `multistep` (milestones, gamma), `exponential_by_epoch` (gamma),
+            `constant_then_linear` (constant_steps, constant_factor), `cosine_by_epoch` (warmup_epochs, warmup_factor,
+            warmup_by, min_lr); see `nkd_hf.optimization`.
+        base_batch_size (`int`, *optional*): the global batch (per-device batch x processes x accumulation) that
+            `learning_rate` is meant for. A run with another one scales the rate linearly, and says so. None leaves it.
+        no_weight_decay (`list[str]`, *optional*): which parameters of student and losses have none, of `norm` (weights
+            and biases of normalisation layers), `bias` (all biases) and `embedding` (class and distillation tokens,
+            position embeddings, relative position biases). An empty list decays everything. None keeps the `Trainer`'s
+            own rule: no biases and no LayerNorm, but BatchNorm's weights and the embeddings decay.
+        ema_decay (`float`, *optional*): keeps an exponential moving average of the student's weights, updated after each
+            optimiser step: decay x average + (1 - decay) x weights. It is what is evaluated and saved.
+        precise_bn_images (`int`, *optional*): before each evaluation, the statistics of BatchNorm are estimated anew on
+            this many training images, all processes together.
         remove_unused_columns (`bool`, defaults to `False`): image transforms run on columns that the model does not take.
         ddp_find_unused_parameters (`bool`, defaults to `False`): every parameter has a gradient in each step.
         logging_nan_inf_filter (`bool`, defaults to `False`): the filter hides a loss that is not finite, and waits for
             the GPU in each step.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     feature_layer: str | None = field(
         default=None,
         metadata={"help": "Submodule of the student that USKD's auxiliary head reads; found for known architectures."},
+    )
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata={
+            "help": f"The learning rate's schedule; {', '.join(SCHEDULES)} count in epochs.",
+            "choices": [item.value for item in SchedulerType] + list(SCHEDULES),
+        },
+    )
+    base_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Global batch that learning_rate is meant for; another one scales it linearly."},
+    )
+    no_weight_decay: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters without weight decay: norm, bias, embedding. Default: the Trainer's rule.",
+            "choices": list(NO_DECAY_KINDS),
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Decay of the moving average of the student's weights, which is evaluated and saved."},
+    )
+    precise_bn_images: int | None = field(
+        default=None,
+        metadata={"help": "Training images on which BatchNorm's statistics are estimated anew before an evaluation."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to drop the columns that the model's forward does not take."}
@@ -31,3 +78,37 @@ class DistillationTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to replace losses that are not finite in the log."}
     )
+
+    def __post_init__(self):
+        # TrainingArguments knows transformers' schedules alone.
+        name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if name in SCHEDULES:
+            self.lr_scheduler_type = "constant"
+        super().__post_init__()
+        if name in SCHEDULES:
+            self.lr_scheduler_type = EpochSchedule(name)
+            if isinstance(self.lr_scheduler_kwargs, str):
+                self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
+            check_arguments(name, self.lr_scheduler_kwargs or {})
+            if self.warmup_steps:
+                raise ValueError(
+                    f"lr_scheduler_type={name} does not read warmup_steps={self.warmup_steps}: set the warm-up of "
+                    "cosine_by_epoch in lr_scheduler_kwargs"
+                )
+        for kind in self.no_weight_decay or []:
+            if kind not in NO_DECAY_KINDS:
+                raise ValueError(f"no_weight_decay must be some of {', '.join(NO_DECAY_KINDS)}, got {kind!r}")
+        for argument in ("base_batch_size", "precise_bn_images"):
+            value = getattr(self, argument)
+            if value is not None and value < 1:
+                raise ValueError(f"{argument} must be positive, got {value}: leave it out to switch it off")
+        if self.ema_decay is not None and not (0 < self.ema_decay < 1 and math.isfinite(self.ema_decay)):
+            raise ValueError(
+                f"ema_decay must lie between 0 and 1, got {self.ema_decay}: leave it out to switch it off"
+            )
+
+    def scaled_learning_rate(self, global_batch_size: int) -> float:
+        """`learning_rate`, in proportion to the global batch where `base_batch_size` says what it is meant for."""
+        if self.base_batch_size is None:
+            return self.learning_rate
+        return self.learning_rate * global_batch_size / self.base_batch_size

@@ -73,10 +73,27 @@ def train_transform(
             v2.RandomHorizontalFlip(args.horizontal_flip),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
+            *([_Lighting(args.pca_lighting)] if args.pca_lighting else []),
             v2.Normalize(mean=list(mean), std=list(std)),
             v2.ToPureTensor(),
         ]
     )
+
+
+class _Lighting(torch.nn.Module):
+    """Adds the principal axes of ImageNet's colours, each times its eigenvalue times a normal draw (AlexNet, section 4.1).
+
+    Axes and eigenvalues, for RGB in 0..1, are those of pycls, which the official RegNetX configuration uses.
+    """
+
+    def __init__(self, std: float):
+        super().__init__()
+        self.std = std
+        axes = [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+        self.axes = torch.tensor(axes) * torch.tensor([0.2175, 0.0188, 0.0045])
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image + (self.axes @ (self.std * torch.randn(3)))[:, None, None]
 
 
 def processor_transform(processor) -> Callable[[PIL.Image.Image], torch.Tensor]:

@@ -5,7 +5,7 @@ Tests compare values and gradients with these; benchmarks/losses.py compares the
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def nkd_reference(
@@ -67,3 +67,31 @@ def uskd_reference(
     rest_log_prob = F.log_softmax(student_logits[is_other].reshape(batch_size, num_classes - num_targets), dim=1)
     non_target_term = -(soft_rest * rest_log_prob).sum(1).mean()
     return alpha * target_term, beta * non_target_term, mu * weak_term
+
+
+def vitkd_reference(
+    module: nn.Module,
+    student_low: Tensor,
+    student_high: Tensor,
+    teacher_low: Tensor,
+    teacher_high: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weighted mimicking and generation term of ViTKD, image by image and token by token."""
+    mimicking, generation = 0.0, 0.0
+    batch_size, num_tokens = noise.shape
+    side = round(num_tokens**0.5)
+    for image in range(batch_size):
+        for layer in range(2):
+            aligned = module.align_low[layer](student_low[image, layer])
+            mimicking = mimicking + ((aligned - teacher_low[image, layer]) ** 2).sum()
+        num_kept = int(num_tokens * (1 - module.mask_ratio))
+        kept = sorted(range(num_tokens), key=noise[image].tolist().__getitem__)[:num_kept]
+        tokens = module.align_high(student_high[image])
+        tokens = torch.stack([tokens[i] if i in kept else module.mask_token for i in range(num_tokens)])
+        grid = tokens.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        generated = module.generator(grid)[0].permute(1, 2, 0).reshape(num_tokens, -1)
+        for i in range(num_tokens):
+            if i not in kept:
+                generation = generation + ((generated[i] - teacher_high[image, i]) ** 2).sum()
+    return module.alpha * mimicking / batch_size, module.beta * generation / batch_size / module.mask_ratio

@@ -294,6 +294,8 @@ def test_arguments_come_from_a_command_line():
         ({"random_resized_crop": [0.9, 0.5]}, "random_resized_crop must be two fractions"),
         ({"mixup_alpha": -1.0}, "mixup_alpha must be a finite number >= 0"),
         ({"random_crop_padding": 4, "random_erasing": 0.25}, "random_crop_padding does not go with"),
+        ({"pca_lighting": 0.1, "auto_augment": "rand-m9"}, "pca_lighting does not go with"),
+        ({"pca_lighting": -0.1}, "pca_lighting must be a finite number >= 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -316,7 +318,9 @@ def photo():
     return PIL.Image.fromarray(load_sample_image("china.jpg"))
 
 
-@pytest.mark.parametrize("arguments", [{}, RANDAUGMENT, {"random_crop_padding": 4}, {"random_erasing": 1.0}])
+@pytest.mark.parametrize(
+    "arguments", [{}, RANDAUGMENT, {"random_crop_padding": 4}, {"pca_lighting": 0.1}, {"random_erasing": 1.0}]
+)
 def test_training_transforms_give_float_pixels(photo, arguments):
     pixels = train_transform(DataArguments(**arguments), 24, MEAN, STD, "bicubic")(photo)
     assert type(pixels) is torch.Tensor
@@ -343,6 +347,18 @@ def test_erasing_fills_a_rectangle_with_noise():
     noise = pixels[0] != pixels[0].mode().values.mode().values
     assert 20 < noise.sum() < 400
     assert len(pixels[0][noise].unique()) == noise.sum()  # each pixel its own value
+
+
+def test_lighting_shifts_all_pixels_along_the_principal_axes():
+    args = DataArguments(pca_lighting=0.1, horizontal_flip=0.0)
+    transform = train_transform(args, 8, mean=[0.0] * 3, std=[1.0] * 3)
+    grey = PIL.Image.new("RGB", (8, 8), (128, 128, 128))
+    torch.manual_seed(0)
+    shifts = torch.stack([transform(grey) for _ in range(4000)]) - 128 / 255
+    assert (shifts - shifts[:, :, :1, :1]).abs().max() < 1e-6
+    # The variances along the axes are (0.1 x eigenvalue)^2: pycls's eigenvalues for RGB in 0..1.
+    variances = torch.linalg.eigvalsh(shifts[:, :, 0, 0].T.cov())
+    torch.testing.assert_close(variances.sqrt(), torch.tensor([0.00045, 0.00188, 0.02175]), rtol=0.1, atol=0)
 
 
 def test_the_cifar_crop_moves_by_the_padding_at_most():

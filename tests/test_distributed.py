@@ -65,6 +65,36 @@ if trainer.is_world_process_zero():
     json.dump({{"world_size": trainer.args.world_size, "differ": differ}}, open(os.path.join(folder, "result.json"), "w"))
 """
 
+STATISTICS = """
+import json, os, sys
+import torch
+sys.path.insert(0, {tests!r})
+from tiny import digits, make_trainer, timm_cnn
+
+folder = sys.argv[1]
+trainer = make_trainer(
+    folder, timm_cnn(), digits(0, 64), digits(64, 95), per_device_train_batch_size=8, max_steps=2, optim="sgd",
+    learning_rate=0.05, base_batch_size=32, precise_bn_images=64, ema_decay=0.9, lr_scheduler_type="constant",
+)
+trainer.train()
+trainer.evaluate()
+student = trainer.student
+network = student.timm_model
+with torch.no_grad():
+    outputs = network.conv1(torch.stack([sample["pixel_values"] for sample in digits(0, 64)]))
+means = outputs.mean(dim=(0, 2, 3))
+states = torch.cat([value.double().flatten() for value in student.state_dict().values()])
+everywhere = trainer.accelerator.gather(states[None])
+result = {{
+    "world_size": trainer.args.world_size,
+    "equal": bool((everywhere == everywhere[0]).all()),
+    "error": ((network.bn1.running_mean - means).abs().max() / means.abs().max()).item(),
+    "learning_rate": trainer.state.log_history[0]["learning_rate"],
+}}
+if trainer.is_world_process_zero():
+    json.dump(result, open(os.path.join(folder, "result.json"), "w"))
+"""
+
 
 def torchrun(processes: int, *command: str | Path) -> None:
     done = subprocess.run(
@@ -100,6 +130,15 @@ def test_two_processes_train_one_head_and_evaluate_each_sample_once(tmp_path):
 
 def test_two_processes_resume_in_the_middle_of_an_epoch_bit_for_bit(tmp_path):
     assert launch(tmp_path, 2, RESUME) == {"world_size": 2, "differ": []}
+
+
+def test_two_processes_share_statistics_average_and_a_scaled_rate(tmp_path):
+    result = launch(tmp_path, 2, STATISTICS)
+    assert result["world_size"] == 2
+    assert result["equal"]
+    # The 64 images are divided between the two, and their mean is that of all of them.
+    assert result["error"] < 1e-5
+    assert result["learning_rate"] == pytest.approx(0.05 * 16 / 32)
 
 
 def test_recipe_in_two_processes_writes_all_its_results(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoModelForImageClassification, pipeline
 
 from nkd_hf import (
     DataArguments,
@@ -139,12 +139,66 @@ def test_teacher_from_a_folder_is_measured_first(tmp_path):
     assert second.results["distilled"] == first.results["distilled"]
 
 
+DEIT_TEACHER = [
+    "--teacher",
+    "deit3_small_patch16_224",
+    "--teacher_args",
+    '{"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 4}',
+]
+NKD_VITKD = ["--distillation_loss", "nkd+vitkd", "--loss_args", '{"nkd": {"gamma": 1.0}, "vitkd": {"alpha": 3.0e-4}}']
+
+
+def test_nkd_and_vitkd_from_a_teacher_that_is_trained_first_or_opened_from_a_folder(tmp_path, capsys, monkeypatch):
+    first = run("distill_deit", "--output_dir", str(tmp_path / "first"), *DEIT_TEACHER, *NKD_VITKD)
+    first.report()
+    assert "distilled (NKD+VITKD)" in capsys.readouterr().out
+    assert not list((tmp_path / "first" / "student").glob("distillation_losses*"))
+
+    opened = []
+    from_pretrained = AutoModelForImageClassification.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForImageClassification,
+        "from_pretrained",
+        lambda name, **kwargs: opened.append(name) or from_pretrained(name, **kwargs),
+    )
+    folder = str(tmp_path / "first" / "teacher")
+    second = run("distill_deit", "--output_dir", str(tmp_path / "second"), *NKD_VITKD, "--teacher", folder,
+                 "--compare_with_baseline", "false")  # fmt: skip
+    assert opened == [folder]
+    assert second.results["teacher"] == pytest.approx(first.results["teacher"])
+    assert second.results["baseline"] is None
+
+
+def test_losses_that_have_a_teacher():
+    for loss in ("nkd", "vitkd", "uskd+vitkd"):
+        with pytest.raises(ValueError, match=f"distillation_loss={re.escape(loss)} needs a teacher: set teacher"):
+            RecipeArguments("resnet18", distillation_loss=loss)
+    losses = RecipeArguments(
+        "resnet18", teacher="resnet34", distillation_loss="nkd+vitkd", loss_args={"nkd": {"gamma": 1.0}}
+    )
+    losses = losses.build_loss(student_dim=32, teacher_dim=48)
+    assert list(losses) == ["nkd", "vitkd"]
+    assert (losses["nkd"].gamma, losses["vitkd"].alpha, losses["vitkd"].teacher_dim) == (1.0, 3e-5, 48)
+
+
+def test_vitkd_from_a_cnn_is_refused_before_the_teacher_is_trained(tmp_path):
+    with pytest.raises(ValueError, match=r"known for Timm.* \(resnet18\): ViTKD"):
+        run("distill_deit", "--output_dir", str(tmp_path), *NKD_VITKD)
+    assert not (tmp_path / "teacher").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gama", "1.0"], "unknown argument --gama"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-        (["--distillation_loss", "kd"], "distillation_loss must be nkd, uskd or none, got 'kd'"),
+        (["--distillation_loss", "kt"], "must be nkd, uskd, vitkd, several of them joined by +, or none, got 'kt'"),
+        (["--distillation_loss", "nkd+nkd"], "several of them joined by +, or none, got 'nkd+nkd'"),
+        (["--distillation_loss", "nkd+vitkd"], "are by the names of the losses, such as {nkd: {...}}, got gamma"),
+        (
+            ["--distillation_loss", "nkd+vitkd", "--loss_args", '{"vitkd": {"gamma": 1.0}}'],
+            "loss_args of distillation_loss=vitkd are alpha, beta, mask_ratio, got gamma",
+        ),
         (["--loss_args", '{"gama": 1.0}'], "loss_args of distillation_loss=nkd are gamma, temperature, got gama"),
         (["--loss_args", '{"gamma": -1.0}'], "gamma must be a finite number >= 0, got -1.0"),
         (["--teacher", "null", "--distillation_loss", "uskd"], "distillation_loss=uskd has no teacher"),

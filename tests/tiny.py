@@ -26,9 +26,9 @@ def timm_cnn(seed: int = 0, **kwargs):
     )
 
 
-def timm_deit(seed: int = 0, drop_path: float = 0.0):
+def timm_deit(seed: int = 0, drop_path: float = 0.0, width: int = 32):
     set_seed(seed)
-    args = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "drop_path_rate": drop_path}
+    args = {"patch_size": 8, "embed_dim": width, "depth": 4, "num_heads": 2, "drop_path_rate": drop_path}
     return create_student("deit_tiny_patch16_224", id2label=DIGITS, image_size=32, model_args=args)
 
 

@@ -1,0 +1,63 @@
+"""BatchNorm statistics estimated anew before an evaluation ("precise BN"), as pycls and the official RegNet configs do."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .batches import EpochDataset, EpochSampler, seeded
+
+
+def estimate_batch_norm(
+    model: nn.Module,
+    dataset: Dataset | IterableDataset,
+    num_images: int,
+    accelerator: Accelerator,
+    *,
+    key: tuple[int, int],
+    batch_size: int,
+    collate_fn: Callable,
+    num_workers: int = 0,
+) -> None:
+    """Replaces running means and variances by the plain average of those of fresh training batches, over all processes.
+
+    Nothing else changes: parameters, mode and random states are left as they are.
+
+    Args:
+        model (`nn.Module`): its forward takes `pixel_values` [B, 3, H, W]. Without BatchNorm nothing happens.
+        dataset: training samples; of a stream the first ones are taken.
+        num_images (`int`): how many images, all processes together; at least one batch a process.
+        accelerator (`Accelerator`)
+        key (`tuple[int, int]`): seed and step, of which the choice of images is a function.
+        batch_size (`int`): per process.
+        collate_fn: samples -> a dict with `pixel_values`.
+        num_workers (`int`): of the data loader.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    if isinstance(dataset, IterableDataset):
+        dataset = IterableDatasetShard(dataset, batch_size, num_processes=world_size, process_index=rank)
+        sampler = None
+    else:
+        order = EpochSampler(len(dataset), key[0])
+        order.set_epoch(key[1])
+        pairs = itertools.islice(order, rank, None, world_size)
+        sampler = list(pairs) if isinstance(dataset, EpochDataset) else [index for _, index in pairs]
+    loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers)
+    num_batches = max(1, num_images // (batch_size * world_size))
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    # Drop path and the loader draw random numbers, which those of training must not depend on.
+    with seeded(*key), torch.random.fork_rng(devices), accelerator.autocast():
+        pixels = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
+        update_bn(pixels, model, device=accelerator.device)
+    if world_size > 1:
+        for norm in norms:
+            norm.running_mean.copy_(accelerator.reduce(norm.running_mean, "mean"))
+            norm.running_var.copy_(accelerator.reduce(norm.running_var, "mean"))

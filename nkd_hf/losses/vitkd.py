@@ -1,0 +1,162 @@
+"""ViTKD: feature distillation from a vision transformer to a smaller one."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .normalized import check_scalar, compute_dtype
+
+
+class ViTKDLoss(nn.Module):
+    r"""ViTKD of "ViTKD: Practical Guidelines for ViT feature knowledge distillation" (https://arxiv.org/abs/2209.02432).
+
+    The student mimics the teacher's patch tokens after the first two blocks. Of its last tokens a random part is replaced
+    by a trained mask token, and two convolutions must generate the teacher's tokens there from what is left:
+
+    .. math::
+        L_\text{ViTKD} = \frac\alpha B \sum_{l=1}^2 \lVert A_l(S_l) - T_l \rVert^2
+            + \frac\beta{\lambda B} \lVert M \odot (G(\bar M \odot A(S) + M \odot m) - T) \rVert^2
+
+    where :math:`S_l, T_l` are the low and :math:`S, T` the high tokens of student and teacher, :math:`A` linear aligners
+    (left out when student and teacher are of one width), :math:`m` the mask token, :math:`G` the generator, and
+    :math:`M` a mask that is drawn anew for each image and covers the share :math:`\lambda` of its tokens, from PyTorch's
+    generator. The squares are summed over tokens and channels, which is why the weights are small. Aligners, mask token
+    and generator train with the student and are dropped with the loss. Add the student's own classification loss to it,
+    and NKD's, with which the official DeiT configurations combine it.
+
+    Args:
+        student_dim: channels of the student's tokens.
+        teacher_dim: channels of the teacher's tokens.
+        alpha: weight of the mimicking term, >= 0.
+        beta: weight of the generation term, >= 0.
+        mask_ratio: :math:`\lambda`, the share of tokens that are masked, 0 < mask_ratio <= 1.
+
+    The defaults are those of the official configurations (github.com/yzd-v/cls_KD, deit-*3_distill_deit-*_img.py), the
+    same for DeiT-Tiny, -Small and -Base.
+
+    Raises:
+        ValueError: a width, a weight or the ratio out of range; from the call, tokens that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from nkd_hf.losses import ViTKDLoss
+        >>> distillation_loss = ViTKDLoss(student_dim=6, teacher_dim=8)
+        >>> student_low, student_high = torch.randn(4, 2, 9, 6), torch.randn(4, 9, 6)
+        >>> teacher_low, teacher_high = torch.randn(4, 2, 9, 8), torch.randn(4, 9, 8)
+        >>> list(distillation_loss(student_low, student_high, teacher_low, teacher_high))
+        ['vitkd_mimicking', 'vitkd_generation']
+    """
+
+    def __init__(
+        self, student_dim: int, teacher_dim: int, alpha: float = 3e-5, beta: float = 3e-6, mask_ratio: float = 0.5
+    ):
+        super().__init__()
+        for name, dim in (("student_dim", student_dim), ("teacher_dim", teacher_dim)):
+            if dim < 1:
+                raise ValueError(f"{name} must be at least 1, got {dim}: count the channels of its patch tokens")
+        check_scalar("alpha", alpha)
+        check_scalar("beta", beta)
+        if not 0 < mask_ratio <= 1:
+            raise ValueError(
+                f"mask_ratio must be above 0 and at most 1, got {mask_ratio}: beta=0 switches the generation term off"
+            )
+        self.student_dim = student_dim
+        self.teacher_dim = teacher_dim
+        self.alpha = alpha
+        self.beta = beta
+        self.mask_ratio = mask_ratio
+
+        def aligner() -> nn.Module:
+            return nn.Identity() if student_dim == teacher_dim else nn.Linear(student_dim, teacher_dim)
+
+        self.align_low = nn.ModuleList([aligner(), aligner()])
+        self.align_high = aligner()
+        self.mask_token = nn.Parameter(torch.zeros(teacher_dim))
+        self.generator = nn.Sequential(
+            nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
+        )
+
+    def forward(
+        self, student_low: Tensor, student_high: Tensor, teacher_low: Tensor, teacher_high: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted components, each a scalar: float64 for float64 tokens, otherwise float32, autocast or not.
+
+        The P patch tokens are a square grid, row by row; class tokens and their like are left out.
+
+        Args:
+            student_low: [B, 2, P, student_dim] float tokens after the first and the second block.
+            student_high: [B, P, student_dim] float tokens after the last block and the final norm.
+            teacher_low: [B, 2, P, teacher_dim] float, as `student_low`; gets no gradient.
+            teacher_high: [B, P, teacher_dim] float, as `student_high`; gets no gradient.
+        """
+        self._check(student_low, student_high, teacher_low, teacher_high)
+        noise = torch.rand(student_high.shape[:2], device=student_high.device)
+        masked = random_token_mask(noise, self.mask_ratio)
+        return self._components(student_low, student_high, teacher_low.detach(), teacher_high.detach(), masked)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, mask_ratio={self.mask_ratio}"
+
+    def _components(
+        self, student_low: Tensor, student_high: Tensor, teacher_low: Tensor, teacher_high: Tensor, masked: Tensor
+    ) -> dict[str, Tensor]:
+        batch_size, dtype = student_high.shape[0], compute_dtype(student_high)
+        # Sums over all tokens and channels need more than the half precision that autocast would choose.
+        with torch.autocast(student_high.device.type, enabled=False):
+            student_low = student_low.to(self.mask_token.dtype).unbind(1)
+            low = torch.stack(
+                [align(tokens) for align, tokens in zip(self.align_low, student_low, strict=True)], dim=1
+            )
+            mimicking = F.mse_loss(low.to(dtype), teacher_low.to(dtype), reduction="sum")
+
+            high = self.align_high(student_high.to(self.mask_token.dtype))
+            high = torch.where(masked, self.mask_token, high)
+            side = math.isqrt(high.shape[1])
+            generated = self.generator(high.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+            generation = F.mse_loss(generated.to(dtype) * masked, teacher_high.to(dtype) * masked, reduction="sum")
+        return {
+            "vitkd_mimicking": self.alpha / batch_size * mimicking,
+            "vitkd_generation": self.beta / (batch_size * self.mask_ratio) * generation,
+        }
+
+    def _check(self, student_low: Tensor, student_high: Tensor, teacher_low: Tensor, teacher_high: Tensor) -> None:
+        shape = list(student_high.shape)
+        if len(shape) != 3 or 0 in shape:
+            raise ValueError(
+                f"student_high must be [B, P, {self.student_dim}], got {shape}: hand in the patch tokens of a ViT"
+            )
+        batch_size, num_tokens = shape[:2]
+        if math.isqrt(num_tokens) ** 2 != num_tokens:
+            raise ValueError(
+                f"student_high must hold a square grid of patch tokens, got {num_tokens}, which is no square: leave class "
+                "tokens out, and train on square images"
+            )
+        for name, tokens, layers, side in (
+            ("student_low", student_low, (2,), "student"),
+            ("student_high", student_high, (), "student"),
+            ("teacher_low", teacher_low, (2,), "teacher"),
+            ("teacher_high", teacher_high, (), "teacher"),
+        ):
+            dim = self.student_dim if side == "student" else self.teacher_dim
+            expected, got = [batch_size, *layers, num_tokens, dim], list(tokens.shape)
+            if got != expected:
+                if got[:-1] == expected[:-1]:
+                    mend = f"make ViTKDLoss with {side}_dim={got[-1]}"
+                elif len(got) == len(expected) and [got[0], *got[1:-2]] == expected[:-2]:
+                    mend = "student and teacher must have one patch size and one image size"
+                else:
+                    mend = "hand in the tokens of the same batch"
+                raise ValueError(f"{name} must be {expected} to fit student_high {shape}, got {got}: {mend}")
+            if not tokens.is_floating_point():
+                raise ValueError(f"{name} must be of a float dtype, got {tokens.dtype}: hand in a layer's output")
+
+
+def random_token_mask(noise: Tensor, mask_ratio: float) -> Tensor:
+    """The tokens [B, P, 1] (bool) that are masked: all but the `int(P * (1 - mask_ratio))` of the smallest noise [B, P]."""
+    num_kept = int(noise.shape[1] * (1 - mask_ratio))
+    place = noise.argsort(dim=1).argsort(dim=1)
+    return (place >= num_kept).unsqueeze(-1)

@@ -1,0 +1,293 @@
+"""Schedules, weight decay groups, linear scaling, moving average and BatchNorm's statistics, through the trainer."""
+
+import copy
+import logging
+import math
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from tiny import digits, make_trainer, native_vit, timm_cnn, timm_deit
+from transformers import AutoModelForImageClassification, TrainerCallback
+
+from nkd_hf import DistillationTrainingArguments, NKDLoss, USKDLoss
+from nkd_hf.batch_norm import estimate_batch_norm
+from nkd_hf.optimization import decayed_parameters, lr_factor
+
+IMAGENET = 1281167
+
+
+def rates(name, steps_per_epoch, num_epochs, learning_rate, **arguments):
+    factor = lr_factor(name, steps_per_epoch * num_epochs, num_epochs, learning_rate, arguments)
+    return lambda epoch, step=0: learning_rate * factor(epoch * steps_per_epoch + step)
+
+
+def test_multistep():
+    rate = rates("multistep", 5005, 100, 0.1, milestones=[30, 60, 90])
+    assert [rate(0), rate(29, 5004), rate(30), rate(59), rate(60), rate(90), rate(99)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.0001, 0.0001]
+    )
+
+
+def test_exponential_by_epoch():
+    rate = rates("exponential_by_epoch", 5005, 300, 0.045, gamma=0.98)
+    assert [rate(0), rate(0, 5004), rate(1), rate(299)] == pytest.approx(
+        [0.045, 0.045, 0.0441, 0.045 * 0.98**299], rel=1e-12
+    )
+
+
+def test_constant_then_linear():
+    rate = rates("constant_then_linear", 1252, 300, 0.5, constant_steps=5000, constant_factor=0.1)
+    assert rate(0) == rate(0, 4999) == pytest.approx(0.05)
+    assert rate(0, 5000) == 0.5
+    # Half of the 375,600 - 5,000 steps later half of the rate is left.
+    assert rate(0, 5000 + 185_300) == pytest.approx(0.25)
+    assert 0 < rate(299, 1251) < 0.5 / 370_000
+    assert rate(300) == 0
+
+
+def test_cosine_by_epoch_with_a_warm_up_by_step_and_a_floor():
+    rate = rates("cosine_by_epoch", 1252, 300, 1e-3, warmup_epochs=20, warmup_factor=1e-3, min_lr=1e-5)
+    assert rate(0) == pytest.approx(1e-6)
+    assert rate(0, 1) - rate(0) == pytest.approx((1e-3 - 1e-6) / (20 * 1252 - 1))
+    assert rate(19, 1251) == rate(20) == rate(20, 1251) == pytest.approx(1e-3)
+    assert rate(160) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert (
+        rate(299)
+        == rate(299, 1251)
+        == pytest.approx(1e-5 + 0.99e-3 * (1 + math.cos(math.pi * 279 / 280)) / 2, rel=1e-12)
+    )
+
+
+def test_cosine_by_epoch_with_a_warm_up_by_epoch():
+    rate = rates("cosine_by_epoch", 1252, 100, 0.8, warmup_epochs=5, warmup_factor=0.1, warmup_by="epoch")
+    assert [rate(epoch, 700) for epoch in range(6)] == pytest.approx([0.08, 0.26, 0.44, 0.62, 0.80, 0.80])
+    assert rate(99) == pytest.approx(0.4 * (1 + math.cos(math.pi * 94 / 95)))
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_epochs"), [(3, 300), (1, 100), (500456, 100), (30, 2.5), (25040, 20), (7, 0.5)]
+)
+def test_schedules_of_odd_runs_stay_in_range(num_steps, num_epochs):
+    for name, arguments in {
+        "multistep": {"milestones": [30, 60, 90]},
+        "exponential_by_epoch": {"gamma": 0.98},
+        "constant_then_linear": {"constant_steps": 5000},
+        "cosine_by_epoch": {"warmup_epochs": 20, "warmup_factor": 1e-3, "min_lr": 1e-5},
+    }.items():
+        factor = lr_factor(name, num_steps, num_epochs, 1e-3, arguments)
+        assert all(0 <= factor(step) <= 1 for step in {0, 1, num_steps // 2, num_steps - 1, num_steps, num_steps + 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr_scheduler_type": "multistep"}, "these must be set: milestones; got none"),
+        ({"lr_scheduler_type": "multistep", "lr_scheduler_kwargs": {"milestones": 30}}, "must be a list of epochs"),
+        ({"lr_scheduler_type": "multistep", "lr_scheduler_kwargs": {"milestone": [30]}}, "milestones, gamma"),
+        ({"lr_scheduler_type": "exponential_by_epoch", "lr_scheduler_kwargs": {"gamma": -1}}, "a finite number >= 0"),
+        ({"lr_scheduler_type": "cosine_by_epoch", "lr_scheduler_kwargs": {"warmup_by": "day"}}, "step or epoch"),
+        ({"lr_scheduler_type": "cosine_by_epoch", "warmup_steps": 5}, "does not read warmup_steps=5"),
+        ({"lr_scheduler_type": "multi_step"}, "is not a valid SchedulerType"),
+        ({"no_weight_decay": ["norms"]}, "no_weight_decay must be some of norm, bias, embedding, got 'norms'"),
+        ({"base_batch_size": 0}, "base_batch_size must be positive, got 0"),
+        ({"precise_bn_images": -1}, "precise_bn_images must be positive, got -1"),
+        ({"ema_decay": 1.0}, "ema_decay must lie between 0 and 1, got 1.0"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainingArguments("unused", use_cpu=True, report_to="none", **arguments)
+
+
+class Rates(TrainerCallback):
+    """The learning rate that each optimiser step used."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (3, 3)])
+def test_the_trainer_follows_the_schedule_whatever_the_batch(tmp_path, batch, accumulation):
+    data, seen = digits(0, 48), Rates()
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), data, callbacks=[seen], per_device_train_batch_size=batch, num_train_epochs=4, max_steps=-1,
+        gradient_accumulation_steps=accumulation, learning_rate=0.1, lr_scheduler_type="multistep",
+        lr_scheduler_kwargs={"milestones": [1, 3], "gamma": 0.1}, optim="sgd", optim_args="momentum=0.9",
+    )  # fmt: skip
+    trainer.train()
+    steps = math.ceil(math.ceil(48 / batch) / accumulation)
+    assert seen.rates == pytest.approx([0.1] * steps + [0.01] * 2 * steps + [0.001] * steps)
+
+
+def test_a_resumed_run_follows_the_schedule_and_the_average_bit_for_bit(tmp_path):
+    def run(folder, resume=None, **kwargs):
+        seen = Rates()
+        trainer = make_trainer(
+            folder, timm_deit(drop_path=0.1), digits(0, 64), digits(64, 96), callbacks=[seen], max_steps=-1,
+            num_train_epochs=3, distillation_loss=USKDLoss(32, 10), lr_scheduler_type="cosine_by_epoch",
+            lr_scheduler_kwargs={"warmup_epochs": 1, "warmup_factor": 1e-3, "min_lr": 1e-5}, ema_decay=0.9, **kwargs,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, seen.rates
+
+    whole, rates = run(tmp_path / "whole", save_strategy="steps", save_steps=5)
+    resumed, last_rates = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-5"))
+    assert last_rates == rates[5:]
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(ValueError, match="was saved with ema_decay"):
+        make_trainer(tmp_path / "other", timm_deit(), digits(0, 64), distillation_loss=USKDLoss(32, 10)).train(
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5")
+        )
+
+
+class Weights(TrainerCallback):
+    def __init__(self):
+        self.history = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.history.append(copy.deepcopy(model.student.state_dict()))
+
+
+def test_the_average_is_evaluated_and_saved(tmp_path):
+    seen, evaluation = Weights(), digits(64, 96)
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 64), evaluation, callbacks=[seen], max_steps=5, learning_rate=0.05, ema_decay=0.6,
+        distillation_loss=USKDLoss(32, 10), save_strategy="steps", save_steps=5,
+    )  # fmt: skip
+    trainer.train()
+    expected = seen.history[0]
+    for weights in seen.history[1:]:
+        for name, value in weights.items():
+            parameter = value.is_floating_point() and "running" not in name
+            expected[name] = 0.6 * expected[name] + 0.4 * value if parameter else value
+    state = trainer.student.state_dict()
+    assert not torch.equal(state["timm_model.fc.weight"], trainer.model.student.state_dict()["timm_model.fc.weight"])
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, msg=name)
+
+    trainer.save_model(tmp_path / "student")
+    reopened = [
+        AutoModelForImageClassification.from_pretrained(tmp_path / folder).eval()
+        for folder in ("student", "checkpoint-5")
+    ]
+    pixels = torch.stack([sample["pixel_values"] for sample in evaluation])
+    with torch.no_grad():
+        logits = trainer.student.eval()(pixels).logits
+        for student in reopened:
+            torch.testing.assert_close(student(pixels).logits, logits)
+    labels = torch.tensor([sample["labels"] for sample in evaluation])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
+    )
+    # The unaveraged weights and the head are for going on from the checkpoint; the student is alone.
+    assert (tmp_path / "checkpoint-5" / "unaveraged_student.safetensors").is_file()
+    assert not list((tmp_path / "student").glob("*unaveraged*"))
+
+
+def test_batch_norm_is_estimated_on_training_images_before_an_evaluation(tmp_path):
+    train = digits(0, 64)
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), train, digits(64, 96), max_steps=3, eval_strategy="steps", eval_steps=3,
+        precise_bn_images=64, per_device_train_batch_size=64, distillation_loss=NKDLoss(), teacher=timm_cnn(seed=1),
+    )  # fmt: skip
+    trainer.train()
+    network = trainer.student.timm_model
+    # The first norm sees the first convolution's output alone: its statistics can be computed from all images at once.
+    with torch.no_grad():
+        outputs = network.conv1(torch.stack([sample["pixel_values"] for sample in train]))
+    torch.testing.assert_close(network.bn1.running_mean, outputs.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.bn1.running_var, outputs.var(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert network.bn1.momentum == 0.1
+
+
+def test_estimating_batch_norm_changes_nothing_else():
+    model, accelerator = timm_cnn(), make_trainer("unused", timm_cnn()).accelerator
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    model.eval()
+    collate = torch.utils.data.default_collate
+    for _ in range(2):
+        estimate_batch_norm(
+            model, digits(0, 40), 40, accelerator, key=(0, 1), batch_size=8, collate_fn=collate, num_workers=0
+        )
+        first = copy.deepcopy(model.state_dict())
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), random)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("running" in name or "num_batches" in name for name in changed)
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+    without = timm_deit()
+    before = copy.deepcopy(without.state_dict())
+    estimate_batch_norm(without, digits(0, 8), 8, accelerator, key=(0, 1), batch_size=8, collate_fn=collate)
+    assert all(torch.equal(value, before[name]) for name, value in without.state_dict().items())
+
+
+def groups(trainer):
+    trainer.create_optimizer()
+    return {group["weight_decay"]: len(group["params"]) for group in trainer.optimizer.param_groups}
+
+
+@pytest.mark.parametrize("student", [timm_deit, native_vit])
+def test_weight_decay_spares_norms_biases_tokens_and_positions(tmp_path, student):
+    model = student()
+    trainer = make_trainer(
+        tmp_path, model, weight_decay=0.05, no_weight_decay=["norm", "bias", "embedding"],
+        distillation_loss=USKDLoss(32, 10),
+    )  # fmt: skip
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    # What is left are the matrices: patches, attention, MLP, and both heads.
+    assert {name for name in decayed if name.startswith("losses")} == {"losses.distillation.head.weight"}
+    assert {name.removeprefix("student.") for name in decayed if name.startswith("student")} == {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and not name.endswith(("cls_token", "pos_embed", "position_embeddings"))
+    }
+    assert groups(trainer) == {0.05: len(decayed), 0.0: len(list(trainer.model.parameters())) - len(decayed)}
+
+
+def test_weight_decay_of_swin_spares_what_timm_names():
+    network = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1,) * 4)
+    expected = param_groups_weight_decay(network, 0.05, no_weight_decay_list=network.no_weight_decay())
+    decayed = decayed_parameters(network, ["norm", "bias", "embedding"])
+    parameters = dict(network.named_parameters())
+    assert {id(parameters[name]) for name in decayed} == {id(p) for p in expected[1]["params"]}
+
+
+def test_weight_decay_of_norms_alone_and_of_everything(tmp_path):
+    model = timm_cnn()
+    num_norms = sum(2 for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    num_parameters = len(list(model.parameters()))
+    trainer = make_trainer(tmp_path, model, weight_decay=4e-5, no_weight_decay=["norm"])
+    assert groups(trainer) == {4e-5: num_parameters - num_norms, 0.0: num_norms}
+    assert "student.timm_model.fc.bias" in trainer.get_decay_parameter_names(trainer.model)
+    assert groups(make_trainer(tmp_path, timm_cnn(), weight_decay=1e-4, no_weight_decay=[])) == {
+        1e-4: num_parameters,
+        0.0: 0,
+    }
+
+
+def test_the_learning_rate_is_scaled_to_the_global_batch_and_said(tmp_path, caplog):
+    seen = Rates()
+    arguments = {
+        "learning_rate": 0.1,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 1,
+        "lr_scheduler_type": "constant",
+    }
+    with caplog.at_level(logging.WARNING, logger="nkd_hf.trainer"):
+        trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 64), callbacks=[seen], base_batch_size=256, **arguments)
+        trainer.train()
+    assert seen.rates == pytest.approx([0.1 * 32 / 256])
+    assert trainer.args.learning_rate == 0.1
+    assert "global batch of 256 (base_batch_size), and this run's is 32: it is scaled to 0.0125" in caplog.text
+    caplog.clear()
+    trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 64), callbacks=[seen], base_batch_size=32, **arguments)
+    trainer.train()
+    assert seen.rates[1:] == [0.1]
+    assert "scaled" not in caplog.text
