@@ -1,0 +1,189 @@
+"""`nkd-hf evaluate`: top-1, top-5 and throughput of a saved model on a split, with the model's own preprocessing."""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+
+from .data import DataArguments, load_evaluation_split
+from .export import open_classifier
+from .images import ImageDataset, StreamingImageDataset
+from .metrics import compute_metrics, top5_indices
+from .students import load_image_processor
+from .teacher import match_labels
+from .transforms import processor_transform
+
+
+def evaluate(
+    model: PreTrainedModel,
+    data: DataArguments,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "cpu",
+    match_names: bool = True,
+) -> dict[str, Any]:
+    """Evaluates a model on one split of a dataset.
+
+    The images go through the model's own processor, just as in `pipeline("image-classification")`.
+
+    Args:
+        model: any `*ForImageClassification` that came from a folder or from the Hub.
+        data: the dataset; `validation_split` is the split, by default the first of `validation`, `val`, `valid`, `test`.
+        batch_size: images of one forward pass.
+        num_workers: processes that read and preprocess images.
+        device: where the model runs, such as `cuda`.
+        match_names: whether classes are matched by their names; if not, by their numbers.
+
+    Returns:
+        `dict`: `top1` and `top5` (fractions), `images`, `bad_images`, `images_per_second` (from file to prediction, the
+        first batch left out; None when there is no other), and what was evaluated on what.
+
+    Raises:
+        ValueError: the dataset cannot be loaded, or its classes are not the model's.
+    """
+    processor = load_image_processor(model)
+    split_name, split = load_evaluation_split(data)
+    kind = StreamingImageDataset if data.streaming else ImageDataset
+    images = kind(split, processor_transform(processor), on_bad_image=data.on_bad_image, training=False)
+    order = _order(split.features["label"], model, match_names)
+    model = model.to(device).eval()
+
+    predictions, labels = [], []
+    start, before = None, 0
+    loader = DataLoader(images, batch_size, num_workers=num_workers, pin_memory=torch.device(device).type == "cuda")
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="Evaluating", disable=None):
+            logits = model(batch["pixel_values"].to(device, non_blocking=True)).logits
+            # To the CPU at once: a time that is taken here then includes the device's work.
+            predictions.append(top5_indices(logits if order is None else logits[:, order]).cpu())
+            labels.append(batch["labels"])
+            if start is None:
+                start, before = time.perf_counter(), len(batch["labels"])
+    if not labels:
+        raise ValueError(f"the split {split_name!r} has no images that can be read: name another one")
+    seconds = time.perf_counter() - start
+    labels = torch.cat(labels)
+    if order is None and labels.max() >= logits.shape[1]:
+        raise ValueError(f"the labels go up to {labels.max()}, but the model has {logits.shape[1]} classes")
+    metrics = compute_metrics(EvalPrediction(torch.cat(predictions).numpy(), labels.numpy()))
+    return {
+        "model": model.name_or_path,
+        "dataset": data.dataset_name,
+        "split": split_name,
+        "images": len(labels),
+        "bad_images": images.num_bad_images,
+        "top1": metrics["accuracy"],
+        "top5": metrics["top5_accuracy"],
+        "images_per_second": (len(labels) - before) / seconds if len(labels) > before else None,
+        "device": str(device),
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "preprocessing": _settings(processor),
+    }
+
+
+def _order(label: Any, model: PreTrainedModel, match_names: bool) -> list[int] | None:
+    """Where the dataset's classes stand among the model's logits; None when in the same order."""
+    if not match_names or not isinstance(label, datasets.ClassLabel):
+        return None
+    num_classes = model.config.num_labels
+    names = label.names
+    if names == [f"LABEL_{i}" for i in range(len(names))] and len(names) < num_classes:
+        # Plain integers: nothing says that the highest one that occurs is the last class.
+        names = [f"LABEL_{i}" for i in range(num_classes)]
+    return match_labels(
+        dict(enumerate(names)),
+        model.config.id2label,
+        "the model",
+        roles=("dataset", "model"),
+        advice="Name another dataset, or take the classes by their numbers with --ignore_label_names",
+    )
+
+
+def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
+    settings = json.loads(processor.to_json_string())
+    # timm's transforms follow from data_config.
+    settings = settings.get("data_config", settings) | {"processor": type(processor).__name__}
+    return {key: value for key, value in settings.items() if value is not None and key != "image_processor_type"}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs `nkd-hf evaluate`."""
+    parser = argparse.ArgumentParser(prog="nkd-hf evaluate", description=__doc__, allow_abbrev=False)
+    help_of = {field.name: field.metadata["help"] for field in dataclasses.fields(DataArguments)}
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--dataset", required=True, help=help_of["dataset_name"])
+    parser.add_argument("--dataset_config_name", help=help_of["dataset_config_name"])
+    parser.add_argument("--split", help="default: the first of validation, val, valid, test that exists")
+    parser.add_argument("--image_column_name", help=help_of["image_column_name"])
+    parser.add_argument("--label_column_name", help=help_of["label_column_name"])
+    parser.add_argument("--streaming", action="store_true", help="read the split alone, with no copy on disk")
+    parser.add_argument("--max_samples", type=int, help=help_of["max_eval_samples"])
+    parser.add_argument("--on_bad_image", choices=["error", "skip"], default="error", help=help_of["on_bad_image"])
+    parser.add_argument("--ignore_label_names", action="store_true", help="take the classes by their numbers")
+    parser.add_argument("--batch_size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read images (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
+    args = parser.parse_args(args)
+    if args.batch_size < 1 or args.num_workers < 0:
+        raise ValueError(
+            f"batch_size must be positive and num_workers not negative, got {args.batch_size} and {args.num_workers}"
+        )
+
+    data = DataArguments(
+        dataset_name=args.dataset,
+        dataset_config_name=args.dataset_config_name,
+        validation_split=args.split,
+        image_column_name=args.image_column_name,
+        label_column_name=args.label_column_name,
+        streaming=args.streaming,
+        max_eval_samples=args.max_samples,
+        on_bad_image=args.on_bad_image,
+    )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    model = open_classifier(args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+    results = evaluate(
+        model,
+        data,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=device,
+        match_names=not args.ignore_label_names,
+    )
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    speed = results["images_per_second"]
+    measured = (
+        "reading, preprocessing and forward pass, without the first batch" if speed else "there is one batch alone"
+    )
+    bad = f", of which {results['bad_images']} bad ones were replaced" if results["bad_images"] else ""
+    print(f"model          {args.model} ({type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters)")
+    print(f"dataset        {args.dataset}, split {results['split']}, {results['images']} images{bad}")
+    print("preprocessing  " + ", ".join(f"{key} {value}" for key, value in results["preprocessing"].items()))
+    print(f"top-1          {100 * results['top1']:.2f} %")
+    print(f"top-5          {100 * results['top5']:.2f} %")
+    print(
+        f"throughput     {f'{speed:.0f} images/s' if speed else 'not measured'} on {device}, batch {args.batch_size}, "
+        f"{args.num_workers} workers ({measured})"
+    )

@@ -1,0 +1,95 @@
+"""`nkd-hf export`: the plain student out of a training checkpoint."""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperForImageClassification
+
+from .folders import new_folder
+from .modeling import save_student
+from .students import load_image_processor
+
+logger = logging.getLogger(__name__)
+
+
+def open_classifier(name: str, **kwargs) -> PreTrainedModel:
+    """Opens a finished image classifier, and does not make up for weights that it lacks.
+
+    Args:
+        name: a folder or a Hub id.
+        kwargs: handed to `from_pretrained`.
+
+    Raises:
+        ValueError: there is no such model, or the file's weights are not those of its configuration.
+    """
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} could not be opened as a folder or a Hub id: {error}") from error
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[fault])):
+            raise ValueError(
+                f"{name} is no whole image classifier: {len(keys)} {fault.replace('_', ' ')}, {keys[0]} first"
+            )
+    return model
+
+
+def export(checkpoint: str, output: str, overwrite: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Writes the student of a checkpoint as a folder that transformers and, if it is one of timm's models, timm open.
+
+    Args:
+        checkpoint: a `checkpoint-*` folder. With a moving average (`ema_decay`), its student is the averaged one.
+        output: a folder that is new, or empty.
+        overwrite: whether a student that is saved in `output` is replaced.
+        trust_remote_code: whether code beside the weights may run.
+
+    Returns:
+        `PreTrainedModel`: the student.
+
+    Raises:
+        ValueError: the folder is no checkpoint, or it is a run with several of them; `output` is not empty.
+    """
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}")
+    if not (folder / "config.json").is_file():
+        inside = sorted(path.name for path in folder.glob("checkpoint-*"))
+        hint = f": name one of its checkpoints, {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{checkpoint} is no checkpoint, since it has no config.json{hint}")
+    with new_folder(output, overwrite) as new:
+        student = open_classifier(str(folder), trust_remote_code=trust_remote_code)
+        save_student(student, new)
+        try:
+            save_image_processor(student, new)
+        except OSError:
+            logger.warning(
+                "%s holds no preprocessing, so that pipeline() cannot open %s: save the student's image processor there.",
+                checkpoint,
+                output,
+            )
+    return student
+
+
+def save_image_processor(student: PreTrainedModel, folder: str) -> None:
+    """Writes a student's preprocessing, which `pipeline` looks for, beside it; timm's students have it in their config.
+
+    Raises:
+        OSError: the student came from a folder without it.
+    """
+    if not isinstance(student, TimmWrapperForImageClassification):
+        load_image_processor(student).save_pretrained(folder)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs `nkd-hf export`."""
+    parser = argparse.ArgumentParser(prog="nkd-hf export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a checkpoint-* folder")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a student that is in the folder")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
+    args = parser.parse_args(args)
+    student = export(args.checkpoint, args.output, args.overwrite, args.trust_remote_code)
+    print(f"{args.output}: {type(student).__name__}, {student.config.num_labels} classes; files: ", end="")
+    print(", ".join(sorted(os.listdir(args.output))))

@@ -1,0 +1,141 @@
+"""Reads the student's weights from a checkpoint of mmcls, and runs nothing that the file asks for."""
+
+import io
+import os
+import pickle
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
+    """Reads the student's weights from an official checkpoint.
+
+    Of a training checkpoint of the distiller (`student.*`, `teacher.*`, `distill_losses.*`) the student is taken, and
+    of one that was trained with mmengine's `EMAHook` the average: the hook puts the averaged weights into `state_dict`
+    before it is saved, and those that are trained into `ema_state_dict`, which is not read.
+
+    What mmengine pickles beside the weights (`message_hub`, `optimizer`, numpy's arrays) is replaced with objects that
+    do nothing, so that neither mmengine nor the class in question is needed, imported or called.
+
+    Args:
+        path: a `.pth` file, in torch's zip format or its older one: `{"state_dict": ...}`, or the weights alone.
+
+    Returns:
+        `dict[str, Tensor]`: the weights by their official names, `backbone.*` and `head.*`, on the CPU.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no checkpoint, holds no weights, or names what no checkpoint needs (`os.system`).
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        checkpoint = _load_with_stand_ins(path)
+    except OSError:
+        raise
+    except Exception as error:  # torch's readers raise nearly anything on a broken file
+        raise ValueError(f"{path} is no checkpoint that torch can read: {_reason(error)}") from error
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
+        keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} holds no weights: expected state_dict, or tensors by their names, got {keys}")
+    weights = {key: value for key, value in weights.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    student = {key.removeprefix("student."): value for key, value in weights.items() if key.startswith("student.")}
+    return student or weights
+
+
+class _StandIn(list):
+    """Whatever is done to it does nothing. A list, since torch appends to lists alone."""
+
+    is_mapping = False
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+    def __setitem__(self, key, value):
+        type(self).is_mapping = True
+
+    @staticmethod
+    def __setstate__(*args):
+        pass
+
+
+class _MappingStandIn:
+    """Stands in for a class of mappings, since torch sets the items of plain mappings alone."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+class _Survey(pickle.Unpickler):
+    """Goes through a pickle with a stand-in for each class and function that it names."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.stand_ins: dict[tuple[str, str], type[_StandIn]] = {}
+
+    def find_class(self, module: str, name: str) -> type[_StandIn]:
+        return self.stand_ins.setdefault((module, name), type("StandIn", (_StandIn,), {}))
+
+    def persistent_load(self, pid):
+        return None
+
+
+def _load_with_stand_ins(path: str):
+    """Reads a checkpoint by torch's own restricted unpickler, to which all unknown names are stand-ins.
+
+    The other way, an unpickler of our own under `weights_only=False`, would leave torch's loader open to TorchScript,
+    tar archives and pickled modules, and attributes could be set on the functions that it is allowed to call.
+    """
+    try:
+        stand_ins = []
+        for file in _pickles(path):
+            survey = _Survey(file)
+            survey.load()
+            for (module, name), stand_in in survey.stand_ins.items():
+                kind = _MappingStandIn if stand_in.is_mapping else stand_in
+                # torch looks names of Python 2 up under those of Python 3.
+                renamed = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                for module_, name_ in {(module, name), renamed}:
+                    stand_ins.append(type("StandIn", (kind,), {"__module__": module_, "__qualname__": name_}))
+        # What torch allows by itself (OrderedDict, its tensors) comes before these.
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} was not opened, since it is no plain checkpoint: {_reason(error)}") from error
+
+
+def _pickles(path: str) -> Iterator[io.BufferedIOBase]:
+    """The files that hold pickled objects; the older format has several pickles one after the other."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if os.path.basename(name) == "data.pkl":
+                    yield io.BytesIO(archive.read(name))
+    else:
+        with open(path, "rb") as file:
+            for _ in ("magic number", "version", "system", "checkpoint"):
+                yield file
+
+
+def _reason(error: Exception) -> str:
+    message = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    # Not torch's advice, which is to load the file without the restriction.
+    lines = [line.strip() for line in message.splitlines() if line.strip() and "weights_only" not in line]
+    return f"{type(error).__name__}: {lines[0] if lines else message.partition('. ')[0]}"
