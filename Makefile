@@ -1,7 +1,7 @@
 PYTHON ?= python3
 SOURCES = nkd_hf recipes tests benchmarks
 
-.PHONY: demo test test-slow quality style
+.PHONY: demo test test-slow test-rows quality style
 
 demo: .venv/installed
 	.venv/bin/accelerate launch recipes/distill_deit.py
@@ -11,6 +11,9 @@ test: .venv/installed-test
 
 test-slow: .venv/installed-test
 	.venv/bin/python -m pytest -m slow
+
+test-rows: .venv/installed-test
+	.venv/bin/python -m pytest -m rows -s
 
 quality: .venv/installed-test
 	.venv/bin/ruff check $(SOURCES)

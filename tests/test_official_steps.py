@@ -1,4 +1,4 @@
-"""One step of the trainer gives the official distiller's components and gradient norms.
+"""One step of the trainer, through a row's own configuration, gives the official distiller's components and gradient norms.
 
 `data/mmcls_steps.json` was written by the official code (github.com/yzd-v/cls_KD, branch 1.0) on the CPU in float32, for
 weights that are made from their official names and four random images; student and teacher were in eval mode there.
@@ -6,79 +6,103 @@ weights that are made from their official names and four random images; student 
 
 import json
 import math
-import zlib
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_trainer
+from official import DATA, official_images, official_state_dict, official_tensor
+from test_rows import CONFIGS
 from transformers import TrainerCallback
 
-from nkd_hf import NKDLoss, USKDLoss, create_student
+from nkd_hf import (
+    DataArguments,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    RecipeArguments,
+    create_student,
+    load_image_processor,
+    parse_args,
+)
+from nkd_hf.convert import convert_state_dict
 
-STEPS = json.loads((Path(__file__).parent / "data" / "mmcls_steps.json").read_text())
-
-
-def official_tensor(key: str, like: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    if not like.is_floating_point():
-        return torch.zeros_like(like)
-    if key.endswith("running_var"):
-        return 0.5 + torch.rand(like.shape, generator=generator)
-    noise = torch.randn(like.shape, generator=generator)
-    if like.ndim == 1:
-        return 1 + 0.1 * noise if key.endswith("weight") else 0.1 * noise
-    return noise / math.sqrt(like[0].numel())
-
-
-def official_resnet(name: str, prefix: str = ""):
-    model = create_student(name)
-    network = model.timm_model
-    state = {}
-    for key, value in network.state_dict().items():
-        official = f"head.{key}" if key.startswith("fc.") else f"backbone.{key}"
-        state[key] = official_tensor(prefix + official, value)
-    network.load_state_dict(state)
-    return model
+STEPS = json.loads((DATA / "mmcls_steps.json").read_text())
+# The official name of each student and teacher of the rows' configurations.
+OFFICIAL = {
+    "resnet18": "resnet18",
+    "resnet50": "resnet50",
+    "mobilenetv1_100": "mobilenet",
+    "mobilenetv2_100": "mobilenetv2",
+    "shufflenet_v2_x1_0": "shufflenetv2",
+    "regnetx_016": "regnetx-1.6gf",
+    "swin_tiny_patch4_window7_224": "swin-tiny",
+    "deit_tiny_patch16_224": "deit-tiny",
+    "timm/resnet34.tv_in1k": "resnet34",
+    "timm/resnet50.tv_in1k": "resnet50",
+}
 
 
 class GradientNorms(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        def norm(module):
-            return math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in module.parameters()))
+    def __init__(self, in_student: list[torch.nn.Parameter]):
+        self.in_student = in_student
 
-        self.student, self.auxiliary = norm(model.student), norm(model.losses)
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        def norm(parameters):
+            return math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in parameters))
+
+        theirs = [id(p) for p in self.in_student]
+        self.student = norm([*model.student.parameters(), *self.in_student])
+        self.auxiliary = norm([p for p in model.losses.parameters() if id(p) not in theirs])
 
 
 @pytest.mark.parametrize("row", STEPS)
 def test_one_step_is_the_official_one(tmp_path, row):
     expected = STEPS[row]
-    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    recipe, _, args = parse_args(
+        (RecipeArguments, DataArguments, DistillationTrainingArguments),
+        # No clipping, since the norms are measured after it; labels are whole here, as in the official figures.
+        args=["--config", str(CONFIGS / f"{row}.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true",
+              "--per_device_train_batch_size", "4", "--max_steps", "1", "--learning_rate", "0", "--max_grad_norm", "0",
+              "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", "1", "--report_to", "none",
+              "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false", "--disable_tqdm", "true"],
+    )  # fmt: skip
+    architecture = OFFICIAL[recipe.student]
+    student = create_student(recipe.student, model_args=recipe.student_args)
+    weights = official_state_dict(architecture)
+    student.load_state_dict(convert_state_dict(weights, architecture))
+    student.eval().train = lambda mode=True: student  # running statistics and no drop path
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = create_student(recipe.teacher.removeprefix("timm/").partition(".")[0])
+        official = OFFICIAL[recipe.teacher]
+        teacher.load_state_dict(convert_state_dict(official_state_dict(official, "teacher."), official))
+
+    loss = recipe.build_loss(**recipe.loss_shapes(student, (224, 224)))
+    auxiliary = {key.removeprefix("loss_uskd."): shape for key, shape in expected["auxiliary_keys"].items()}
+    in_student = []
+    if auxiliary:
+        assert {key: list(value.shape) for key, value in loss.head.named_parameters(prefix="fc")} == auxiliary
+        for key, tensor in loss.head.named_parameters():
+            tensor.data = official_tensor(f"loss.loss_uskd.fc.{key}", tensor.data)
+        if loss.feature_norm is not None:  # It is part of the official Swin.
+            in_student = list(loss.feature_norm.parameters())
+            loss.feature_norm.load_state_dict({key: weights[f"backbone.norm2.{key}"] for key in ("weight", "bias")})
+
+    images = official_images(4)
+    if architecture.startswith("regnet"):
+        images = images.flip(1)  # BGR there, RGB here
     samples = [
         {"pixel_values": image, "labels": label} for image, label in zip(images, [3, 141, 592, 653], strict=True)
     ]
-    student = official_resnet("resnet18").eval()
-    student.train = lambda mode=True: student  # running statistics, as in the official figures
-    if row.startswith("nkd"):
-        teacher, loss = official_resnet("resnet34", "teacher."), NKDLoss()
-    else:
-        teacher, loss = None, USKDLoss(256, 1000)
-        for name, tensor in loss.head.named_parameters():
-            tensor.data = official_tensor(f"loss.loss_uskd.fc.{name}", tensor.data)
-    norms = GradientNorms()
-    trainer = make_trainer(
-        tmp_path, student, samples, teacher=teacher, distillation_loss=loss, callbacks=[norms], max_steps=1, max_grad_norm=0,
-        per_device_train_batch_size=4, optim="sgd", learning_rate=0.0,
+    norms = GradientNorms(in_student)
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, distillation_loss=loss, args=args, train_dataset=samples, callbacks=[norms],
+        processing_class=load_image_processor(student),
     )  # fmt: skip
     trainer.train()
 
     logged = trainer.state.log_history[0]
     distillation = sum(value for name, value in logged.items() if name.startswith(("nkd_", "uskd_")))
-    name = "loss_nkd" if row.startswith("nkd") else "loss_uskd"
+    name = "loss_nkd" if teacher is not None else "loss_uskd"
     assert logged["task"] == pytest.approx(expected["ori_loss"], rel=1e-4)
     assert distillation == pytest.approx(expected[name], rel=1e-4)
     assert norms.student == pytest.approx(expected["grad_norm_student"], rel=1e-4)
     assert norms.auxiliary == pytest.approx(expected["grad_norm_auxiliary"], rel=1e-4)
-    assert {key.removeprefix("loss_uskd.fc."): list(shape) for key, shape in expected["auxiliary_keys"].items()} == {
-        key.removeprefix("head."): list(value.shape) for key, value in loss.state_dict().items()
-    }
