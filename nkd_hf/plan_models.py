@@ -1,0 +1,76 @@
+"""Opens student and teacher by their shapes alone, with no network: call it under `torch.device("meta")`."""
+
+import os
+
+import timm
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from .architectures import is_architecture
+from .data import DataArguments
+from .preprocessing import Preprocessing, read_preprocessing
+from .recipe_args import RecipeArguments
+
+
+def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Module, Preprocessing]:
+    """The student and what it expects of its pixels.
+
+    Raises:
+        ValueError: it is no architecture and not on this machine, or its arguments do not fit.
+    """
+    # What is neither, create_student has an answer to.
+    if is_architecture(recipe.student) or not ("/" in recipe.student or os.path.isdir(recipe.student)):
+        return _create(recipe, data, recipe.student, recipe.student_args)
+    try:
+        return _open_config(recipe.student, data.num_classes)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"student {recipe.student!r} is no architecture, and cannot be read without a network: download it first "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def open_teacher(
+    recipe: RecipeArguments, data: DataArguments, student_pixels: Preprocessing, notes: list[str]
+) -> tuple[nn.Module | None, Preprocessing | None]:
+    """The teacher; None where there is none, or where nothing on this machine tells its shapes."""
+    if not recipe.needs_teacher:
+        return None, None
+    if is_architecture(recipe.teacher):
+        return _create(recipe, data, recipe.teacher, recipe.teacher_args)
+    name = recipe.teacher.removeprefix("timm/")
+    try:
+        if name != recipe.teacher and timm.is_model(name):
+            teacher = timm.create_model(name)
+            return teacher, read_preprocessing(teacher)
+        return _open_config(recipe.teacher, default=student_pixels)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
+        notes.append(
+            f"teacher {recipe.teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "
+            f"{str(error).splitlines()[0]}"
+        )
+        return None, None
+
+
+def _create(
+    recipe: RecipeArguments, data: DataArguments, name: str, model_args: dict | None
+) -> tuple[nn.Module, Preprocessing]:
+    model = recipe.create(name, model_args, num_labels=data.num_classes)
+    return model, read_preprocessing(model)
+
+
+def _open_config(
+    name: str, num_classes: int | None = None, default: Preprocessing | None = None
+) -> tuple[nn.Module, Preprocessing]:
+    """The model of a folder, or of a Hub id in the cache, by its configuration: no weights are read."""
+    labels = {} if num_classes is None else {"num_labels": num_classes}
+    config = AutoConfig.from_pretrained(name, local_files_only=True, **labels)
+    model = AutoModelForImageClassification.from_config(config)
+    if getattr(config, "pretrained_cfg", None) is not None:
+        return model, read_preprocessing(model)
+    try:
+        return model, read_preprocessing(model, AutoImageProcessor.from_pretrained(name, local_files_only=True))
+    except (OSError, ValueError):
+        if default is None:
+            raise
+        return model, default
