@@ -71,7 +71,8 @@ def create_official_student(
             unknown.append(key)
         elif got != expected:
             misshapen.append(f"{key} {got} instead of {expected}")
-    faults = {"missing": list(missing), "unknown": unknown, "of another shape": misshapen}
+    not_finite = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
+    faults = {"missing": list(missing), "unknown": unknown, "of another shape": misshapen, "not finite": not_finite}
     if any(faults.values()):
         raise ValueError(
             f"these are not the weights of {architecture} with {student.config.num_labels} classes: "

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ import PIL.Image
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data import ImageNetInfo
+
+from .access import gate
 
 
 @dataclass
@@ -227,7 +231,23 @@ def label_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
             f"the stream's labels are {feature.dtype} without names, so the number of classes is unknown: load without "
             "streaming, or store the dataset with a ClassLabel feature"
         )
-    return feature.names
+    return describe_synsets(feature.names)
+
+
+def describe_synsets(names: list[str]) -> list[str]:
+    """ImageNet's descriptions, where classes are named by its WordNet synsets, as folders of ImageNet are.
+
+    Example:
+        >>> describe_synsets(["n01440764", "n01443537"])
+        ['tench, Tinca tinca', 'goldfish, Carassius auratus']
+        >>> describe_synsets(["cat", "dog"])
+        ['cat', 'dog']
+    """
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    descriptions = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    descriptions |= ImageNetInfo().label_descriptions(as_dict=True)
+    return [descriptions.get(name, name) for name in names]
 
 
 def streaming_max_steps(num_train_images: int, num_train_epochs: float, global_batch_size: int) -> int:
@@ -264,6 +284,8 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
             return datasets.load_dataset("parquet", data_files=name, streaming=args.streaming)
         return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if how := gate(error, name, "dataset"):
+            raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {how}") from error
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         raise ValueError(
             f"dataset_name={args.dataset_name!r} could not be loaded ({type(cause).__name__}: {cause}). Expected a "

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
-from .data import DataArguments, load_evaluation_split
+from .data import DataArguments, describe_synsets, load_evaluation_split
 from .export import open_classifier
 from .images import ImageDataset, StreamingImageDataset
 from .metrics import compute_metrics, top5_indices
@@ -97,7 +97,7 @@ def _order(label: Any, model: PreTrainedModel, match_names: bool) -> list[int] |
     if not match_names or not isinstance(label, datasets.ClassLabel):
         return None
     num_classes = model.config.num_labels
-    names = label.names
+    names = describe_synsets(label.names)
     if names == [f"LABEL_{i}" for i in range(len(names))] and len(names) < num_classes:
         # Plain integers: nothing says that the highest one that occurs is the last class.
         names = [f"LABEL_{i}" for i in range(num_classes)]
@@ -140,8 +140,11 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--allow_pickle", action="store_true", help="open weights that are a pickle, tensors alone")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
     args = parser.parse_args(args)
+    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no such folder, make it first")
     if args.batch_size < 1 or args.num_workers < 0:
         raise ValueError(
             f"batch_size must be positive and num_workers not negative, got {args.batch_size} and {args.num_workers}"
@@ -162,7 +165,12 @@ def main(args: list[str] | None = None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
-    model = open_classifier(args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+    model = open_classifier(
+        args.model,
+        dtype=torch.float32,
+        allow_pickle=args.allow_pickle,
+        trust_remote_code=args.trust_remote_code,
+    )
     results = evaluate(
         model,
         data,
@@ -171,8 +179,6 @@ def main(args: list[str] | None = None) -> None:
         device=device,
         match_names=not args.ignore_label_names,
     )
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     speed = results["images_per_second"]
     measured = (
         "reading, preprocessing and forward pass, without the first batch" if speed else "there is one batch alone"
@@ -187,3 +193,5 @@ def main(args: list[str] | None = None) -> None:
         f"throughput     {f'{speed:.0f} images/s' if speed else 'not measured'} on {device}, batch {args.batch_size}, "
         f"{args.num_workers} workers ({measured})"
     )
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

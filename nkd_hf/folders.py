@@ -1,10 +1,17 @@
 """Writes a folder as a whole or not at all."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What a saved student consists of: no checkpoint and no run, which hold more.
+_STUDENT_FILES = re.compile(
+    r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json|modeling_\w+\.py"
+    r"|README\.md|training_curves\.png|training_args\.yaml"
+)
 
 
 @contextmanager
@@ -29,13 +36,15 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
 
     ```
     """
-    target = Path(output).expanduser().absolute()
+    if not output:
+        raise ValueError("the output has no name: name a folder")
+    target = Path(output).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{output} is a file: name a folder")
     held = list(target.iterdir()) if target.exists() else []
     if held and not overwrite:
         raise ValueError(f"{output} is not empty: name another folder, or replace it with --overwrite")
-    if held and not ((target / "config.json").is_file() and all(path.is_file() for path in held)):
+    if held and not ((target / "config.json").is_file() and all(_STUDENT_FILES.fullmatch(path.name) for path in held)):
         raise ValueError(f"{output} holds more than a saved student and is not replaced: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target: a rename is one step within a file system alone.

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from torch import nn
+from transformers import SchedulerType
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.utils import ExplicitEnum
 
 
@@ -130,7 +132,7 @@ def lr_factor(
         name (`str`): one of `SCHEDULES`.
         num_steps (`int`): optimiser steps of the run.
         num_epochs (`float`): epochs of the run.
-        learning_rate (`float`): what the factor multiplies.
+        learning_rate (`float`): what `min_lr` is a part of; a rate that is scaled to the global batch scales both.
         arguments (`dict`, *optional*): keyword arguments of the schedule.
 
     Returns:
@@ -150,13 +152,23 @@ def lr_factor(
     ```
     """
     arguments = arguments or {}
-    check_arguments(name, arguments)
+    check_arguments(name, arguments, learning_rate)
+    if num_epochs <= 0:
+        raise ValueError(f"num_train_epochs must be positive for lr_scheduler_type={name}, got {num_epochs}")
     run = _Run(num_steps, num_steps / num_epochs, learning_rate)
     return lambda step: SCHEDULES[name](step, run, **arguments)
 
 
-def check_arguments(name: str, arguments: dict) -> None:
+def check_arguments(name: str, arguments: dict, learning_rate: float) -> None:
     """Raises ValueError where `arguments` are not those of the schedule, or out of range."""
+    if name not in SCHEDULES:
+        parameters = list(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters)
+        if unknown := [key for key in arguments if key not in parameters]:
+            raise ValueError(
+                f"lr_scheduler_kwargs of another schedule: {', '.join(unknown)} are not read by lr_scheduler_type={name}. "
+                "Set them too (none: --lr_scheduler_kwargs '{}')"
+            )
+        return
     parameters = inspect.signature(SCHEDULES[name]).parameters.values()
     known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
     required = {p.name for p in known.values() if p.default is p.empty}
@@ -171,10 +183,15 @@ def check_arguments(name: str, arguments: dict) -> None:
             if value not in ("step", "epoch"):
                 raise ValueError(f"lr_scheduler_kwargs: warmup_by must be step or epoch, got {value!r}")
         elif not isinstance(values, list | tuple) or not all(
-            isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in values
+            type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values
         ):
             expected = "a list of epochs" if key == "milestones" else "a finite number"
             raise ValueError(f"lr_scheduler_kwargs: {key} must be {expected} >= 0, got {value!r}")
+    if arguments.get("min_lr", 0.0) > learning_rate > 0:
+        raise ValueError(
+            f"lr_scheduler_kwargs: min_lr={arguments['min_lr']} is the rate's floor, and learning_rate={learning_rate} lies "
+            "below it: set min_lr too"
+        )
 
 
 def _epoch(step: int, run: _Run) -> int:

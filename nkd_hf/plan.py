@@ -232,7 +232,7 @@ def _learning_rates(
     """The rate of the first step of each epoch; None where it depends on the evaluations."""
     name, num_steps, kwargs = training.lr_scheduler_type.value, steps["num_steps"], training.lr_scheduler_kwargs
     if name in SCHEDULES:
-        factor = lr_factor(name, num_steps, training.num_train_epochs, learning_rate, kwargs)
+        factor = lr_factor(name, num_steps, training.num_train_epochs, training.learning_rate, kwargs)
     else:
         # The way of the Trainer's optimiser: its groups have the scaled rate, its defaults the one that is set.
         optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)

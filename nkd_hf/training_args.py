@@ -85,16 +85,29 @@ class DistillationTrainingArguments(TrainingArguments):
         if name in SCHEDULES:
             self.lr_scheduler_type = "constant"
         super().__post_init__()
+        kwargs = self.lr_scheduler_kwargs or {}
+        if isinstance(kwargs, str):
+            try:
+                kwargs = json.loads(kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"lr_scheduler_kwargs must be a mapping in JSON, got {kwargs!r}: {error}") from error
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"lr_scheduler_kwargs must be a mapping such as {{'gamma': 0.1}}, got {kwargs!r}")
+        check_arguments(name, kwargs, self.learning_rate)
         if name in SCHEDULES:
-            self.lr_scheduler_type = EpochSchedule(name)
-            if isinstance(self.lr_scheduler_kwargs, str):
-                self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
-            check_arguments(name, self.lr_scheduler_kwargs or {})
+            self.lr_scheduler_type, self.lr_scheduler_kwargs = EpochSchedule(name), kwargs
             if self.warmup_steps:
                 raise ValueError(
                     f"lr_scheduler_type={name} does not read warmup_steps={self.warmup_steps}: set the warm-up of "
                     "cosine_by_epoch in lr_scheduler_kwargs"
                 )
+        if "momentum" in (self.optim_args or "") and self.optim.value.startswith("adam"):
+            raise ValueError(
+                f"optim={self.optim.value} does not read optim_args={self.optim_args!r}: set it too, and the "
+                "learning_rate that goes with this optimiser"
+            )
+        if isinstance(self.no_weight_decay, str):
+            raise ValueError(f"no_weight_decay must be a list, got {self.no_weight_decay!r}: write it in brackets")
         for kind in self.no_weight_decay or []:
             if kind not in NO_DECAY_KINDS:
                 raise ValueError(f"no_weight_decay must be some of {', '.join(NO_DECAY_KINDS)}, got {kind!r}")

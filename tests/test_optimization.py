@@ -90,6 +90,16 @@ def test_schedules_of_odd_runs_stay_in_range(num_steps, num_epochs):
         ({"lr_scheduler_type": "cosine_by_epoch", "lr_scheduler_kwargs": {"warmup_by": "day"}}, "step or epoch"),
         ({"lr_scheduler_type": "cosine_by_epoch", "warmup_steps": 5}, "does not read warmup_steps=5"),
         ({"lr_scheduler_type": "multi_step"}, "is not a valid SchedulerType"),
+        ({"lr_scheduler_type": "cosine_by_epoch", "lr_scheduler_kwargs": {"min_lr": 1.0}}, "set min_lr too"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"milestones": [3]}}, "milestones are not read by"),
+        (
+            {"lr_scheduler_type": "exponential_by_epoch", "lr_scheduler_kwargs": {"gamma": True}},
+            "a finite number >= 0",
+        ),
+        ({"lr_scheduler_kwargs": "milestones=1"}, "must be a mapping in JSON"),
+        ({"lr_scheduler_kwargs": "[1]"}, "must be a mapping such as"),
+        ({"optim": "adamw_torch", "optim_args": "momentum=0.9"}, "optim=adamw_torch does not read optim_args"),
+        ({"no_weight_decay": "norm"}, "must be a list, got 'norm'"),
         ({"no_weight_decay": ["norms"]}, "no_weight_decay must be some of norm, bias, embedding, got 'norms'"),
         ({"base_batch_size": 0}, "base_batch_size must be positive, got 0"),
         ({"precise_bn_images": -1}, "precise_bn_images must be positive, got -1"),
@@ -291,3 +301,49 @@ def test_the_learning_rate_is_scaled_to_the_global_batch_and_said(tmp_path, capl
     trainer.train()
     assert seen.rates[1:] == [0.1]
     assert "scaled" not in caplog.text
+
+
+def test_training_again_starts_at_the_full_rate(tmp_path):
+    seen = Rates()
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 64), callbacks=[seen], max_steps=-1, num_train_epochs=4, learning_rate=1e-3,
+        lr_scheduler_type="cosine_by_epoch", lr_scheduler_kwargs={"min_lr": 1e-5}, base_batch_size=32,
+    )  # fmt: skip
+    trainer.train()
+    first, seen.rates = seen.rates, []
+    trainer.train()
+    assert seen.rates == first
+    assert first[0] == pytest.approx(5e-4)
+    assert first[-1] < 1e-4
+
+
+def test_a_batch_that_is_found_scales_the_rate(tmp_path, monkeypatch, caplog):
+    seen = Rates()
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 64), callbacks=[seen], per_device_train_batch_size=32, auto_find_batch_size=True,
+        base_batch_size=32, learning_rate=0.1, max_steps=2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    compute_loss = trainer.compute_loss
+
+    def of_small_batches(model, inputs, *args, **kwargs):
+        if len(inputs["labels"]) > 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", of_small_batches)
+    with caplog.at_level(logging.WARNING, logger="nkd_hf.trainer"):
+        trainer.train()
+    assert trainer._train_batch_size < 32
+    assert seen.rates == pytest.approx([0.1 * trainer._train_batch_size / 32] * 2)
+    assert f"this run's is {trainer._train_batch_size}" in caplog.text
+
+
+def test_the_floor_is_scaled_with_the_rate(tmp_path):
+    seen = Rates()
+    make_trainer(
+        tmp_path, timm_cnn(), digits(0, 64), callbacks=[seen], max_steps=-1, num_train_epochs=10, learning_rate=1e-3,
+        lr_scheduler_type="cosine_by_epoch", lr_scheduler_kwargs={"min_lr": 1e-4}, base_batch_size=1600,
+    ).train()  # fmt: skip
+    assert seen.rates == sorted(seen.rates, reverse=True)
+    assert seen.rates[0] == pytest.approx(1e-5)
+    assert 1e-6 < seen.rates[-1] < 2e-6

@@ -288,7 +288,13 @@ def test_disk_and_memory(plan):
     assert memory["pixels"] == 4 * 32 * 3 * 224 * 224
     assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
 
-    overrides = {"optim": "adamw_torch", "ema_decay": 0.99, "compare_with_baseline": True, "save_total_limit": 1}
+    overrides = {
+        "optim": "adamw_torch",
+        "optim_args": "",
+        "ema_decay": 0.99,
+        "compare_with_baseline": True,
+        "save_total_limit": 1,
+    }
     figures = plan("uskd_resnet18", **overrides)
     assert figures["runs"] == ["baseline", "student"]
     assert figures["memory"]["moving_average"] == student

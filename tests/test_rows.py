@@ -204,11 +204,12 @@ def test_row(row):
         undecayed += 5 * width
     undecayed += UNDECAYED_OF_LOSS.get(name, 0)
     # Here one process trains, with another global batch: the scaling is the trainer's, and said.
-    optimizer = trainer.create_optimizer()
+    trainer.create_optimizer_and_scheduler(num_training_steps=300)
+    optimizer = trainer.optimizer
     groups = {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
     total = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert groups == {weight_decay: total - undecayed, 0.0: undecayed}
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(args.learning_rate * local / args.base_batch_size)
+    assert optimizer.param_groups[0]["initial_lr"] == pytest.approx(args.learning_rate * local / args.base_batch_size)
     if "deit" in name or "swin" in name:
         assert isinstance(optimizer, torch.optim.AdamW)
         assert optimizer.defaults["betas"] == (0.9, 0.999)
