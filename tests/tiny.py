@@ -59,7 +59,7 @@ def native_resnet(seed: int = 0):
 def make_trainer(folder, model, train=None, evaluation=None, *, teacher=None, distillation_loss=None, **kwargs):
     """A trainer on the CPU that is silent and saves nothing unless told to."""
     trainer_kwargs = {
-        key: kwargs.pop(key) for key in ("compute_metrics", "callbacks", "data_collator") if key in kwargs
+        key: kwargs.pop(key) for key in ("compute_metrics", "callbacks", "data_collator", "card_info") if key in kwargs
     }
     defaults = {
         "per_device_train_batch_size": 16,

@@ -1,0 +1,143 @@
+"""What a model card may say of names, paths and the command line: one line, no path of the machine, no token."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
+# Not the slashes of a relative path or of a URL.
+_POSIX_PATH = re.compile(r"(?:(?<![\w.~/:-])/+|(?<=:)/(?!/))[^\s\"'`,;|<>()\[\]{}/][^\s\"'`,;|<>()\[\]{}]*")
+_WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\[^\s\"'`,;|<>()\[\]{}]+")
+
+
+def plain(text: object) -> str:
+    """One line of text, in which an absolute path is cut to its part below the working directory, or to its last part,
+    and a token of the Hub is left out.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.model_card.text import plain
+    >>> plain("teacher\\n of /home/me/models/resnet34")
+    'teacher of resnet34'
+
+    ```
+    """
+    # Surrogates, of undecodable file names, could not be written.
+    text = str(text).encode("utf-8", "replace").decode()
+    text = re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip().replace("file://", "")
+    text = _WINDOWS_PATH.sub(lambda match: match[0].rstrip("\\").rpartition("\\")[2], text)
+    text = _POSIX_PATH.sub(lambda match: _relative(match[0]), text)
+    return _TOKEN.sub("<token>", text)
+
+
+def code(text: object) -> str:
+    """The text as a code span, in which Markdown and HTML mean nothing.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.model_card.text import code
+    >>> code("a <b> `c`")
+    '`` a <b> `c` ``'
+
+    ```
+    """
+    text = plain(text) or "(no name)"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    # A space next to a backtick keeps it apart from the fence, and is not shown.
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
+def code_block(text: str, language: str) -> str:
+    """The text, several lines of it, as a fenced block."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name if it is an id of the Hub, `owner/name`, and not a folder of this machine; otherwise None.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.model_card.text import hub_id
+    >>> hub_id("timm/resnet34.tv_in1k"), hub_id("digits"), hub_id("/data/flowers")
+    ('timm/resnet34.tv_in1k', None, None)
+
+    ```
+    """
+    if name is None or name.count("/") != 1 or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def link(name: str, kind: str = "") -> str:
+    """An id of the Hub as a link to its page, anything else as a code span.
+
+    Args:
+        name: of a model or dataset.
+        kind: `datasets/` for a dataset.
+    """
+    return code(name) if hub_id(name) is None else f"[{code(name)}](https://huggingface.co/{kind}{name})"
+
+
+def launch_line(argv: Sequence[str] | None = None) -> str | None:
+    """The command that started this process, as somebody else would type it; None in a notebook or an interpreter.
+
+    The options of `accelerate launch` are told from the environment that it leaves: number of processes and machines, and
+    mixed precision. Options whose name ends in `token` are left out.
+
+    Args:
+        argv: script and arguments; None takes those of this process.
+    """
+    if argv is None:
+        # A notebook's __main__ has no file; that of a tool (`pytest`, `python -m ...`) is no script of the user's.
+        argv = [getattr(sys.modules["__main__"], "__file__", None) or "", *sys.argv[1:]]
+    script = Path(argv[0])
+    if script.suffix != ".py" or script.name == "__main__.py":
+        return None
+    words = ["recipes/" + script.name if script.parent.name == "recipes" else plain(script.absolute())]
+    arguments = iter(argv[1:])
+    for word in arguments:
+        option, equals, _ = word.partition("=")
+        if option.startswith("--") and option.lower().endswith("token"):
+            if not equals:
+                next(arguments, None)
+        else:
+            words.append(plain(word))
+    return " ".join([*_launcher(), shlex.join(words)])
+
+
+def _launcher() -> list[str]:
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    num_machines = num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    machines = [] if num_machines < 2 else ["--nnodes", str(num_machines)]
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        if num_processes == 1:
+            return ["python"]
+        return ["torchrun", *machines, "--nproc_per_node", str(num_processes // max(1, num_machines))]
+    words = ["accelerate", "launch"]
+    if num_processes > 1:
+        words += ["--multi_gpu", "--num_processes", str(num_processes)]
+    if machines:
+        words += ["--num_machines", str(num_machines)]
+    precision = os.environ["ACCELERATE_MIXED_PRECISION"]
+    return words if precision == "no" else [*words, "--mixed_precision", precision]
+
+
+def _relative(path: str) -> str:
+    here = os.getcwd()
+    if here != "/" and path.startswith(here + "/"):
+        return path[len(here) + 1 :].rstrip("/") or "."
+    return path.rstrip("/").rpartition("/")[2] or "/"
