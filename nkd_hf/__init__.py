@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from .batches import ImageCollator
     from .data import DataArguments, load_image_dataset
     from .features import token_shape
+    from .hub import PushError, push_student
     from .images import ImageDataset, StreamingImageDataset
     from .losses import NKDLoss, USKDLoss, ViTKDLoss, nkd_loss, uskd_loss
     from .metrics import TopKAccuracy
+    from .model_card import CardInfo
     from .parser import parse_args
     from .recipe import Recipe
     from .recipe_args import RecipeArguments
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
 
 # Imported on first use: `from nkd_hf.losses import nkd_loss` and `import nkd_hf` load torch at the most.
 _MODULE_OF = {
+    "CardInfo": "model_card",
     "DataArguments": "data",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "training_args",
     "ImageCollator": "batches",
     "ImageDataset": "images",
     "NKDLoss": "losses",
+    "PushError": "hub",
     "Recipe": "recipe",
     "RecipeArguments": "recipe_args",
     "StreamingImageDataset": "images",
@@ -42,6 +46,7 @@ _MODULE_OF = {
     "nkd_loss": "losses",
     "parse_args": "parser",
     "processor_transform": "transforms",
+    "push_student": "hub",
     "token_shape": "features",
     "train_transform": "transforms",
     "uskd_loss": "losses",

@@ -11,6 +11,7 @@ _COMMANDS = {
     "plan": ("plan", "what a recipe would do, and what it costs, without doing it"),
     "evaluate": ("evaluation", "top-1, top-5 and throughput of a model on a dataset's split"),
     "export": ("export", "the plain student out of a training checkpoint"),
+    "push": ("hub", "puts a saved student on the Hub"),
     "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),
 }
 

@@ -5,10 +5,11 @@ import logging
 import os
 from pathlib import Path
 
-from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperForImageClassification
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from .folders import new_folder
 from .modeling import save_student
+from .opening import RefusedError, open_pretrained
 from .students import load_image_processor
 
 logger = logging.getLogger(__name__)
@@ -19,13 +20,15 @@ def open_classifier(name: str, **kwargs) -> PreTrainedModel:
 
     Args:
         name: a folder or a Hub id.
-        kwargs: handed to `from_pretrained`.
+        kwargs: `allow_pickle`, `trust_remote_code` and those of `from_pretrained`; see [`open_pretrained`].
 
     Raises:
         ValueError: there is no such model, or the file's weights are not those of its configuration.
     """
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, info = open_pretrained(name, output_loading_info=True, **kwargs)
+    except RefusedError as error:
+        raise ValueError(f"{name} is not opened: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} could not be opened as a folder or a Hub id: {error}") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):

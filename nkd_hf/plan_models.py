@@ -22,7 +22,7 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
     if is_architecture(recipe.student) or not ("/" in recipe.student or os.path.isdir(recipe.student)):
         return _create(recipe, data, recipe.student, recipe.student_args)
     try:
-        return _open_config(recipe.student, data.num_classes)
+        return _open_config(recipe.student, data.num_classes, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"student {recipe.student!r} is no architecture, and cannot be read without a network: download it first "
@@ -43,7 +43,7 @@ def open_teacher(
         if name != recipe.teacher and timm.is_model(name):
             teacher = timm.create_model(name)
             return teacher, read_preprocessing(teacher)
-        return _open_config(recipe.teacher, default=student_pixels)
+        return _open_config(recipe.teacher, default=student_pixels, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
         notes.append(
             f"teacher {recipe.teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "
@@ -60,16 +60,20 @@ def _create(
 
 
 def _open_config(
-    name: str, num_classes: int | None = None, default: Preprocessing | None = None
+    name: str,
+    num_classes: int | None = None,
+    default: Preprocessing | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Preprocessing]:
     """The model of a folder, or of a Hub id in the cache, by its configuration: no weights are read."""
     labels = {} if num_classes is None else {"num_labels": num_classes}
-    config = AutoConfig.from_pretrained(name, local_files_only=True, **labels)
-    model = AutoModelForImageClassification.from_config(config)
+    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **local, **labels)
+    model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
     if getattr(config, "pretrained_cfg", None) is not None:
         return model, read_preprocessing(model)
     try:
-        return model, read_preprocessing(model, AutoImageProcessor.from_pretrained(name, local_files_only=True))
+        return model, read_preprocessing(model, AutoImageProcessor.from_pretrained(name, **local))
     except (OSError, ValueError):
         if default is None:
             raise

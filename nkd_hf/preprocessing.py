@@ -52,7 +52,7 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
         )
     if processor is None and config is not None and config.name_or_path:
         try:
-            processor = AutoImageProcessor.from_pretrained(config.name_or_path)
+            processor = AutoImageProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
         except (OSError, ValueError):
             return None
     return None if processor is None else _read_processor(processor)

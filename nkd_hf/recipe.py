@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 from pathlib import Path
 
 import matplotlib.figure
@@ -11,13 +12,16 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from .architectures import is_architecture
 from .batches import ImageCollator
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
 from .features import check_token_grids
+from .hub import PushError, create_repo
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .metrics import compute_metrics, top5_indices
+from .model_card import CardInfo, launch_line
 from .preprocessing import read_preprocessing
 from .recipe_args import RecipeArguments
 from .students import load_image_processor
@@ -50,8 +54,12 @@ class Recipe:
         self.args, self.data_args, self.training_args = recipe, data, training
         self.folder = Path(training.output_dir)
         self.results: dict[str, float | None] = {"teacher": None, "baseline": None, "distilled": None}
+        self.accuracies: dict[str, dict[str, float]] = {}
         self.curves: dict[str, list[tuple[float, float]]] = {}
         self.teacher: str | PreTrainedModel | Teacher | None = None
+        self.to_push: DistillationTrainer | None = None
+        if training.push_to_hub and training.process_index == 0:
+            self._check_hub()
         if training.device.type == "cpu":
             # Workers and PyTorch's threads share the cores; threads that wait for each other make steps several times
             # slower than fewer of them.
@@ -90,17 +98,30 @@ class Recipe:
             if self.teacher is None:
                 self.train_teacher()
             student = self._create(self.args.student, self.args.student_args)
+            if isinstance(self.teacher, str):
+                self.teacher = load_teacher(
+                    self.teacher, allow_pickle=self.args.allow_pickle, trust_remote_code=self.args.trust_remote_code
+                )
+            if self.args.ignore_label_names and isinstance(self.teacher, Teacher):
+                self.teacher.id2label = None
             loss = self._loss(student)
             self._train("student", student, loss, self.teacher)
 
     def report(self) -> None:
-        """Prints the table, writes `results.json` and `accuracy.png`, and shows how the student is opened."""
+        """Prints the table, writes `results.json` and `accuracy.png`, shows how the student is opened, and pushes it.
+
+        Raises:
+            SystemExit: with code 1 and a message, when the push failed; all else is on disk then.
+        """
         if self.training_args.should_save:
             self._write_report()
+        fault = None if self.to_push is None else self._push()
         # A process that leaves while another still writes can take the whole group down.
         state = PartialState()
         state.wait_for_everyone()
         state.destroy_process_group()
+        if fault:
+            raise SystemExit(fault)
 
     def _write_report(self) -> None:
         (self.folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
@@ -160,9 +181,6 @@ class Recipe:
         args.hub_model_id = args.hub_model_id or self.folder.name
         if loss is None:
             args.feature_layer = None
-        resume = {"true": True, "false": None}.get(
-            str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint
-        )
         train, validation = self._datasets(student)
         trainer = DistillationTrainer(
             model=student,
@@ -181,15 +199,19 @@ class Recipe:
         # One that was not trained here has yet to be measured.
         if teacher is not None and self.results["teacher"] is None:
             self.results["teacher"] = self._teacher_accuracy(trainer)
+            self.accuracies["teacher"] = {"accuracy": self.results["teacher"]}
+        trainer.card_info = self._card_info()
         self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
-        trainer.train(resume_from_checkpoint=resume if is_result else None)
-        trainer.save_model()
+        trainer.train(resume_from_checkpoint=self._checkpoint(args.output_dir, is_result))
+        # As an internal call, which does not push: report() does, when the figures are written down.
+        trainer.save_model(_internal_call=True)
         metrics = trainer.evaluate()
         if args.precise_bn_images is not None:
-            trainer.save_model()  # with the statistics that were evaluated
+            trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
         trainer.save_state()
         key = "distilled" if name == "student" else name
         self.results[key] = metrics["eval_accuracy"]
+        self.accuracies[key] = {metric: metrics[f"eval_{metric}"] for metric in ("accuracy", "top5_accuracy")}
         # To the Trainer, a stream is one long epoch.
         epochs = args.num_train_epochs if self.data_args.streaming else 1
         self.curves[key] = [
@@ -200,9 +222,61 @@ class Recipe:
         for kind, data in (("training", train), ("evaluation", validation)):
             if data.num_bad_images:
                 self._say(f"{data.num_bad_images} bad {kind} images were replaced; they are named above")
+        if is_result:
+            trainer.create_model_card(model_name=args.hub_model_id.split("/")[-1])
         if args.push_to_hub:
-            trainer.push_to_hub()
+            self.to_push = trainer
         return trainer
+
+    def _checkpoint(self, folder: str, is_result: bool) -> str | None:
+        """Where the training of one model goes on: a checkpoint that is named is the result's, else its own last one."""
+        wanted = str(self.training_args.resume_from_checkpoint)
+        if wanted.lower() in ("none", "false"):
+            return None
+        if wanted.lower() != "true" and is_result:
+            return wanted
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        if last is None:
+            self._say(f"There is no checkpoint in {folder}: this training starts from the beginning")
+        return last
+
+    def _check_hub(self) -> None:
+        args = self.training_args
+        try:
+            create_repo(args.hub_model_id or self.folder.name, private=args.hub_private_repo, token=args.hub_token)
+        except PushError as error:
+            raise SystemExit(
+                f"error: {error}\nNothing was trained yet. Without --push_to_hub, the student stays here."
+            ) from None
+
+    def _push(self) -> str | None:
+        """Pushes the result; what came in the way is returned."""
+        try:
+            commit = self.to_push.push_to_hub()
+        except (PushError, ValueError) as error:
+            return f"error: {error}"
+        if commit is not None:
+            self._say(f"The student is on the Hub: {commit.commit_url}")
+        return None
+
+    def _card_info(self) -> CardInfo:
+        data = self.data_args
+        crop = "random_crop_padding" if data.random_crop_padding else "random_resized_crop"
+        others = ("horizontal_flip", "auto_augment", "random_erasing", "pca_lighting", "mixup_alpha", "cutmix_alpha")
+        split = self.data["validation"].split
+        return CardInfo(
+            dataset=data.dataset_name,
+            dataset_config=data.dataset_config_name,
+            # One that was cut out of the training split has no name of its own.
+            dataset_split=None if split == self.data["train"].split else str(split),
+            num_train_images=None if data.streaming else len(self.data["train"]),
+            num_eval_images=None if data.streaming else len(self.data["validation"]),
+            teacher=self.accuracies.get("teacher"),
+            baseline=self.accuracies.get("baseline"),
+            augmentation=", ".join(f"{name}={value}" for name in (crop, *others) if (value := getattr(data, name))),
+            launch=launch_line(),
+            license=self.args.license,
+        )
 
     def _teacher_accuracy(self, trainer: DistillationTrainer) -> float:
         """Top-1 of the teacher on the student's pixels: a wrong teacher shows before days of training."""
@@ -254,7 +328,8 @@ class Recipe:
         answer = pipeline("image-classification", model=str(folder), device="cpu")(str(example), top_k=3)
         print(f"\nThe student opens anywhere; {example} is a held-out image of class {self.id2label[label]!r}:\n")
         print(">>> from transformers import pipeline")
-        print(f'>>> classifier = pipeline("image-classification", model="{folder}")')
+        code = ", trust_remote_code=True" if list(folder.glob("modeling_*.py")) else ""
+        print(f'>>> classifier = pipeline("image-classification", model="{folder}"{code})')
         print(f'>>> classifier("{example}", top_k=3)')
         print([{"label": entry["label"], "score": round(entry["score"], 4)} for entry in answer])
 

@@ -39,6 +39,10 @@ class RecipeArguments:
     teacher_args: dict | None = field(
         default=None, metadata={"help": "Arguments of timm's architecture, for a teacher that is trained first."}
     )
+    ignore_label_names: bool = field(
+        default=False,
+        metadata={"help": "Take the teacher's classes by their numbers, where it names the same ones differently."},
+    )
     distillation_loss: str = field(
         default="nkd",
         metadata={
@@ -87,6 +91,21 @@ class RecipeArguments:
         metadata={"help": "bilinear or bicubic. Default: bicubic for DeiT, ViT and Swin, bilinear for CNNs."},
     )
 
+    allow_pickle: bool = field(
+        default=False,
+        metadata={
+            "help": "Open weights of student and teacher that are a pickle (pytorch_model.bin), of which tensors alone are read."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that lies beside the weights of student and teacher."}
+    )
+
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the student's weights for its model card, as the Hub spells it: `apache-2.0`."},
+    )
+
     def __post_init__(self):
         losses = self.losses
         if self.distillation_loss != "none" and (not _LOSSES.keys() >= set(losses) or len(set(losses)) < len(losses)):
@@ -132,6 +151,8 @@ class RecipeArguments:
             image_std=self.image_std,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
             **labels,
         )
 

@@ -10,7 +10,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageClassification,
     BaseImageProcessor,
     BitImageProcessor,
     PreTrainedModel,
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from .architectures import ARCHITECTURES, is_architecture
+from .opening import RefusedError, comes_with_code, open_pretrained
 
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
@@ -37,6 +37,8 @@ def create_student(
     image_std: Sequence[float] | None = None,
     crop_pct: float | None = None,
     interpolation: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Builds a student that `DistillationTrainer` trains and `AutoModelForImageClassification` opens afterwards.
 
@@ -44,7 +46,7 @@ def create_student(
         name (`str`): the name of an architecture, which starts from random weights: one of timm's
             (`"deit_tiny_patch16_224"`), `"shufflenet_v2_x1_0"`, `"resnet18_cifar"` or `"resnet34_cifar"`; or a Hub id or
             a folder (`"microsoft/resnet-18"`), which starts from its own weights and keeps its own preprocessing, so
-            that all arguments but the labels are for architectures only.
+            that all arguments but the labels and the last two are for architectures only.
         num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for an architecture, 100
             (CIFAR-100) for `*_cifar`, and else the model's own. A model that has another number gets a new head.
         id2label (`dict[int, str]`, *optional*): class names; they are saved with the student. Their number replaces
@@ -59,6 +61,9 @@ def create_student(
             pretrained weights.
         interpolation (`str`, *optional*): `bilinear` or `bicubic`; None takes the paper's, which is bicubic for DeiT,
             ViT and Swin and bilinear for CNNs.
+        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`), of which
+            tensors alone are read.
+        trust_remote_code (`bool`): whether code that lies beside the weights of a Hub id or folder may run.
 
     Returns:
         `PreTrainedModel`: its forward maps `pixel_values` [B, 3, H, W] to `.logits` [B, C].
@@ -84,7 +89,7 @@ def create_student(
             f"{name.partition('.')[0]!r} for the architecture with random weights"
         )
     if not is_architecture(name):
-        return _open_student(name, num_labels, id2label, model_args)
+        return _open_student(name, num_labels, id2label, model_args, allow_pickle, trust_remote_code)
     default = _default_preprocessing(name)
     image_size = default["input_size"][-1] if image_size is None else image_size
     image_mean = default["mean"] if image_mean is None else image_mean
@@ -153,7 +158,12 @@ def _create_from_config(name: str, model_args: dict[str, Any], **kwargs) -> PreT
 
 
 def _open_student(
-    name: str, num_labels: int | None, id2label: dict[int, str] | None, model_args: dict[str, Any] | None
+    name: str,
+    num_labels: int | None,
+    id2label: dict[int, str] | None,
+    model_args: dict[str, Any] | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     if "/" not in name and not os.path.isdir(name):
         names = [*ARCHITECTURES, *timm.list_models()]
@@ -170,9 +180,16 @@ def _open_student(
     labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
         # In float32 whatever the file has: half precision is autocast's business, not that of the weights that train.
-        student = AutoModelForImageClassification.from_pretrained(
-            name, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
+        student = open_pretrained(
+            name,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            **labels,
         )
+    except RefusedError as error:
+        raise ValueError(f"student {name!r} is not opened: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
     if id2label is not None:
@@ -204,4 +221,4 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
             image_mean=pretrained_cfg["mean"],
             image_std=pretrained_cfg["std"],
         )
-    return AutoImageProcessor.from_pretrained(student.name_or_path)
+    return AutoImageProcessor.from_pretrained(student.name_or_path, trust_remote_code=comes_with_code(student))

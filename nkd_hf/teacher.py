@@ -2,15 +2,16 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
-from . import architectures  # noqa: F401  (so that their folders open without trust_remote_code)
 from .features import TEACHER_FEATURES, FeatureTap
+from .opening import RefusedError, open_pretrained
 from .preprocessing import Preprocessing, read_preprocessing
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,13 @@ class Teacher(nn.Module):
             return logits if self.order is None else logits[:, self.order]
 
 
-def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcessor | None = None) -> Teacher:
+def load_teacher(
+    teacher: str | nn.Module,
+    *,
+    processing_class: BaseImageProcessor | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Teacher:
     """Opens a teacher.
 
     Args:
@@ -138,12 +145,15 @@ def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcess
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
             does not carry its preprocessing. None looks where the module came from; where nothing is found, the module
             gets the student's pixels, with a warning.
+        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`), of which
+            tensors alone are read.
+        trust_remote_code (`bool`): whether code that lies beside the weights may run.
 
     Returns:
         [`Teacher`]
 
     Raises:
-        ValueError: the id or folder cannot be opened.
+        ValueError: the id or folder cannot be opened, or has only what is not allowed.
 
     Example:
 
@@ -162,9 +172,13 @@ def load_teacher(teacher: str | nn.Module, *, processing_class: BaseImageProcess
         id2label = getattr(config, "id2label", None)
         return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
     try:
-        model = AutoModelForImageClassification.from_pretrained(teacher, dtype=torch.float32)
+        model = open_pretrained(
+            teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
         if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
-            processing_class = AutoImageProcessor.from_pretrained(teacher)
+            processing_class = AutoImageProcessor.from_pretrained(teacher, trust_remote_code=trust_remote_code)
+    except RefusedError as error:
+        raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"teacher {teacher!r} could not be opened: give the id of an image classifier on the Hub (is there a "
@@ -185,7 +199,8 @@ def match_labels(
 
     `roles` and `advice` are for other pairs than student and teacher: what messages call them, and what to do.
 
-    Equal lists match by position, whether names repeat or not (ImageNet has two classes `crane`). Lists of the same
+    Equal lists match by position, whether names repeat or not (ImageNet has two classes `crane`), and also where one
+    tells apart what the other names alike (the Hub's ImageNet has `crane` and `crane2`). Lists of the same
     unique names in another order match by name. Generic names (`LABEL_0`) tell nothing: the order is kept, with a
     warning.
 
@@ -211,7 +226,11 @@ def match_labels(
             f"{teacher_name} has {len(teacher)} classes and the {roles[0]} {len(student)}; the first that only one of "
             f"them has: {_differences(student, teacher, roles)}. {advice or f'Load a teacher of {len(student)} classes'}"
         )
-    if student == teacher:
+    in_student, in_teacher = Counter(student), Counter(teacher)
+    if all(
+        a == b or (in_teacher[b] > 1 and a not in in_teacher) or (in_student[a] > 1 and b not in in_student)
+        for a, b in zip(student, teacher, strict=True)
+    ):
         return None
     if _generic(student) or _generic(teacher):
         which = f"the {roles[0]}'s" if _generic(student) else f"{teacher_name}'s"
@@ -227,7 +246,7 @@ def match_labels(
         return [position[name] for name in student]
     advice = advice or (
         "Load a teacher of the same classes, or, if they are the same under other names, set the teacher's id2label "
-        "to the student's names"
+        "to the student's names (in a recipe: --ignore_label_names true)"
     )
     raise ValueError(
         f"{teacher_name} and the {roles[0]} name their classes differently: {_differences(student, teacher, roles)}. "

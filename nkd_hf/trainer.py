@@ -17,7 +17,6 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
     TimmWrapperForImageClassification,
-    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_pt_utils import nested_gather
@@ -25,16 +24,19 @@ from transformers.trainer_pt_utils import nested_gather
 from .batch_norm import estimate_batch_norm
 from .batches import EpochDataset, EpochSampler, ImageCollator
 from .features import check_token_grids
+from .hub_trainer import HubTrainer
+from .model_card import CardInfo, write_card
 from .modeling import DistillationModel
 from .optimization import SCHEDULES, decayed_parameters, lr_factor
 from .preprocessing import read_preprocessing
+from .publishing import SETTINGS, publishable
 from .teacher import Teacher, load_teacher
 from .training_args import DistillationTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(HubTrainer):
     """Trains a student with the task loss (cross-entropy) plus distillation losses.
 
     Everything that `transformers.Trainer` does works as it does there. `trainer.model` is one module that holds the
@@ -51,6 +53,8 @@ class DistillationTrainer(Trainer):
         teacher (`str`, `nn.Module` or [`Teacher`], *optional*): a Hub id, a folder or a model; see [`load_teacher`].
         distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): [`NKDLoss`], [`USKDLoss`], [`ViTKDLoss`], or several by
             name, which add up. None trains with the task loss alone: the baseline.
+        card_info ([`CardInfo`], *optional*): what the model card should say beyond what the trainer knows: the dataset, a
+            baseline's accuracy, the licence.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
@@ -88,6 +92,7 @@ class DistillationTrainer(Trainer):
         *,
         teacher: str | nn.Module | Teacher | None = None,
         distillation_loss: nn.Module | dict[str, nn.Module] | None = None,
+        card_info: CardInfo | None = None,
         **kwargs,
     ):
         args = DistillationTrainingArguments("tmp_trainer") if args is None else args
@@ -103,6 +108,7 @@ class DistillationTrainer(Trainer):
                     f"distillation_loss must be a module such as NKDLoss(), or a dict of them by name, got {loss!r}"
                 )
         self._distillation_losses = losses
+        self.card_info = CardInfo() if card_info is None else card_info
         if model is not None:
             model = self._with_losses(model, losses, args)
         self._component_sums: dict[str, Tensor] = {}
@@ -209,28 +215,6 @@ class DistillationTrainer(Trainer):
         self._component_sums, self._component_steps, self._batch_norm_step = {}, 0.0, None
         return super()._inner_training_loop(batch_size, **kwargs)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        # The default reads args.learning_rate, which may be meant for another global batch.
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(model)
-        args = self.args
-        global_batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        learning_rate = args.scaled_learning_rate(global_batch_size)
-        if learning_rate != args.learning_rate:
-            for group in optimizer.param_groups:
-                group["lr"] *= learning_rate / args.learning_rate
-            if self.is_world_process_zero():
-                logger.warning(
-                    "learning_rate %g is meant for a global batch of %d (base_batch_size), and this run's is %d: it is "
-                    "scaled to %g.",
-                    args.learning_rate,
-                    args.base_batch_size,
-                    global_batch_size,
-                    learning_rate,
-                )
-        return optimizer
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # The default decays BatchNorm's weights and position embeddings, and no bias.
         if self.args.no_weight_decay is None:
@@ -240,18 +224,38 @@ class DistillationTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        # The default knows transformers' schedules alone.
-        args, name = self.args, self.args.lr_scheduler_type.value
-        if self.lr_scheduler is not None or name not in SCHEDULES:
+        # The default knows transformers' schedules alone, and a rate that may be meant for another global batch.
+        if self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
-        factors = [
-            lr_factor(name, num_training_steps, args.num_train_epochs, group["lr"], args.lr_scheduler_kwargs)
-            for group in optimizer.param_groups
-        ]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        self._scale_learning_rate(optimizer)
+        args, name = self.args, self.args.lr_scheduler_type.value
+        if name not in SCHEDULES:
+            return super().create_scheduler(num_training_steps, optimizer)
+        factor = lr_factor(
+            name, num_training_steps, args.num_train_epochs, args.learning_rate, args.lr_scheduler_kwargs
+        )
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _scale_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scales the rate to the global batch of this attempt, from that of the first one."""
+        args = self.args
+        global_batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        scale = 1.0 if args.base_batch_size is None else global_batch_size / args.base_batch_size
+        for group in optimizer.param_groups:
+            unscaled = group.setdefault("unscaled_lr", group["lr"])
+            group["lr"] = group["initial_lr"] = unscaled * scale
+        if scale != 1 and self.is_world_process_zero():
+            logger.warning(
+                "learning_rate %g is meant for a global batch of %d (base_batch_size), and this run's is %d: it is "
+                "scaled to %g.",
+                optimizer.param_groups[0]["unscaled_lr"],
+                args.base_batch_size,
+                global_batch_size,
+                optimizer.param_groups[0]["lr"],
+            )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -318,7 +322,7 @@ class DistillationTrainer(Trainer):
                 num_images,
                 self.accelerator,
                 key=(self.args.seed, self.state.global_step),
-                batch_size=self.args.train_batch_size,
+                batch_size=self._train_batch_size,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
             )
@@ -351,9 +355,33 @@ class DistillationTrainer(Trainer):
         # A timm student's preprocessing is in its config.json, where transformers and timm look for it.
         if self.processing_class is not None and not timm_student:
             self.processing_class.save_pretrained(output_dir)
-        with open(os.path.join(output_dir, "training_args.yaml"), "w", encoding="utf-8") as file:
+        with open(os.path.join(output_dir, SETTINGS), "w", encoding="utf-8") as file:
             # Through JSON, which turns what YAML has no name for (paths, numpy's numbers) into text.
-            yaml.safe_dump(json.loads(json.dumps(self.args.to_dict(), default=str)), file, sort_keys=False)
+            settings = json.loads(json.dumps(self.args.to_dict(), default=str))
+            yaml.safe_dump(publishable(settings), file, sort_keys=False)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **kwargs,
+    ) -> None:
+        # The default's card knows neither loss nor teacher, and takes the place of one that a person has edited.
+        if self.is_world_process_zero():
+            repo_id = self.hub_model_id or self.args.hub_model_id
+            write_card(
+                self.args.output_dir,
+                self.student,
+                name=model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
+                args=self.args,
+                state=self.state,
+                repo_id=repo_id if repo_id and "/" in repo_id else None,
+                teacher=None if self.teacher is None else self.accelerator.unwrap_model(self.teacher),
+                losses=self._distillation_losses,
+                info=self.card_info.updated(language, license, tags, **kwargs),
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The default looks for the trained module's keys, and a checkpoint holds the student's.

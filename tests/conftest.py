@@ -3,7 +3,38 @@ import os
 # What the tests need is on this machine: a look at the Hub would only cost retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import time
+import types
+
+import huggingface_hub
+import pytest
 import torch
+from hub_server import OTHERS_TOKEN, TOKEN, HubServer
+from huggingface_hub import constants
 
 # Tiny models: a second thread costs more than it brings, and pytest-xdist gives each core a process of its own.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub with the user `me`, and the client of this process talking to it."""
+    server = HubServer()
+    server.users = {TOKEN: "me", OTHERS_TOKEN: "other"}
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name, value in {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep the endpoint
+    # The client waits for 23 s between its retries.
+    clock = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
+    yield server
+    server.close()
+    huggingface_hub.close_session()

@@ -122,6 +122,16 @@ def test_evaluate_command_agrees_with_a_pipeline(tmp_path, student):
     assert "images/s on cpu, batch 32, 1 workers (reading, preprocessing and forward pass" in done.stdout
 
 
+def test_results_are_printed_though_they_cannot_be_written(tmp_path, student, capsys):
+    arguments = ["evaluate", "--model", student, "--dataset", "digits", "--max_samples", "20", "--num_workers", "0"]
+    code, _, err = run(capsys, *arguments, "--output", str(tmp_path / "no" / "x.json"))
+    assert code == 2
+    assert "there is no such folder" in err
+    code, out, _ = run(capsys, *arguments, "--output", str(tmp_path))
+    assert code == 2
+    assert "top-1" in out
+
+
 def test_one_batch_is_not_timed(student, capsys):
     code, out, _ = run(capsys, "evaluate", "--model", student, "--dataset", "digits", "--num_workers", "0",
                        "--device", "cpu", "--max_samples", "10")  # fmt: skip
@@ -281,7 +291,7 @@ def test_new_folder_is_whole_or_nothing(tmp_path):
 
     def write(text, overwrite=False):
         with new_folder(str(output), overwrite) as folder:
-            for name in ("config.json", text):
+            for name in ("config.json", f"modeling_{text}.py"):
                 with open(os.path.join(folder, name), "w") as file:
                     file.write(text)
             if text == "fault":
@@ -296,9 +306,9 @@ def test_new_folder_is_whole_or_nothing(tmp_path):
         write("two")
     with pytest.raises(RuntimeError, match="half-written"):
         write("fault", overwrite=True)
-    assert sorted(os.listdir(output)) == ["config.json", "one"]
+    assert sorted(os.listdir(output)) == ["config.json", "modeling_one.py"]
     write("two", overwrite=True)
-    assert sorted(os.listdir(output)) == ["config.json", "two"]
+    assert sorted(os.listdir(output)) == ["config.json", "modeling_two.py"]
     assert os.listdir(tmp_path) == ["student"]
     (output / "checkpoint-5").mkdir()
     with pytest.raises(ValueError, match=r"holds more than a saved student and is not replaced"):
@@ -307,3 +317,18 @@ def test_new_folder_is_whole_or_nothing(tmp_path):
     output = tmp_path / "file"
     with pytest.raises(ValueError, match=r"file is a file: name a folder"):
         write("four", overwrite=True)
+
+
+def test_a_checkpoint_or_foreign_files_are_never_replaced(tmp_path, run_folder, capsys):
+    checkpoint = run_folder[0] / "checkpoint-2"
+    before = sorted(os.listdir(checkpoint))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    (foreign / "results.csv").write_text("x")
+    for output in (checkpoint, foreign):
+        code, _, err = run(capsys, "export", "--checkpoint", str(checkpoint), "--output", str(output), "--overwrite")
+        assert code == 2
+        assert "holds more than a saved student" in err
+    assert sorted(os.listdir(checkpoint)) == before
+    assert (foreign / "results.csv").read_text() == "x"

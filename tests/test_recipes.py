@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,11 @@ from nkd_hf import (
     DistillationTrainingArguments,
     Recipe,
     RecipeArguments,
+    create_student,
     load_image_dataset,
     parse_args,
 )
+from nkd_hf.modeling import save_student
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--max_train_samples", "96", "--max_eval_samples", "40", "--num_train_epochs", "2", "--disable_tqdm", "true"]
@@ -137,6 +140,39 @@ def test_teacher_from_a_folder_is_measured_first(tmp_path):
     assert second.results["baseline"] is None
     # The same teacher, the same seed: the same student.
     assert second.results["distilled"] == first.results["distilled"]
+
+
+def test_a_resumed_recipe_keeps_its_teacher(tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "epoch", "--compare_with_baseline", "false"]
+    first = run("distill_cnn", *arguments)
+    weights = tmp_path / "run" / "teacher" / "model.safetensors"
+    teacher = weights.read_bytes()
+    # As if it had been stopped before the student's first checkpoint.
+    shutil.rmtree(tmp_path / "run" / "student")
+    second = run("distill_cnn", *arguments, "--resume_from_checkpoint", "true")
+    assert weights.read_bytes() == teacher
+    assert second.results == first.results
+    said = capsys.readouterr().out
+    assert f"There is no checkpoint in {tmp_path / 'run' / 'student'}: this training starts from the beginning" in said
+
+
+def test_a_teacher_of_other_names_is_taken_by_its_numbers(tmp_path):
+    teacher = create_student("resnet18", id2label={i: f"number {i}" for i in range(10)}, image_size=32)
+    save_student(teacher, str(tmp_path / "teacher"))
+    arguments = ["--output_dir", str(tmp_path / "run"), "--teacher", str(tmp_path / "teacher")]
+    arguments += ["--compare_with_baseline", "false"]
+    with pytest.raises(ValueError, match="--ignore_label_names true"):
+        run("distill_cnn", *arguments)
+    assert 0 <= run("distill_cnn", *arguments, "--ignore_label_names", "true").results["distilled"] <= 1
+
+
+def test_the_call_of_a_student_that_carries_its_code_says_so(tmp_path, capsys):
+    recipe = run(
+        "distill_cnn", "--output_dir", str(tmp_path), "--distillation_loss", "none", "--student", "resnet18_cifar",
+        "--student_args", '{"layers": [1, 1, 1, 1]}',
+    )  # fmt: skip
+    recipe.report()
+    assert f'model="{tmp_path / "baseline"}", trust_remote_code=True)' in capsys.readouterr().out
 
 
 DEIT_TEACHER = [

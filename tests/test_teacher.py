@@ -3,12 +3,14 @@
 import logging
 
 import pytest
+import timm.data
 import torch
 import torch.nn.functional as F
 from tiny import DIGITS, digits, make_trainer, native_resnet, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from nkd_hf import NKDLoss, create_student, load_teacher
+from nkd_hf.data import describe_synsets
 from nkd_hf.preprocessing import Preprocessing, read_preprocessing
 from nkd_hf.teacher import match_labels
 
@@ -127,3 +129,19 @@ def test_half_precision_teacher(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "teacher")
     assert load_teacher(str(tmp_path / "teacher"))(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_imagenet_matches_whichever_way_it_is_named():
+    info = timm.data.ImageNetInfo()
+    descriptions = info.label_descriptions(as_dict=True)
+    synsets = info.label_names()
+    timms = dict(enumerate(descriptions[synset] for synset in synsets))
+    assert timms[134] == timms[517] == "crane"
+    # The Hub's imagenet-1k (classes.py of huggingface/datasets) tells the two apart, since a ClassLabel must.
+    hubs = timms | {517: "crane2"}
+    assert match_labels(hubs, timms) is None
+    assert match_labels(timms, hubs) is None
+    # A folder of ImageNet is named by synsets, which the recipes describe.
+    assert describe_synsets(synsets) == list(timms.values())
+    with pytest.raises(ValueError, match="class 0 is 'Tench'"):
+        match_labels(timms | {0: "Tench"}, timms)

@@ -10,8 +10,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
-from huggingface_hub import RepoUrl
-from huggingface_hub.utils import filter_repo_objects
 from tiny import (
     accuracy,
     digits,
@@ -244,28 +242,6 @@ def test_what_is_saved_is_the_student(tmp_path, train):
     assert "problem_type" not in config
     head = safetensors.torch.load_file(tmp_path / "run" / "checkpoint-4" / "distillation_losses.safetensors")
     assert set(head) == {"distillation.head.weight", "distillation.head.bias"}
-
-
-def test_a_push_holds_the_student_alone(tmp_path, train, monkeypatch):
-    pushed = {}
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            return RepoUrl(f"https://huggingface.co/me/{repo_id}")
-
-        def upload_folder(self, folder_path, ignore_patterns=(), **kwargs):
-            files = [
-                path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()
-            ]
-            pushed.update(kwargs, files=sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
-    trainer = make_trainer(tmp_path / "deit-uskd", timm_deit(), train, distillation_loss=USKDLoss(32, 10),
-                           save_strategy="steps", save_steps=2)  # fmt: skip
-    trainer.train()
-    trainer.push_to_hub()
-    assert pushed["repo_id"] == "me/deit-uskd"
-    assert pushed["files"] == ["README.md", "config.json", "model.safetensors", "training_args.yaml"]
 
 
 def test_tensorboard_shows_the_components(tmp_path, train):

@@ -1,0 +1,283 @@
+"""Puts a student on the Hub, and `nkd-hf push`."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_session,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+
+from .model_card import is_generated, with_repo_id
+from .publishing import CARD, check_publishable, publishable, read_json, student_files
+
+logger = logging.getLogger(__name__)
+
+# What an earlier push of another student may have left: transformers would open it in place of what is pushed now.
+_STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json")
+# Seconds without a byte from the Hub; the client itself waits for ever.
+_TIMEOUT = 120.0
+
+
+class PushError(RuntimeError):
+    """A push failed; the message says why, where the student is, and how to push it again."""
+
+
+def push_student(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload student",
+    overwrite_card: bool = False,
+) -> CommitInfo:
+    """Puts a saved student on the Hub, in one commit: all of it or nothing.
+
+    Pushed are the configuration, the weights as safetensors, the preprocessing, the modelling files that the
+    configuration names, the model card, `training_curves.png` and `training_args.yaml`, and nothing else that lies in
+    the folder. Weights and preprocessing of an earlier push that would be opened in their place are deleted; other
+    files of the repo stay. So does a model card that a person has edited, with a warning.
+
+    Args:
+        folder: of a saved student: `trainer.save_model()`, `nkd-hf export`.
+        repo_id: `owner/name`, or `name` for the token's owner; made if it does not exist.
+        private: whether a repo that is made is private; None takes the owner's default.
+        revision: a branch that exists; None means `main`.
+        token: with the right to write; None takes `HF_TOKEN`, or that of `hf auth login`.
+        commit_message: the commit's title.
+        overwrite_card: whether a model card that a person has edited on the Hub is replaced.
+
+    Returns:
+        `CommitInfo`: of the commit, or of the last one when nothing has changed since.
+
+    Raises:
+        ValueError: the folder holds no student, or one of its files a token or a path of this machine.
+        PushError: the Hub was not reached, or refused it.
+    """
+    folder = Path(folder).expanduser()
+    files: dict[str, Path | bytes] = {name: folder / name for name in student_files(folder)}
+    check_publishable(files, token)
+    with _failures(folder, repo_id, revision, token, _command(folder, repo_id, private, revision)):
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        info = api.model_info(repo_id, revision=revision)
+        if private:
+            _check_private(info)
+        held = {file.rfilename for file in info.siblings}
+        if CARD in files:
+            files[CARD] = with_repo_id(files[CARD].read_text(encoding="utf-8"), repo_id).encode()
+        if CARD in files and CARD in held and not overwrite_card:
+            card = _read_card(api, repo_id, info.sha)
+            if not is_generated(card) and card.encode() != files[CARD]:
+                logger.warning(
+                    "The model card of %s was edited by hand and is kept (--overwrite_card, or overwrite_card=True, "
+                    "would replace it).",
+                    repo_id,
+                )
+                del files[CARD]
+        stale = {name for name in held if _STALE.fullmatch(name)}
+        return _commit(api, info, files, stale, revision, commit_message)
+
+
+def push_checkpoint(
+    folder: str | os.PathLike,
+    repo_id: str,
+    path_in_repo: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload checkpoint",
+) -> CommitInfo:
+    """Puts a whole checkpoint into a folder of a repo that exists, so that training resumes from it.
+
+    The optimiser's, scheduler's and generators' states are PyTorch's pickles. `training_args.bin` is left out, and paths
+    in `trainer_state.json` are shortened to their last names.
+
+    Args:
+        folder: the `checkpoint-*` folder.
+        repo_id: `owner/name`.
+        path_in_repo: where it goes; what an earlier checkpoint left there is deleted.
+        name: what messages call the folder.
+        revision, token, commit_message: as in [`push_student`].
+
+    Raises:
+        ValueError: a file holds a token or a path of this machine.
+        PushError: the Hub was not reached, or refused it.
+    """
+    folder = Path(folder)
+    files: dict[str, Path | bytes] = {
+        f"{path_in_repo}/{path.relative_to(folder).as_posix()}": path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "training_args.bin"
+    }
+    state = f"{path_in_repo}/trainer_state.json"
+    if state in files:
+        files[state] = json.dumps(publishable(read_json(files[state])), indent=2).encode()
+    check_publishable(files, token)
+    with _failures(name or folder, repo_id, revision, token):
+        api = HfApi(token=token)
+        info = api.model_info(repo_id, revision=revision)
+        stale = {file.rfilename for file in info.siblings if file.rfilename.startswith(f"{path_in_repo}/")}
+        return _commit(api, info, files, stale, revision, commit_message)
+
+
+def create_repo(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, folder: str | os.PathLike | None = None
+) -> str:
+    """Makes a repo, if it is not there: best before anything is trained for it.
+
+    Args:
+        repo_id, private, token: as in [`push_student`].
+        folder: what is to be pushed, where that is there already.
+
+    Returns:
+        Its id with the owner.
+
+    Raises:
+        PushError: the Hub was not reached, or refused it.
+    """
+    with _failures(folder, repo_id, None, token, None if folder is None else _command(folder, repo_id, private, None)):
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private:
+            _check_private(api.model_info(repo_id))
+        return repo_id
+
+
+def _command(folder: str | os.PathLike, repo_id: str, private: bool | None, revision: str | None) -> str:
+    options = ["--private"] if private else []
+    options += ["--revision", revision] if revision else []
+    return shlex.join(["nkd-hf", "push", str(folder), repo_id, *options])
+
+
+def _check_private(info: ModelInfo) -> None:
+    if not info.private:
+        raise PushError(f"{info.id} exists and is public: make it private in its settings first")
+
+
+def _commit(
+    api: HfApi, info: ModelInfo, files: dict[str, Path | bytes], stale: set[str], revision: str | None, message: str
+) -> CommitInfo:
+    operations = [CommitOperationDelete(name) for name in sorted(stale - set(files))]
+    operations += [CommitOperationAdd(name, source) for name, source in files.items()]
+    # The parent: what somebody commits after the look at the repo is not overwritten.
+    return api.create_commit(info.id, operations, commit_message=message, revision=revision, parent_commit=info.sha)
+
+
+@contextlib.contextmanager
+def _failures(
+    folder: str | os.PathLike | None, repo_id: str, revision: str | None, token: str | None, again: str | None = None
+) -> Iterator[None]:
+    """Turns what the client raises into a message that says why, where the files are, and what to do."""
+
+    def message(reason: str) -> str:
+        if folder is None:
+            return f"the repo {repo_id} could not be made or reached on the Hub: {reason}"
+        text = f"the push of {folder} to {repo_id} failed: {reason}.\nNothing is lost: it is in {folder}."
+        return text if again is None else f"{text} To push it again:\n    {again}"
+
+    session = get_session()
+    before = session.timeout
+    if before.read is None:  # The user has set no limit.
+        session.timeout = _TIMEOUT
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.error(message("it was interrupted"))
+        raise
+    except PushError as error:
+        raise PushError(message(str(error))) from None
+    except Exception as error:  # The client's own, httpx's and hf_xet's have no base in common.
+        raise PushError(message(_reason(error, repo_id, revision, token))) from error
+    finally:
+        session.timeout = before
+
+
+def _reason(error: BaseException, repo_id: str, revision: str | None, token: str | None) -> str:
+    errors = [error]
+    while errors[-1].__cause__ is not None:
+        errors.append(errors[-1].__cause__)
+    for cause in errors:
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, which keeps off the network: unset it"
+        if isinstance(cause, RevisionNotFoundError):
+            return f"there is no branch {revision!r}: make it on the repo's page, or leave the revision out"
+        if isinstance(cause, HfHubHTTPError):
+            return _status(cause, repo_id, token)
+        # By name: the client uses httpx or httpx2.
+        kinds = {kind.__name__ for kind in type(cause).__mro__}
+        if "TimeoutException" in kinds:
+            return f"time-out: {constants.ENDPOINT} was silent for too long"
+        if "TransportError" in kinds:
+            return f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}): is there a network?"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _status(error: HfHubHTTPError, repo_id: str, token: str | None) -> str:
+    status = error.response.status_code
+    said = f"{status}: {error.server_message}" if error.server_message else f"{status}"
+    if status == 401:
+        cause = "the Hub does not know the token" if token or get_token() else "there is no token"
+        return f"{cause} ({said}): run `hf auth login`, or set HF_TOKEN to a token with the scope `write`"
+    if status == 403:
+        return (
+            f"the token may not write there ({said}): it needs the scope `write`, and its owner the right to write to "
+            f"{repo_id}"
+        )
+    if status == 404:
+        return f"the Hub has no such repo, or hides it from this token ({said})"
+    if status == 412:
+        return f"somebody else changed the repo at the same time ({said})"
+    if status == 429:
+        return f"too many requests ({said}): wait some minutes"
+    if status >= 500:
+        return f"server error of the Hub ({said}): try again later"
+    return f"the Hub refused it ({' '.join(str(error).split())})"
+
+
+def _read_card(api: HfApi, repo_id: str, revision: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo_id, CARD, revision=revision, local_dir=folder)
+        return Path(path).read_text(encoding="utf-8")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs `nkd-hf push`."""
+    parser = argparse.ArgumentParser(
+        prog="nkd-hf push",
+        description="Puts a saved student on the Hub. The token comes from HF_TOKEN or `hf auth login`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of a saved student")
+    parser.add_argument("repo_id", metavar="REPO", help="owner/name on the Hub; made if it does not exist")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repo private")
+    parser.add_argument("--revision", help="branch to push to (default: main)")
+    parser.add_argument("--commit_message", default="Upload student", help="(default: %(default)s)")
+    parser.add_argument("--overwrite_card", action="store_true", help="replace a model card that was edited by hand")
+    args = parser.parse_args(args)
+    try:
+        commit = push_student(**vars(args))
+    except PushError as error:
+        sys.exit(f"nkd-hf push: error: {error}")
+    except KeyboardInterrupt:  # What to do now was said.
+        sys.exit(130)
+    print(f"{args.folder} is on the Hub: {commit.commit_url}")
