@@ -6,7 +6,7 @@ SOURCES = nkd_hf recipes tests benchmarks
 demo: .venv/installed
 	.venv/bin/accelerate launch recipes/distill_deit.py
 
-test: .venv/installed-test
+test: .venv/installed-test .venv/installed-space
 	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: .venv/installed-test
@@ -38,3 +38,13 @@ style: .venv/installed-test
 	@echo "Installing nkd_hf, what it needs and its test tools into .venv: some minutes, several GB"
 	.venv/bin/python -m pip install --editable ".[test]"
 	@touch .venv/installed $@
+
+# gradio asks for an older pillow than the tests run with: recipes/space gets an environment of its own, which finds the rest
+# in .venv.
+PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+.venv/installed-space: recipes/space/README.md recipes/space/requirements.txt | .venv/installed-test
+	.venv/bin/python -m venv .venv/space
+	.venv/bin/python $(PURELIB) > "$$(.venv/space/bin/python $(PURELIB))/outer.pth"
+	.venv/space/bin/python -m pip install "gradio==$$(sed -n 's/^sdk_version: //p' recipes/space/README.md)" \
+	    --requirement recipes/space/requirements.txt
+	@touch $@

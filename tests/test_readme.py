@@ -23,7 +23,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:recipes|tests|benchmarks)/[\w./-]+\.(?:py|yaml)", README)))
+    "path", sorted(set(re.findall(r"(?:recipes|tests|benchmarks)/[\w./-]+\.(?:py|yaml|ipynb)", README)))
 )
 def test_named_files_exist(path):
     assert (ROOT / path).is_file()

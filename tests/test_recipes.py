@@ -31,7 +31,7 @@ def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
     accelerate = Path(sys.executable).with_name("accelerate")
     done = subprocess.run(
         [accelerate, "launch", ROOT / "recipes" / f"{recipe}.py", *arguments],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
