@@ -108,7 +108,7 @@ class Recipe:
             self._train("student", student, loss, self.teacher)
 
     def report(self) -> None:
-        """Prints the table, writes `results.json` and `accuracy.png`, shows how the student is opened, and pushes it.
+        """Prints the table, writes `results.json` and `accuracy.png`, pushes the student, and shows how it is opened.
 
         Raises:
             SystemExit: with code 1 and a message, when the push failed; all else is on disk then.
@@ -116,6 +116,8 @@ class Recipe:
         if self.training_args.should_save:
             self._write_report()
         fault = None if self.to_push is None else self._push()
+        if self.training_args.should_save:
+            self._show_pipeline("baseline" if self.args.distillation_loss == "none" else "student")
         # A process that leaves while another still writes can take the whole group down.
         state = PartialState()
         state.wait_for_everyone()
@@ -136,7 +138,6 @@ class Recipe:
             if value is not None:
                 print(f"{names[name]:<44}{value:14.2%}")
         print(f"\nFigures: {self.folder / 'results.json'}, curves: {self.folder / 'accuracy.png'}")
-        self._show_pipeline("baseline" if self.args.distillation_loss == "none" else "student")
 
     def _create(self, name: str, model_args: dict | None) -> PreTrainedModel:
         # The same seed for each: baseline and student start from the same weights.
@@ -325,10 +326,12 @@ class Recipe:
         example = self.folder / "example.png"
         image.save(example)
         folder = self.folder / name
-        answer = pipeline("image-classification", model=str(folder), device="cpu")(str(example), top_k=3)
+        trust = self.args.trust_remote_code
+        classifier = pipeline("image-classification", model=str(folder), device="cpu", trust_remote_code=trust)
+        answer = classifier(str(example), top_k=3)
         print(f"\nThe student opens anywhere; {example} is a held-out image of class {self.id2label[label]!r}:\n")
         print(">>> from transformers import pipeline")
-        code = ", trust_remote_code=True" if list(folder.glob("modeling_*.py")) else ""
+        code = ", trust_remote_code=True" if list(folder.glob("*.py")) else ""
         print(f'>>> classifier = pipeline("image-classification", model="{folder}"{code})')
         print(f'>>> classifier("{example}", top_k=3)')
         print([{"label": entry["label"], "score": round(entry["score"], 4)} for entry in answer])

@@ -197,6 +197,10 @@ def test_dropped_images(browser, models, tmp_path):
             drop(browser, name, content)
             wait(browser, lambda: "cannot be read as an image" in text(browser, "status"))
             assert [shown(browser, role) for role in ROLES] == [[], [], []]
+        strip = io.BytesIO()
+        Image.new("RGB", (3000, 1)).save(strip, format="PNG")
+        drop(browser, "strip.png", strip.getvalue())
+        wait(browser, lambda: "too narrow an image" in text(browser, "status"))
         drop(browser, "seven.png", digit(7))
         wait(browser, lambda: answered(browser))
         assert text(browser, "status") == ""

@@ -18,6 +18,8 @@ from transformers.image_utils import load_image
 
 ROLES = ("student", "baseline", "teacher")
 TIMED_RUNS = 3
+# Resizing the short side makes a strip of 3000 x 1 pixels a picture of hundreds of megabytes.
+MAX_ASPECT_RATIO = 50
 
 
 def open_model(name: str) -> ImageClassificationPipeline:
@@ -119,6 +121,12 @@ def build() -> gr.Blocks:
             except Exception as error:  # Pillow's decoders raise nearly anything.
                 print(f"{path}: {type(error).__name__}: {error}", flush=True)
                 return ["**This file cannot be read as an image.** Try a PNG, JPEG or WebP.", *nothing]
+            if max(decoded.size) > MAX_ASPECT_RATIO * min(decoded.size):
+                width, height = decoded.size
+                return [
+                    f"**{width} x {height} pixels are too narrow an image.** Cut it to less than 50 : 1.",
+                    *nothing,
+                ]
             results = [""]
             for scores, latency in classify(models, decoded).values():
                 results += [scores, f"**{latency:.1f} ms**"]
