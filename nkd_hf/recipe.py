@@ -21,7 +21,7 @@ from .features import check_token_grids
 from .hub import PushError, create_repo
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .metrics import compute_metrics, top5_indices
-from .model_card import CardInfo, launch_line
+from .model_card import CardInfo, check_license, launch_line
 from .preprocessing import read_preprocessing
 from .recipe_args import RecipeArguments
 from .students import load_image_processor
@@ -51,6 +51,7 @@ class Recipe:
     """
 
     def __init__(self, recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments):
+        check_license(recipe.license)
         self.args, self.data_args, self.training_args = recipe, data, training
         self.folder = Path(training.output_dir)
         self.results: dict[str, float | None] = {"teacher": None, "baseline": None, "distilled": None}

@@ -26,6 +26,7 @@ from .batches import EpochDataset, EpochSampler, ImageCollator
 from .features import check_token_grids
 from .hub_trainer import HubTrainer
 from .model_card import CardInfo, write_card
+from .model_card.curves import OTHER_DATASET
 from .modeling import DistillationModel
 from .optimization import SCHEDULES, decayed_parameters, lr_factor
 from .preprocessing import read_preprocessing
@@ -265,7 +266,17 @@ class DistillationTrainer(HubTrainer):
         if images is not None and self.train_dataset is not None and self._batch_norm_step != self.state.global_step:
             self._estimate_batch_norm(images)
             self._batch_norm_step = self.state.global_step
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start = len(self.state.log_history)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        # Names, and None, are of the trainer's own; a dict is evaluated dataset by dataset, each with its own call.
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if not isinstance(eval_dataset, str | dict | type(None)) and all(
+            eval_dataset is not dataset for dataset in own
+        ):
+            for entry in self.state.log_history[start : start + 1]:
+                # In the log, where it outlives a resume: the model card speaks of held-out images alone.
+                entry[OTHER_DATASET] = True
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.

@@ -26,7 +26,8 @@ from nkd_hf import (
     parse_args,
 )
 from nkd_hf.model_card import CardInfo, create_card, is_generated, launch_line, plot_curves, with_repo_id, write_card
-from nkd_hf.model_card.text import hub_id, plain
+from nkd_hf.model_card.curves import OTHER_DATASET
+from nkd_hf.model_card.text import hub_id, plain, plain_name
 from nkd_hf.modeling import save_student
 from nkd_hf.teacher import load_teacher
 
@@ -412,7 +413,6 @@ def test_hostile_names(tmp_path):
         teacher={"accuracy": 0.5},
         augmentation=secret,
         launch=f"python x.py --token {secret} ```\n# a",
-        license=secret,
         language=[secret],
         finetuned_from=secret,
         tags=[secret],
@@ -451,6 +451,113 @@ def test_plain(tmp_path, monkeypatch):
         ("a\x00b\u2028c\udc80", "a b c?"),
     ]:
         assert plain(text) == expected
+
+
+def test_a_name_with_spaces_is_a_path_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, expected in [
+        ("/secret/john doe/flowers", "flowers"),
+        ("/secret/john doe/my flowers/", "my flowers"),
+        (f"{tmp_path}/my runs/x", "my runs/x"),
+        ("--output_dir=/secret/john doe/x", "--output_dir=x"),
+        ("--x=~/john doe/x", "--x=x"),
+        ("~/john doe/x", "x"),
+        ("local-dir:/secret/john doe/x", "local-dir:x"),
+        ("file:///secret/john doe/x", "x"),
+        ("--x=C:\\Users\\john doe\\x", "--x=x"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("a=1, b=/secret/x", "a=1, b=x"),
+        ("owner/flowers", "owner/flowers"),
+    ]:
+        assert plain_name(text) == expected
+    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(variable, raising=False)
+    argv = ["/secret/john doe/train.py", "--dataset_name", "/secret/john doe/flowers", "--x=/secret/john doe/a b"]
+    assert launch_line(argv) == "python train.py --dataset_name flowers '--x=a b'"
+    teacher = load_teacher(timm_cnn(1))
+    teacher.name = "/secret/john doe/teacher"
+    info = CardInfo(dataset="/secret/john doe/flowers", finetuned_from="/secret/john doe/start")
+    kwargs = {"teacher": teacher, "losses": {"nkd": NKDLoss()}, "info": info}
+    assert "john" not in (text := make_card(tmp_path, name="/secret/john doe/net", **kwargs))
+    assert "doe" not in text
+
+
+def test_evaluations_of_other_data_are_not_held_out(tmp_path):
+    log = [*training_log(), {"train_runtime": 1.0, "step": 3, "epoch": 3.0}]
+    by_hand = evaluation(3, 0.99) | {OTHER_DATASET: True}
+    assert make_card(tmp_path, log=[*log, by_hand]) == make_card(tmp_path, log=log)
+    plot_curves([*training_log(), evaluation(4, 0.7) | {OTHER_DATASET: True}], tmp_path / "a.png")
+    plot_curves(training_log(), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_trainer_marks_evaluations_of_other_data(tmp_path, several):
+    own = {"a": digits(0, 8), "b": digits(8, 24)} if several else digits(0, 8)
+    trainer = make_trainer(
+        tmp_path,
+        timm_cnn(),
+        digits(24, 40),
+        own,
+        compute_metrics=accuracy,
+        distillation_loss=USKDLoss(32, 10),
+    )
+    names = ["eval_a", "eval_b"] if several else ["eval"]
+    trainer.evaluate()
+    trainer.evaluate(own)
+    held_out = trainer.state.log_history[:]
+    assert all(f"{name}_accuracy" in entry for name, entry in zip(names * 2, held_out, strict=True))
+    assert not any(OTHER_DATASET in entry for entry in held_out)
+    trainer.evaluate(trainer.train_dataset)
+    trainer.evaluate({"train": trainer.train_dataset})
+    others = trainer.state.log_history[len(held_out) :]
+    assert [entry[OTHER_DATASET] for entry in others] == [True, True]
+    # The log is what a checkpoint keeps.
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    assert TrainerState.load_from_json(str(tmp_path / "state.json")).log_history == trainer.state.log_history
+
+
+def test_percentages_are_left_out(tmp_path, caplog):
+    # The first is a fraction by its value alone.
+    log = [evaluation(1, 0.9, 0.95), evaluation(2, 74.4, 0.96)]
+    text = make_card(tmp_path, log=log)
+    assert "eval_accuracy, which was logged as 74.4: compute_metrics must return fractions from 0 to 1" in caplog.text
+    assert "model-index" not in metadata_of(text)
+    assert "**Not evaluated**" in text
+    text = make_card(tmp_path, log=[evaluation(3, 0.5, 95.0)])
+    assert "| 50.00 |  |" in text
+
+
+@pytest.mark.parametrize(
+    ("license", "message"),
+    [
+        ("Apache 2.0", "got 'Apache 2.0': write apache-2.0"),
+        ("MIT", "got 'MIT': write mit"),
+        ("apache2", "is apache-2.0 meant"),
+        ("my own terms entirely", "write other"),
+    ],
+)
+def test_license_must_be_known_to_the_hub(license, message):
+    with pytest.raises(ValueError, match=message):
+        CardInfo(license=license)
+    with pytest.raises(ValueError, match=message):
+        CardInfo().updated(license=license)
+    for known in (None, "other", "cc-by-nc-4.0"):
+        assert CardInfo(license=known).license == known
+
+
+def test_teacher_that_was_opened_is_a_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = timm_cnn(1)
+    model.config.name_or_path = "timm/resnet34.tv_in1k"
+    card = {"losses": {"nkd": NKDLoss()}}
+    assert (
+        metadata_of(make_card(tmp_path, teacher=load_teacher(model), **card))["base_model"] == "timm/resnet34.tv_in1k"
+    )
+    for folder in ("runs/teacher", str(tmp_path / "runs")):
+        (tmp_path / "runs" / "teacher").mkdir(parents=True, exist_ok=True)
+        model.config.name_or_path = folder
+        assert "base_model" not in metadata_of(make_card(tmp_path, teacher=load_teacher(model), **card))
 
 
 def test_launch_line(tmp_path, monkeypatch):

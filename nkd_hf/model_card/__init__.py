@@ -3,6 +3,16 @@
 from .card import create_card, is_generated, with_repo_id, write_card
 from .curves import plot_curves
 from .facts import CardInfo
+from .licences import check_license
 from .text import launch_line
 
-__all__ = ["CardInfo", "create_card", "is_generated", "launch_line", "plot_curves", "with_repo_id", "write_card"]
+__all__ = [
+    "CardInfo",
+    "check_license",
+    "create_card",
+    "is_generated",
+    "launch_line",
+    "plot_curves",
+    "with_repo_id",
+    "write_card",
+]

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, TrainerState
 
 from ..teacher import Teacher
 from ..training_args import DistillationTrainingArguments
-from .curves import plot_curves
+from .curves import percentages, plot_curves
 from .facts import CardInfo, Run, listed
 from .sections import METHODS, body
-from .text import hub_id, plain
+from .text import hub_id, plain, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,12 @@ def with_repo_id(text: str, repo_id: str) -> str:
 
 
 def _render(run: Run) -> ModelCard:
+    for metric, value in percentages(run.state.log_history).items():
+        logger.warning(
+            "The model card leaves out %s, which was logged as %g: compute_metrics must return fractions from 0 to 1.",
+            metric,
+            value,
+        )
     # No template engine, to which braces in a name would mean something.
     return ModelCard(_signed(f"---\n{_metadata(run).to_yaml()}\n---\n\n{body(run)}"))
 
@@ -177,7 +183,7 @@ def _metadata(run: Run) -> ModelCardData:
     # `distill` was asked for in huggingface_hub's issue 3985. A teacher has none of them, so none is claimed. Where the
     # student was fine-tuned from another model, that relation is: of two models without one the Hub would infer a merge.
     start = hub_id(run.start)
-    base_models = [model for model in (start, run.teacher and hub_id(run.teacher.name)) if model]
+    base_models = [model for model in (start, hub_id(run.teacher_name)) if model]
     relation = {"base_model_relation": "finetune"} if start else {}
     return ModelCardData(
         language=[plain(language) for language in listed(run.info.language)] or None,
@@ -189,7 +195,7 @@ def _metadata(run: Run) -> ModelCardData:
         datasets=[dataset for dataset in run.datasets if hub_id(dataset)] or None,
         metrics=["accuracy"] if run.results else None,
         tags=[*tags, "nkd_hf", "generated_from_trainer", *map(plain, run.info.tags)],
-        model_name=plain(run.name) if run.results else None,
+        model_name=plain_name(run.name) if run.results else None,
         eval_results=_eval_results(run) or None,
     )
 
@@ -198,7 +204,7 @@ def _eval_results(run: Run) -> list[EvalResult]:
     dataset = next(iter(run.datasets), None)
     # The metadata want an identifier, and a readable name, in any case.
     known = {"digits": ("sklearn-digits", "scikit-learn's digits"), None: ("unknown", "held-out images")}
-    kind, readable = known.get(dataset, (dataset if hub_id(dataset) else "local", dataset))
+    kind, readable = known.get(dataset) or (dataset if hub_id(dataset) else "local", plain_name(dataset))
     return [
         EvalResult(
             task_type="image-classification",

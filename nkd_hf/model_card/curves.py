@@ -16,6 +16,8 @@ from .text import plain
 _NO_LOSS = {"epoch", "step", "grad_norm", "learning_rate", "num_input_tokens_seen", "total_flos"}
 # With several evaluation datasets, the name of one stands between prefix and metric.
 _ACCURACY = re.compile(r"eval_(?:(?P<name>.+?)_)??(?P<metric>accuracy|top5_accuracy)", re.DOTALL)
+# The mark of an evaluation on a dataset that is not the trainer's own, such as the training images.
+OTHER_DATASET = "other_dataset"
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
@@ -44,6 +46,39 @@ def read_accuracies(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         if match and math.isfinite(entry[key]):
             accuracies.setdefault(match["name"] or "", {})[match["metric"]] = float(entry[key])
     return {name: values for name, values in accuracies.items() if "accuracy" in values}
+
+
+def publishable_log(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The log without what is no fraction measured on the trainer's own evaluation dataset.
+
+    Left out are evaluations that `DistillationTrainer.evaluate` has marked as of another dataset, and accuracies that
+    [`percentages`] names.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.model_card.curves import publishable_log
+    >>> publishable_log([{"eval_accuracy": 0.5, "step": 1}, {"eval_accuracy": 0.9, "step": 1, "other_dataset": True}])
+    [{'eval_accuracy': 0.5, 'step': 1}]
+
+    ```
+    """
+    wrong = percentages(log_history)
+    return [
+        {key: value for key, value in entry.items() if key not in wrong}
+        for entry in log_history
+        if not entry.get(OTHER_DATASET)
+    ]
+
+
+def percentages(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The accuracies in a log that are no fractions, with the first value that shows it."""
+    found: dict[str, float] = {}
+    for entry in log_history:
+        for key in entry:
+            if _ACCURACY.fullmatch(key) and math.isfinite(entry[key]) and not 0 <= entry[key] <= 1:
+                found.setdefault(key, float(entry[key]))
+    return found
 
 
 def plot_curves(
@@ -75,6 +110,7 @@ def plot_curves(
 
     ```
     """
+    log_history = publishable_log(log_history)
     accuracies, losses = _accuracy_curves(log_history, x_axis), _loss_curves(log_history, x_axis)
     if not accuracies:
         if os.path.exists(path):

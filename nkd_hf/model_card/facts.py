@@ -9,7 +9,9 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification, Tra
 
 from ..teacher import Teacher
 from ..training_args import DistillationTrainingArguments
-from .curves import read_accuracies
+from .curves import publishable_log, read_accuracies
+from .licences import check_license
+from .text import hub_id
 
 
 @dataclass
@@ -36,7 +38,7 @@ class CardInfo:
         tags (`list[str]`): added to the card's own.
 
     Raises:
-        ValueError: an accuracy is missing or is no fraction.
+        ValueError: an accuracy is missing or is no fraction, or the Hub knows no such licence.
     """
 
     dataset: str | list[str] | None = None
@@ -54,6 +56,7 @@ class CardInfo:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self):
+        check_license(self.license)
         for name in ("teacher", "baseline"):
             values = getattr(self, name)
             if values is not None and not ("accuracy" in values and all(0 <= value <= 1 for value in values.values())):
@@ -101,7 +104,7 @@ class Run:
     @property
     def results(self) -> dict[str, dict[str, float]]:
         """The accuracies of the weights that are saved now, by evaluation dataset; none if these were not evaluated."""
-        log = self.state.log_history
+        log = publishable_log(self.state.log_history)
         ends = [i for i, entry in enumerate(log) if "train_runtime" in entry]
         after_training = log[ends[-1] + 1 :] if ends else []
         found = [entry for entry in after_training if read_accuracies(entry)]
@@ -115,7 +118,8 @@ class Run:
     @property
     def last_evaluation(self) -> dict | None:
         """The last entry of the log with an accuracy, of whatever weights."""
-        return next((entry for entry in reversed(self.state.log_history) if read_accuracies(entry)), None)
+        log = publishable_log(self.state.log_history)
+        return next((entry for entry in reversed(log) if read_accuracies(entry)), None)
 
     @property
     def datasets(self) -> list[str]:
@@ -126,6 +130,16 @@ class Run:
     def start(self) -> str | None:
         """What the student's weights started from, if it was opened from somewhere."""
         return self.info.finetuned_from or self.student.name_or_path or None
+
+    @property
+    def teacher_name(self) -> str | None:
+        """What the teacher was opened from; None for a module that came from no repository of the Hub."""
+        if self.teacher is None:
+            return None
+        if self.teacher.name != type(self.teacher.model).__name__:
+            return self.teacher.name
+        # One that was handed in as a module is called by its class, and its config may know where it came from.
+        return hub_id(getattr(getattr(self.teacher.model, "config", None), "name_or_path", None))
 
     @property
     def is_timm(self) -> bool:

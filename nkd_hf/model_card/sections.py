@@ -12,10 +12,9 @@ from transformers import TimmWrapperForImageClassification
 
 from .. import __version__
 from ..losses import NKDLoss, USKDLoss, ViTKDLoss
-from ..teacher import Teacher
 from .curves import read_accuracies
 from .facts import Run
-from .text import code, code_block, link, plain
+from .text import code, code_block, link, plain, plain_name
 
 _LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "huggingface_hub")
 
@@ -49,7 +48,7 @@ METHODS = {
 
 def body(run: Run) -> str:
     """The text of the card, without its metadata."""
-    name = plain(run.name)
+    name = plain_name(run.name)
     title = f"# {name if re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9 ._-]*', name) else code(name)}"
     sections = (summary, results, usage, training, limitations, citation)
     return "\n\n".join([title, *(text for section in sections if (text := section(run)))])
@@ -65,7 +64,7 @@ def summary(run: Run) -> str:
     elif run.teacher is None:
         what += f"distilled from itself, without a teacher, with {losses}"
     else:
-        what += f"distilled from {_teacher(run.teacher)} with {losses}"
+        what += f"distilled from {_teacher(run)} with {losses}"
     what += f", on {_datasets(run)}" if run.datasets else ""
     what += f". Its weights started from {link(run.start)}." if run.start else "."
     accuracy, baseline = run.results.get("", {}).get("accuracy"), run.info.baseline
@@ -113,7 +112,7 @@ def results(run: Run) -> str:
 
 def usage(run: Run) -> str:
     """Code that opens the student."""
-    source = plain(run.repo_id or run.name)
+    source = plain_name(run.repo_id or run.name)
     model, trust = json.dumps(source), ", trust_remote_code=True" if run.has_own_code else ""
     blocks = [
         f"""\
@@ -221,10 +220,10 @@ def _architecture(model: nn.Module) -> str:
     return code(type(model).__name__.removesuffix("ForImageClassification"))
 
 
-def _teacher(teacher: Teacher) -> str:
-    # One that was handed in as a module is called by its class.
-    name = _architecture(teacher.model) if teacher.name == type(teacher.model).__name__ else link(teacher.name)
-    return f"{name} ({_count(teacher.model)} parameters)"
+def _teacher(run: Run) -> str:
+    model = run.teacher.model
+    name = _architecture(model) if run.teacher_name is None else link(run.teacher_name)
+    return f"{name} ({_count(model)} parameters)"
 
 
 def _loss(loss: nn.Module) -> str:

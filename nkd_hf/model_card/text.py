@@ -15,6 +15,10 @@ _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
 _POSIX_PATH = re.compile(r"(?:(?<![\w.~/:-])/+|(?<=:)/(?!/))[^\s\"'`,;|<>()\[\]{}/][^\s\"'`,;|<>()\[\]{}]*")
 _WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\[^\s\"'`,;|<>()\[\]{}]+")
 
+# Before the value of an option, and before a path of timm's; a single letter before a colon is a drive.
+_PREFIX = re.compile(r"((?:[\w.+-]+=|[\w.+-]{2,}:(?!//))*)(.*)", re.DOTALL)
+_WINDOWS_START = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
 
 def plain(text: object) -> str:
     """One line of text, in which an absolute path is cut to its part below the working directory, or to its last part,
@@ -35,6 +39,29 @@ def plain(text: object) -> str:
     text = _WINDOWS_PATH.sub(lambda match: match[0].rstrip("\\").rpartition("\\")[2], text)
     text = _POSIX_PATH.sub(lambda match: _relative(match[0]), text)
     return _TOKEN.sub("<token>", text)
+
+
+def plain_name(value: object) -> str:
+    """The same of one name or argument, which is a path as a whole even where it has spaces.
+
+    What stands before an equals sign or a colon (`--output_dir=`, `local-dir:`) is kept.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.model_card.text import plain_name
+    >>> plain_name("/home/john doe/flowers"), plain_name("--data=~/my data/flowers"), plain_name("owner/flowers")
+    ('flowers', '--data=flowers', 'owner/flowers')
+
+    ```
+    """
+    text = re.sub(r"[\s\x00-\x1f\x7f]+", " ", str(value)).strip().replace("file://", "")
+    prefix, path = _PREFIX.fullmatch(text).groups()
+    if _WINDOWS_START.match(path):
+        path = re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+    elif os.path.isabs(expanded := os.path.expanduser(path)):
+        path = _relative(expanded)
+    return plain(prefix + path)
 
 
 def code(text: object) -> str:
@@ -89,7 +116,7 @@ def link(name: str, kind: str = "") -> str:
         name: of a model or dataset.
         kind: `datasets/` for a dataset.
     """
-    return code(name) if hub_id(name) is None else f"[{code(name)}](https://huggingface.co/{kind}{name})"
+    return code(plain_name(name)) if hub_id(name) is None else f"[{code(name)}](https://huggingface.co/{kind}{name})"
 
 
 def launch_line(argv: Sequence[str] | None = None) -> str | None:
@@ -107,7 +134,7 @@ def launch_line(argv: Sequence[str] | None = None) -> str | None:
     script = Path(argv[0])
     if script.suffix != ".py" or script.name == "__main__.py":
         return None
-    words = ["recipes/" + script.name if script.parent.name == "recipes" else plain(script.absolute())]
+    words = ["recipes/" + script.name if script.parent.name == "recipes" else plain_name(script.absolute())]
     arguments = iter(argv[1:])
     for word in arguments:
         option, equals, _ = word.partition("=")
@@ -115,7 +142,7 @@ def launch_line(argv: Sequence[str] | None = None) -> str | None:
             if not equals:
                 next(arguments, None)
         else:
-            words.append(plain(word))
+            words.append(plain_name(word))
     return " ".join([*_launcher(), shlex.join(words)])
 
 
