@@ -17,6 +17,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelCardData,
     ModelInfo,
     constants,
     get_session,
@@ -25,7 +26,9 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
 from .model_card import is_generated, with_repo_id
-from .publishing import CARD, check_publishable, publishable, read_json, student_files
+from .model_card.card import CURVES_FILE, signed
+from .model_card.text import code, plain_name
+from .publishing import CARD, SETTINGS, TEXT, check_publishable, publishable, read_json, read_text, student_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 _STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json")
 # Seconds without a byte from the Hub; the client itself waits for ever.
 _TIMEOUT = 120.0
+_MESSAGE = "Upload student"
 
 
 class PushError(RuntimeError):
@@ -46,15 +50,17 @@ def push_student(
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
-    commit_message: str = "Upload student",
+    commit_message: str = _MESSAGE,
     overwrite_card: bool = False,
 ) -> CommitInfo:
     """Puts a saved student on the Hub, in one commit: all of it or nothing.
 
     Pushed are the configuration, the weights as safetensors, the preprocessing, the modelling files that the
     configuration names, the model card, `training_curves.png` and `training_args.yaml`, and nothing else that lies in
-    the folder. Weights and preprocessing of an earlier push that would be opened in their place are deleted; other
-    files of the repo stay. So does a model card that a person has edited, with a warning.
+    the folder. A folder without a model card, as of `nkd-hf export`, gets one that says how to open the student. What
+    an earlier push has left of another student is deleted: weights and preprocessing that would be opened in their
+    place, training curves and arguments. Other files of the repo stay. So does a model card that a person has edited,
+    with a warning.
 
     Args:
         folder: of a saved student: `trainer.save_model()`, `nkd-hf export`.
@@ -74,26 +80,29 @@ def push_student(
     """
     folder = Path(folder).expanduser()
     files: dict[str, Path | bytes] = {name: folder / name for name in student_files(folder)}
+    if CARD not in files:
+        files[CARD] = _plain_card(folder, repo_id).encode()
     check_publishable(files, token)
-    with _failures(folder, repo_id, revision, token, _command(folder, repo_id, private, revision)):
+    again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
+    with _failures(folder, repo_id, revision, token, again):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         info = api.model_info(repo_id, revision=revision)
         if private:
             _check_private(info)
         held = {file.rfilename for file in info.siblings}
-        if CARD in files:
-            files[CARD] = with_repo_id(files[CARD].read_text(encoding="utf-8"), repo_id).encode()
-        if CARD in files and CARD in held and not overwrite_card:
+        card = files[CARD].decode() if isinstance(files[CARD], bytes) else read_text(files[CARD])
+        files[CARD] = with_repo_id(card, repo_id).encode()
+        if CARD in held and not overwrite_card:
             card = _read_card(api, repo_id, info.sha)
             if not is_generated(card) and card.encode() != files[CARD]:
                 logger.warning(
                     "The model card of %s was edited by hand and is kept (--overwrite_card, or overwrite_card=True, "
-                    "would replace it).",
+                    "would replace it): see whether it describes the student that is pushed now.",
                     repo_id,
                 )
                 del files[CARD]
-        stale = {name for name in held if _STALE.fullmatch(name)}
+        stale = {name for name in held if _STALE.fullmatch(name) or name in (CURVES_FILE, SETTINGS)}
         return _commit(api, info, files, stale, revision, commit_message)
 
 
@@ -141,31 +150,53 @@ def push_checkpoint(
 
 
 def create_repo(
-    repo_id: str, *, private: bool | None = None, token: str | None = None, folder: str | os.PathLike | None = None
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    folder: str | os.PathLike | None = None,
+    commit_message: str = _MESSAGE,
+    overwrite_card: bool = False,
 ) -> str:
-    """Makes a repo, if it is not there: best before anything is trained for it.
+    """Makes a repo, if it is not there, and looks for the branch: best before anything is trained for it.
 
     Args:
-        repo_id, private, token: as in [`push_student`].
+        repo_id, private, revision, token: as in [`push_student`].
         folder: what is to be pushed, where that is there already.
+        commit_message, overwrite_card: how, for the command that pushes it again.
 
     Returns:
         Its id with the owner.
 
     Raises:
-        PushError: the Hub was not reached, or refused it.
+        PushError: the Hub was not reached, or refused it; there is no such branch.
     """
-    with _failures(folder, repo_id, None, token, None if folder is None else _command(folder, repo_id, private, None)):
+    again = None
+    if folder is not None:
+        again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
+    with _failures(folder, repo_id, revision, token, again):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private:
-            _check_private(api.model_info(repo_id))
+        if private or revision:
+            info = api.model_info(repo_id, revision=revision)
+            if private:
+                _check_private(info)
         return repo_id
 
 
-def _command(folder: str | os.PathLike, repo_id: str, private: bool | None, revision: str | None) -> str:
+def _command(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str | None,
+    overwrite_card: bool,
+) -> str:
     options = ["--private"] if private else []
     options += ["--revision", revision] if revision else []
+    options += ["--commit_message", commit_message] if commit_message not in (None, _MESSAGE) else []
+    options += ["--overwrite_card"] if overwrite_card else []
     return shlex.join(["nkd-hf", "push", str(folder), repo_id, *options])
 
 
@@ -178,7 +209,12 @@ def _commit(
     api: HfApi, info: ModelInfo, files: dict[str, Path | bytes], stale: set[str], revision: str | None, message: str
 ) -> CommitInfo:
     operations = [CommitOperationDelete(name) for name in sorted(stale - set(files))]
-    operations += [CommitOperationAdd(name, source) for name, source in files.items()]
+    additions = [CommitOperationAdd(name, source) for name, source in files.items()]
+    for addition in additions:
+        if not addition.path_in_repo.endswith(TEXT):
+            # One at a time, which the client does in this thread: it would wait for others before it is interrupted.
+            api.preupload_lfs_files(info.id, [addition], revision=revision, free_memory=False)
+    operations += additions
     # The parent: what somebody commits after the look at the repo is not overwritten.
     return api.create_commit(info.id, operations, commit_message=message, revision=revision, parent_commit=info.sha)
 
@@ -254,6 +290,42 @@ def _status(error: HfHubHTTPError, repo_id: str, token: str | None) -> str:
     return f"the Hub refused it ({' '.join(str(error).split())})"
 
 
+def _plain_card(folder: Path, repo_id: str) -> str:
+    """The card of a student of which nothing but its configuration is known."""
+    config = read_json(folder / "config.json")
+    is_timm, has_own_code = config.get("model_type") == "timm_wrapper", bool(config.get("auto_map"))
+    tags = ["image-classification", *(["timm", "transformers"] if is_timm else [])]
+    data = ModelCardData(
+        license="unknown",
+        library_name="timm" if is_timm else "transformers",
+        pipeline_tag="image-classification",
+        tags=[*tags, *(["custom_code"] if has_own_code else []), "nkd_hf"],
+    )
+    num_classes = len(config.get("id2label") or ()) or config.get("num_classes") or 2
+    trust = ", trust_remote_code=True" if has_own_code else ""
+    return signed(f"""\
+---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+An image classifier, {code(plain_name(config.get("architecture") or config["architectures"][0]))}, {num_classes} classes.
+
+## Results
+
+**Not evaluated**: how these weights were trained, and their accuracy, is not known here.
+
+## How to use
+
+```python
+from transformers import pipeline
+
+classifier = pipeline("image-classification", model={json.dumps(repo_id)}{trust})
+print(classifier("image.png"))
+```""")
+
+
 def _read_card(api: HfApi, repo_id: str, revision: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = api.hf_hub_download(repo_id, CARD, revision=revision, local_dir=folder)
@@ -271,7 +343,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("repo_id", metavar="REPO", help="owner/name on the Hub; made if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="make the repo private")
     parser.add_argument("--revision", help="branch to push to (default: main)")
-    parser.add_argument("--commit_message", default="Upload student", help="(default: %(default)s)")
+    parser.add_argument("--commit_message", default=_MESSAGE, help="(default: %(default)s)")
     parser.add_argument("--overwrite_card", action="store_true", help="replace a model card that was edited by hand")
     args = parser.parse_args(args)
     try:

@@ -35,12 +35,12 @@ class HubTrainer(Trainer):
         if self.is_world_process_zero():
             self._init_repo(token, private)
 
-    def _init_repo(self, token: str | None, private: bool | None, folder: str | None = None) -> None:
+    def _init_repo(self, token: str | None, private: bool | None, **kwargs: Any) -> None:
         self.hub_model_id = create_repo(
             self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
             private=self.args.hub_private_repo if private is None else private,
             token=token or self.args.hub_token,
-            folder=folder,
+            **({"revision": self.args.hub_revision} | kwargs),
         )
         self.push_in_progress = None
 
@@ -79,8 +79,13 @@ class HubTrainer(Trainer):
             return None
         token = token or args.hub_token
         private = args.hub_private_repo if private is None else private
+        settings = {
+            "revision": revision or args.hub_revision,
+            "commit_message": commit_message,
+            "overwrite_card": overwrite_card,
+        }
         if self.hub_model_id is None:
-            self._init_repo(token, private, folder)
+            self._init_repo(token, private, folder=folder, **settings)
         tags = kwargs.pop("tags", None) or []
         tags = [tags] if isinstance(tags, str) else list(tags)
         tags += [tag for tag in self.accelerator.unwrap_model(self.model).model_tags or [] if tag not in tags]
@@ -88,26 +93,22 @@ class HubTrainer(Trainer):
         self.create_model_card(model_name=name, tags=tags, **kwargs)
 
         def push() -> CommitInfo:
-            return push_student(
-                folder,
-                self.hub_model_id,
-                private=private,
-                revision=revision or args.hub_revision,
-                token=token,
-                commit_message=commit_message,
-                overwrite_card=overwrite_card,
-            )
+            return push_student(folder, self.hub_model_id, private=private, token=token, **settings)
 
         if blocking:
             return push()
         job = _background(push)
+        job.add_done_callback(_say_failure)  # Few look into a future.
         self.push_in_progress = PushInProgress([job])
         return job
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The default pushes all of output_dir, and a pickle of the arguments with it.
         args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        if args.hub_strategy == HubStrategy.END:
+            return
+        self.accelerator.wait_for_everyone()  # Each process writes files of its own into the checkpoint.
+        if not self.is_world_process_zero():
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
             if not args.hub_always_push:
@@ -136,6 +137,11 @@ class HubTrainer(Trainer):
 
 # One queue: the pushes of a run follow each other.
 _background = HfApi().run_as_future
+
+
+def _say_failure(job: Future) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.error("%s", error)
 
 
 def _warned(push: Callable) -> Callable:

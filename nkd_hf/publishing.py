@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
+from transformers.dynamic_module_utils import get_relative_imports
 
 logger = logging.getLogger(__name__)
 
 CARD, SETTINGS = "README.md", "training_args.yaml"
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PREPROCESSING = "preprocessor_config.json"
-_TEXT = (".json", ".yaml", ".md", ".py")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+TEXT = (".json", ".yaml", ".md", ".py")
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
 # Not behind a letter, as in a URL or a relative path, nor behind what closes a tag.
 _PATH = re.compile(r"(?:(?<=file://)|(?<![\w.:/~<-]))/[\w.@+-]+(?:/[\w.@+-]+)+")
 # They are on every machine, and tell nothing of this one.
@@ -63,7 +64,7 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
         # One name or several, of which some may be None; another repo's code stays there.
         references = reference if isinstance(reference, list) else [reference]
         modules |= {f"{name.rpartition('.')[0]}.py" for name in references if name and "--" not in name}
-    names += sorted(modules)
+    names += sorted(_with_imports(folder, modules))
     if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{folder} is no plain student: {', '.join(outside)} lies outside of it")
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -90,6 +91,8 @@ def publishable(settings: Any) -> Any:
     >>> from nkd_hf.publishing import publishable
     >>> publishable({"output_dir": "/home/me/runs/student", "hub_token": "<HUB_TOKEN>", "seed": 0})
     {'output_dir': 'student', 'hub_token': '<HUB_TOKEN>', 'seed': 0}
+    >>> publishable("data=/home/john doe/runs/x")
+    'data=x'
 
     ```
     """
@@ -100,8 +103,10 @@ def publishable(settings: Any) -> Any:
     if not isinstance(settings, str):
         return settings
     text = _TOKEN.sub("<TOKEN>", settings)
-    if os.path.isabs(os.path.expanduser(text)):
-        return Path(text).name
+    # A value that is a path as a whole may have spaces in it.
+    option, equals, path = text.rpartition("=")
+    if os.path.isabs(os.path.expanduser(path)):
+        return option + equals + Path(path).name
     return _PATH.sub(lambda match: Path(match[0]).name, text)
 
 
@@ -122,9 +127,9 @@ def check_publishable(files: Mapping[str, Path | bytes], token: str | None = Non
     folders = {source.parent for source in files.values() if isinstance(source, Path)}
     own_path = _own_paths({Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *folders})
     for name, source in files.items():
-        if not name.endswith(_TEXT):
+        if not name.endswith(TEXT):
             continue
-        text = source.decode() if isinstance(source, bytes) else source.read_text(encoding="utf-8")
+        text = source.decode() if isinstance(source, bytes) else read_text(source)
         for number, line in enumerate(text.splitlines(), start=1):
             where = f"line {number} of {name if isinstance(source, bytes) else source}"
             if _TOKEN.search(line) or any(token in line for token in tokens):
@@ -136,7 +141,31 @@ def check_publishable(files: Mapping[str, Path | bytes], token: str | None = Non
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def _with_imports(folder: Path, modules: set[str]) -> set[str]:
+    """The modules, and those that they import relatively, without which their code does not run."""
+    found, new = set(modules), set(modules)
+    while new:
+        paths = [folder / name for name in new if (folder / name).is_file()]
+        for path in paths:
+            read_text(path)  # whose error names the file
+        new = {f"{module}.py" for path in paths for module in get_relative_imports(path)} - found
+        found |= new
+    return found
 
 
 def _own_paths(folders: set[Path]) -> re.Pattern:

@@ -245,7 +245,12 @@ class Recipe:
     def _check_hub(self) -> None:
         args = self.training_args
         try:
-            create_repo(args.hub_model_id or self.folder.name, private=args.hub_private_repo, token=args.hub_token)
+            create_repo(
+                args.hub_model_id or self.folder.name,
+                private=args.hub_private_repo,
+                token=args.hub_token,
+                revision=args.hub_revision,
+            )
         except PushError as error:
             raise SystemExit(
                 f"error: {error}\nNothing was trained yet. Without --push_to_hub, the student stays here."

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from hub_server import TOKEN, Failure
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from tiny import DIGITS, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
@@ -18,7 +18,8 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from nkd_hf import create_student, load_image_processor
 from nkd_hf import hub as hub_module
 from nkd_hf.cli import main
-from nkd_hf.hub import PushError, push_student
+from nkd_hf.hub import PushError, create_repo, push_student
+from nkd_hf.model_card import is_generated
 from nkd_hf.modeling import save_student
 from nkd_hf.publishing import publishable
 
@@ -105,8 +106,42 @@ def test_sharded_and_custom_students(hub, tmp_path):
     (tmp_path / "shuffle" / "other.py").write_text("import os\n")
     push_student(tmp_path / "shuffle", "me/shuffle")
     held = hub.repos["models/me/shuffle"].files()
-    wanted = {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_shufflenet_v2.py"}
+    wanted = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "modeling_shufflenet_v2.py"}
     assert set(held) == {".gitattributes", *wanted}
+    assert 'model="me/shuffle", trust_remote_code=True)' in held["README.md"].decode()
+    # Modules that a modelling file imports go with it.
+    with (tmp_path / "shuffle" / "modeling_shufflenet_v2.py").open("a") as file:
+        file.write("from .helper import x\n")
+    with pytest.raises(ValueError, match=r"is no whole student: helper.py is missing"):
+        push_student(tmp_path / "shuffle", "me/shuffle")
+    (tmp_path / "shuffle" / "helper.py").write_text("from .other import os as x\n")
+    push_student(tmp_path / "shuffle", "me/shuffle")
+    assert set(hub.repos["models/me/shuffle"].files()) == {".gitattributes", *wanted, "helper.py", "other.py"}
+
+
+def test_a_folder_without_a_card(hub, student, caplog, monkeypatch):
+    monkeypatch.setattr(hub_module, "is_generated", is_generated)
+    repo = hub.create("me/student", {"README.md": EDITED, "training_curves.png": b"old", "training_args.yaml": "old"})
+    for name in ("README.md", "training_curves.png", "training_args.yaml"):
+        (student / name).unlink()
+    # What is known of another student goes; what a person wrote stays.
+    push_student(student, "me/student")
+    assert set(repo.files()) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert repo.files()["README.md"].decode() == EDITED
+    assert "is kept (" in caplog.text
+    assert "see whether it describes the student that is pushed now" in caplog.text
+    push_student(student, "student", overwrite_card=True)
+    text = repo.files()["README.md"].decode()
+    assert is_generated(text)
+    card = ModelCard(text)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
+    assert "10 classes" in text
+    assert "**Not evaluated**" in text
+    assert 'pipeline("image-classification", model="me/student")' in text
+    assert not (student / "README.md").exists()
+    caplog.clear()
+    push_student(student, "me/student")
+    assert not [record for record in caplog.records if record.name == "nkd_hf.hub"]
 
 
 def test_private_repo(hub, student):
@@ -127,6 +162,13 @@ def test_branch(hub, student):
     assert "config.json" not in repo.files("main")
     with pytest.raises(PushError, match=r"there is no branch 'v3': .*\n.*\n.*nkd-hf push .* me/student --revision v3"):
         push_student(student, "me/student", revision="v3")
+    again = r"nkd-hf push .* me/student --revision v3 --commit_message 'My student' --overwrite_card$"
+    settings = {"revision": "v3", "commit_message": "My student", "overwrite_card": True}
+    with pytest.raises(PushError, match=again):
+        push_student(student, "me/student", **settings)
+    with pytest.raises(PushError, match=again):
+        create_repo("me/student", folder=student, **settings)
+    assert create_repo("student", revision="v2") == "me/student"
 
 
 def test_an_edited_card_is_kept(hub, student, caplog):
@@ -245,8 +287,6 @@ def test_no_permission(hub, student, monkeypatch):
 def test_interrupted_in_the_middle(hub, student, caplog):
     repo = hub.create("me/student")
 
-    (student / "training_curves.png").unlink()  # a single upload, in the main thread
-
     def interrupt():
         while not any(request.path.startswith("/_store/") for request in list(hub.requests)):
             time.sleep(0.01)
@@ -265,15 +305,17 @@ def test_interrupted_in_the_middle(hub, student, caplog):
             armed, hub.requests = [True], []
             hub.fail = Failure("put", "hang")
             threading.Thread(target=interrupt).start()
+            start = time.monotonic()
             with pytest.raises(stop):
                 push()
+            assert time.monotonic() - start < 30  # and not as long as the Hub is silent
             hub.fail = None
     finally:
         signal.signal(signal.SIGINT, before)
     assert set(repo.files()) == {".gitattributes"}
     assert f"failed: it was interrupted.\nNothing is lost: it is in {student}. To push it again:\n" in caplog.text
     push_student(student, "me/student")
-    assert set(repo.files()) == {".gitattributes", *STUDENT} - {"training_curves.png"}
+    assert set(repo.files()) == {".gitattributes", *STUDENT}
 
 
 def test_folders_that_are_no_student(hub, student, tmp_path):
@@ -325,6 +367,10 @@ def test_nothing_secret_leaves_the_machine(hub, student, tmp_path, monkeypatch):
         refused("README.md", f"file://{where}/x\n", path)
     monkeypatch.setenv("HOME", "/home/some one")
     refused("README.md", "see /home/some one/runs\n", path + "/home/some one/runs")
+    (student / "training_args.yaml").write_bytes(b"name: \xff\n")
+    with pytest.raises(ValueError, match=r"training_args.yaml is not UTF-8: "):
+        push_student(student, "me/student")
+    (student / "training_args.yaml").write_text("")
     assert not hub.requests
     # What looks like one and is not.
     harmless = "https://huggingface.co/work/main /usr/bin/env </b/x> a/b/c ~/x ./x /tmp 1/2/3 hf_transfer\n"
@@ -337,10 +383,17 @@ def test_publishable():
         {
             "output_dir": "outputs/student",
             "logging_dir": "/scratch/me/runs/a",
-            "nested": [{"file": "~/ds.json"}, f"token {TOKEN}", "read /data/imagenet/train.parquet now", 3, None],
+            "nested": [
+                {"file": "~/ds.json"},
+                f"token {TOKEN}",
+                "api_org_" + "a1" * 12,
+                "read /data/imagenet/train.parquet now",
+                3,
+                None,
+            ],
         }
     ) == {
         "output_dir": "outputs/student",
         "logging_dir": "a",
-        "nested": [{"file": "ds.json"}, "token <TOKEN>", "read train.parquet now", 3, None],
+        "nested": [{"file": "ds.json"}, "token <TOKEN>", "<TOKEN>", "read train.parquet now", 3, None],
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -148,12 +149,27 @@ def test_failures_during_training_stop_nothing(hub, tmp_path, caplog):
     said = [record.message for record in caplog.records if record.name == "nkd_hf.hub_trainer"]
     assert len(said) == 4
     assert said[0].startswith(f"the push of {folder} to me/student failed: server error of the Hub (500: ")
-    assert f"To push it again:\n    nkd-hf push {folder} me/student\nTraining goes on, and the next" in said[0]
+    assert (
+        f"To push it again:\n    nkd-hf push {folder} me/student --commit_message 'Training in progress, step 2'\nTraining"
+        in said[0]
+    )
     assert said[1].startswith(f"the push of {folder / 'checkpoint-2'} to me/student failed: server error")
-    with pytest.raises(
-        PushError, match=r"(?s)failed: server error .* is lost: .*\n    nkd-hf push .*student me/student$"
-    ):
+    again = (
+        r"(?s)failed: server error .* is lost: .*\n    nkd-hf push .*student me/student --commit_message 'End of tr"
+    )
+    with pytest.raises(PushError, match=again):
         trainer.push_to_hub()
+    # In the background, it is said as well.
+    caplog.clear()
+    job = trainer.push_to_hub(blocking=False)
+    with pytest.raises(PushError, match=again):
+        job.result()
+    for _ in range(100):  # A future calls back after its result is there.
+        said = [record.message for record in caplog.records if record.name == "nkd_hf.hub_trainer"]
+        if said:
+            break
+        time.sleep(0.01)
+    assert said == [str(job.exception())]
     assert set(repo.files()) == {".gitattributes"}
     assert set(os.listdir(folder)) >= STUDENT
     hub.fail = None
@@ -174,9 +190,23 @@ def test_a_repo_that_cannot_be_made_is_said_before_training(hub, tmp_path, monke
         PushError, match=r"^the repo them/student could not be made or reached on the Hub: the token may n"
     ):
         trainer_of(tmp_path, push_to_hub=True, hub_model_id="them/student")
+    hub.create("me/student")
+    with pytest.raises(PushError, match=r"^the repo me/student could not .*: there is no branch 'v2': make it"):
+        trainer_of(tmp_path, push_to_hub=True, hub_model_id="me/student", hub_revision="v2")
     hub.create("me/open")
     with pytest.raises(PushError, match=r"me/open exists and is public: make it private in its settings first$"):
         trainer_of(tmp_path, push_to_hub=True, hub_model_id="me/open", hub_private_repo=True)
+
+
+def test_all_processes_have_written_before_the_first_looks(tmp_path):
+    trainer = trainer_of(tmp_path / "student")
+    waited = []
+    trainer.accelerator.wait_for_everyone = lambda: waited.append(True)
+    for strategy, first, wanted in (("end", True, 0), ("end", False, 0), ("checkpoint", False, 1)):
+        trainer.args.hub_strategy = strategy
+        trainer.is_world_process_zero = lambda first=first: first
+        trainer._push_from_checkpoint("nowhere")
+        assert len(waited) == wanted
 
 
 PUSHED = ["--distillation_loss", "none", "--push_to_hub", "true", "--hub_model_id", "me/digits"]
@@ -193,9 +223,8 @@ def test_recipe_writes_its_figures_before_it_pushes(hub, tmp_path, capsys):
     assert (tmp_path / "accuracy.png").exists()
     hub.fail = None
     recipe.report()
-    assert capsys.readouterr().out.strip().splitlines()[-1] == (
-        f"The student is on the Hub: {hub.endpoint}/me/digits/commit/{repo.branches['main']}"
-    )
+    said = f"The student is on the Hub: {hub.endpoint}/me/digits/commit/{repo.branches['main']}"
+    assert said in capsys.readouterr().out.splitlines()
     assert set(repo.files()) == {".gitattributes", *STUDENT}
     assert_nothing_secret(hub, tmp_path)
 

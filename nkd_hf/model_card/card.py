@@ -142,7 +142,7 @@ def with_repo_id(text: str, repo_id: str) -> str:
     if not is_generated(text):
         return text
     text = _CODE.sub(lambda block: _SOURCE.sub(lambda source: _with_source(source, repo_id), block[0]), _unix(text))
-    return _signed(text.rstrip().rpartition("\n")[0])
+    return signed(text.rstrip().rpartition("\n")[0])
 
 
 def _render(run: Run) -> ModelCard:
@@ -153,10 +153,10 @@ def _render(run: Run) -> ModelCard:
             value,
         )
     # No template engine, to which braces in a name would mean something.
-    return ModelCard(_signed(f"---\n{_metadata(run).to_yaml()}\n---\n\n{body(run)}"))
+    return ModelCard(signed(f"---\n{_metadata(run).to_yaml()}\n---\n\n{body(run)}"))
 
 
-def _signed(text: str) -> str:
+def signed(text: str) -> str:
     return f"{text.rstrip()}\n\n{_MARK.format(_digest(text))}\n"
 
 
