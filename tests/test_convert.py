@@ -139,7 +139,9 @@ def test_faults_are_listed_and_nothing_is_written(tmp_path):
         convert_state_dict({}, "vgg")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch: TorchScript is deprecated
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning"
+)  # of the archive made here
 def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "text.pth").write_text("not found")
     (tmp_path / "empty.pth").touch()
