@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -19,6 +20,7 @@ from huggingface_hub import (
     HfApi,
     ModelCardData,
     ModelInfo,
+    RepoCard,
     constants,
     get_session,
     get_token,
@@ -92,7 +94,7 @@ def push_student(
             _check_private(info)
         held = {file.rfilename for file in info.siblings}
         card = files[CARD].decode() if isinstance(files[CARD], bytes) else read_text(files[CARD])
-        files[CARD] = with_repo_id(card, repo_id).encode()
+        files[CARD] = with_repo_id(card, repo_id, revision).encode()
         if CARD in held and not overwrite_card:
             card = _read_card(api, repo_id, info.sha)
             if not is_generated(card) and card.encode() != files[CARD]:
@@ -102,6 +104,8 @@ def push_student(
                     repo_id,
                 )
                 del files[CARD]
+        if CARD in files:
+            _check_card(files[CARD].decode())
         stale = {name for name in held if _STALE.fullmatch(name) or name in (CURVES_FILE, SETTINGS)}
         return _commit(api, info, files, stale, revision, commit_message)
 
@@ -205,6 +209,16 @@ def _check_private(info: ModelInfo) -> None:
         raise PushError(f"{info.id} exists and is public: make it private in its settings first")
 
 
+def _check_card(text: str) -> None:
+    """Asks the Hub, which would refuse the commit of a card that is not valid, and only after all weights were sent."""
+    if not text.startswith("---"):
+        return
+    try:
+        RepoCard(text).validate("model")
+    except (ValueError, yaml.YAMLError) as error:
+        raise PushError(f"its model card is not valid: {' '.join(str(error).split())}") from error
+
+
 def _commit(
     api: HfApi, info: ModelInfo, files: dict[str, Path | bytes], stale: set[str], revision: str | None, message: str
 ) -> CommitInfo:
@@ -301,7 +315,12 @@ def _plain_card(folder: Path, repo_id: str) -> str:
         pipeline_tag="image-classification",
         tags=[*tags, *(["custom_code"] if has_own_code else []), "nkd_hf"],
     )
-    num_classes = len(config.get("id2label") or ()) or config.get("num_classes") or 2
+    names = list((config.get("id2label") or {}).values()) or config.get("label_names") or []
+    # Two without names are the default, which transformers does not write down.
+    num_classes = len(names) or config.get("num_classes") or 2
+    classes = f"{num_classes} class{'es' * (num_classes != 1)}"
+    classes += " without names" if names and all(str(name).startswith("LABEL_") for name in names) else ""
+    architecture = config.get("architecture") or config["architectures"][0].removesuffix("ForImageClassification")
     trust = ", trust_remote_code=True" if has_own_code else ""
     return signed(f"""\
 ---
@@ -310,7 +329,7 @@ def _plain_card(folder: Path, repo_id: str) -> str:
 
 # {repo_id.split("/")[-1]}
 
-An image classifier, {code(plain_name(config.get("architecture") or config["architectures"][0]))}, {num_classes} classes.
+An image classifier, {code(plain_name(architecture))}, {classes}.
 
 ## Results
 

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_card import card_errors
+
 # Of the user `me`, and of `other`.
 TOKEN, OTHERS_TOKEN = "hf_" + "a1B2" * 8, "hf_" + "c3D4" * 8
 # As in the Hub's default .gitattributes; everything larger than 10 MB goes there too.
@@ -265,6 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(401, {"error": "Invalid username or password."})
             self._answer(200, {"type": "user", "name": self._user(), "orgs": [], "auth": {"type": "access_token"}})
         if url == "/api/validate-yaml":
+            self._check_card(json.loads(body)["content"])
             self._answer(200, {"warnings": [], "errors": []})
         if url == "/api/repos/create":
             self._create(json.loads(body))
@@ -282,6 +285,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(self._repo("datasets" if match[1] else "models", match[2]), match[3], match[4])
         if method == "HEAD":
             self._answer(404, b"")
+
+    def _check_card(self, text: str) -> None:
+        errors = card_errors(text)
+        if errors and self.headers.get("accept") == "text/plain":  # of RepoCard.validate
+            self._answer(400, "\n".join(f"- Error: {error}" for error in errors).encode())
+        if errors:
+            self._answer(400, {"warnings": [], "errors": [{"message": error} for error in errors]})
 
     def _create(self, request: dict) -> None:
         hub = self.server_state
@@ -395,6 +405,7 @@ class _Handler(BaseHTTPRequestHandler):
                     )
             else:
                 self._answer(400, {"error": f"unknown operation {line['key']}"})
+        self._check_card(files.get("README.md", b"").decode())
         sha = repo.commit(files, header["summary"], revision)
         self._answer(
             200, {"success": True, "commitOid": sha, "commitUrl": f"{hub.endpoint}/{repo.id}/commit/{sha}", "hookOutput": ""}

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 from hub_server import TOKEN, Failure
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 from tiny import DIGITS, native_vit, timm_cnn
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from nkd_hf import create_student, load_image_processor
 from nkd_hf import hub as hub_module
@@ -144,6 +144,28 @@ def test_a_folder_without_a_card(hub, student, caplog, monkeypatch):
     assert not [record for record in caplog.records if record.name == "nkd_hf.hub"]
 
 
+@pytest.mark.parametrize(("num_labels", "classes"), [(2, "2 classes"), (3, "3 classes without names")])
+def test_an_exported_native_student(hub, tmp_path, monkeypatch, capsys, num_labels, classes):
+    monkeypatch.setattr(hub_module, "is_generated", is_generated)
+    monkeypatch.chdir(tmp_path)
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(num_labels=num_labels, **shape)).save_pretrained("checkpoint-1")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("checkpoint-1")
+    main(["export", "--checkpoint", "checkpoint-1", "--output", "vit"])
+    main(["push", "vit", "me/vit"])
+    files = hub.repos["models/me/vit"].files()
+    assert set(files) == {
+        ".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
+    }  # fmt: skip
+    text = files["README.md"].decode()
+    assert f"An image classifier, `ViT`, {classes}." in text
+    assert ModelCard(text).data.library_name == "transformers"
+    Image.new("RGB", (48, 40), "red").save("image.png")
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1], {})
+    assert set(re.findall(r"LABEL_\d", capsys.readouterr().out)) == {f"LABEL_{i}" for i in range(num_labels)}
+
+
 def test_private_repo(hub, student):
     push_student(student, "me/secret", private=True)
     assert hub.repos["models/me/secret"].private
@@ -262,6 +284,66 @@ def test_no_network(hub, student, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PushError, match="HF_HUB_OFFLINE is set, which keeps off the network: unset it"):
         push_student(student, "me/student")
+
+
+GOOD = """---
+license: mit
+pipeline_tag: image-classification
+base_model: [resnet18, owner/teacher]
+datasets: owner/data
+model-index:
+- name: net
+  results:
+  - task: {type: image-classification}
+    dataset: {type: owner/data, name: data, config: default}
+    metrics: [{type: accuracy, value: 0.5}]
+---
+"""
+BAD = {
+    "license: mit": ('license: "Apache 2.0"', '"license" must be one of [afl-3.0, '),
+    "pipeline_tag: image-classification": ("pipeline_tag: images", '"pipeline_tag" must be one of ['),
+    "[resnet18, owner/teacher]": (
+        "[resnet18, /data/teacher]",
+        '"base_model[1]" with value "/data/teacher" is not valid. Use a model id from https://hf.co/models.',
+    ),
+    "owner/data\nmodel-index": (
+        "my data\nmodel-index",
+        '"datasets" with value "my data" is not valid. Use a dataset id',
+    ),
+    "- name: net\n  results": ("- results", '"model-index[0].name" is required'),
+    "{type: image-classification}": ("{name: Images}", '"model-index[0].results[0].task.type" is required'),
+    "name: data, config: default": (
+        "name: data, config: [a]",
+        '"model-index[0].results[0].dataset.config" must be a string',
+    ),
+    "    metrics: [{type: accuracy, value: 0.5}]\n": ("", '"model-index[0].results[0].metrics" is required'),
+    "accuracy, value: 0.5": ("accuracy", '"model-index[0].results[0].metrics[0].value" is required'),
+    "\n---": ("\nlicense: [\n---", "while parsing a flow node"),
+}
+
+
+def test_a_card_that_the_hub_refuses(hub, student):
+    repo = hub.create("me/student")
+    for before, (after, error) in BAD.items():
+        assert GOOD.count(before) == 1
+        (student / "README.md").write_text(GOOD.replace(before, after))
+        message = f"(?s)its model card is not valid: (- Error: )?{re.escape(error)}.*Nothing is lost"
+        with pytest.raises(PushError, match=message):
+            push_student(student, "me/student")
+    # Before anything large was sent.
+    assert hub.paths("PUT") == []
+    assert len(repo.messages) == 1
+    (student / "README.md").write_text(GOOD)
+    push_student(student, "me/student")
+    assert repo.files()["README.md"].decode() == GOOD
+
+
+def test_the_hub_of_these_tests_refuses_what_the_client_sends(hub):
+    """Without the look of `push_student` before."""
+    hub.create("me/student")
+    bad = GOOD.replace("license: mit", "license: mine")
+    with pytest.raises(ValueError, match=r'^Invalid metadata in README.md.\n- "license" must be one of \['):
+        HfApi().upload_file(path_or_fileobj=bad.encode(), path_in_repo="README.md", repo_id="me/student")
 
 
 def test_no_permission(hub, student, monkeypatch):

@@ -62,7 +62,7 @@ print(json.dumps(answers))
 """
 
 DATA = """
-import json, sys
+import json, os, sys
 import huggingface_hub.utils._http as http
 http.time.sleep = lambda seconds: None
 import datasets, torch
@@ -75,6 +75,11 @@ for name in ("them/digits", "them/gated", "we/gated", "them/none"):
         answers[name] = [len(data["train"]), len(data["validation"]), data["train"].features["label"].names]
     except ValueError as error:
         answers[name] = str(error)
+os.environ.pop("HF_TOKEN", None)
+try:
+    load_image_dataset(DataArguments(dataset_name="them/gated"))
+except ValueError as error:
+    answers["without a token"] = str(error)
 teacher = load_teacher("them/teacher")
 answers["teacher"] = teacher(torch.ones(1, 3, 32, 32)).sum().item()
 print(json.dumps(answers))
@@ -149,6 +154,7 @@ def test_datasets_and_teachers_of_the_hub(hub, tmp_path):
     assert online["them/digits"] == online["we/gated"] == [40, 20, list(DIGITS.values())]
     accept = f"it is gated: accept its terms on {hub.endpoint}/datasets/them/gated, then run `hf auth login` with an account"
     assert online["them/gated"].startswith(f"dataset_name='them/gated' could not be loaded: {accept}")
+    assert online["without a token"] == online["them/gated"]
     assert "dataset_name='them/none' could not be loaded (DatasetNotFoundError" in online["them/none"]
 
     before = len(hub.requests)

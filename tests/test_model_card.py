@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hub_card import card_errors
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 from PIL import Image
 from tiny import accuracy, digits, make_trainer, native_resnet, native_vit, timm_cnn, timm_deit
 from torch import nn
@@ -80,6 +82,7 @@ def make_card(folder, student=None, log=None, state=None, args=None, name="net",
 def check_card(text: str, folder) -> str:
     """What holds for each card: the Hub reads it, its structure is whole, and it tells nothing of this machine."""
     assert text.startswith("---\n")
+    assert card_errors(text) == []
     front_matter = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     metadata = yaml.safe_load(front_matter[1])
     for key, value in metadata.items():
@@ -613,6 +616,24 @@ class TestCurves:
         log = [{"step": 1, "epoch": 1.0, "loss": 1.0, "task": 1.0, "_$a$": 0.5}]
         assert plot_curves([*log, {"step": 1, "epoch": 1.0, "eval_$_\nx_accuracy": 0.5}], path)
 
+    def test_nothing_hides_a_curve(self, tmp_path, monkeypatch):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+        components = {f"{loss}_{part}": 1.0 for loss in ("nkd", "uskd", "vitkd") for part in ("target", "other")}
+        levels = {"teacher": 0.9, "baseline": 0.5}
+        for log in (training_log(1), [evaluation(1, 0.5), {"step": 1, "epoch": 1.0, "loss": 3.0, **components}]):
+            plot_curves(log, tmp_path / "curves.png", levels=levels)
+        for figure in figures:
+            figure.draw_without_rendering()
+            for panel in figure.axes:
+                legend = panel.get_legend().get_window_extent()
+                assert legend.y1 < panel.get_window_extent().y0
+                assert legend.y0 > 0
+                # Of one evaluation, too, the steps are whole.
+                assert all(tick == int(tick) for tick in panel.get_xticks())
+        colours = [line.get_color() for line in figures[1].axes[1].get_lines()]
+        assert len(set(colours)) == len(colours) == 7
+
 
 class TestEditedByAPerson:
     def test_hash(self, tmp_path):
@@ -638,6 +659,7 @@ class TestEditedByAPerson:
         expected = make_card(tmp_path, repo_id="me/net")
         assert with_repo_id(make_card(tmp_path), "me/net") == expected
         assert with_repo_id(expected + "Mine.", "me/other") == expected + "Mine."
+        assert with_repo_id(with_repo_id(expected, "me/net", "v2"), "me/net", "main") == expected
 
     def test_write_card(self, tmp_path, caplog):
         path, state = tmp_path / "README.md", trained(training_log())

@@ -164,7 +164,9 @@ def digit(row: int, turned: bool = False) -> bytes:
 
 
 def test_dropped_images(browser, models, tmp_path):
-    with served(tmp_path, **{role.upper(): models / role for role in ROLES}) as url:
+    folders = {role.upper(): models / role for role in ROLES}
+    folders["TEACHER"] = f"{models}{'/.' * 40}/teacher"  # more than a line
+    with served(tmp_path, **folders) as url:
         browser.get(url)
         wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#image [aria-dropeffect]"))
         expected = {}
@@ -181,8 +183,9 @@ def test_dropped_images(browser, models, tmp_path):
         assert len({tuple(answer) for answer in expected.values()}) == 6
         assert "on cpu (1 thread), median of 3" in text(browser, "notes")
         browser.save_screenshot(str(tmp_path / "desktop.png"))
-        places = [browser.find_element(By.ID, f"{role}-labels").rect for role in ROLES]
-        assert len({place["y"] for place in places}) == 1
+        for part in ("labels", "latency"):
+            places = [browser.find_element(By.ID, f"{role}-{part}").rect for role in ROLES]
+            assert len({place["y"] for place in places}) == 1
 
         phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)

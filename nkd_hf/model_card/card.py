@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 CURVES_FILE = "training_curves.png"
 # In the code of a card: what its examples open.
 _CODE = re.compile(r"^```python\n.*?\n```$", re.DOTALL | re.MULTILINE)
-_SOURCE = re.compile(r'(from_pretrained\(|create_model\(|, model=)"(?:[^"\\]|\\.)*"')
+_SOURCE = re.compile(r'(from_pretrained\(|create_model\(|, model=)"(?:[^"\\]|\\.)*"(?:, revision="(?:[^"\\]|\\.)*")?')
 _MARK = "<!-- Written by nkd_hf, which writes it anew as long as nobody edits it: {} -->"
 
 
@@ -132,16 +132,24 @@ def is_generated(text: str) -> bool:
     return mark == _MARK.format(_digest(before))
 
 
-def with_repo_id(text: str, repo_id: str) -> str:
+def with_repo_id(text: str, repo_id: str, revision: str | None = None) -> str:
     """A card whose examples open `repo_id`, for a student that was saved first and is pushed now.
 
     Args:
         text: of a card; one that [`create_card`] has not made, or that was edited since, comes back as it is.
         repo_id: `owner/name`.
+        revision: the branch that is pushed to; None means `main`.
     """
     if not is_generated(text):
         return text
-    text = _CODE.sub(lambda block: _SOURCE.sub(lambda source: _with_source(source, repo_id), block[0]), _unix(text))
+    revision = None if revision == "main" else revision
+
+    def with_source(source: re.Match) -> str:
+        if "create_model" in source[1]:
+            return source[1] + json.dumps(f"hf-hub:{repo_id}" + (f"@{revision}" if revision else ""))
+        return source[1] + json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else "")
+
+    text = _CODE.sub(lambda block: _SOURCE.sub(with_source, block[0]), _unix(text))
     return signed(text.rstrip().rpartition("\n")[0])
 
 
@@ -158,10 +166,6 @@ def _render(run: Run) -> ModelCard:
 
 def signed(text: str) -> str:
     return f"{text.rstrip()}\n\n{_MARK.format(_digest(text))}\n"
-
-
-def _with_source(source: re.Match, repo_id: str) -> str:
-    return source[1] + json.dumps(("hf-hub:" if "create_model" in source[1] else "") + repo_id)
 
 
 def _digest(text: str) -> str:

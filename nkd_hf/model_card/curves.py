@@ -19,7 +19,7 @@ _ACCURACY = re.compile(r"eval_(?:(?P<name>.+?)_)??(?P<metric>accuracy|top5_accur
 # The mark of an evaluation on a dataset that is not the trainer's own, such as the training images.
 OTHER_DATASET = "other_dataset"
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
 def read_accuracies(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -117,7 +117,7 @@ def plot_curves(
             os.remove(path)
         return False
     width = 4.6 if losses else 6.0
-    figure = matplotlib.figure.Figure(figsize=(width * (1 + bool(losses)), 3.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(width * (1 + bool(losses)), 4.0), layout="constrained")
     axes = figure.subplots(1, 1 + bool(losses), squeeze=False)[0]
     _plot_lines(axes[0], accuracies)
     for (name, value), colour in zip((levels or {}).items(), ("0.25", "0.55", "0.75"), strict=False):
@@ -128,11 +128,16 @@ def plot_curves(
     if losses:
         _plot_lines(axes[1], losses)
         axes[1].set(title="Training loss and its components", xlabel=x_axis, ylabel="loss")
-    for panel in axes:
+    for panel, curves in zip(axes, (accuracies, losses), strict=False):
+        xs = {x for values, _ in curves.values() for x in values}
+        if len(xs) == 1:  # The axis of a single point would be a fraction of a step wide.
+            panel.set_xlim(min(xs) - 1, max(xs) + 1)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=8.5, framealpha=0.8)
+        # Below, where it hides no curve, however many there are.
+        columns = 3 if max(len(line.get_label()) for line in panel.get_lines()) < 26 else 1
+        panel.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
     # matplotlib would write its version.
     figure.savefig(path, format="png", dpi=180, metadata={"Software": None})
     return True

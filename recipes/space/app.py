@@ -98,11 +98,13 @@ def build() -> gr.Blocks:
         with gr.Row():
             for role, classifier in models.items():
                 with gr.Column(min_width=240):
-                    count = classifier.model.num_parameters()
-                    size = f"{count / 1e6:.1f} million" if count > 1e6 else f"{count / 1e3:.0f} thousand"
-                    gr.Markdown(f"## {role.capitalize()}\n`{os.environ[role.upper()].strip()}`, {size} parameters")
+                    gr.Markdown(f"## {role.capitalize()}")
                     outputs.append(gr.Label(label=f"Top 5 of the {role}", elem_id=f"{role}-labels"))
                     outputs.append(gr.Markdown(elem_id=f"{role}-latency"))
+                    count = classifier.model.num_parameters()
+                    size = f"{count / 1e6:.1f} million" if count > 1e6 else f"{count / 1e3:.0f} thousand"
+                    # Last, since names of one line and of two would put the answers at different heights.
+                    gr.Markdown(f"`{os.environ[role.upper()].strip()}`, {size} parameters")
         device, threads = models["student"].device, torch.get_num_threads()
         where = f"{device} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)
         notes = [
