@@ -1,21 +1,27 @@
 """Opens image classification datasets with `datasets`, in one shape whatever they were."""
 
 import io
+import logging
 import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import ImageNetInfo
 
 from .access import gate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -147,12 +153,13 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
 
     Returns:
         The splits `train` and `validation` with the columns `image` (encoded: `datasets.Image(decode=False)`) and `label`
-        (`ClassLabel`; text labels become the sorted names, plain integers `LABEL_0`, `LABEL_1`, ...). In a stream,
-        integers without names stay integers.
+        (`ClassLabel`; text labels become the sorted names, plain integers `LABEL_0`, `LABEL_1`, ...), numbered alike in
+        both. In a stream, integers without names stay integers. A warning names the classes, and the folders of classes,
+        that have no images in a split.
 
     Raises:
-        ValueError: the dataset cannot be reached, or has no such split, column or kind of label; the message says which
-            there are.
+        ValueError: the dataset cannot be reached, or has no such split, column or kind of label, or a split has no rows;
+            the message says which there are.
 
     Example:
         >>> data = load_image_dataset(DataArguments(dataset_name="digits", max_eval_samples=100))
@@ -171,13 +178,15 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         )
     splits = {name: _pick_columns(split, args) for name, split in splits.items()}
     if args.streaming:
-        _check_stream(splits["train"], args)
+        for name, split in splits.items():
+            _check_stream(split, args, name)
         limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
         return IterableDatasetDict(
             {name: split.take(limits[name]) if limits[name] else split for name, split in splits.items()}
         )
 
     splits = _with_class_labels(splits)
+    _warn_of_empty_classes(splits, args)
     if "validation" not in splits:
         train, validation = _split_rows(splits["train"]["label"][:], args.train_val_split, seed)
         splits = {"train": splits["train"].select(train), "validation": splits["train"].select(validation)}
@@ -207,7 +216,7 @@ def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dat
     wanted = args.validation_split or next((name for name in _EVALUATION_SPLITS if name in loaded), None)
     split = _pick_columns(_pick_split(loaded, wanted, [_EVALUATION_SPLITS[0]], "the split to evaluate on"), args)
     if args.streaming:
-        _check_stream(split, args)
+        _check_stream(split, args, wanted)
         return wanted, split.take(args.max_eval_samples) if args.max_eval_samples else split
     # Text and plain integers get the classes that they had in training.
     train = _pick_columns(loaded["train"], args) if "train" in loaded else split
@@ -287,12 +296,21 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         if how := gate(error, name, "dataset"):
             raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {how}") from error
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        if any(text in str(cause) for text in _EMPTY_SPLIT):
+            raise ValueError(
+                f"dataset_name={args.dataset_name!r} could not be loaded: one of its splits has no rows ({cause}). Remove its "
+                "file, or put images in it"
+            ) from error
         raise ValueError(
             f"dataset_name={args.dataset_name!r} could not be loaded ({type(cause).__name__}: {cause}). Expected a "
             "dataset of the Hub (check its name and dataset_config_name; if it is gated, accept its terms on its page and "
             "run `hf auth login`; with no network, only one that was loaded before), an existing folder of images or "
             "parquet files, a parquet file or glob, or digits"
         ) from error
+
+
+# What `datasets` says where a split has no rows: a file with none, or none in all of its files.
+_EMPTY_SPLIT = ("BatchSize must be greater than 0", "corresponds to no data")
 
 
 def _digits() -> DatasetDict:
@@ -335,6 +353,12 @@ def _pick_columns(split, args: DataArguments):
         ("label", args.label_column_name, ["label", "labels", "fine_label"]),
     ):
         found = [name for name in (candidates if wanted is None else [wanted]) if name in split.column_names]
+        if not found and target == "label" and wanted is None and os.path.isdir(os.path.expanduser(args.dataset_name)):
+            raise ValueError(
+                f"there is no label column {' or '.join(candidates)}, only {', '.join(split.column_names)}: set "
+                "label_column_name to one of these. A folder of images needs two classes at least, and all of its images "
+                "as <split>/<class>/<image>: one that lies elsewhere leaves all of them without a label"
+            )
         if not found:
             raise ValueError(
                 f"there is no {target} column {' or '.join(candidates) if wanted is None else wanted!r}, only "
@@ -344,6 +368,10 @@ def _pick_columns(split, args: DataArguments):
     if len(columns) != 2:
         raise ValueError(f"image and label are both taken from the column {found[0]!r}: set two different ones")
     split = split.select_columns(list(columns))
+    for source, target in columns.items():
+        if target == "image" and isinstance(split.features[source], datasets.Image):
+            # Before anything else: in a stream, a step that follows would decode each image, and stop at a bad one.
+            split = split.cast_column(source, datasets.Image(decode=False))
     split = split.rename_columns({source: target for source, target in columns.items() if source != target})
     image, label = split.features["image"], split.features["label"]
     encoded = isinstance(image, dict) and set(image) <= {"bytes", "path"}
@@ -351,6 +379,15 @@ def _pick_columns(split, args: DataArguments):
         raise ValueError(
             f"the image column is {image}, expected images, encoded bytes or paths: set image_column_name"
         )
+    if isinstance(split, Dataset) and label in (datasets.Value("float32"), datasets.Value("float64")):
+        # One missing label makes the integers of a CSV file floats. (A stream would cut fractions off as it passes.)
+        try:
+            split = _cast_labels(split, datasets.Value("int64"))
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"the label column holds fractions ({error}), expected one integer or name a row: set label_column_name"
+            ) from error
+        label = split.features["label"]
     if not (isinstance(label, datasets.ClassLabel) or _is_text(label) or label in map(datasets.Value, INTEGER_DTYPES)):
         raise ValueError(f"the label column is {label}, expected one integer or name a row: set label_column_name")
     return split.cast_column("image", datasets.Image(decode=False))
@@ -366,12 +403,44 @@ def _is_text(feature) -> bool:
     return feature in (datasets.Value("string"), datasets.Value("large_string"))
 
 
-def _check_stream(split: IterableDataset, args: DataArguments) -> None:
+def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> None:
     if _is_text(split.features["label"]):
         raise ValueError(
             f"the labels of {args.dataset_name!r} are text, and a stream does not say which there are: load without "
             "streaming, or store the dataset with `class_encode_column`"
         )
+    # Here, since DataLoader workers with nothing to do cannot tell whether others have something.
+    try:
+        empty = next(iter(split), None) is None
+    except pa.ArrowInvalid as error:
+        if not any(text in str(error) for text in _EMPTY_SPLIT):
+            raise
+        empty = True
+    if empty:
+        raise ValueError(f"the {name} split of {args.dataset_name!r} has no rows: name another one")
+
+
+def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    for name, split in splits.items():
+        names = split.features["label"].names
+        found = {names[label] for label in split.unique("label") if label is not None and label >= 0}
+        # The folder of a class without images is no class to `datasets`, unless another split has some.
+        path = split[0]["image"]["path"] or "" if len(split) and split[0]["image"] else ""
+        is_class = os.path.isabs(path) and Path(path).parent.name in names
+        folders = {entry.name for entry in os.scandir(Path(path).parents[1]) if entry.is_dir()} if is_class else set()
+        missing = sorted({*names, *folders} - found)
+        if missing:
+            logger.warning(
+                "the %s split of %r has no images of %d of %d classes, so that %s: %s",
+                name,
+                args.dataset_name,
+                len(missing),
+                len({*names, *folders}),
+                "they cannot be learned" if name == "train" else "nothing is measured of them",
+                ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""),
+            )
 
 
 def _subset(split: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -388,17 +457,13 @@ def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     names = sorted(labels) if _is_text(feature) else [f"LABEL_{label}" for label in range(max(labels, default=-1) + 1)]
     if not names:
         raise ValueError("the label column holds no label at all: set label_column_name")
-    # The label column alone is cast: casting the dataset would write all images to the cache once more.
-    return {
-        name: datasets.concatenate_datasets(
-            [
-                split.select_columns("image"),
-                split.select_columns("label").cast_column("label", datasets.ClassLabel(names=names)),
-            ],
-            axis=1,
-        )
-        for name, split in splits.items()
-    }
+    return {name: _cast_labels(split, datasets.ClassLabel(names=names)) for name, split in splits.items()}
+
+
+def _cast_labels(split: Dataset, feature: datasets.Value | datasets.ClassLabel) -> Dataset:
+    # The label column alone: casting the dataset would write all images to the cache once more.
+    images, labels = split.select_columns("image"), split.select_columns("label")
+    return datasets.concatenate_datasets([images, labels.cast_column("label", feature)], axis=1)
 
 
 def _split_rows(labels: Sequence[int | None], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

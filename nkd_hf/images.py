@@ -1,12 +1,15 @@
 """Datasets of decoded and transformed images, map-style and streamed."""
 
+import io
 import itertools
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 import datasets
+import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset
@@ -19,27 +22,30 @@ logger = logging.getLogger(__name__)
 
 # Rows held by each worker to shuffle a stream: some 200 MB of ImageNet's JPEGs.
 SHUFFLE_BUFFER = 2048
+# How many bad images a report names.
+NUM_NAMED = 20
 
 
 class ImageDataset(EpochDataset):
     """Samples of a dataset that fits on disk, decoded and transformed when asked for.
 
     The transform of a sample is a pure function of `(seed, epoch, index)`, whatever the number of workers: ask for
-    `dataset[(epoch, index)]`, as [`~nkd_hf.batches.EpochSampler`] does. Images turn upright by their EXIF tag and become RGB, just as
-    in transformers' pipeline.
+    `dataset[(epoch, index)]`, as [`~nkd_hf.batches.EpochSampler`] does. Images are read as [`read_sample`] says.
 
     Args:
         dataset: a `datasets.Dataset` with the columns `image` and `label`, such as a split of [`~nkd_hf.data.load_image_dataset`].
         transform: RGB `PIL.Image` -> [3, H, W] float32.
         seed: integer.
-        on_bad_image: `error`, or `skip`: the next good row takes the place of one whose image cannot be read or whose
-            label is missing (null or negative), so that lengths stay as they are.
+        on_bad_image: `error`, or `skip`: the next good row takes the place of a bad one (see [`read_sample`]), so that
+            lengths stay as they are. In evaluation that row then counts twice: with N bad rows of M, accuracy is off by
+            N / M at the most. [`~nkd_hf.bad_images.BadImageReport`] says which rows they are.
         training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
 
     A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch` and `index`.
 
     Raises:
-        ValueError: the dataset is empty or lacks a column; on access: a bad row, with its file, or all rows are bad.
+        ValueError: the dataset is empty, lacks a column or has labels that are no integers; on access: a bad row, with
+            its file, or all rows are bad.
 
     Example:
         >>> from nkd_hf.data import DataArguments, load_image_dataset
@@ -76,6 +82,18 @@ class ImageDataset(EpochDataset):
         """How many different rows were found bad so far, by all workers together."""
         return int(self._bad.sum())
 
+    @property
+    def bad_rows(self) -> list[int]:
+        """The rows found bad so far, by all workers together, in order."""
+        return self._bad.nonzero().flatten().tolist()
+
+    def describe_row(self, row: int, sample: dict | None = None) -> str:
+        """`row 5 of the training data (folder/file.jpg)`; the sample is read where it is not handed in."""
+        path = ((self.dataset[row] if sample is None else sample)["image"] or {}).get("path")
+        return f"row {row} of the {'training' if self.training else 'evaluation'} data" + (
+            f" ({path})" if path else ""
+        )
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -84,15 +102,11 @@ class ImageDataset(EpochDataset):
             if self._bad[row]:
                 continue
             sample = self.dataset[row]
-            path = (sample["image"] or {}).get("path")
-            name = f"row {row} of the {'training' if self.training else 'evaluation'} data" + (
-                f" ({path})" if path else ""
-            )
             try:
-                image, label = read_sample(sample, name)
+                image, label = read_sample(sample, self.describe_row(row, sample))
             except BadSampleError as error:
                 if self.on_bad_image == "error":
-                    raise
+                    raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
                 self._bad[row] = True
                 logger.warning("%s. The next good row takes its place.", error)
                 continue
@@ -118,13 +132,14 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         dataset: a `datasets.IterableDataset` with the columns `image` and `label`.
         transform: RGB `PIL.Image` -> [3, H, W] float32.
         seed: integer.
-        on_bad_image: `error`, or `skip`: the next good sample is taken in place of a bad one.
+        on_bad_image: `error`, or `skip`: a bad sample is left out, and the stream goes on with the next good one.
         training: whether to shuffle, to go on for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
 
     Samples are those of [`ImageDataset`].
 
     Raises:
-        ValueError: the dataset lacks a column; on iteration: a bad image, with its file, or not one that is good.
+        ValueError: the dataset lacks a column or has labels that are no integers; on iteration: a bad image, with its
+            file, or not one that is good.
     """
 
     def __init__(
@@ -146,12 +161,18 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         context = multiprocessing.get_context("spawn")
         self._num_bad = context.Value("q", 0)
         self._epoch = context.Value("q", 0)
-        self._warned = set()
+        # The names of the first bad images, a line each: bounded, as this memory must be had before there are workers.
+        self._bad_names = context.Array("c", 512 * NUM_NAMED)
 
     @property
     def num_bad_images(self) -> int:
         """How many bad images were met so far, by all workers together, each counted once in every pass."""
         return self._num_bad.value
+
+    @property
+    def bad_names(self) -> list[str]:
+        """The different bad images met so far by all workers together; of many, the first ones."""
+        return [name.decode(errors="replace") for name in self._bad_names.value.splitlines()]
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the pass with which the next iteration begins, in persistent workers too."""
@@ -188,37 +209,93 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
             key = zlib.crc32(image["bytes"])
         else:
             key = zlib.crc32("/".join(PurePath(image["path"] or "").parts[-2:]).encode())
+        name = image["path"] or f"the image of CRC-32 {key:#010x}"
         try:
-            decoded, label = read_sample(encoded, image["path"] or f"the image of CRC-32 {key:#010x}")
+            decoded, label = read_sample(encoded, name)
         except BadSampleError as error:
             if self.on_bad_image == "error":
-                raise
-            with self._num_bad.get_lock():
-                self._num_bad.value += 1
-            if key not in self._warned:
-                self._warned.add(key)
-                logger.warning("%s. The next good sample takes its place.", error)
+                raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
+            if self._note_bad(name):
+                logger.warning("%s. The stream goes on with the next good sample.", error)
             return None
         with seeded(self.seed, epoch, key):
             return {"pixel_values": self.transform(decoded), "labels": label, "epoch": epoch, "index": key}
 
+    def _note_bad(self, name: str) -> bool:
+        """Counts a bad image; True where it is named for the first time."""
+        with self._num_bad.get_lock():
+            self._num_bad.value += 1
+            names, line = self._bad_names.value, f"{name}\n".encode(errors="replace")
+            if line in names.splitlines(keepends=True) or len(names) + len(line) >= len(self._bad_names):
+                return False
+            self._bad_names.value = names + line
+            return True
+
 
 class BadSampleError(ValueError):
-    """A row whose image cannot be decoded or whose label is missing; the message names it."""
+    """A row whose image cannot be decoded or whose label is missing."""
+
+
+_ADVICE = "repair or remove it, or set on_bad_image to skip"
 
 
 def read_sample(sample: dict, name: str) -> tuple[PIL.Image.Image, int]:
-    """The RGB image and the label of an encoded row; [`BadSampleError`], with its name, where there is none."""
-    mend = "repair or remove it, or set on_bad_image to skip"
+    """The RGB image and the label of an encoded row.
+
+    Bad are: no image, an empty file, a truncated one, one that is no image (whatever its name says), one of more pixels
+    than `PIL.Image.MAX_IMAGE_PIXELS` (89 million; read from the header, before memory is taken), and a label that is
+    null or negative. An animation is its first frame; an image of any size from 1 x 1 is good.
+
+    Images turn upright by their EXIF tag and become RGB just as in transformers' pipeline (CMYK is converted, alpha is
+    dropped), with one difference: there, all that is brighter than 255 of 65535 in 16-bit grayscale becomes white; here,
+    the upper 8 bits are kept, as Pillow does with 16-bit RGB. 32-bit integer and float pixels, for which no format says
+    what white is, are taken as 0..255, and are bad if they are not.
+
+    Args:
+        sample: `image` as `{"bytes", "path"}` or None, and `label`, an integer or None.
+        name: what the row is called in the error.
+
+    Returns:
+        The image, and the label.
+
+    Raises:
+        BadSampleError: the row is bad.
+    """
     if sample["label"] is None or sample["label"] < 0:
-        raise BadSampleError(f"{name} has no label ({sample['label']}): {mend}")
+        raise BadSampleError(f"{name} has no label ({sample['label']})")
     if sample["image"] is None:
-        raise BadSampleError(f"{name} has no image: {mend}")
+        raise BadSampleError(f"{name} has no image")
     try:
-        image = datasets.Image().decode_example(sample["image"]).convert("RGB")
+        return _to_rgb(_decode(sample["image"])), sample["label"]
+    except PIL.UnidentifiedImageError as error:
+        raise BadSampleError(f"{name} cannot be decoded (it is no image of a format that Pillow knows)") from error
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, DecompressionBombError
-        raise BadSampleError(f"{name} cannot be decoded ({type(error).__name__}: {error}): {mend}") from error
-    return image, sample["label"]
+        raise BadSampleError(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _decode(encoded: dict) -> PIL.Image.Image:
+    path, content = encoded["path"], encoded["bytes"]
+    # A file that is not local is opened by datasets alone: there, Pillow's own limit, twice as high, holds.
+    if content is not None or os.path.isfile(path or ""):
+        if (os.path.getsize(path) if content is None else len(content)) == 0:
+            raise ValueError("it is empty, of 0 bytes")
+        # Pillow merely warns up to twice its limit, without a name, and then takes up to 0.7 GB, in each worker.
+        with PIL.Image.open(path if content is None else io.BytesIO(content)) as header:
+            width, height = header.size
+        if PIL.Image.MAX_IMAGE_PIXELS is not None and width * height > PIL.Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{width} x {height} are more than {PIL.Image.MAX_IMAGE_PIXELS} pixels: scale it down")
+    return datasets.Image().decode_example(encoded)
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # of 16 bits in either case
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        low, high = np.min(image), np.max(image)
+        # Fractions of 1 would turn black.
+        if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
+            raise ValueError(f"its 32-bit pixels go from {low:g} to {high:g}, expected 0 to 255: store it with 8 bits")
+    return image.convert("RGB")
 
 
 def _check_on_bad_image(value: str) -> None:
@@ -231,4 +308,10 @@ def _check_columns(dataset: Dataset | datasets.IterableDataset) -> None:
         raise ValueError(
             f"expected the columns image and label, got {', '.join(dataset.column_names)}: load the dataset with "
             "load_image_dataset, or rename its columns"
+        )
+    label = dataset.features["label"]
+    if not (isinstance(label, datasets.ClassLabel) or (isinstance(label, datasets.Value) and "int" in label.dtype)):
+        raise ValueError(
+            f"the labels are {label}, expected integers: load the dataset with load_image_dataset, or map names to "
+            'integers with `dataset.class_encode_column("label")`'
         )

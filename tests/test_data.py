@@ -266,7 +266,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path, folder):
     with pytest.raises(ValueError, match=r"image column is Value\('int64'\), expected images"):
         load(path)
     path = write_parquet(tmp_path / "b.parquet", image=[encoded(digit(0))] * 2, label=[0.5, 1.5], kind=[0, 1])
-    with pytest.raises(ValueError, match=r"label column is Value\('float64'\), expected one integer or name"):
+    with pytest.raises(ValueError, match=r"label column holds fractions .*, expected one integer or name"):
         load(path)
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"could not be loaded \(ArrowInvalid: .*[Pp]arquet"):
@@ -549,7 +549,7 @@ def test_a_bad_image_is_an_error_that_names_its_file_or_row(tmp_path):
         features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64")),
     )
     dataset = ImageDataset(rows, to_pixels, training=False)
-    with pytest.raises(ValueError, match=r"^row 0 of the evaluation data cannot be decoded .*UnidentifiedImageError"):
+    with pytest.raises(ValueError, match=r"^row 0 of the evaluation data cannot be decoded .*no image of a format"):
         dataset[0]
     with pytest.raises(ValueError, match=r"^row 1 of the evaluation data has no image"):
         dataset[1]
