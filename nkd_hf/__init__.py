@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from .bad_images import BadImageReport
     from .batches import ImageCollator
+    from .checkpoints import CheckpointError
     from .data import DataArguments, load_image_dataset
     from .features import token_shape
     from .hub import PushError, push_student
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from .losses import NKDLoss, USKDLoss, ViTKDLoss, nkd_loss, uskd_loss
     from .metrics import TopKAccuracy
     from .model_card import CardInfo
+    from .non_finite import NonFiniteLossError
     from .parser import parse_args
     from .recipe import Recipe
     from .recipe_args import RecipeArguments
@@ -25,13 +28,16 @@ if TYPE_CHECKING:
 
 # Imported on first use: `from nkd_hf.losses import nkd_loss` and `import nkd_hf` load torch at the most.
 _MODULE_OF = {
+    "BadImageReport": "bad_images",
     "CardInfo": "model_card",
+    "CheckpointError": "checkpoints",
     "DataArguments": "data",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "training_args",
     "ImageCollator": "batches",
     "ImageDataset": "images",
     "NKDLoss": "losses",
+    "NonFiniteLossError": "non_finite",
     "PushError": "hub",
     "Recipe": "recipe",
     "RecipeArguments": "recipe_args",

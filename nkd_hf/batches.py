@@ -144,7 +144,8 @@ class ImageCollator:
         seed: integer.
 
     Call with a list of samples `{"pixel_values": [3, H, W] float, "labels" or "label": int}`, with or without `epoch` and
-    `index`. Returns `pixel_values` [B, 3, H, W] and `labels`: [B] int64, or [B, num_labels] float32 after mixing.
+    `index`. Returns `pixel_values` [B, 3, H, W], `labels`: [B] int64, or [B, num_labels] float32 after mixing, and with
+    samples that carry it, as those of training do, `index` [B] int64.
 
     Raises:
         ValueError: an argument is out of range; a label is not an integer from 0 to `num_labels - 1`.
@@ -184,14 +185,16 @@ class ImageCollator:
         if self._mix is None and not any("labels" in sample or "label" in sample for sample in samples):
             return {"pixel_values": pixel_values}  # `Trainer.predict` on images without labels
         labels = torch.tensor([self._label(row, sample) for row, sample in enumerate(samples)], dtype=torch.int64)
+        known = all("epoch" in sample and "index" in sample for sample in samples)
         if self._mix is not None:
-            if all("epoch" in sample and "index" in sample for sample in samples):
+            if known:
                 key = [part for sample in samples for part in (sample["epoch"], sample["index"])]
                 with seeded(self.seed, *key):
                     pixel_values, labels = self._mix(pixel_values, labels)
             else:
                 pixel_values, labels = self._mix(pixel_values, labels)
-        return {"pixel_values": pixel_values, "labels": labels}
+        batch = {"pixel_values": pixel_values, "labels": labels}
+        return batch | ({"index": torch.tensor([sample["index"] for sample in samples])} if known else {})
 
     def _label(self, row: int, sample: dict) -> int:
         label = sample["labels"] if "labels" in sample else sample.get("label")

@@ -3,18 +3,18 @@
 import contextlib
 import copy
 import json
-import os
 from pathlib import Path
 
 import matplotlib.figure
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .architectures import is_architecture
+from .bad_images import BadImageReport
 from .batches import ImageCollator
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
 from .features import check_token_grids
@@ -22,8 +22,10 @@ from .hub import PushError, create_repo
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .metrics import compute_metrics, top5_indices
 from .model_card import CardInfo, check_license, launch_line
+from .model_card.curves import OTHER_DATASET
 from .preprocessing import read_preprocessing
 from .recipe_args import RecipeArguments
+from .run_folder import RESULTS, begin, settings_of, stage_history, write_text
 from .students import load_image_processor
 from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
@@ -61,6 +63,7 @@ class Recipe:
         self.to_push: DistillationTrainer | None = None
         if training.push_to_hub and training.process_index == 0:
             self._check_hub()
+        self.goes_on = self._begin()
         if training.device.type == "cpu":
             # Workers and PyTorch's threads share the cores; threads that wait for each other make steps several times
             # slower than fewer of them.
@@ -73,6 +76,7 @@ class Recipe:
                 f"num_classes is {data.num_classes}, but {data.dataset_name!r} has {len(self.id2label)} classes: set it to "
                 "that, or leave it out"
             )
+        self.steps_per_epoch: int | None = None
         if data.streaming:
             self._count_steps()
 
@@ -85,8 +89,7 @@ class Recipe:
             if "vitkd" in self.args.losses:  # Its error should come before the teacher is trained.
                 student = self._create(self.args.student, self.args.student_args)
                 check_token_grids(student, self._create(self.args.teacher, self.args.teacher_args))
-            trainer = self._train("teacher", self._create(self.args.teacher, self.args.teacher_args))
-            self.teacher = trainer.student
+            self.teacher = self._train("teacher", self._create(self.args.teacher, self.args.teacher_args))
 
     def train_baseline(self) -> None:
         """Trains the student without the distillation loss, if that is asked for."""
@@ -127,8 +130,9 @@ class Recipe:
             raise SystemExit(fault)
 
     def _write_report(self) -> None:
-        (self.folder / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
         self._plot(self.folder / "accuracy.png")
+        # Whole or not at all: with it, the run is finished.
+        write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
         names = {
             "teacher": f"teacher ({self.args.teacher})",
             "baseline": f"baseline ({self.args.student})",
@@ -138,7 +142,7 @@ class Recipe:
         for name, value in self.results.items():
             if value is not None:
                 print(f"{names[name]:<44}{value:14.2%}")
-        print(f"\nFigures: {self.folder / 'results.json'}, curves: {self.folder / 'accuracy.png'}")
+        print(f"\nFigures: {self.folder / RESULTS}, curves: {self.folder / 'accuracy.png'}")
 
     def _create(self, name: str, model_args: dict | None) -> PreTrainedModel:
         # The same seed for each: baseline and student start from the same weights.
@@ -173,12 +177,18 @@ class Recipe:
         student: PreTrainedModel,
         loss: nn.Module | dict[str, nn.Module] | None = None,
         teacher: str | PreTrainedModel | Teacher | None = None,
-    ) -> DistillationTrainer:
-        """Trains one model into its own folder and notes its accuracy."""
+    ) -> PreTrainedModel:
+        """Trains one model into its own folder, notes its accuracy and returns it."""
         args = copy.copy(self.training_args)
         args.output_dir = str(self.folder / name)
         # What is pushed, and what is resumed, is the recipe's result.
         is_result = loss is not None or self.args.distillation_loss == "none"
+        history = stage_history(self.folder / name) if self.goes_on and not is_result else None
+        if history is not None:
+            self._note(name, history)
+            self._say(f"The {name} in {args.output_dir} is trained already")
+            student.load_state_dict(type(student).from_pretrained(args.output_dir).state_dict())
+            return student.to(args.device)
         args.push_to_hub = args.push_to_hub and is_result
         args.hub_model_id = args.hub_model_id or self.folder.name
         if loss is None:
@@ -197,6 +207,7 @@ class Recipe:
             processing_class=load_image_processor(student),
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=top5_indices,
+            callbacks=[BadImageReport(self.steps_per_epoch)],
         )
         # One that was not trained here has yet to be measured.
         if teacher is not None and self.results["teacher"] is None:
@@ -204,43 +215,60 @@ class Recipe:
             self.accuracies["teacher"] = {"accuracy": self.results["teacher"]}
         trainer.card_info = self._card_info()
         self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
-        trainer.train(resume_from_checkpoint=self._checkpoint(args.output_dir, is_result))
+        trainer.train(resume_from_checkpoint=self._checkpoint(trainer, is_result))
         # As an internal call, which does not push: report() does, when the figures are written down.
         trainer.save_model(_internal_call=True)
-        metrics = trainer.evaluate()
+        trainer.evaluate()
         if args.precise_bn_images is not None:
             trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
         trainer.save_state()
-        key = "distilled" if name == "student" else name
-        self.results[key] = metrics["eval_accuracy"]
-        self.accuracies[key] = {metric: metrics[f"eval_{metric}"] for metric in ("accuracy", "top5_accuracy")}
-        # To the Trainer, a stream is one long epoch.
-        epochs = args.num_train_epochs if self.data_args.streaming else 1
-        self.curves[key] = [
-            (entry["epoch"] * epochs, entry["eval_accuracy"])
-            for entry in trainer.state.log_history
-            if "eval_accuracy" in entry
-        ]
-        for kind, data in (("training", train), ("evaluation", validation)):
-            if data.num_bad_images:
-                self._say(f"{data.num_bad_images} bad {kind} images were replaced; they are named above")
+        self._note(name, trainer.state.log_history)
         if is_result:
             trainer.create_model_card(model_name=args.hub_model_id.split("/")[-1])
         if args.push_to_hub:
             self.to_push = trainer
-        return trainer
+        return trainer.student
 
-    def _checkpoint(self, folder: str, is_result: bool) -> str | None:
+    def _note(self, name: str, history: list[dict[str, float]]) -> None:
+        """Takes accuracies and curve of a model from its log, which ends with its evaluation."""
+        key = "distilled" if name == "student" else name
+        entries = [entry for entry in history if "eval_accuracy" in entry and OTHER_DATASET not in entry]
+        self.results[key] = entries[-1]["eval_accuracy"]
+        self.accuracies[key] = {metric: entries[-1][f"eval_{metric}"] for metric in ("accuracy", "top5_accuracy")}
+        # To the Trainer, a stream is one long epoch.
+        epochs = self.training_args.num_train_epochs if self.data_args.streaming else 1
+        self.curves[key] = [(entry["epoch"] * epochs, entry["eval_accuracy"]) for entry in entries]
+
+    def _begin(self) -> bool:
+        """Whether the run in the folder goes on. One that was stopped does so by itself."""
+        answer = []
+        wanted = str(self.training_args.resume_from_checkpoint).lower()
+        if self.training_args.process_index == 0:
+            try:
+                settings = settings_of(self.args, self.data_args, self.training_args)
+                # Who names a checkpoint knows what it is of.
+                named = wanted not in ("none", "true", "false")
+                answer = [named or begin(self.folder, settings, afresh=wanted == "false")]
+            except ValueError as error:
+                answer = [f"error: {error}"]
+        [answer] = broadcast_object_list(answer or [None])
+        if isinstance(answer, str):
+            raise SystemExit(answer)
+        return answer
+
+    def _checkpoint(self, trainer: DistillationTrainer, is_result: bool) -> str | None:
         """Where the training of one model goes on: a checkpoint that is named is the result's, else its own last one."""
         wanted = str(self.training_args.resume_from_checkpoint)
-        if wanted.lower() in ("none", "false"):
-            return None
-        if wanted.lower() != "true" and is_result:
+        if wanted.lower() not in ("none", "true", "false") and is_result:
             return wanted
-        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        if last is None:
-            self._say(f"There is no checkpoint in {folder}: this training starts from the beginning")
-        return last
+        if not self.goes_on:
+            return None
+        checkpoint = trainer.last_checkpoint()
+        if checkpoint is None:
+            self._say(f"There is no checkpoint in {trainer.args.output_dir}: this training starts from the beginning")
+        else:
+            self._say(f"Goes on from {checkpoint}")
+        return checkpoint
 
     def _check_hub(self) -> None:
         args = self.training_args
@@ -302,6 +330,7 @@ class Recipe:
         images = self.data_args.num_train_images
         if images is not None and self.data_args.max_train_samples is not None:
             images = min(images, self.data_args.max_train_samples)
+        self.steps_per_epoch = None if images is None else streaming_max_steps(images, 1, batch)
         if args.max_steps <= 0:
             args.max_steps = streaming_max_steps(images, args.num_train_epochs, batch)
         for kind in ("eval", "save", "logging"):

@@ -19,12 +19,11 @@ from transformers import (
     TimmWrapperForImageClassification,
     TrainerCallback,
 )
-from transformers.trainer_pt_utils import nested_gather
 
 from .batch_norm import estimate_batch_norm
 from .batches import EpochDataset, EpochSampler, ImageCollator
 from .features import check_token_grids
-from .hub_trainer import HubTrainer
+from .finite_trainer import FiniteTrainer
 from .model_card import CardInfo, write_card
 from .model_card.curves import OTHER_DATASET
 from .modeling import DistillationModel
@@ -37,7 +36,7 @@ from .training_args import DistillationTrainingArguments
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(HubTrainer):
+class DistillationTrainer(FiniteTrainer):
     """Trains a student with the task loss (cross-entropy) plus distillation losses.
 
     Everything that `transformers.Trainer` does works as it does there. `trainer.model` is one module that holds the
@@ -112,9 +111,6 @@ class DistillationTrainer(HubTrainer):
         self.card_info = CardInfo() if card_info is None else card_info
         if model is not None:
             model = self._with_losses(model, losses, args)
-        self._component_sums: dict[str, Tensor] = {}
-        self._component_steps = 0.0
-        self._saving_checkpoint = False
         self._batch_norm_step: int | None = None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # The smoothing is in the model's task loss, for both kinds of labels.
@@ -123,7 +119,7 @@ class DistillationTrainer(HubTrainer):
         self.current_gradient_accumulation_steps = 1
         self.teacher = self._prepare_teacher(teacher)
         if args.ema_decay is not None:
-            self.add_callback(_UpdateAverage())
+            self.add_callback(_UpdateAverage(self))
 
     def _with_losses(
         self, model: nn.Module, losses: dict[str, nn.Module], args: DistillationTrainingArguments
@@ -208,12 +204,16 @@ class DistillationTrainer(HubTrainer):
         for name, value in losses.items():
             self._component_sums[name] = self._component_sums.get(name, 0.0) + value.detach() * share
         self._component_steps += share
+        self._watched = {
+            "losses": losses,
+            "student_logits": outputs["logits"],
+            "teacher_logits": teacher_outputs.get("teacher_logits"),
+        }
         loss = sum(losses.values())
         return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs):
-        # What an interrupted run, or an attempt of auto_find_batch_size, has left in the sums is not of this run.
-        self._component_sums, self._component_steps, self._batch_norm_step = {}, 0.0, None
+        self._batch_norm_step = None  # An interrupted run, or an attempt of auto_find_batch_size, may have left one.
         return super()._inner_training_loop(batch_size, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -278,15 +278,6 @@ class DistillationTrainer(HubTrainer):
                 entry[OTHER_DATASET] = True
         return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.
-        if "loss" in logs and self._component_sums:
-            sums = torch.stack(list(self._component_sums.values()))
-            means = nested_gather(sums.unsqueeze(0), self.args.parallel_mode).mean(dim=0) / self._component_steps
-            logs = {"loss": logs["loss"], **dict(zip(self._component_sums, means.tolist(), strict=True)), **logs}
-            self._component_sums, self._component_steps = {}, 0.0
-        super().log(logs, start_time)
-
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         # (epoch, index) pairs make the augmentation a function of both in every worker; set_epoch would not reach them.
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -338,14 +329,6 @@ class DistillationTrainer(HubTrainer):
                 num_workers=self.args.dataloader_num_workers,
             )
         self.accelerator.unwrap_model(self.model).clear_features()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # What the losses train belongs to checkpoints; every other save, a push among them, is the student alone.
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # The default would write the keys of the module that is trained, and a pickle of the arguments beside them.
@@ -421,5 +404,9 @@ class _SetEpoch(TrainerCallback):
 class _UpdateAverage(TrainerCallback):
     """Updates the moving average of the student's weights after each optimiser step."""
 
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
     def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        model.update_average(state.global_step)
+        if not self.trainer.step_was_skipped:
+            model.update_average(state.global_step)

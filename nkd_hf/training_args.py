@@ -8,6 +8,8 @@ from transformers import SchedulerType, TrainingArguments
 
 from .optimization import NO_DECAY_KINDS, SCHEDULES, EpochSchedule, check_arguments
 
+NON_FINITE = ("error", "skip")
+
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
@@ -30,6 +32,9 @@ class DistillationTrainingArguments(TrainingArguments):
             optimiser step: decay x average + (1 - decay) x weights. It is what is evaluated and saved.
         precise_bn_images (`int`, *optional*): before each evaluation, the statistics of BatchNorm are estimated anew on
             this many training images, all processes together.
+        on_non_finite_loss (`str`, defaults to `"error"`): what a step does whose loss or gradient norm is NaN or infinite:
+            `error` stops the run and names the step; `skip` leaves the step out, names it, and stops after 10 in a row.
+            To skip, the host waits for the device in each step.
         remove_unused_columns (`bool`, defaults to `False`): image transforms run on columns that the model does not take.
         ddp_find_unused_parameters (`bool`, defaults to `False`): every parameter has a gradient in each step.
         logging_nan_inf_filter (`bool`, defaults to `False`): the filter hides a loss that is not finite, and waits for
@@ -68,6 +73,13 @@ class DistillationTrainingArguments(TrainingArguments):
     precise_bn_images: int | None = field(
         default=None,
         metadata={"help": "Training images on which BatchNorm's statistics are estimated anew before an evaluation."},
+    )
+    on_non_finite_loss: str = field(
+        default="error",
+        metadata={
+            "help": "A step whose loss is not finite: stop with an error, or skip the step.",
+            "choices": list(NON_FINITE),
+        },
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to drop the columns that the model's forward does not take."}
@@ -111,6 +123,8 @@ class DistillationTrainingArguments(TrainingArguments):
         for kind in self.no_weight_decay or []:
             if kind not in NO_DECAY_KINDS:
                 raise ValueError(f"no_weight_decay must be some of {', '.join(NO_DECAY_KINDS)}, got {kind!r}")
+        if self.on_non_finite_loss not in NON_FINITE:
+            raise ValueError(f"on_non_finite_loss must be {' or '.join(NON_FINITE)}, got {self.on_non_finite_loss!r}")
         for argument in ("base_batch_size", "precise_bn_images"):
             value = getattr(self, argument)
             if value is not None and value < 1:

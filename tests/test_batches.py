@@ -153,7 +153,8 @@ def test_a_resumed_epoch_goes_on_with_the_batches_that_were_left(num_processes):
 
 def test_without_mixing_labels_stay_indices():
     batch = ImageCollator(10)(samples(3))
-    assert set(batch) == {"pixel_values", "labels"}
+    assert set(batch) == {"pixel_values", "labels", "index"}
+    assert batch["index"].tolist() == [sample["index"] for sample in samples(3)]
     assert batch["labels"].dtype == torch.int64
     assert batch["labels"].tolist() == [0, 1, 2]
     torch.testing.assert_close(batch["pixel_values"], torch.stack([sample["pixel_values"] for sample in samples(3)]))

@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hub_server import TOKEN, Failure
 from huggingface_hub import snapshot_download
+from PIL import Image
 from test_recipes import run as run_recipe
 from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
@@ -72,6 +77,31 @@ def test_push_at_the_end_is_the_student_alone(hub, tmp_path):
     assert repo.files()["README.md"] != b"written by hand\n"
 
 
+def test_the_card_of_a_branch_opens_the_branch(hub, tmp_path, monkeypatch, capsys):
+    repo = hub.create("me/student")
+    repo.branches["v2"] = repo.branches["main"]
+    trainer = trainer_of(tmp_path / "student", hub_revision="v2")
+    trainer.push_to_hub()
+    # The main branch holds no student.
+    assert set(repo.files()) == {".gitattributes"}
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 40), "red").save("image.png")
+    blocks = re.findall(r"```python\n(.*?)\n```", repo.files("v2")["README.md"].decode(), re.DOTALL)
+    assert len(blocks) == 3
+    logits = []
+    for block in blocks:
+        names = {}
+        exec(block, names)
+        logits.append(names.get("logits"))
+    assert (logits[1] - logits[2]).abs().max() < 1e-5
+    assert "score" in capsys.readouterr().out
+    trainer.push_to_hub(revision="main")
+    card = repo.files()["README.md"].decode()
+    assert 'model="me/student")' in card
+    assert "revision" not in card
+    assert "@v2" not in card
+
+
 def test_native_student_from_a_folder_that_was_opened(hub, tmp_path):
     native_vit().save_pretrained(tmp_path / "start")
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
@@ -94,7 +124,8 @@ def test_strategies(hub, tmp_path, strategy):
     repo = hub.repos["models/me/student"]
     assert repo.private
     trainer.train()
-    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "distillation_losses.safetensors"}
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "distillation_losses.safetensors",
+             "checkpoint_files.json", "sums_since_log.json"}  # fmt: skip
     checkpoint = state | {"config.json", "model.safetensors", "training_args.yaml"}
     folders = {"end": [], "checkpoint": ["last-checkpoint"], "all_checkpoints": ["checkpoint-2", "checkpoint-4"]}
     folders = folders[strategy]
@@ -198,6 +229,54 @@ def test_a_repo_that_cannot_be_made_is_said_before_training(hub, tmp_path, monke
         trainer_of(tmp_path, push_to_hub=True, hub_model_id="me/open", hub_private_repo=True)
 
 
+TWO_PROCESSES = """
+import json, os, sys, time
+from hub_server import TOKEN
+from tiny import digits, make_trainer, timm_cnn
+
+folder = sys.argv[1]
+trainer = make_trainer(
+    os.path.join(folder, "student"), timm_cnn(), digits(0, 64), max_steps=1, save_strategy="steps", save_steps=1,
+    push_to_hub=True, hub_strategy="checkpoint", hub_token=TOKEN,
+)
+if not trainer.is_world_process_zero():
+    save = trainer._save_rng_state
+
+    def save_late(checkpoint):
+        while not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):  # the first has all of its own
+            time.sleep(0.02)
+        time.sleep(2)
+        save(checkpoint)
+
+    trainer._save_rng_state = save_late
+trainer.train()
+if trainer.is_world_process_zero():
+    json.dump({"world_size": trainer.args.world_size}, open(os.path.join(folder, "result.json"), "w"))
+"""
+
+
+def test_a_checkpoint_is_pushed_when_all_processes_have_written_it(hub, tmp_path):
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        ),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", str(tmp_path)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"world_size": 2}
+    files = hub.repos["models/me/student"].files()
+    assert {"last-checkpoint/rng_state_0.pth", "last-checkpoint/rng_state_1.pth"} <= set(files)
+
+
 def test_all_processes_have_written_before_the_first_looks(tmp_path):
     trainer = trainer_of(tmp_path / "student")
     waited = []
@@ -209,7 +288,16 @@ def test_all_processes_have_written_before_the_first_looks(tmp_path):
         assert len(waited) == wanted
 
 
-PUSHED = ["--distillation_loss", "none", "--push_to_hub", "true", "--hub_model_id", "me/digits"]
+PUSHED = [
+    "--distillation_loss",
+    "none",
+    "--push_to_hub",
+    "true",
+    "--hub_model_id",
+    "me/digits",
+    "--save_strategy",
+    "no",
+]
 
 
 def test_recipe_writes_its_figures_before_it_pushes(hub, tmp_path, capsys):

@@ -1,0 +1,240 @@
+"""How the trainer saves and resumes: a checkpoint is whole or absent, and a resumed run goes on as if nothing had been."""
+
+import functools
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from .checkpoints import (
+    UNFINISHED,
+    CheckpointError,
+    fault_of,
+    last_whole_checkpoint,
+    put_aside,
+    remove_unfinished,
+    write_files,
+)
+from .hub_trainer import HubTrainer
+from .sigterm import EXIT_CODE, Sigterm, shield_worker
+
+logger = logging.getLogger(__name__)
+
+# What was summed up for the log since its last entry, a list with an entry per process.
+_SUMS = "sums_since_log.json"
+
+
+class CheckpointTrainer(HubTrainer):
+    """A `Trainer` that is stopped and resumed with nothing lost.
+
+    A checkpoint takes its name `checkpoint-*` when all of it is written, so that a run that is killed in between leaves
+    none that is half there; one that was damaged later is recognised by its files' sizes. SIGTERM ends training after
+    the step, with a checkpoint.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._saving_checkpoint = False
+        self._resumed_from: str | None = None
+        # The components of the loss since the last log, and the steps, of which one of accumulation is a part.
+        self._component_sums: dict[str, Tensor] = {}
+        self._component_steps = 0.0
+        super().__init__(*args, **kwargs)
+        self.add_callback(_KeepPace(self))
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains; see `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the last one in `output_dir` that is whole. Nothing is
+                resumed unasked.
+            trial, ignore_keys_for_eval: as in `Trainer`.
+
+        Raises:
+            ValueError: the checkpoint is not whole, or there is none.
+            CheckpointError: a checkpoint could not be written; the ones before it are as they were.
+            SystemExit: with code 143, when SIGTERM came; the last checkpoint is of the last step.
+        """
+        # The default takes a checkpoint that is half there.
+        return super().train(self._whole_checkpoint(resume_from_checkpoint), trial, ignore_keys_for_eval)
+
+    def last_checkpoint(self) -> str | None:
+        """The last checkpoint in `output_dir` that is whole; those after it are put aside, and said.
+
+        To be called in all processes.
+        """
+        checkpoint = None
+        if self.is_world_process_zero():
+            checkpoint, faults = last_whole_checkpoint(self.args.output_dir)
+            for damaged, fault in faults.items():
+                logger.warning(
+                    "%s is not whole: %s. It is passed over, and now called %s.", damaged, fault, put_aside(damaged)
+                )
+        return broadcast_object_list([checkpoint])[0]
+
+    def _whole_checkpoint(self, wanted: str | bool | None) -> str | None:
+        folder = self.args.output_dir
+        if self.args.should_save:
+            for name in remove_unfinished(folder):
+                logger.warning("%s in %s is half-written: it is passed over, and removed.", name, folder)
+        if wanted is True:
+            wanted = self.last_checkpoint()
+            if wanted is None:
+                raise ValueError(f"{folder} holds no whole checkpoint: train without resume_from_checkpoint")
+        elif wanted and (fault := fault_of(str(wanted))):
+            raise ValueError(f"the checkpoint {wanted} is not whole: {fault}. Resume from another one")
+        return wanted or None
+
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> TrainOutput:
+        self._resumed_from = kwargs.get("resume_from_checkpoint")
+        # What an interrupted run, or an attempt of auto_find_batch_size, has left in the sums is not of this run.
+        self._component_sums, self._component_steps = {}, 0.0
+        with Sigterm(self.args.world_size) as self._sigterm:
+            output = super()._inner_training_loop(batch_size, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        # Resumed at its end in the middle of an epoch, the default trains for a step more.
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = functools.partial(shield_worker, loader.worker_init_fn)
+        return loader
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.
+        if "loss" in logs and self._component_sums:
+            sums = torch.stack(list(self._component_sums.values()))
+            means = nested_gather(sums.unsqueeze(0), self.args.parallel_mode).mean(dim=0) / self._component_steps
+            logs = {"loss": logs["loss"], **dict(zip(self._component_sums, means.tolist(), strict=True)), **logs}
+            self._component_sums, self._component_steps = {}, 0.0
+        # The default divides what was summed up since the resume by the steps since then; here both are the run's.
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _sums(self) -> dict[str, Any]:
+        return {
+            "loss": self._tr_loss.item(),
+            "logged_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "components": {name: value.item() for name, value in self._component_sums.items()},
+            "component_steps": self._component_steps,
+        }
+
+    def _load_sums(self) -> None:
+        path = Path(self._resumed_from or "", _SUMS)
+        if self._resumed_from is None or not path.is_file():
+            return
+        sums = json.loads(path.read_text(encoding="utf-8"))
+        if len(sums) != self.args.world_size:
+            return
+        sums = sums[self.args.process_index]
+        self._tr_loss += sums["loss"]
+        self._total_loss_scalar, self._globalstep_last_logged = sums["logged_loss"], sums["logged_step"]
+        self._component_sums = {name: self._tr_loss.new_tensor(value) for name, value in sums["components"].items()}
+        self._component_steps = sums["component_steps"]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saving_checkpoint else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The default writes in place, so that a checkpoint that is half there looks like one, and counts as one when
+        # older ones are deleted.
+        run_folder = self._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        written, target = os.path.join(run_folder, UNFINISHED, name), os.path.join(run_folder, name)
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._complete(written, target)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(os.path.dirname(written), ignore_errors=True)
+            free = shutil.disk_usage(run_folder).free if os.path.isdir(run_folder) else 0
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {run_folder} "
+                f"({type(error).__name__}: {error}; {free / 2**30:.1f} GiB are free there). The checkpoints before it "
+                "are as they were: make room, and resume from the last one"
+            ) from error
+        finally:
+            self._saving_checkpoint = False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(target)
+        if self.args.should_save:
+            rotate_checkpoints(
+                run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _complete(self, written: str, target: str) -> None:
+        """Gives a checkpoint its place, when all processes have written their part."""
+        sums = gather_object([self._sums()])
+        if self.state.best_model_checkpoint == written:
+            self.state.best_model_checkpoint = target
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            Path(written, _SUMS).write_text(json.dumps(sums), encoding="utf-8")
+            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            write_files(written)
+            if os.path.isdir(target):  # The same step, saved by an earlier run or a moment ago.
+                os.rename(target, os.path.join(os.path.dirname(written), "replaced"))
+            os.rename(written, target)
+            shutil.rmtree(os.path.dirname(written))
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The default's call comes before all is written.
+        if not self._saving_checkpoint:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+class _KeepPace(TrainerCallback):
+    """Where the trainer's loop must be met: after its sums are set to 0, at the end of steps and of epochs."""
+
+    def __init__(self, trainer: CheckpointTrainer):
+        self.trainer = trainer
+        self.save_after_epoch = self.leaving = False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.save_after_epoch = self.leaving = False
+        self.trainer._load_sums()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.trainer._sigterm.came():
+            control.should_save = self.leaving = True
+        # What the end of an epoch logs and evaluates belongs to a checkpoint of its last step.
+        if control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):
+            control.should_save, self.save_after_epoch = False, True
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        control.should_save = control.should_save or self.save_after_epoch
+        self.save_after_epoch = False
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.leaving:
+            if state.is_world_process_zero:
+                logger.warning(
+                    "SIGTERM came: the run is saved as %s of %d steps, and the process ends. Resume to go on.",
+                    os.path.join(args.output_dir, f"checkpoint-{state.global_step}"),
+                    state.max_steps,
+                )
+            raise SystemExit(EXIT_CODE)

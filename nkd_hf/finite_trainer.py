@@ -1,0 +1,106 @@
+"""What the trainer does about a loss that is not finite."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint_trainer import CheckpointTrainer
+from .checkpoints import checkpoints
+from .non_finite import LossWatch, NonFiniteLossError
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row that are skipped before the run is given up: it is not a batch that is at fault then.
+MAX_SKIPPED = 10
+
+
+class FiniteTrainer(CheckpointTrainer):
+    """A `Trainer` that stops at a loss that is not finite, or skips the step, by `on_non_finite_loss`.
+
+    A run that stops does not wait for the device in each step: on a GPU it may run some steps more, of which none is
+    saved. A step that is skipped leaves weights, BatchNorm's statistics, the optimiser and the log as they were.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._watch = LossWatch()
+        self._watched: dict[str, Any] | None = None
+        self._before_step: dict[str, Any] | None = None
+        self._skipped_in_a_row = 0
+        super().__init__(*args, **kwargs)
+
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any):
+        self._watch, self._before_step, self._skipped_in_a_row = LossWatch(), None, 0
+        return super()._inner_training_loop(batch_size, **kwargs)
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the step that is under way is left out."""
+        return self._skipped_in_a_row > 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        # In a step of accumulation, the first micro-batch's state is what the step is undone to.
+        if self.args.on_non_finite_loss == "skip" and self._before_step is None:
+            self._before_step = self._state()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        watched, self._watched = self._watched, None
+        if watched is not None:  # a compute_loss of one's own may tell nothing
+            step, rate = self.state.global_step + 1, self._get_learning_rate()
+            self._watch.add(step, rate, index=inputs.get("index"), **watched)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        # The last call before the optimiser's step.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._watch.close_step(grad_norm, scaled=self.accelerator.scaler is not None)
+        if self.args.on_non_finite_loss == "skip":
+            self._skip_if_not_finite(model)
+        elif fault := self._watch.fault():
+            self._stop(fault)
+        return grad_norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A checkpoint of weights that are not finite would take the place of a good one.
+        if fault := self._watch.fault(wait=True):
+            self._stop(fault)
+        super()._save_checkpoint(model, trial)
+
+    def _stop(self, fault: str) -> None:
+        saved = checkpoints(self.args.output_dir)
+        kept = f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved before"
+        raise NonFiniteLossError(f"{fault}. {kept}; on_non_finite_loss=skip leaves such steps out")
+
+    def _skip_if_not_finite(self, model: nn.Module) -> None:
+        fault = self._watch.fault(wait=True)
+        found = torch.tensor(float(fault is not None), device=self.args.device)
+        before, self._before_step = self._before_step, None
+        if not self.accelerator.reduce(found, reduction="sum"):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        fault = fault or f"the loss of step {self.state.global_step + 1} is not finite in another process"
+        if self._skipped_in_a_row == MAX_SKIPPED:
+            self._stop(f"{fault}. It is the last of {MAX_SKIPPED} steps in a row")
+        logger.warning("%s. The step is skipped.", fault)
+        # Without gradients an optimiser leaves a parameter and its state alone. A gradient scaler needs to see them, and
+        # then skips the step by itself.
+        if self.accelerator.scaler is None:
+            model.zero_grad(set_to_none=True)
+        self._undo_to(before)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "loss": self._tr_loss.clone(),
+            "component_sums": dict(self._component_sums),
+            "component_steps": self._component_steps,
+            "buffers": [buffer.clone() for buffer in self.model.buffers()],
+        }
+
+    def _undo_to(self, state: dict[str, Any]) -> None:
+        self._tr_loss.copy_(state["loss"])
+        self._component_sums, self._component_steps = state["component_sums"], state["component_steps"]
+        # The mean of the log is over the steps since then.
+        self._globalstep_last_logged += 1
+        for buffer, value in zip(self.model.buffers(), state["buffers"], strict=True):
+            buffer.copy_(value)

@@ -1,0 +1,96 @@
+"""SIGTERM, which a cluster sends before it takes a machine: training ends after its step, with a checkpoint."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+# What a shell reports for a process that SIGTERM has ended: the run is not done.
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Sigterm:
+    """Notes a SIGTERM while it is entered. A second one ends the process as it would have without this.
+
+    A handler that somebody else has set stays in place, and nothing is noted then.
+
+    Args:
+        world_size: number of processes; all of them must enter and ask equally often.
+
+    Example:
+
+    ```python
+    >>> with Sigterm(world_size=1) as sigterm:
+    ...     os.kill(os.getpid(), signal.SIGTERM)
+    ...     sigterm.came()
+    True
+
+    ```
+    """
+
+    def __init__(self, world_size: int):
+        self._world_size = world_size
+        self._noted = self._installed = False
+        self._group = self._asked = None
+
+    def __enter__(self) -> "Sigterm":
+        self._pid = os.getpid()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._note)
+            self._installed = True
+        if self._world_size > 1:
+            # On the CPU, whatever the tensors of the training are on: asking must not wait for a GPU.
+            self._group = dist.new_group(backend="gloo")
+        return self
+
+    def __exit__(self, error: type | None, *_) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._group is not None and error is None:
+            if self._asked is not None:
+                self._asked[0].wait()
+            dist.destroy_process_group(self._group)
+
+    def came(self) -> bool:
+        """Whether a process has noted one: the same answer in all processes, which may come one call late."""
+        if self._group is None:
+            return self._noted
+        asked, flag = self._asked, torch.tensor(int(self._noted))
+        # Answered while the next step runs.
+        self._asked = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True), flag
+        if asked is None:
+            return False
+        asked[0].wait()
+        return bool(asked[1])
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        # A forked process inherits the handler.
+        if self._noted or os.getpid() != self._pid:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._noted = True
+
+
+def shield_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+    """A DataLoader's `worker_init_fn`: the worker lives until its parent ends it.
+
+    A cluster and `torchrun` send SIGTERM to all processes of a group, and a worker that is gone would take the step down
+    that a checkpoint is to be saved after.
+    """
+    if init is not None:
+        init(worker_id)
+    if sys.platform == "linux":  # elsewhere a signal does not tell where it came from
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

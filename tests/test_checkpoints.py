@@ -1,0 +1,172 @@
+"""Checkpoints are whole or absent: damage, a full disk, and what the trainer resumes from."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import digits, make_trainer, timm_cnn
+
+from nkd_hf import USKDLoss
+from nkd_hf.checkpoints import CheckpointError, fault_of
+
+
+def trainer_of(folder: Path, **kwargs):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 4}
+    return make_trainer(folder, timm_cnn(), digits(0, 96), distillation_loss=USKDLoss(32, 10), **settings | kwargs)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    trainer_of(folder).train()
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "distillation_losses.safetensors"]
+)
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_a_damaged_checkpoint_is_said_and_passed_over(copy, caplog, name, damage):
+    damage(copy / "checkpoint-6" / name)
+    checkpoint = trainer_of(copy).last_checkpoint()
+    assert checkpoint == str(copy / "checkpoint-4")
+    assert (
+        f"checkpoint-6 is not whole: {name} has" in caplog.text
+        or f"checkpoint-6 is not whole: it has no {name}" in caplog.text
+    )
+    # Put aside, so that it does not count as one when old ones are deleted; nothing is lost.
+    assert {path.name for path in copy.glob("*checkpoint*")} == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "damaged-checkpoint-6",
+    }
+
+
+@pytest.mark.parametrize("content", ["", '{"log_history": [', None])
+def test_a_state_that_cannot_be_read_is_a_damage(copy, content):
+    state = copy / "checkpoint-6" / "trainer_state.json"
+    state.unlink() if content is None else state.write_text(content)
+    assert "record cannot be read" in fault_of(str(state.parent)) or "it has no trainer_state.json" in fault_of(
+        str(state.parent)
+    )
+    trainer = trainer_of(copy, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert fault_of(str(copy / "checkpoint-6")) is None
+    assert (copy / "checkpoint-4").is_dir()
+
+
+def test_what_cannot_be_resumed_is_said(copy, tmp_path):
+    truncate(copy / "checkpoint-6" / "optimizer.pt")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-6 is not whole: optimizer.pt has \d+ bytes of \d+. Resume from another"
+    ):
+        trainer_of(copy).train(resume_from_checkpoint=str(copy / "checkpoint-6"))
+    with pytest.raises(ValueError, match="holds no whole checkpoint: train without resume_from_checkpoint"):
+        trainer_of(tmp_path / "none").train(resume_from_checkpoint=True)
+
+
+def test_nothing_is_resumed_unasked(copy):
+    trainer = trainer_of(copy, max_steps=7)
+    trainer.train()
+    assert trainer.state.log_history[0]["step"] == 4
+
+
+def test_a_resumed_run_logs_what_the_whole_one_logs(run, tmp_path):
+    def losses(folder):
+        history = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+        return [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in history]
+
+    trainer = trainer_of(tmp_path, logging_steps=4)
+    # Two of the four steps of the first entry were before the checkpoint.
+    output = trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert losses(tmp_path) == losses(run)
+    assert losses(run)[0]["step"] == 4
+    whole = trainer_of(tmp_path / "whole").train()
+    assert output.training_loss == whole.training_loss
+    assert output.metrics["train_loss"] == whole.metrics["train_loss"]
+
+
+def test_a_run_that_is_resumed_at_its_end_trains_no_step(run, tmp_path):
+    # 5 steps are less than an epoch of 6, where the Trainer would go on to a sixth.
+    settings = {"max_steps": 5, "save_steps": 5}
+    whole = trainer_of(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = trainer_of(tmp_path / "whole", **settings)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert output.global_step == 5
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_best_checkpoint_keeps_its_name(tmp_path):
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 96), digits(96, 128), max_steps=6, save_strategy="steps", save_steps=2,
+        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_total_limit=1, learning_rate=0.01,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best == tmp_path / f"checkpoint-{trainer.state.best_global_step}"
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    assert fault_of(str(best)) is None
+
+
+def test_an_evaluation_at_the_end_of_an_epoch_comes_before_its_checkpoint(tmp_path):
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 64), digits(96, 128), max_steps=8, save_strategy="steps", save_steps=2,
+        eval_strategy="epoch", logging_strategy="epoch",
+    )  # fmt: skip
+    trainer.train()
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert ["loss" in history[0], "eval_loss" in history[1]] == [True, True]
+
+
+def full_disk(folder: Path, limit: int) -> None:
+    """Trains until a file cannot be written any longer."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    trainer = trainer_of(folder, save_total_limit=1)
+    save = trainer._save_checkpoint
+
+    def save_on_a_full_disk(*args):
+        if trainer.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        save(*args)
+
+    trainer._save_checkpoint = save_on_a_full_disk
+    trainer.train()
+
+
+@pytest.mark.parametrize("limit", [0, 20_000, 200_000])
+def test_a_full_disk_is_an_error_and_the_older_checkpoint_is_intact(tmp_path, limit):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            full_disk(tmp_path, limit)
+            os.write(writer, b"no error")
+        except CheckpointError as error:
+            os.write(writer, str(error).encode())
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    message = os.read(reader, 100_000).decode()
+    assert message.startswith(f"the checkpoint of step 4 could not be written to {tmp_path} (")
+    assert "GiB are free there). The checkpoints before it are as they were" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+    trainer = trainer_of(tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
