@@ -117,7 +117,8 @@ class CheckpointTrainer(HubTrainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
-        loader.worker_init_fn = functools.partial(shield_worker, loader.worker_init_fn)
+        own = loader.base_dataloader  # accelerate's is around it
+        own.worker_init_fn = functools.partial(shield_worker, own.worker_init_fn)
         return loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
