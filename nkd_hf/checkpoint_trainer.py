@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,14 @@ class CheckpointTrainer(HubTrainer):
             SystemExit: with code 143, when SIGTERM came; the last checkpoint is of the last step.
         """
         # The default takes a checkpoint that is half there.
-        return super().train(self._whole_checkpoint(resume_from_checkpoint), trial, ignore_keys_for_eval)
+        checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        try:
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+        except pickle.UnpicklingError as error:  # whose advice is to run what the file says
+            raise ValueError(
+                f"{checkpoint} is not resumed, since a file of it holds more than tensors and could run code: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
     def last_checkpoint(self) -> str | None:
         """The last checkpoint in `output_dir` that is whole; those after it are put aside, and said.

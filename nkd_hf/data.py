@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import os
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import torch
+import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -292,7 +294,10 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         if name.endswith(".parquet") or any(character in name for character in "*?["):
             return datasets.load_dataset("parquet", data_files=name, streaming=args.streaming)
         return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
+        *(yaml.YAMLError, pickle.UnpicklingError),  # of its card, and of a tar file: nothing of it was run
+    ) as error:
         if how := gate(error, name, "dataset"):
             raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {how}") from error
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error

@@ -1,5 +1,6 @@
 """The module that is trained: a student and whatever its losses train."""
 
+import copy
 import inspect
 import os
 
@@ -13,6 +14,7 @@ from .features import STUDENT_FEATURES, TEACHER_FEATURES, FeatureTap
 
 # What a loss can ask for, by the names of its forward's arguments.
 _LOSS_INPUTS = {"student_logits", "teacher_logits", "labels", *STUDENT_FEATURES, *TEACHER_FEATURES}
+_STACKS = (nn.Sequential, nn.ModuleList)
 _LOSSES_FILE = "distillation_losses.safetensors"
 # Of a checkpoint with a moving average, whose model.safetensors is the average.
 _UNAVERAGED_FILE = "unaveraged_student.safetensors"
@@ -68,8 +70,8 @@ class DistillationModel(nn.Module):
             for name, kind in STUDENT_FEATURES.items()
             if self.needs(name)
         }
-        # FSDP wraps these blocks; callbacks log the configuration, a push writes the tags.
-        self._no_split_modules = student._no_split_modules
+        # FSDP shards these blocks one by one; callbacks log the configuration, a push writes the tags.
+        self._no_split_modules = _block_classes(student)
         self.config = student.config
         self.main_input_name = student.main_input_name
         self.model_tags = student.model_tags
@@ -173,8 +175,15 @@ class DistillationModel(nn.Module):
         Raises:
             ValueError: the folder is no checkpoint of this student with these losses and settings.
         """
-        # Through from_pretrained, which turns the keys of the file into those of the installed version.
-        saved = type(self.student).from_pretrained(folder).state_dict()
+        # Through from_pretrained, which turns the keys of the file into those of the installed version. The checkpoint may
+        # come from anywhere: neither a pickle in it is read nor its config.json.
+        saved, report = type(self.student).from_pretrained(
+            folder, config=copy.deepcopy(self.student.config), use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        if wrong := [f"{kind}: {', '.join(map(str, keys))}" for kind, keys in report.items() if keys]:
+            raise ValueError(f"{folder} was saved by another student: {'; '.join(wrong)}")
+        saved = saved.state_dict()
         if self.average is None and os.path.isfile(os.path.join(folder, _UNAVERAGED_FILE)):
             raise ValueError(f"{folder} was saved with ema_decay: set it as it was then")
         try:
@@ -202,6 +211,25 @@ def save_student(student: PreTrainedModel, folder: str, state_dict: dict[str, Te
         # A config that came from a file holds its file's names, which would be written before those of id2label.
         student.config.__dict__.pop("label_names", None)
     student.save_pretrained(folder, state_dict=state_dict)
+
+
+def _block_classes(student: PreTrainedModel) -> set[str]:
+    """The names of the classes whose modules FSDP shards one by one; without any, the student is sharded as one."""
+    if isinstance(student, TimmWrapperForImageClassification):
+        # Its own name is that of a class which no classifier holds, and FSDP stops at that.
+        return _stacked_classes(student.timm_model)
+    return set(student._no_split_modules or ()) & {type(module).__name__ for module in student.modules()}
+
+
+def _stacked_classes(module: nn.Module) -> set[str]:
+    """The classes of the outermost modules with parts of their own that are stacked in a list."""
+    classes = set()
+    for part in module.children():
+        if isinstance(module, _STACKS) and not isinstance(part, _STACKS) and any(part.children()):
+            classes.add(type(part).__name__)
+        else:
+            classes |= _stacked_classes(part)
+    return classes
 
 
 def _under(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

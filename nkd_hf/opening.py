@@ -1,17 +1,21 @@
 """Opens a classifier of the Hub or of a folder; what could run foreign code is refused unless it is asked for."""
 
 import contextlib
+import json
 import os
 import pickle
 from collections.abc import Iterator
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file, has_file
 
 from . import architectures  # noqa: F401  (so that their folders open without trust_remote_code)
 from .access import gate
+
+# Arguments of timm.create_model that open files or download: a configuration has no use for them.
+_OPENING_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 class RefusedError(ValueError):
@@ -31,10 +35,11 @@ def open_pretrained(
         kwargs: handed to `from_pretrained`.
 
     Raises:
-        RefusedError: the weights are a pickle, or the repo is gated.
+        RefusedError: the weights are a pickle, or the repo is gated; its files lead to others, or cannot be read.
         ValueError: the code is not trusted.
         OSError: there is no such model, or it is not in the cache and cannot be reached.
     """
+    _check_files(name, trust_remote_code, {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs})
     try:
         with _without_conversion():
             return AutoModelForImageClassification.from_pretrained(
@@ -59,6 +64,70 @@ def open_pretrained(
                 "safetensors: take another model, or set allow_pickle, which reads the pickle's tensors alone"
             ) from error
         raise
+    except Exception as error:  # transformers raises nearly anything on an odd configuration
+        raise RefusedError(
+            f"its configuration and weights are not of a model that can be built ({type(error).__name__}: {error})"
+        ) from error
+
+
+def check_settings(config: dict[str, Any], trust_remote_code: bool = False) -> None:
+    """Looks at a configuration before a model is built from it.
+
+    Args:
+        config: what stands in `config.json`.
+        trust_remote_code: whether code may run that is downloaded.
+
+    Raises:
+        RefusedError: it makes timm or transformers open further files: weights by a path, a repo, a kernel.
+    """
+    check_model_args(config.get("model_args"))
+    if ":" in str(config.get("architecture")):
+        raise RefusedError(
+            f"its architecture {config['architecture']!r} leads to another folder or repo: name that one itself"
+        )
+    for key in ("_attn_implementation", "attn_implementation"):
+        if "/" in str(config.get(key)) and not trust_remote_code:
+            raise RefusedError(
+                f"its {key} {config[key]!r} is code of a repo: remove it from config.json, or set trust_remote_code"
+            )
+
+
+def check_model_args(model_args: dict[str, Any] | None) -> None:
+    """ValueError where arguments of timm's architecture are those that make `timm.create_model` open a file."""
+    if isinstance(model_args, dict) and (opening := [key for key in _OPENING_ARGS if key in model_args]):
+        raise RefusedError(
+            f"its model_args hold {', '.join(opening)}, by which timm would open other weights: leave that out, and give "
+            "the id or folder of the model instead"
+        )
+
+
+def _check_files(name: str, trust_remote_code: bool, where: dict[str, Any]) -> None:
+    """What `config.json` and the index of the weights lead to; whether they are there is `from_pretrained`'s to say."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **where)
+        check_settings(config, trust_remote_code)
+    except OSError:
+        pass
+    except (TypeError, KeyError, AttributeError) as error:
+        raise RefusedError(f"its config.json is no mapping ({type(error).__name__}: {error})") from error
+    for file in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        path = None
+        with contextlib.suppress(OSError, ValueError):
+            path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where)
+        if path is None:
+            continue
+        try:
+            with open(path, encoding="utf-8") as index:
+                shards = set(json.load(index)["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise RefusedError(f"its {file} is no index of weights: {type(error).__name__}: {error}") from error
+        ending = ".safetensors" if file == SAFE_WEIGHTS_INDEX_NAME else ".bin"
+        for shard in shards:
+            if os.path.basename(str(shard)) != shard or "\\" in shard or not shard.endswith(ending):
+                raise RefusedError(
+                    f"its {file} names {shard!r}, expected the names of {ending} files beside it: take the model from its "
+                    "author again"
+                )
 
 
 def comes_with_code(model: PreTrainedModel) -> bool:

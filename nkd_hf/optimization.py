@@ -162,12 +162,16 @@ def lr_factor(
 def check_arguments(name: str, arguments: dict, learning_rate: float) -> None:
     """Raises ValueError where `arguments` are not those of the schedule, or out of range."""
     if name not in SCHEDULES:
-        parameters = list(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters)
+        parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
         if unknown := [key for key in arguments if key not in parameters]:
             raise ValueError(
-                f"lr_scheduler_kwargs of another schedule: {', '.join(unknown)} are not read by lr_scheduler_type={name}. "
+                f"lr_scheduler_kwargs of another schedule: {', '.join(map(str, unknown))} are not read by lr_scheduler_type={name}. "
                 "Set them too (none: --lr_scheduler_kwargs '{}')"
             )
+        for key, value in arguments.items():
+            is_number = type(value) in (int, float) and _is_finite(value)
+            if re.search("int|float", str(parameters[key].annotation)) and not (is_number or value is None):
+                raise ValueError(f"lr_scheduler_kwargs: {key} must be a finite number, got {str(value)!r:.60}")
         return
     parameters = inspect.signature(SCHEDULES[name]).parameters.values()
     known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -175,7 +179,7 @@ def check_arguments(name: str, arguments: dict, learning_rate: float) -> None:
     if not required <= set(arguments) <= set(known):
         raise ValueError(
             f"lr_scheduler_kwargs of lr_scheduler_type={name} are {', '.join(known)}, of which these must be set: "
-            f"{', '.join(sorted(required)) or 'none'}; got {', '.join(arguments) or 'none'}"
+            f"{', '.join(sorted(required)) or 'none'}; got {', '.join(map(str, arguments)) or 'none'}"
         )
     for key, value in arguments.items():
         values = value if key == "milestones" else [value]
@@ -183,15 +187,22 @@ def check_arguments(name: str, arguments: dict, learning_rate: float) -> None:
             if value not in ("step", "epoch"):
                 raise ValueError(f"lr_scheduler_kwargs: warmup_by must be step or epoch, got {value!r}")
         elif not isinstance(values, list | tuple) or not all(
-            type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values
+            type(v) in (int, float) and _is_finite(v) and v >= 0 for v in values
         ):
             expected = "a list of epochs" if key == "milestones" else "a finite number"
-            raise ValueError(f"lr_scheduler_kwargs: {key} must be {expected} >= 0, got {value!r}")
+            raise ValueError(f"lr_scheduler_kwargs: {key} must be {expected} >= 0, got {value!r:.60}")
     if arguments.get("min_lr", 0.0) > learning_rate > 0:
         raise ValueError(
             f"lr_scheduler_kwargs: min_lr={arguments['min_lr']} is the rate's floor, and learning_rate={learning_rate} lies "
             "below it: set min_lr too"
         )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float reaches
+        return False
 
 
 def _epoch(step: int, run: _Run) -> int:

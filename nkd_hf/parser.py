@@ -16,6 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from .config_file import ConfigError, Loader, describe_value, read_config, unusable
+
 _RESERVED = ("config", "base")
 _YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 
@@ -36,7 +38,9 @@ def parse_args(
     The key `base: other.yaml` names another YAML, relative to the file it stands in, whose values the file overrides.
 
     Two rules of YAML 1.2 are followed where PyYAML keeps those of 1.1: `1e-3` is a number, and a bare `no` is a
-    string (`save_strategy: no`), which a bool field still takes as false (so too `yes`, `on` and `off`).
+    string (`save_strategy: no`), which a bool field still takes as false (so too `yes`, `on` and `off`). What the two
+    read as different values (`010`, `1:30`) is an error, and so is what no run can use, from either place: NaN, an
+    integer of more than 64 bits, in a mapping a date or bytes.
 
     Args:
         dataclass_types: one dataclass or several, such as a `transformers.TrainingArguments` and some of your own.
@@ -52,7 +56,7 @@ def parse_args(
     Raises:
         SystemExit: with code 2 and a short message on stderr, as argparse does, for an unknown key or argument, a
             value of the wrong type, a YAML that cannot be read, has a key twice, is no mapping or is its own base, and
-            for a `ValueError` raised by a dataclass's `__post_init__`.
+            for what a dataclass's `__post_init__` raises for its values; the message names the argument.
         ValueError: when two of the dataclasses have a field of the same name, or one has a field `config` or `base`.
 
     Example:
@@ -75,12 +79,8 @@ def parse_args(
         if config is not None:
             parser.set_config(config)
         return parser.parse_into_dataclasses(args)
-    except _ConfigError as error:
+    except ConfigError as error:
         parser.error(str(error))
-
-
-class _ConfigError(ValueError):
-    """A fault in a YAML file; its message names the file."""
 
 
 class _Parser(HfArgumentParser):
@@ -107,9 +107,9 @@ class _Parser(HfArgumentParser):
     def set_config(self, path: str | Path) -> None:
         """Makes the values of a YAML file the defaults."""
         actions = {action.dest: action for action in self._actions}
-        for key, (value, file) in _read_config(Path(path).expanduser()).items():
+        for key, (value, file) in read_config(Path(path)).items():
             if key not in self.type_hints:
-                raise _ConfigError(f"{file}: unknown key {key!r}{_closest(str(key), self.type_hints)}")
+                raise ConfigError(f"{file}: unknown key {key!r}{_closest(str(key), self.type_hints)}")
             value = _check(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
             self.set_defaults(**{key: value})
             actions[key].required = False
@@ -122,13 +122,42 @@ class _Parser(HfArgumentParser):
             self.error(f"unknown argument {options[0]}{_closest(options[0], self._option_string_actions)}")
         if unknown:
             self.error(f"unexpected value {unknown[0]!r}: it follows no argument that takes it")
+        for name in self.type_hints:
+            if fault := unusable(getattr(namespace, name)):
+                self.error(f"argument --{name}: {fault}")
+        return tuple(self._build(cls, vars(namespace)) for cls in self.dataclass_types)
+
+    def _build(self, cls: type, namespace: dict[str, Any]) -> Any:
+        """One dataclass; what it raises for its values becomes a message that names an argument."""
+        fields = [field for field in dataclasses.fields(cls) if field.init]
+        values = {field.name: namespace[field.name] for field in fields}
         try:
-            return tuple(
-                cls(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(cls) if field.init})
-                for cls in self.dataclass_types
-            )
-        except ValueError as error:
-            self.error(str(error))
+            return cls(**values)
+        except Exception as error:
+            message = " ".join(str(error).split())
+            defaults = {field.name: _default(field) for field in fields if _default(field) is not dataclasses.MISSING}
+            given = {name: default for name, default in defaults.items() if values[name] != default}
+            if not isinstance(error, ValueError):
+                if _raises(cls, values | given):  # not for the values
+                    raise
+                message = f"{type(error).__name__}: {message}"
+            elif any(re.search(rf"\b{name}\b", message) for name in values if name in given or name not in defaults):
+                self.error(message)
+            # Those without which it would have gone well.
+            blamed = [name for name, default in given.items() if not _raises(cls, values | {name: default})] or given
+            self.error(f"{', '.join(f'{name}={values[name]!r:.60}' for name in blamed)}: {message}")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _raises(cls: type, values: dict[str, Any]) -> bool:
+    try:
+        cls(**values)
+    except Exception:
+        return True
+    return False
 
 
 def _type_hints(dataclass_types: list[type]) -> dict[str, Any]:
@@ -163,73 +192,18 @@ def _config_path(
     return default_config if config is None and not given & set(unless) else config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers and booleans of YAML 1.2, in which a key that occurs twice is an error."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        keys = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in keys:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} occurs twice: keep one", problem_mark=key.start_mark
-                )
-            keys.add(key.value)
-        return node
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
-)
-
-
-def _read_config(path: Path, below: tuple[Path, ...] = ()) -> dict[Any, tuple[Any, Path]]:
-    """Each key's value and the file it stands in; `below` are the files that lead here by their `base`."""
-    if path.resolve() in [file.resolve() for file in below]:
-        chain = " -> ".join(str(file) for file in (*below, path))
-        raise _ConfigError(f"{chain}: a file cannot be its own base: remove one `base`")
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        named = f", the base of {below[-1]}" if below else ""
-        raise _ConfigError(f"cannot read the config {path}{named}: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise _ConfigError(f"{path}{where}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a date such as 2024-02-31
-        raise _ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        raise _ConfigError(f"{path}: expected a mapping such as `gamma: 1.5`, got {_describe_value(config)}")
-
-    base = config.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise _ConfigError(f"{path}: base: expected the name of a YAML file, got {_describe_value(base)}")
-    inherited = _read_config(path.parent / Path(base).expanduser(), (*below, path)) if base is not None else {}
-    return inherited | {key: (value, path) for key, value in config.items()}
-
-
 def _check(value: Any, type_hint: Any, choices: Iterable[str] | None, where: str) -> Any:
     """The value as the field takes it, or an error that begins with `where`."""
-    got = f"got {_describe_value(value)}"
+    got = f"got {describe_value(value)}"
     try:
         checked = _convert(value, type_hint)
     except TypeError:
         expected = _describe_type(type_hint)
-        raise _ConfigError(f"{where}: expected {expected}, {got}{_mend(value, type_hint)}") from None
+        raise ConfigError(f"{where}: expected {expected}, {got}{_mend(value, type_hint)}") from None
     for item in checked if isinstance(checked, list) else [checked]:
         if choices is not None and item is not None and item not in choices:
             expected = ", ".join(map(repr, choices))
-            raise _ConfigError(f"{where}: expected one of {expected}, {got}{_closest(str(item), choices)}")
+            raise ConfigError(f"{where}: expected one of {expected}, {got}{_closest(str(item), choices)}")
     return checked
 
 
@@ -242,7 +216,7 @@ def _mend(value: Any, type_hint: Any) -> str:
             return ": put it in quotes"
     with contextlib.suppress(TypeError, ValueError, yaml.YAMLError):
         if isinstance(value, str):
-            _convert(yaml.load(value, Loader=_Loader), type_hint)
+            _convert(yaml.load(value, Loader=Loader), type_hint)
             return ": remove the quotes"
     return ""
 
@@ -258,9 +232,9 @@ def _convert(value: Any, type_hint: Any) -> Any:
         if not converted:
             raise TypeError
         return next((item for item in converted if type(item) is type(value)), converted[0])
-    if origin is Any or (origin in (str, type(None)) and isinstance(value, origin)):
+    if (origin is Any and _is_plain(value)) or (origin in (str, type(None)) and isinstance(value, origin)):
         return value
-    if origin is Literal and value in type_args:
+    if origin is Literal and any(type(value) is type(item) and value == item for item in type_args):  # 0 == False
         return value
     if isinstance(origin, type) and issubclass(origin, Enum) and value in [item.value for item in origin]:
         return value
@@ -277,14 +251,28 @@ def _convert(value: Any, type_hint: Any) -> Any:
     raise TypeError
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has it, and so the files that a run is written down in."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ArgumentTypeError(f"expected a mapping in JSON such as '{{\"a\": 1}}', got {text!r}: {error}") from error
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"expected a mapping in JSON such as '{{\"a\": 1}}', got {text!r}")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for i, (key, _) in enumerate(pairs):
+        if any(key == other for other, _ in pairs[:i]):
+            raise ValueError(f"the key {key!r} occurs twice: keep one")
+    return dict(pairs)
 
 
 def _describe_type(type_hint: Any) -> str:
@@ -295,16 +283,6 @@ def _describe_type(type_hint: Any) -> str:
         return f"a list, each item {_describe_type(type_args[0])}" if type_args else "a list"
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping"}
     return names.get(origin) or ("null" if origin is type(None) else getattr(origin, "__name__", str(origin)))
-
-
-def _describe_value(value: Any) -> str:
-    text = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return f"the boolean {str(value).lower()}"
-    names = {str: "the string", int: "the number", float: "the number", list: "the list", dict: "the mapping"}
-    return f"{names.get(type(value), f'the {type(value).__name__}')} {text}"
 
 
 def _closest(name: str, names: Iterable[str]) -> str:

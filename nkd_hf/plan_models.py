@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from .architectures import is_architecture
 from .data import DataArguments
+from .opening import check_settings
 from .preprocessing import Preprocessing, read_preprocessing
 from .recipe_args import RecipeArguments
 
@@ -69,6 +70,7 @@ def _open_config(
     labels = {} if num_classes is None else {"num_labels": num_classes}
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name, **local, **labels)
+    check_settings(config.to_dict(), trust_remote_code)
     model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
     if getattr(config, "pretrained_cfg", None) is not None:
         return model, read_preprocessing(model)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .features import feature_shape, token_shape
 from .losses import NKDLoss, USKDLoss, ViTKDLoss
-from .students import create_student
+from .students import check_preprocessing, create_student
 
 _LOSSES = {"nkd": NKDLoss, "uskd": USKDLoss, "vitkd": ViTKDLoss}
 # Those of the losses' arguments that the models tell.
@@ -122,6 +122,14 @@ class RecipeArguments:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: leave it out"
             )
+        for name in ("student", "teacher"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} has no name: set it to a Hub id, a folder or an architecture")
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(
+                f"num_processes must be positive, got {self.num_processes}: leave it out if it is not known"
+            )
+        check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
         # Built once for its errors, which should come before a teacher is trained.
         self.build_loss(in_features=2, num_classes=2, student_dim=2, teacher_dim=2)
 
@@ -211,5 +219,7 @@ def _build(name: str, loss_args: dict, shape: dict) -> nn.Module:
     parameters = inspect.signature(loss).parameters
     known = [parameter for parameter in parameters if parameter not in _SHAPES]
     if unknown := [key for key in loss_args if key not in known]:
-        raise ValueError(f"loss_args of distillation_loss={name} are {', '.join(known)}, got {', '.join(unknown)}")
+        raise ValueError(
+            f"loss_args of distillation_loss={name} are {', '.join(known)}, got {', '.join(map(str, unknown))}"
+        )
     return loss(**{key: value for key, value in shape.items() if key in parameters}, **loss_args)

@@ -1,6 +1,7 @@
 """Builds a student: an architecture from scratch, or a model from the Hub or a folder."""
 
 import difflib
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from .architectures import ARCHITECTURES, is_architecture
-from .opening import RefusedError, comes_with_code, open_pretrained
+from .opening import RefusedError, check_model_args, comes_with_code, open_pretrained
 
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
@@ -96,13 +97,7 @@ def create_student(
     image_std = default["std"] if image_std is None else image_std
     crop_pct = default["crop_pct"] if crop_pct is None else crop_pct
     interpolation = default["interpolation"] if interpolation is None else interpolation
-    if not 0 < crop_pct <= 1 or len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
-        raise ValueError(
-            f"expected 0 < crop_pct <= 1, and three values each of image_mean and image_std, of which the latter are > 0; "
-            f"got crop_pct={crop_pct}, image_mean={list(image_mean)}, image_std={list(image_std)}"
-        )
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    check_preprocessing(image_size, image_mean, image_std, crop_pct, interpolation)
     pretrained_cfg = {
         "input_size": [3, image_size, image_size],
         "mean": list(image_mean),
@@ -116,6 +111,7 @@ def create_student(
     if id2label is not None:
         labels |= {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
     model_args = dict(model_args or {})
+    check_model_args(model_args)
     if name in ARCHITECTURES:
         return _create_from_config(name, model_args, pretrained_cfg=pretrained_cfg, **labels)
     # Transformers are built for one input size; CNNs do not know the argument.
@@ -129,8 +125,29 @@ def create_student(
     )
     try:
         return TimmWrapperForImageClassification(config)
-    except TypeError as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"timm's {name} does not take model_args={model_args}: {error}") from error
+
+
+def check_preprocessing(
+    image_size: int | None,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> None:
+    """ValueError unless these arguments of [`create_student`] are in their range, or None."""
+    if image_size is not None and not 1 <= image_size <= 2**14:
+        raise ValueError(f"image_size must be from 1 to {2**14} pixels, got {image_size}: leave it out for 224")
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
+            raise ValueError(f"{name} must be three finite numbers, one per channel, got {list(values)}")
+    if image_std is not None and min(image_std) <= 0:
+        raise ValueError(f"image_std must be above 0, since pixels are divided by it, got {list(image_std)}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"expected 0 < crop_pct <= 1, got {crop_pct}")
+    if interpolation not in (None, "bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
 
 
 def _default_preprocessing(name: str) -> dict[str, Any]:

@@ -9,6 +9,16 @@ from transformers import SchedulerType, TrainingArguments
 from .optimization import NO_DECAY_KINDS, SCHEDULES, EpochSchedule, check_arguments
 
 NON_FINITE = ("error", "skip")
+# What transformers takes and no run can be made with.
+_POSITIVE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("base_batch_size", "precise_bn_images", "save_total_limit", "eval_accumulation_steps", "ddp_timeout"),
+)
+_NOT_NEGATIVE = (
+    *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "logging_steps", "eval_delay"),
+    *("eval_steps", "save_steps", "dataloader_num_workers", "seed", "data_seed"),
+)
+_FRACTIONS = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
 @dataclass
@@ -92,6 +102,7 @@ class DistillationTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_ranges()
         # TrainingArguments knows transformers' schedules alone.
         name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if name in SCHEDULES:
@@ -125,14 +136,21 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise ValueError(f"no_weight_decay must be some of {', '.join(NO_DECAY_KINDS)}, got {kind!r}")
         if self.on_non_finite_loss not in NON_FINITE:
             raise ValueError(f"on_non_finite_loss must be {' or '.join(NON_FINITE)}, got {self.on_non_finite_loss!r}")
-        for argument in ("base_batch_size", "precise_bn_images"):
-            value = getattr(self, argument)
-            if value is not None and value < 1:
-                raise ValueError(f"{argument} must be positive, got {value}: leave it out to switch it off")
         if self.ema_decay is not None and not (0 < self.ema_decay < 1 and math.isfinite(self.ema_decay)):
             raise ValueError(
                 f"ema_decay must lie between 0 and 1, got {self.ema_decay}: leave it out to switch it off"
             )
+
+    def _check_ranges(self) -> None:
+        for names, fits, expected in (
+            (_POSITIVE, lambda value: 0 < value < math.inf, "positive"),
+            (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+            (_FRACTIONS, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        ):
+            for argument in names:
+                value = getattr(self, argument)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{argument} must be {expected}, got {value}: leave it out for its default")
 
     def scaled_learning_rate(self, global_batch_size: int) -> float:
         """`learning_rate`, in proportion to the global batch where `base_batch_size` says what it is meant for."""

@@ -132,6 +132,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), ma
     lambda text: not re.fullmatch(r"[-+.\d]+[eE][-+]?\d+", text)
 )
 FLOATS = st.floats(allow_nan=False)
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
 
 
 @settings(deadline=None, max_examples=60)
@@ -141,14 +142,12 @@ FLOATS = st.floats(allow_nan=False)
         optional={
             "student": TEXT,
             "gamma": st.floats(min_value=0),
-            "image_size": st.none() | st.integers(),
+            "image_size": st.none() | INTEGERS,
             "pretrained": st.booleans(),
             "strict": st.none() | st.booleans(),
             "names": st.lists(TEXT, max_size=3),
             "scales": st.none() | st.lists(FLOATS, max_size=3),
-            "student_args": st.dictionaries(
-                TEXT, st.none() | st.booleans() | st.integers() | FLOATS | TEXT, max_size=3
-            ),
+            "student_args": st.dictionaries(TEXT, st.none() | st.booleans() | INTEGERS | FLOATS | TEXT, max_size=3),
         },
     )
 )
@@ -222,7 +221,7 @@ def test_unreadable_yaml(config, error, tmp_path):
     assert "none.yaml: No such file or directory" in error("--config", str(tmp_path / "none.yaml"))
     assert "Is a directory" in error("--config", str(tmp_path))
     (tmp_path / "latin.yaml").write_bytes("student: größer".encode("latin-1"))
-    assert "latin.yaml: not valid YAML" in error("--config", str(tmp_path / "latin.yaml"))
+    assert "latin.yaml, line 1: not valid YAML: not UTF-8" in error("--config", str(tmp_path / "latin.yaml"))
     base = config("base: none.yaml")
     assert f"none.yaml, the base of {base}: No such file" in error("--config", base)
     assert "--config: expected one argument" in error("--config")

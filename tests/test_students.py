@@ -107,7 +107,7 @@ def test_student_from_a_half_precision_file_trains_in_float32(tmp_path):
     [
         ({"name": "resnet18.tv_in1k"}, "write 'timm/resnet18.tv_in1k' for those, or 'resnet18'"),
         ({"crop_pct": 0.0}, "expected 0 < crop_pct <= 1"),
-        ({"image_mean": [0.5]}, "three values each of image_mean and image_std"),
+        ({"image_mean": [0.5]}, "image_mean must be three finite numbers, one per channel, got [0.5]"),
         ({"interpolation": "nearest"}, "interpolation must be bilinear or bicubic, got 'nearest'"),
         ({"model_args": {"nope": 1}}, "timm's resnet18 does not take model_args={'nope': 1}"),
     ],

@@ -50,10 +50,13 @@ def nkd_loss(
     Returns:
         A scalar: float64 for float64 student logits, otherwise float32, in which the arithmetic runs, autocast or not.
         Its gradient has the student's dtype and can't be differentiated again (`create_graph=True` is a RuntimeError).
+        Not finite where an input isn't, but for classes that the teacher masks with -inf, whose probability is zero; and
+        where logits of one row lie further apart than float32 reaches.
 
     Raises:
-        ValueError: shapes or dtypes don't fit, C < 2, B = 0, gamma or temperature out of range, or a label that is
-            outside 0..C-1 (looked at on the CPU only, since a GPU would have to wait for it).
+        ValueError: shapes or dtypes don't fit, C < 2, B = 0, gamma or temperature out of range, or labels that are
+            outside 0..C-1 or rows that don't sum to one (looked at on the CPU only, since a GPU would have to wait).
+        TypeError: not a tensor.
 
     Example:
         >>> import torch
@@ -130,6 +133,9 @@ def _components(
             teacher_target_prob = target_log_odds(teacher_logits, target, rest_logits, log_peak).sigmoid()
         else:
             teacher_target_prob = teacher_logits.softmax(-1, dtype=dtype).gather(-1, target)
+        if labels.ndim == 2:
+            # the labels' values are not used, but one that is nan or inf must not pass for a class
+            teacher_target_prob = teacher_target_prob + 0 * labels.gather(-1, target).to(dtype)
         del rest_logits  # one matrix less at the peak
     target_term, non_target_term = normalized_loss(
         student_logits, target, teacher_target_prob, teacher_non_target_prob, temperature

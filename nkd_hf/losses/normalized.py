@@ -6,6 +6,7 @@ to one there. NKD takes the soft labels from a teacher, USKD makes them from the
 """
 
 import math
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,10 @@ def target_log_odds(logits: Tensor, target_index: Tensor, rest_logits: Tensor, l
     """
     # The logsumexp of the rest is its largest logit minus log_peak: no second pass of exponentials over [B, C]. In this
     # order large logits cancel before anything small is added.
-    return logits.gather(-1, target_index).to(rest_logits.dtype) - rest_logits.amax(-1, keepdim=True) + log_peak
+    target_logits = logits.gather(-1, target_index).to(rest_logits.dtype)
+    log_odds = target_logits - rest_logits.amax(-1, keepdim=True) + log_peak
+    # nan where the target's logit has overflowed to inf, as in a softmax: its sigmoid would be a perfect 1
+    return log_odds + 0 * target_logits.relu()
 
 
 def compute_dtype(student_logits: Tensor) -> torch.dtype:
@@ -132,16 +136,34 @@ def compute_dtype(student_logits: Tensor) -> torch.dtype:
 
 
 def check_scalar(name: str, value: float, *, positive: bool = False) -> None:
-    """ValueError unless `value` is finite and at least zero (`positive`: above zero)."""
-    if not (0 < value < math.inf if positive else 0 <= value < math.inf):
+    """ValueError unless `value` is finite and at least zero (`positive`: above zero), and its square a float32."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not (1e-18 < value < 1e18 if positive else 0 <= value < 1e18):
+        mend = "1.0 leaves the logits as they are" if positive else "0 switches its term off"
         raise ValueError(
-            f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value}: "
-            f"{'1.0 leaves the logits as they are' if positive else '0 switches its term off'}"
+            f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!s:.60} "
+            f"({type(value).__name__}): {mend}, and float32 reaches as far as the squares of 1e-18 and 1e18"
+        )
+
+
+def check_count(name: str, value: int, least: int, mend: str) -> None:
+    """ValueError unless `value` is an integer of at least `least`; `mend` ends the message."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!s:.60} ({type(value).__name__}): {mend}")
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """TypeError unless it is a tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(tensor).__name__}: of a model's output hand in .logits, of an array "
+            "torch.from_numpy(array)"
         )
 
 
 def check_student_logits(student_logits: Tensor) -> None:
     """ValueError unless [B, C] float with B >= 1 and C >= 2."""
+    check_tensor("student_logits", student_logits)
     shape = list(student_logits.shape)
     if len(shape) != 2:
         raise ValueError(
@@ -162,6 +184,7 @@ def check_student_logits(student_logits: Tensor) -> None:
 
 def check_other_logits(name: str, logits: Tensor, student_logits: Tensor, mend: str) -> None:
     """ValueError unless `logits` are float and shaped like the student's; `mend` ends the message on class counts."""
+    check_tensor(name, logits)
     expected, got = list(student_logits.shape), list(logits.shape)
     if got != expected:
         if len(got) != 2:
@@ -174,19 +197,29 @@ def check_other_logits(name: str, logits: Tensor, student_logits: Tensor, mend: 
 
 
 def check_labels(labels: Tensor, student_logits: Tensor) -> None:
-    """ValueError unless [B] integer classes below C or [B, C] float mixup labels.
+    """ValueError unless [B] integer classes below C or [B, C] float mixup labels, whose rows sum to one.
 
-    The range of class indices is looked at on the CPU alone, and not in a compiled graph: elsewhere it would make the
-    device wait.
+    The values are looked at on the CPU alone, and not in a compiled graph: elsewhere it would make the device wait.
     """
+    check_tensor("labels", labels)
     batch_size, num_classes = student_logits.shape
     shape = list(labels.shape)
+    are_visible = labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if shape == [batch_size, num_classes]:
         if not labels.is_floating_point():
             raise ValueError(
                 f"labels of shape {shape} must be floating point (mixup), got {labels.dtype}: "
                 f"hand in class indices [{batch_size}], or call .float() on one-hot labels"
             )
+        if are_visible:
+            smallest, sums = labels.min(), labels.sum(-1, dtype=compute_dtype(labels))
+            # written so that nan does not pass; half precision rounds the sum
+            if not (smallest >= 0 and ((sums - 1).abs() < 0.02).all()):
+                raise ValueError(
+                    f"labels of shape {shape} must be rows of weights >= 0 that sum to 1, got a smallest weight of "
+                    f"{smallest.item():g} and sums from {sums.min().item():g} to {sums.max().item():g}: hand in one-hot "
+                    "rows, or mixtures of them"
+                )
         return
     if shape != [batch_size]:
         raise ValueError(
@@ -195,8 +228,8 @@ def check_labels(labels: Tensor, student_logits: Tensor) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels of shape {shape} must be integer class indices, got {labels.dtype}: call .long()")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        smallest, largest = (int(bound) for bound in labels.aminmax())
+    if are_visible:
+        smallest, largest = (int(bound) for bound in labels.long().aminmax())
         if smallest < 0 or largest >= num_classes:
             raise ValueError(
                 f"labels must be in 0..{num_classes - 1}, got {smallest if smallest < 0 else largest}: "

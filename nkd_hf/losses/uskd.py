@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalized import (
+    check_count,
     check_labels,
     check_other_logits,
     check_scalar,
     check_student_logits,
+    check_tensor,
     compute_dtype,
     normalized_loss,
 )
@@ -58,8 +60,9 @@ def uskd_loss(
         (`create_graph=True` is a RuntimeError).
 
     Raises:
-        ValueError: shapes or dtypes don't fit, C < 2, B = 0, alpha, beta or mu out of range, or a label that is outside
-            0..C-1 (looked at on the CPU only, since a GPU would have to wait for it).
+        ValueError: shapes or dtypes don't fit, C < 2, B = 0, alpha, beta or mu out of range, or labels that are outside
+            0..C-1 or rows that don't sum to one (looked at on the CPU only, since a GPU would have to wait).
+        TypeError: not a tensor.
 
     Example:
         >>> import torch
@@ -115,10 +118,8 @@ class USKDLoss(nn.Module):
         feature_norm: nn.Module | None = None,
     ):
         super().__init__()
-        if in_features < 1:
-            raise ValueError(f"in_features must be at least 1, got {in_features}: count the mid feature's channels")
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}: count the student's classes")
+        check_count("in_features", in_features, 1, "count the mid feature's channels")
+        check_count("num_classes", num_classes, 2, "count the student's classes")
         check_scalar("alpha", alpha)
         check_scalar("beta", beta)
         check_scalar("mu", mu)
@@ -152,6 +153,7 @@ class USKDLoss(nn.Module):
 
     def _check_mid_feature(self, mid_feature: Tensor, student_logits: Tensor) -> None:
         check_student_logits(student_logits)
+        check_tensor("mid_feature", mid_feature)
         batch_size, in_features = student_logits.shape[0], self.head.in_features
         shape = list(mid_feature.shape)
         if len(shape) < 2 or shape[0] != batch_size or shape[-1] != in_features or 0 in shape:
@@ -166,6 +168,10 @@ class USKDLoss(nn.Module):
             raise ValueError(
                 f"mid_feature must be [{batch_size}, {in_features}] or channels last [{batch_size}, ..., {in_features}], "
                 f"got {shape}: {mend}"
+            )
+        if not mid_feature.is_floating_point():
+            raise ValueError(
+                f"mid_feature must be of a float dtype, got {mid_feature.dtype}: hand in a layer's output"
             )
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalized import check_scalar, compute_dtype
+from .normalized import check_count, check_scalar, check_tensor, compute_dtype
 
 
 class ViTKDLoss(nn.Module):
@@ -38,6 +38,7 @@ class ViTKDLoss(nn.Module):
 
     Raises:
         ValueError: a width, a weight or the ratio out of range; from the call, tokens that do not fit.
+        TypeError: from the call, not tensors.
 
     Example:
         >>> import torch
@@ -54,10 +55,10 @@ class ViTKDLoss(nn.Module):
     ):
         super().__init__()
         for name, dim in (("student_dim", student_dim), ("teacher_dim", teacher_dim)):
-            if dim < 1:
-                raise ValueError(f"{name} must be at least 1, got {dim}: count the channels of its patch tokens")
+            check_count(name, dim, 1, "count the channels of its patch tokens")
         check_scalar("alpha", alpha)
         check_scalar("beta", beta)
+        check_scalar("mask_ratio", mask_ratio)
         if not 0 < mask_ratio <= 1:
             raise ValueError(
                 f"mask_ratio must be above 0 and at most 1, got {mask_ratio}: beta=0 switches the generation term off"
@@ -93,6 +94,13 @@ class ViTKDLoss(nn.Module):
             teacher_low: [B, 2, P, teacher_dim] float, as `student_low`; gets no gradient.
             teacher_high: [B, P, teacher_dim] float, as `student_high`; gets no gradient.
         """
+        for name, tokens in (
+            ("student_low", student_low),
+            ("student_high", student_high),
+            ("teacher_low", teacher_low),
+            ("teacher_high", teacher_high),
+        ):
+            check_tensor(name, tokens)
         self._check(student_low, student_high, teacher_low, teacher_high)
         noise = torch.rand(student_high.shape[:2], device=student_high.device)
         masked = random_token_mask(noise, self.mask_ratio)
@@ -114,10 +122,13 @@ class ViTKDLoss(nn.Module):
             mimicking = F.mse_loss(low.to(dtype), teacher_low.to(dtype), reduction="sum")
 
             high = self.align_high(student_high.to(self.mask_token.dtype))
+            # nan where a token is not finite, which the mask could hide
+            overflow = (0 * student_high.detach()).sum(dtype=dtype)
             high = torch.where(masked, self.mask_token, high)
             side = math.isqrt(high.shape[1])
             generated = self.generator(high.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
             generation = F.mse_loss(generated.to(dtype) * masked, teacher_high.to(dtype) * masked, reduction="sum")
+            generation = generation + overflow
         return {
             "vitkd_mimicking": self.alpha / batch_size * mimicking,
             "vitkd_generation": self.beta / (batch_size * self.mask_ratio) * generation,
