@@ -19,6 +19,7 @@ from transformers import (
     TimmWrapperForImageClassification,
     TrainerCallback,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from .batch_norm import estimate_batch_norm
 from .batches import EpochDataset, EpochSampler, ImageCollator
@@ -100,6 +101,12 @@ class DistillationTrainer(FiniteTrainer):
             raise ValueError(
                 f"args must be DistillationTrainingArguments, got {type(args).__name__}: it takes the same ones"
             )
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != args.world_size:
+            raise ValueError(
+                f"{started} processes were started, and each would train by itself, as one of {args.world_size}: on the "
+                "CPU, set use_cpu (--use_cpu true)"
+            )
         losses = {} if distillation_loss is None else distillation_loss
         losses = losses if isinstance(losses, dict) else {"distillation": losses}
         for loss in losses.values():
@@ -112,6 +119,7 @@ class DistillationTrainer(FiniteTrainer):
         if model is not None:
             model = self._with_losses(model, losses, args)
         self._batch_norm_step: int | None = None
+        self._image_losses: list[Tensor] = []
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # The smoothing is in the model's task loss, for both kinds of labels.
         self.label_smoother = None
@@ -154,7 +162,8 @@ class DistillationTrainer(FiniteTrainer):
         teacher.tap(model.teacher_inputs)
         if model.needs("student_high") and model.needs("teacher_high"):
             check_token_grids(model.student, teacher.model)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        # Its device is said, since accelerate leaves it to FSDP, which does not see the teacher.
+        return self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -298,13 +307,54 @@ class DistillationTrainer(FiniteTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        # Mixup and cutmix are for training alone.
-        with self._without_mixing():
+        with self._for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
-        with self._without_mixing():
+        with self._for_evaluation():
             return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _for_evaluation(self) -> Iterator[None]:
+        # Mixup, cutmix and drop_last are for training alone.
+        args = self.args
+        self.args = copy.copy(args)
+        self.args.dataloader_drop_last = False
+        try:
+            with self._without_mixing():
+                yield
+        finally:
+            self.args = args
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        if labels is not None:
+            targets = labels if labels.is_floating_point() else labels.long()
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            self._image_losses.append(self.gather_function(losses))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        # The default's loss is a mean of batches, of which the last are filled up with images that were counted before.
+        self._image_losses = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._image_losses:
+            output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self._image_losses).mean().item()
+            self._image_losses = []
+        return output
 
     @contextlib.contextmanager
     def _without_mixing(self) -> Iterator[None]:

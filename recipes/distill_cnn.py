@@ -1,10 +1,12 @@
 """Distils a teacher into a CNN with NKD (arXiv 2303.13005, table 1).
 
     accelerate launch recipes/distill_cnn.py
-    accelerate launch recipes/distill_cnn.py --config my.yaml --output_dir outputs/mine
+    accelerate launch --config_file recipes/accelerate/eight_gpus.yaml recipes/distill_cnn.py --config my.yaml
 
 With no arguments it runs on scikit-learn's digits in minutes: a ResNet teacher, then the same small ResNet from the same seed
 without and with NKD. `--distillation_loss none` trains the baseline of any configuration; `--help` lists everything.
+Without a file of `recipes/accelerate`, accelerate takes the one that `accelerate config` wrote, else all GPUs of the machine,
+or one process on the CPU.
 """
 
 from pathlib import Path

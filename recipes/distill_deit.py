@@ -1,10 +1,12 @@
 """Distils a teacher into a DeiT with NKD (arXiv 2303.13005, table 2).
 
     accelerate launch recipes/distill_deit.py
-    accelerate launch recipes/distill_deit.py --config my.yaml --output_dir outputs/mine
+    accelerate launch --config_file recipes/accelerate/eight_gpus.yaml recipes/distill_deit.py --config my.yaml
 
 With no arguments it runs on scikit-learn's digits in minutes: a CNN teacher, then the same small DeiT from the same seed
 without and with NKD. `--distillation_loss none` trains the baseline of any configuration; `--help` lists everything.
+Without a file of `recipes/accelerate`, accelerate takes the one that `accelerate config` wrote, else all GPUs of the machine,
+or one process on the CPU.
 """
 
 from pathlib import Path

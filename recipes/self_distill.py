@@ -1,10 +1,12 @@
 """Distils a student into itself with USKD (arXiv 2303.13005, table 3): there is no teacher.
 
     accelerate launch recipes/self_distill.py
-    accelerate launch recipes/self_distill.py --config my.yaml --output_dir outputs/mine
+    accelerate launch --config_file recipes/accelerate/eight_gpus.yaml recipes/self_distill.py --config my.yaml
 
 With no arguments it runs on scikit-learn's digits in minutes: the same small ResNet from the same seed
 without and with USKD. `--distillation_loss none` trains the baseline of any configuration; `--help` lists everything.
+Without a file of `recipes/accelerate`, accelerate takes the one that `accelerate config` wrote, else all GPUs of the machine,
+or one process on the CPU.
 """
 
 from pathlib import Path

@@ -564,24 +564,33 @@ def test_teacher_that_was_opened_is_a_base_model(tmp_path, monkeypatch):
 
 
 def test_launch_line(tmp_path, monkeypatch):
-    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
     argv = ["/somewhere/recipes/distill_deit.py", "--config", f"{tmp_path}/my configs/a.yaml", "--hub_token", TOKEN]
     argv += [f"--hub_token={TOKEN}", "--loss_args", '{"gamma": 1.0}', "--include_num_input_tokens_seen", "true"]
     rest = "recipes/distill_deit.py --config 'my configs/a.yaml' --loss_args '{\"gamma\": 1.0}' "
     rest += "--include_num_input_tokens_seen true"
-    assert launch_line(argv) == f"python {rest}"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    # A recipe is launched by accelerate, however it was this time.
     assert launch_line(argv) == f"accelerate launch {rest}"
+    config = "accelerate launch --config_file recipes/accelerate/"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("WORLD_SIZE", "8")
+    bf16 = f"--num_processes 8 --mixed_precision bf16 {rest}"
+    assert launch_line(argv) == f"{config}eight_gpus.yaml {bf16}"
+    assert launch_line([*argv, "--use_cpu", "true"]) == f"{config}cpu.yaml {bf16} --use_cpu true"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launch_line(argv) == f"{config}fsdp2.yaml {bf16}"
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launch_line(argv) == (
-        f"accelerate launch --multi_gpu --num_processes 8 --num_machines 2 --mixed_precision bf16 {rest}"
+    machines = "--num_machines 2 --main_process_ip IP --machine_rank 0"
+    assert launch_line(argv) == f"{config}two_machines.yaml --num_processes 8 {machines} --mixed_precision bf16 {rest}"
+    own = ["/somewhere/train.py"]
+    assert launch_line(own) == (
+        f"accelerate launch --multi_gpu --num_processes 8 {machines} --mixed_precision bf16 train.py"
     )
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    assert launch_line(argv) == f"torchrun --nnodes 2 --nproc_per_node 4 {rest}"
+    assert launch_line(own) == "torchrun --nnodes 2 --nproc_per_node 4 train.py"
     monkeypatch.delenv("WORLD_SIZE")
     # A script elsewhere goes by its name; what is no script of the user's goes by none.
     assert launch_line(["/somewhere/train.py"]) == "python train.py"

@@ -134,7 +134,8 @@ def launch_line(argv: Sequence[str] | None = None) -> str | None:
     script = Path(argv[0])
     if script.suffix != ".py" or script.name == "__main__.py":
         return None
-    words = ["recipes/" + script.name if script.parent.name == "recipes" else plain_name(script.absolute())]
+    is_recipe = script.parent.name == "recipes"
+    words = ["recipes/" + script.name if is_recipe else plain_name(script.absolute())]
     arguments = iter(argv[1:])
     for word in arguments:
         option, equals, _ = word.partition("=")
@@ -143,23 +144,30 @@ def launch_line(argv: Sequence[str] | None = None) -> str | None:
                 next(arguments, None)
         else:
             words.append(plain_name(word))
-    return " ".join([*_launcher(), shlex.join(words)])
+    return " ".join([*_launcher(is_recipe, on_cpu="--use_cpu" in " ".join(argv)), shlex.join(words)])
 
 
-def _launcher() -> list[str]:
+def _launcher(is_recipe: bool, on_cpu: bool) -> list[str]:
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     num_machines = num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     machines = [] if num_machines < 2 else ["--nnodes", str(num_machines)]
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and not is_recipe:
         if num_processes == 1:
             return ["python"]
         return ["torchrun", *machines, "--nproc_per_node", str(num_processes // max(1, num_machines))]
     words = ["accelerate", "launch"]
+    if is_recipe and num_processes > 1:
+        # Started in another way, it can be started in this one.
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        name = "fsdp2" if sharded else "cpu" if on_cpu else "two_machines" if machines else "eight_gpus"
+        words += ["--config_file", f"recipes/accelerate/{name}.yaml"]
+    elif num_processes > 1:
+        words.append("--multi_gpu")
     if num_processes > 1:
-        words += ["--multi_gpu", "--num_processes", str(num_processes)]
+        words += ["--num_processes", str(num_processes)]
     if machines:
-        words += ["--num_machines", str(num_machines)]
-    precision = os.environ["ACCELERATE_MIXED_PRECISION"]
+        words += ["--num_machines", str(num_machines), "--main_process_ip", "IP", "--machine_rank", "0"]
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return words if precision == "no" else [*words, "--mixed_precision", precision]
 
 

@@ -1,0 +1,223 @@
+"""What test_distributed.py compares: `python distributed_runs.py FOLDER` runs it in one, two and three real processes.
+
+The processes are forked from one that has loaded the libraries, which takes each of them some ten seconds otherwise.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import types
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils.other import get_free_port
+from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn, timm_deit
+from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
+
+from nkd_hf import (
+    DataArguments,
+    ImageCollator,
+    ImageDataset,
+    NKDLoss,
+    USKDLoss,
+    load_image_dataset,
+    train_transform,
+)
+from nkd_hf.losses import ViTKDLoss, vitkd
+from nkd_hf.modeling import DistillationModel
+
+STEPS = 10
+# Number of processes -> batch of each and accumulation: global batches of 16 and 32.
+SPLITS = {1: [(8, 2), (8, 4), (16, 1)], 2: [(8, 1), (8, 2)]}
+STUDENTS = {"nkd": native_vit, "uskd": native_vit, "vitkd": native_vit, "batch_norm": timm_cnn}
+TEACHERS = {"nkd": lambda: timm_cnn(seed=1), "vitkd": lambda: timm_deit(seed=1, width=48)}
+LOSSES = {
+    "nkd": NKDLoss,
+    "uskd": lambda: USKDLoss(32, 10, mu=0.1),
+    "vitkd": lambda: ViTKDLoss(32, 48, alpha=1e-3, beta=1e-3),
+    "batch_norm": lambda: USKDLoss(32, 10),
+}
+EVALUATION_SIZES = (31, 16, 5)
+
+
+def train(case: str, folder: Path, batch: int, accumulation: int) -> dict:
+    """Ten steps of one loss; the weights go into a file beside what was logged."""
+    student, teacher = STUDENTS[case](), TEACHERS.get(case, lambda: None)()
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        folder, student, digits(0, 320), teacher=teacher, distillation_loss=LOSSES[case](), optim="sgd",
+        optim_args="momentum=0.9", learning_rate=0.05, max_steps=STEPS, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    with fixed_masks():
+        trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero():
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / f"{case}-{batch}-{accumulation}.safetensors")
+    return {"log": trainer.state.log_history[:STEPS], "parameters_equal": equal_everywhere(trainer)}
+
+
+class fixed_masks:
+    """ViTKD's masks are drawn by each process for its own images: here all images have one, so that runs compare."""
+
+    def __enter__(self):
+        self.draw = vitkd.random_token_mask
+        vitkd.random_token_mask = lambda noise, ratio: self.draw(noise.cumsum(1), ratio)
+
+    def __exit__(self, *_):
+        vitkd.random_token_mask = self.draw
+
+
+def equal_everywhere(trainer) -> bool:
+    parameters = torch.cat([value.detach().flatten() for value in trainer.model.parameters()])
+    everywhere = trainer.accelerator.gather(parameters[None])
+    return bool((everywhere == everywhere[0]).all())
+
+
+class Stream(IterableDataset):
+    def __init__(self, samples: list[dict]):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def evaluate(folder: Path) -> dict:
+    """How often each held-out image was counted, and the loss, by the size of the set."""
+    results = {}
+    for drop_last in (False, True):
+        trainer = make_trainer(
+            folder, native_vit(), digits(0, 64), compute_metrics=accuracy, per_device_eval_batch_size=8,
+            dataloader_drop_last=drop_last,
+        )  # fmt: skip
+        for size in EVALUATION_SIZES:
+            samples = digits(64, 64 + size)
+            for kind in (list, Stream):
+                prediction = trainer.predict(kind(samples))
+                results[f"{size} {kind.__name__} {'drop_last' if drop_last else ''}".strip()] = {
+                    "labels": prediction.label_ids.tolist(),
+                    "logits": prediction.predictions.tolist(),
+                    "loss": prediction.metrics["test_loss"],
+                }
+    return results
+
+
+def resume(folder: Path) -> dict:
+    """A run with drop path, augmentation and mixup that goes on in the middle of its second epoch of six steps."""
+    data = load_image_dataset(DataArguments(max_train_samples=96))
+    transform = train_transform(DataArguments(horizontal_flip=0.0), 32, [0.5] * 3, [0.5] * 3)
+
+    def run(**kwargs):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            folder, timm_deit(drop_path=0.1), ImageDataset(data["train"], transform), distillation_loss=USKDLoss(32, 10),
+            data_collator=ImageCollator(10, mixup_alpha=0.8), per_device_train_batch_size=8, max_steps=10,
+            save_strategy="steps", save_steps=8,
+        )  # fmt: skip
+        trainer.train(**kwargs)
+        return {key: value.clone() for key, value in trainer.model.state_dict().items()}
+
+    whole, resumed = run(), run(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    return {
+        "differ": [key for key in whole if not torch.equal(whole[key], resumed[key])],
+        "checkpoint": sorted(path.name for path in (folder / "checkpoint-8").iterdir()),
+    }
+
+
+def statistics(folder: Path) -> dict:
+    """BatchNorm's statistics, the moving average and the rate that is scaled to the global batch."""
+    trainer = make_trainer(
+        folder, timm_cnn(), digits(0, 64), digits(64, 95), per_device_train_batch_size=8, max_steps=2, optim="sgd",
+        learning_rate=0.05, base_batch_size=32, precise_bn_images=64, ema_decay=0.9, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    network = trainer.student.timm_model
+    with torch.no_grad():
+        outputs = network.conv1(torch.stack([sample["pixel_values"] for sample in digits(0, 64)]))
+    means = outputs.mean(dim=(0, 2, 3))
+    states = torch.cat([value.double().flatten() for value in trainer.student.state_dict().values()])
+    everywhere = trainer.accelerator.gather(states[None])
+    return {
+        "equal": bool((everywhere == everywhere[0]).all()),
+        "error": ((network.bn1.running_mean - means).abs().max() / means.abs().max()).item(),
+        "learning_rate": trainer.state.log_history[0]["learning_rate"],
+    }
+
+
+def shard(folder: Path) -> dict:
+    """FSDP2's sharding by hand: on the CPU the Trainer turns FSDP into DDP without a word."""
+    samples = digits(0, 8)
+    batch = {key: [sample[key] for sample in samples] for key in ("pixel_values", "labels")}
+    pixels, labels = torch.stack(batch["pixel_values"]), torch.tensor(batch["labels"])
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+
+    def gradients(prepare) -> tuple[float, dict]:
+        torch.manual_seed(0)
+        model = prepare(DistillationModel(timm_deit(), {"uskd": USKDLoss(32, 10)}))
+        loss = sum(model(pixels, labels)["losses"].values())
+        loss.backward()
+        return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    state = types.SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = types.SimpleNamespace(state=state, mixed_precision="no", device="cpu", is_main_process=True)
+    loss, whole = gradients(lambda model: model)
+    sharded_loss, sharded = gradients(lambda model: fsdp2_prepare_model(accelerator, model))
+    return {
+        "losses": [loss, sharded_loss],
+        "sharded": all(isinstance(gradient, DTensor) for gradient in sharded.values()),
+        "error": max((whole[name] - sharded[name].full_tensor()).abs().max().item() for name in whole),
+    }
+
+
+def work(rank: int, world_size: int, port: int, folder: Path) -> None:
+    if world_size > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    folder.mkdir(exist_ok=True)
+    results = {"evaluation": evaluate(folder)}
+    for batch, accumulation in SPLITS.get(world_size, []):
+        for case in STUDENTS:
+            results[f"{case} {batch} x {accumulation}"] = train(case, folder, batch, accumulation)
+    if world_size == 2:
+        results |= {part.__name__: part(folder) for part in (resume, statistics, shard)}
+    state = PartialState()
+    results["world_size"] = state.num_processes
+    if state.is_main_process:
+        (folder / "results.json").write_text(json.dumps(results))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for world_size in (1, 2, 3):
+        port = get_free_port()
+        group = [
+            context.Process(target=work, args=(rank, world_size, port, folder / str(world_size)))
+            for rank in range(world_size)
+        ]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join()
+        if failed := [process.exitcode for process in group if process.exitcode]:
+            sys.exit(f"of {world_size} processes some failed: {failed}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
