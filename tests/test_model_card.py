@@ -427,9 +427,7 @@ def test_hostile_names(tmp_path):
 
     log = [{"step": 3, "epoch": 3.0, f"eval_{secret}_accuracy": 0.5}]
     kwargs = {"teacher": teacher, "losses": {"own": OwnLoss()}, "info": info, "curves": "training_curves.png"}
-    args = make_args(
-        tmp_path / "secret", optim_args=secret, lr_scheduler_type="cosine", lr_scheduler_kwargs={"num_cycles": secret}
-    )
+    args = make_args(tmp_path / "secret", optim_args=secret, run_name=secret)
     text = make_card(tmp_path, student, log, args=args, name=secret, repo_id=secret, **kwargs)
     assert "{{ f }}" in text
     assert "secret\\" not in text
