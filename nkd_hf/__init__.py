@@ -13,7 +13,25 @@ if TYPE_CHECKING:
     from .features import token_shape
     from .hub import PushError, push_student
     from .images import ImageDataset, StreamingImageDataset
-    from .losses import NKDLoss, USKDLoss, ViTKDLoss, nkd_loss, uskd_loss
+    from .losses import (
+        DISTLoss,
+        DKDLoss,
+        KDLoss,
+        MGDLoss,
+        NKDLoss,
+        SRRLLoss,
+        USKDLoss,
+        ViTKDLoss,
+        WSLDLoss,
+        WTTMLoss,
+        dist_loss,
+        dkd_loss,
+        kd_loss,
+        nkd_loss,
+        uskd_loss,
+        wsld_loss,
+        wttm_loss,
+    )
     from .metrics import TopKAccuracy
     from .model_card import CardInfo
     from .non_finite import NonFiniteLossError
@@ -31,21 +49,31 @@ _MODULE_OF = {
     "BadImageReport": "bad_images",
     "CardInfo": "model_card",
     "CheckpointError": "checkpoints",
+    "DISTLoss": "losses",
+    "DKDLoss": "losses",
     "DataArguments": "data",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "training_args",
     "ImageCollator": "batches",
     "ImageDataset": "images",
+    "KDLoss": "losses",
+    "MGDLoss": "losses",
     "NKDLoss": "losses",
     "NonFiniteLossError": "non_finite",
     "PushError": "hub",
     "Recipe": "recipe",
     "RecipeArguments": "recipe_args",
+    "SRRLLoss": "losses",
     "StreamingImageDataset": "images",
     "TopKAccuracy": "metrics",
     "USKDLoss": "losses",
     "ViTKDLoss": "losses",
+    "WSLDLoss": "losses",
+    "WTTMLoss": "losses",
     "create_student": "students",
+    "dist_loss": "losses",
+    "dkd_loss": "losses",
+    "kd_loss": "losses",
     "load_image_dataset": "data",
     "load_image_processor": "students",
     "load_teacher": "teacher",
@@ -56,6 +84,8 @@ _MODULE_OF = {
     "token_shape": "features",
     "train_transform": "transforms",
     "uskd_loss": "losses",
+    "wsld_loss": "losses",
+    "wttm_loss": "losses",
 }
 
 __all__ = sorted(_MODULE_OF)

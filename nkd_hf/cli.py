@@ -12,6 +12,7 @@ _COMMANDS = {
     "evaluate": ("evaluation", "top-1, top-5 and throughput of a model on a dataset's split"),
     "export": ("export", "the plain student out of a training checkpoint"),
     "push": ("hub", "puts a saved student on the Hub"),
+    "teacher-logits": ("teacher_run", "runs the teacher ahead of time, for training that reads its logits"),
     "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),
 }
 
@@ -30,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print("usage: nkd-hf COMMAND [--NAME VALUE ...]\n")
-        print("\n".join(f"  {name:10} {purpose}" for name, (_, purpose) in _COMMANDS.items()))
+        print("\n".join(f"  {name:14} {purpose}" for name, (_, purpose) in _COMMANDS.items()))
         print("\n`nkd-hf COMMAND --help` lists the arguments of a command, `nkd-hf --version` says the version.")
         return
     if args[0] == "--version":

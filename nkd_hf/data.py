@@ -112,6 +112,13 @@ class DataArguments:
     cutmix_alpha: float = field(
         default=0.0, metadata={"help": "Beta parameter of cutmix; 0 switches it off. With mixup: one of them a batch."}
     )
+    mix_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Mix the samples 2k and 2k + 1 of the epoch's order with each other, a ratio drawn for each pair, as "
+            "`nkd-hf teacher-logits` does; the batch of each process must be even."
+        },
+    )
 
     def __post_init__(self):
         if self.on_bad_image not in ("error", "skip"):
@@ -137,6 +144,8 @@ class DataArguments:
         crop = self.random_resized_crop
         if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
             raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
+        if self.mix_pairs and self.streaming:
+            raise ValueError("mix_pairs needs streaming off: a stream has no order of which pairs could be a part")
         for name in ("random_crop_padding", "pca_lighting"):
             if getattr(self, name) and (self.auto_augment or self.random_erasing):
                 raise ValueError(

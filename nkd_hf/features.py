@@ -4,10 +4,13 @@
   of a ViT or DeiT (arXiv 2303.13005, section 3.3, and the configurations of github.com/yzd-v/cls_KD).
 - `low` and `high`, for ViTKD: a ViT's patch tokens after its first two blocks, and after its last block and final norm
   (arXiv 2209.02432; forward of the backbones `VisionTransformer` and `Deit_3` of github.com/yzd-v/cls_KD).
+- `map`, for MGD and SRRL: the last feature map, which the classifier of a CNN or a Swin averages over its places; of a ViT
+  its patch tokens after the final norm, laid out as they stood in the image.
 """
 
 import difflib
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,6 +34,27 @@ def _patch_tokens(output: Tensor, num_prefix_tokens: int) -> Tensor:
     return output[:, num_prefix_tokens:]
 
 
+def _nchw(output: Tensor) -> Tensor:
+    return output
+
+
+def _token_map(output: Tensor) -> Tensor:
+    """[B, H, W, D], or [B, P, D] of a square grid, to [B, D, H, W]."""
+    if output.ndim == 3:
+        side = math.isqrt(output.shape[1])
+        if side**2 != output.shape[1]:
+            raise ValueError(
+                f"the {output.shape[1]} tokens of the last layer are laid out as a feature map, and that is no square: "
+                "train on square images"
+            )
+        output = output.unflatten(1, (side, side))
+    return output.permute(0, 3, 1, 2)
+
+
+def _patch_map(output: Tensor, num_prefix_tokens: int) -> Tensor:
+    return _token_map(_patch_tokens(output, num_prefix_tokens))
+
+
 def _by_rank(output: Tensor) -> Tensor:
     return _pool_nchw(output) if output.ndim == 4 else _tokens(output)
 
@@ -40,36 +64,45 @@ def _vit(blocks: str, norm: str) -> dict[str, tuple]:
         "mid": (f"{blocks}.{{middle}}", _class_token),
         "low": ((f"{blocks}.0", f"{blocks}.1"), _patch_tokens),
         "high": (norm, _patch_tokens),
+        "map": (norm, _patch_map),
     }
 
 
+def _pooled(mid: tuple[str, Callable], last: str, head: str, to_map: Callable = _nchw) -> dict[str, tuple | str]:
+    """Of a model whose classifier `head` averages what `last` puts out."""
+    return {"mid": mid, "map": (last, to_map), "head": head}
+
+
 # What a loss can ask for, by the names of its forward's arguments -> the kind of feature.
-STUDENT_FEATURES = {"mid_feature": "mid", "student_low": "low", "student_high": "high"}
-TEACHER_FEATURES = {"teacher_low": "low", "teacher_high": "high"}
+STUDENT_FEATURES = {"mid_feature": "mid", "student_low": "low", "student_high": "high", "student_map": "map"}
+TEACHER_FEATURES = {"teacher_low": "low", "teacher_high": "high", "teacher_map": "map"}
+# Parameters of the classifier that reads the average of the teacher's map, which is no feature of a batch.
+TEACHER_HEAD = ("teacher_head_weight", "teacher_head_bias")
 
 # Family -> kind of feature -> (layer or layers, how an output becomes a feature). Those of several layers are stacked on
-# dim 1. `{middle}` is the block at half of the depth, `{last}` the last.
+# dim 1. `{middle}` is the block at half of the depth, `{last}` the last. `head` is the classifier of the averaged map.
 _TIMM_LAYERS = {
-    "resnet": {"mid": ("timm_model.layer3", _pool_nchw)},
-    "mobilenetv1": {"mid": ("timm_model.blocks.3", _pool_nchw)},
-    "mobilenetv2": {"mid": ("timm_model.blocks.6", _pool_nchw)},
-    "regnet": {"mid": ("timm_model.s3", _pool_nchw)},
-    "swin": {"mid": ("timm_model.layers.2", _tokens)},
+    "resnet": _pooled(("timm_model.layer3", _pool_nchw), "timm_model.layer4", "timm_model.fc"),
+    "mobilenetv1": _pooled(("timm_model.blocks.3", _pool_nchw), "timm_model.bn2", "timm_model.classifier"),
+    "mobilenetv2": _pooled(("timm_model.blocks.6", _pool_nchw), "timm_model.bn2", "timm_model.classifier"),
+    "regnet": _pooled(("timm_model.s3", _pool_nchw), "timm_model.final_conv", "timm_model.head.fc"),
+    "swin": _pooled(("timm_model.layers.2", _tokens), "timm_model.norm", "timm_model.head.fc", _token_map),
     "deit": _vit("timm_model.blocks", "timm_model.norm"),
     "vit": _vit("timm_model.blocks", "timm_model.norm"),
 }
 _TRANSFORMERS_LAYERS = {
-    "resnet": {"mid": ("resnet.encoder.stages.2", _pool_nchw)},
-    "mobilenet_v1": {"mid": ("mobilenet_v1.layer.21", _pool_nchw)},
-    "mobilenet_v2": {"mid": ("mobilenet_v2.layer.15", _pool_nchw)},
-    "regnet": {"mid": ("regnet.encoder.stages.2", _pool_nchw)},
+    "resnet": _pooled(("resnet.encoder.stages.2", _pool_nchw), "resnet.encoder.stages.3", "classifier.1"),
+    "mobilenet_v1": _pooled(("mobilenet_v1.layer.21", _pool_nchw), "mobilenet_v1.layer.25", "classifier"),
+    "mobilenet_v2": _pooled(("mobilenet_v2.layer.15", _pool_nchw), "mobilenet_v2.conv_1x1", "classifier"),
+    "regnet": _pooled(("regnet.encoder.stages.2", _pool_nchw), "regnet.encoder.stages.3", "classifier.1"),
     # The stage itself returns its output after downsampling (768 channels); its last block does not.
-    "swin": {"mid": ("swin.encoder.layers.2.blocks.{last}", _tokens)},
+    "swin": _pooled(("swin.encoder.layers.2.blocks.{last}", _tokens), "swin.layernorm", "classifier", _token_map),
     "vit": _vit("vit.layers", "vit.layernorm"),
     "deit": _vit("deit.layers", "deit.layernorm"),
-    "nkd_shufflenet_v2": {"mid": ("shufflenet.stage4", _pool_nchw)},
-    "nkd_resnet_cifar": {"mid": ("resnet.layer3", _pool_nchw)},
+    "nkd_shufflenet_v2": _pooled(("shufflenet.stage4", _pool_nchw), "shufflenet.conv5", "shufflenet.fc"),
+    "nkd_resnet_cifar": _pooled(("resnet.layer3", _pool_nchw), "resnet.layer4", "resnet.fc"),
 }
+_MAPPED = "a ResNet, MobileNet, RegNet, ShuffleNetV2, Swin, ViT or DeiT"
 # Class and distillation token; a timm model knows the number of its own.
 _TRANSFORMERS_PREFIX_TOKENS = {"vit": 1, "deit": 2}
 
@@ -84,7 +117,7 @@ class FeatureTap:
         model (`nn.Module`): a `*ForImageClassification` of transformers, timm models among them (`TimmWrapper*`), or a
             bare timm model.
         layer (`str`, *optional*): the submodule's name in `model`. None finds the layers that the paper uses.
-        kind (`str`, defaults to `"mid"`): what is read, see the top of this file: `mid`, `low` or `high`.
+        kind (`str`, defaults to `"mid"`): what is read, see the top of this file: `mid`, `low`, `high` or `map`.
 
     Raises:
         ValueError: no layer is known for this model, or the model has no submodule of that name.
@@ -93,6 +126,11 @@ class FeatureTap:
     def __init__(self, model: nn.Module, layer: str | None = None, kind: str = "mid"):
         layers, self._to_feature = _find(model, kind)
         layers = layers if layer is None else (layer,)
+        if not layers and kind == "map":
+            raise ValueError(
+                f"no last feature map is known for {_describe(model)}: MGD and SRRL, which read it, need {_MAPPED}, timm's or "
+                "transformers', as student and as teacher"
+            )
         if not layers and kind != "mid":
             raise ValueError(
                 f"no {kind} patch tokens are known for {_describe(model)}: ViTKD, which reads them, needs a ViT or DeiT, "
@@ -118,10 +156,11 @@ class FeatureTap:
         Returns:
             `Tensor`, in the dtype that the layer computed in. `mid`: [B, D] for CNNs (average-pooled) and for ViT / DeiT
             (the class token), or [B, N, D] tokens for Swin. `low`: [B, 2, P, D] patch tokens, row by row, without class
-            tokens and their like; `high`: [B, P, D] of those.
+            tokens and their like; `high`: [B, P, D] of those. `map`: [B, D, H, W].
 
         Raises:
             RuntimeError: the layer took no part in the forward pass.
+            ValueError: `map` of a ViT or Swin, whose tokens are no square grid.
         """
         outputs = [output.take() for output in self._outputs]
         if any(output is None for output in outputs):
@@ -188,6 +227,25 @@ def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = No
         tap.remove()
 
 
+def classifier_head(model: nn.Module) -> nn.Linear:
+    """The classifier that reads the average of the feature map of kind `map`, for SRRL.
+
+    Args:
+        model (`nn.Module`): the teacher.
+
+    Raises:
+        ValueError: the model's classifier reads something else (a ViT's its class token), or none is known.
+    """
+    head = _known(model).get("head", "")
+    head = dict(model.named_modules()).get(head.removeprefix("timm_model.") if _timm_model(model) is model else head)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"no classifier of an averaged feature map is known for {_describe(model)}: SRRL, which feeds the student's to "
+            "it, needs a ResNet, MobileNet, RegNet, ShuffleNetV2 or Swin, timm's or transformers', as teacher"
+        )
+    return head
+
+
 def token_shape(model: nn.Module) -> tuple[int, int]:
     """How many patch tokens a ViT makes of an image, and of which width: `ViTKDLoss(student_dim=token_shape(model)[1], ...)`.
 
@@ -244,14 +302,17 @@ def _architecture(model: nn.Module) -> str | None:
     return named or ("vit" if type(model).__name__.startswith("VisionTransformer") else None)
 
 
+def _known(model: nn.Module) -> dict[str, tuple | str]:
+    """What the tables above know of models of this kind."""
+    if _timm_model(model) is None:
+        return _TRANSFORMERS_LAYERS.get(model.config.model_type, {})
+    architecture = _architecture(model) or ""
+    return next((kinds for family, kinds in _TIMM_LAYERS.items() if architecture.startswith(family)), {})
+
+
 def _find(model: nn.Module, kind: str) -> tuple[tuple[str, ...], Callable[[Tensor], Tensor]]:
     """The layers that the paper reads in models of this kind (none when unknown), and how outputs become a feature."""
-    timm_model = _timm_model(model)
-    if timm_model is None:
-        known = _TRANSFORMERS_LAYERS.get(model.config.model_type, {})
-    else:
-        architecture = _architecture(model) or ""
-        known = next((kinds for family, kinds in _TIMM_LAYERS.items() if architecture.startswith(family)), {})
+    timm_model, known = _timm_model(model), _known(model)
     if kind not in known:
         return (), _by_rank
     layers, to_feature = known[kind]
@@ -265,13 +326,13 @@ def _find(model: nn.Module, kind: str) -> tuple[tuple[str, ...], Callable[[Tenso
     # timm has other networks whose names begin alike (resnet51q, resnetv2_50).
     if not modules.keys() >= set(layers):
         return (), _by_rank
-    if to_feature is _patch_tokens:
+    if to_feature in (_patch_tokens, _patch_map):
         count = (
             _TRANSFORMERS_PREFIX_TOKENS[model.config.model_type]
             if timm_model is None
             else timm_model.num_prefix_tokens
         )
-        to_feature = functools.partial(_patch_tokens, num_prefix_tokens=count)
+        to_feature = functools.partial(to_feature, num_prefix_tokens=count)
     return layers, to_feature
 
 

@@ -86,7 +86,7 @@ def push_student(
         files[CARD] = _plain_card(folder, repo_id).encode()
     check_publishable(files, token)
     again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
-    with _failures(folder, repo_id, revision, token, again):
+    with failures(folder, repo_id, revision, token, again):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         info = api.model_info(repo_id, revision=revision)
@@ -146,7 +146,7 @@ def push_checkpoint(
     if state in files:
         files[state] = json.dumps(publishable(read_json(files[state])), indent=2).encode()
     check_publishable(files, token)
-    with _failures(name or folder, repo_id, revision, token):
+    with failures(name or folder, repo_id, revision, token):
         api = HfApi(token=token)
         info = api.model_info(repo_id, revision=revision)
         stale = {file.rfilename for file in info.siblings if file.rfilename.startswith(f"{path_in_repo}/")}
@@ -179,7 +179,7 @@ def create_repo(
     again = None
     if folder is not None:
         again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
-    with _failures(folder, repo_id, revision, token, again):
+    with failures(folder, repo_id, revision, token, again):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private or revision:
@@ -234,7 +234,7 @@ def _commit(
 
 
 @contextlib.contextmanager
-def _failures(
+def failures(
     folder: str | os.PathLike | None, repo_id: str, revision: str | None, token: str | None, again: str | None = None
 ) -> Iterator[None]:
     """Turns what the client raises into a message that says why, where the files are, and what to do."""

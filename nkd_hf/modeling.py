@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import os
 
 import safetensors.torch
@@ -10,10 +11,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
-from .features import STUDENT_FEATURES, TEACHER_FEATURES, FeatureTap
+from .features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 
 # What a loss can ask for, by the names of its forward's arguments.
-_LOSS_INPUTS = {"student_logits", "teacher_logits", "labels", *STUDENT_FEATURES, *TEACHER_FEATURES}
+_LOSS_INPUTS = {
+    "student_logits", "teacher_logits", "labels", "label_smoothing", *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD
+}  # fmt: skip
 _STACKS = (nn.Sequential, nn.ModuleList)
 _LOSSES_FILE = "distillation_losses.safetensors"
 # Of a checkpoint with a moving average, whose model.safetensors is the average.
@@ -30,8 +33,11 @@ class DistillationModel(nn.Module):
         student (`PreTrainedModel`): any `*ForImageClassification`.
         losses (`dict[str, nn.Module]`): each maps some of `student_logits` [B, C], `teacher_logits` [B, C], `labels`,
             `mid_feature` [B, D] or [B, N, D], and the patch tokens `student_low`, `teacher_low` [B, 2, P, D],
-            `student_high` and `teacher_high` [B, P, D], asked for by the names of its forward's arguments, to a dict of
-            weighted components.
+            `student_high` and `teacher_high` [B, P, D], the feature maps `student_map` and `teacher_map` [B, D, H, W], and
+            the teacher's classifier `teacher_head_weight` [C, D] and `teacher_head_bias` [C], asked for by the names of its
+            forward's arguments, to a dict of weighted components. A loss that asks for `label_smoothing` is given it, and
+            adds the task loss to its components as `task`, or None where there is a task loss already. The task loss is
+            multiplied with the `task_weight` of each loss that has one (KD's is `1 - alpha`).
         feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
         label_smoothing (`float`, defaults to 0.0): of the task loss.
         ema_decay (`float`, *optional*): of a moving average of the student's weights, which is evaluated and saved.
@@ -56,6 +62,8 @@ class DistillationModel(nn.Module):
             self.average.requires_grad_(False)
         self.losses = nn.ModuleDict(losses)
         self.label_smoothing = label_smoothing
+        # Of two losses that have a say in it, each takes its share.
+        self.task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in losses.values())
         self._inputs = {name: list(inspect.signature(loss.forward).parameters) for name, loss in losses.items()}
         for name, inputs in self._inputs.items():
             if unknown := set(inputs) - _LOSS_INPUTS:
@@ -76,9 +84,9 @@ class DistillationModel(nn.Module):
         self.main_input_name = student.main_input_name
         self.model_tags = student.model_tags
 
-    def needs(self, name: str) -> bool:
-        """Whether a loss asks for this input."""
-        return any(name in inputs for inputs in self._inputs.values())
+    def needs(self, name: str, of: str | None = None) -> bool:
+        """Whether a loss, or the one of that name, asks for this input."""
+        return any(name in inputs for loss, inputs in self._inputs.items() if of in (None, loss))
 
     @property
     def tap(self) -> FeatureTap | None:
@@ -93,7 +101,7 @@ class DistillationModel(nn.Module):
     @property
     def teacher_inputs(self) -> list[str]:
         """What the losses ask of a teacher: none of it, and there must be no teacher."""
-        return [name for name in ("teacher_logits", *TEACHER_FEATURES) if self.needs(name)]
+        return [name for name in ("teacher_logits", *TEACHER_FEATURES, *TEACHER_HEAD) if self.needs(name)]
 
     def forward(
         self,
@@ -111,7 +119,7 @@ class DistillationModel(nn.Module):
                 `teacher_logits` [B, C] float.
 
         Returns:
-            `dict`: `logits` [B, C] and, with labels, `losses`: scalars by name, `task` (cross-entropy) first.
+            `dict`: `logits` [B, C] and, with labels, `losses`: scalars by name, `task` (weighted cross-entropy) first.
         """
         student = self.evaluated_student if labels is None else self.student
         logits = student(pixel_values).logits
@@ -120,13 +128,22 @@ class DistillationModel(nn.Module):
         if labels is None:
             self.clear_features()
             return {"logits": logits}
-        # The labels are never handed to the student: rows [B, C] would turn it to binary cross-entropy for good.
-        losses = {"task": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)}
         available = {"student_logits": logits, "labels": labels, **(teacher_outputs or {})}
         available |= {name: tap.take() for name, tap in self.taps.items()}
+        # The labels are never handed to the student: rows [B, C] would turn it to binary cross-entropy for good.
+        losses = {"task": None}  # the first, whoever computes it
         for name, loss in self.losses.items():
-            for component, value in loss(**{key: available[key] for key in self._inputs[name]}).items():
+            # The first loss that asks for the label smoothing shares the softmax it takes with the task loss.
+            available["label_smoothing"] = self.label_smoothing if losses["task"] is None else None
+            components = loss(**{key: available[key] for key in self._inputs[name]})
+            if "label_smoothing" in self._inputs[name] and losses["task"] is None:
+                losses["task"] = components.pop("task")
+            for component, value in components.items():
                 losses[component if component not in losses else f"{name}_{component}"] = value
+        if losses["task"] is None:
+            losses["task"] = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        if self.task_weight != 1:
+            losses["task"] = self.task_weight * losses["task"]
         return {"logits": logits, "losses": losses}
 
     @property

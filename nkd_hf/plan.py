@@ -122,7 +122,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         # Without the moving average, which is counted as the copy of the student that it is.
         model = DistillationModel(student, losses, training.feature_layer, training.label_smoothing_factor)
     student_plan = _describe(recipe.student, student, pixels)
-    teacher_plan = _describe(recipe.teacher, teacher, teacher_pixels) if recipe.needs_teacher else None
+    runs_teacher = recipe.needs_teacher and recipe.teacher_logits is None
+    teacher_plan = _describe(recipe.teacher, teacher, teacher_pixels) if runs_teacher else None
     if teacher is not None and teacher_plan["num_classes"] != student_plan["num_classes"]:
         notes.append(
             f"the teacher has {teacher_plan['num_classes']} classes and the student is planned with "
@@ -130,7 +131,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         )
     taps = {name: {"module": tap.layer, "channels": tap.take().shape[-1]} for name, tap in model.taps.items()}
 
-    trains_teacher = recipe.needs_teacher and is_architecture(recipe.teacher)
+    trains_teacher = runs_teacher and is_architecture(recipe.teacher)
     runs = {"teacher": DistillationModel(teacher, {})} if trains_teacher else {}
     if recipe.compare_with_baseline or not losses:
         runs["baseline"] = DistillationModel(student, {})
@@ -265,7 +266,7 @@ def _augmentation(data: DataArguments, training: PlannedTrainingArguments, pixel
         f"auto_augment {data.auto_augment}": data.auto_augment,
         f"random erasing {data.random_erasing:g}": data.random_erasing,
         f"PCA lighting {data.pca_lighting:g}": data.pca_lighting,
-        f"{'one of ' * (len(mixing) - 1)}{' and '.join(mixing)} a batch": mixing,
+        f"{'one of ' * (len(mixing) - 1)}{' and '.join(mixing)} a {'pair' if data.mix_pairs else 'batch'}": mixing,
         f"label smoothing {training.label_smoothing_factor:g}": training.label_smoothing_factor,
     }
     return [line for line, is_on in lines.items() if is_on]

@@ -37,6 +37,9 @@ def open_teacher(
     """The teacher; None where there is none, or where nothing on this machine tells its shapes."""
     if not recipe.needs_teacher:
         return None, None
+    if recipe.teacher_logits is not None:
+        notes.append(f"the teacher does not run: its logits come from {recipe.teacher_logits}")
+        return None, None
     if is_architecture(recipe.teacher):
         return _create(recipe, data, recipe.teacher, recipe.teacher_args)
     name = recipe.teacher.removeprefix("timm/")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 from pathlib import Path
 
 import matplotlib.figure
@@ -26,8 +27,11 @@ from .model_card.curves import OTHER_DATASET
 from .preprocessing import read_preprocessing
 from .recipe_args import RecipeArguments
 from .run_folder import RESULTS, begin, settings_of, stage_history, write_text
+from .store_fingerprint import check_fingerprint, run_fingerprint
+from .store_hub import find_store
 from .students import load_image_processor
 from .teacher import Teacher, load_teacher
+from .teacher_logits import TeacherLogits
 from .trainer import DistillationTrainer
 from .training_args import DistillationTrainingArguments
 from .transforms import processor_transform, train_transform
@@ -79,37 +83,42 @@ class Recipe:
         self.steps_per_epoch: int | None = None
         if data.streaming:
             self._count_steps()
+        self.teacher_logits = None if recipe.teacher_logits is None else self._open_teacher_logits()
 
     def train_teacher(self) -> None:
-        """Trains the teacher, if it is named by an architecture and the loss wants one."""
-        if not self.args.needs_teacher:
+        """Trains the teacher, if it is named by an architecture and the loss wants one whose logits are not stored."""
+        if not self.args.needs_teacher or self.teacher_logits is not None:
             return
         self.teacher = self.args.teacher
         if is_architecture(self.args.teacher):
             if "vitkd" in self.args.losses:  # Its error should come before the teacher is trained.
-                student = self._create(self.args.student, self.args.student_args)
-                check_token_grids(student, self._create(self.args.teacher, self.args.teacher_args))
-            self.teacher = self._train("teacher", self._create(self.args.teacher, self.args.teacher_args))
+                student = self.create(self.args.student, self.args.student_args)
+                check_token_grids(student, self.create(self.args.teacher, self.args.teacher_args))
+            self.teacher = self._train("teacher", self.create(self.args.teacher, self.args.teacher_args))
 
     def train_baseline(self) -> None:
         """Trains the student without the distillation loss, if that is asked for."""
         if self.args.compare_with_baseline or self.args.distillation_loss == "none":
-            self._train("baseline", self._create(self.args.student, self.args.student_args))
+            self._train("baseline", self.create(self.args.student, self.args.student_args))
 
     def train_student(self) -> None:
         """Trains the student with the distillation loss, from the seed and with the data of the baseline."""
         if self.args.distillation_loss != "none":
             if self.teacher is None:
                 self.train_teacher()
-            student = self._create(self.args.student, self.args.student_args)
-            if isinstance(self.teacher, str):
-                self.teacher = load_teacher(
-                    self.teacher, allow_pickle=self.args.allow_pickle, trust_remote_code=self.args.trust_remote_code
-                )
-            if self.args.ignore_label_names and isinstance(self.teacher, Teacher):
-                self.teacher.id2label = None
+            student = self.create(self.args.student, self.args.student_args)
+            self.open_teacher()
             loss = self._loss(student)
             self._train("student", student, loss, self.teacher)
+
+    def open_teacher(self) -> None:
+        """Opens a teacher that is named by its id or folder."""
+        if isinstance(self.teacher, str):
+            self.teacher = load_teacher(
+                self.teacher, allow_pickle=self.args.allow_pickle, trust_remote_code=self.args.trust_remote_code
+            )
+        if self.args.ignore_label_names and isinstance(self.teacher, Teacher):
+            self.teacher.id2label = None
 
     def report(self) -> None:
         """Prints the table, writes `results.json` and `accuracy.png`, pushes the student, and shows how it is opened.
@@ -134,7 +143,7 @@ class Recipe:
         # Whole or not at all: with it, the run is finished.
         write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
         names = {
-            "teacher": f"teacher ({self.args.teacher})",
+            "teacher": f"teacher ({self.args.teacher or (self.args.teacher_logits and 'of ' + self.args.teacher_logits)})",
             "baseline": f"baseline ({self.args.student})",
             "distilled": f"distilled ({self.args.distillation_loss.upper()})",
         }
@@ -144,7 +153,48 @@ class Recipe:
                 print(f"{names[name]:<44}{value:14.2%}")
         print(f"\nFigures: {self.folder / RESULTS}, curves: {self.folder / 'accuracy.png'}")
 
-    def _create(self, name: str, model_args: dict | None) -> PreTrainedModel:
+    def _open_teacher_logits(self) -> TeacherLogits:
+        """The store, if it is of this run: what differs should be said before anything is trained."""
+        args, training = self.args, self.training_args
+        if self.data_args.streaming:
+            raise ValueError(
+                "teacher_logits needs streaming off: a stream has no order in which logits could be stored"
+            )
+        epochs = math.ceil(training.num_train_epochs)
+        if training.max_steps > 0:
+            batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+            epochs = math.ceil(training.max_steps / max(1, math.ceil(len(self.data["train"]) / batch)))
+        with training.main_process_first(desc="opening the teacher's logits"):
+            store = TeacherLogits(find_store(args.teacher_logits, epochs))
+        check_fingerprint(
+            store.folder, store.info, args, self.fingerprint(self.create(args.student, args.student_args))
+        )
+        store.check_complete(epochs)
+        if store.info.teacher_accuracy is not None:
+            self.results["teacher"] = store.info.teacher_accuracy
+            self.accuracies["teacher"] = {"accuracy": store.info.teacher_accuracy}
+        return store
+
+    def fingerprint(self, student: PreTrainedModel) -> dict:
+        """What a teacher's logits depend on, but for the teacher."""
+        pixels = read_preprocessing(student, load_image_processor(student))
+        names = list(self.id2label.values())
+        return run_fingerprint(self.data_args, self.training_args, self.data["train"], names, pixels)
+
+    def collator(self, with_teacher_logits: bool = False) -> ImageCollator:
+        """Makes batches of this run's samples."""
+        data, store = self.data_args, self.teacher_logits
+        return ImageCollator(
+            len(self.id2label),
+            data.mixup_alpha,
+            data.cutmix_alpha,
+            self.training_args.seed,
+            mix_pairs=data.mix_pairs or store is not None,
+            teacher_logits=store if with_teacher_logits else None,
+        )
+
+    def create(self, name: str, model_args: dict | None) -> PreTrainedModel:
+        """Builds a model of this run's classes."""
         # The same seed for each: baseline and student start from the same weights.
         set_seed(self.training_args.seed)
         return self.args.create(name, model_args, id2label=self.id2label)
@@ -159,7 +209,8 @@ class Recipe:
         shapes = self.args.loss_shapes(student, size, teacher, self.training_args.feature_layer)
         return self.args.build_loss(**shapes)
 
-    def _datasets(self, student: PreTrainedModel) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
+    def datasets(self, student: PreTrainedModel) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
+        """The images of training and of evaluation as the student gets them."""
         args, seed = self.data_args, self.training_args.seed
         processor = load_image_processor(student)
         wanted = read_preprocessing(student, processor)
@@ -193,7 +244,7 @@ class Recipe:
         args.hub_model_id = args.hub_model_id or self.folder.name
         if loss is None:
             args.feature_layer = None
-        train, validation = self._datasets(student)
+        train, validation = self.datasets(student)
         trainer = DistillationTrainer(
             model=student,
             teacher=teacher,
@@ -201,9 +252,7 @@ class Recipe:
             args=args,
             train_dataset=train,
             eval_dataset=validation,
-            data_collator=ImageCollator(
-                len(self.id2label), self.data_args.mixup_alpha, self.data_args.cutmix_alpha, args.seed
-            ),
+            data_collator=self.collator(with_teacher_logits=loss is not None),
             processing_class=load_image_processor(student),
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=top5_indices,

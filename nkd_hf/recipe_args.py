@@ -8,13 +8,46 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .features import feature_shape, token_shape
-from .losses import NKDLoss, USKDLoss, ViTKDLoss
+from .features import check_token_grids, classifier_head, feature_shape, token_shape
+from .losses import (
+    DISTLoss,
+    DKDLoss,
+    KDLoss,
+    MGDLoss,
+    NKDLoss,
+    SRRLLoss,
+    USKDLoss,
+    ViTKDLoss,
+    WSLDLoss,
+    WTTMLoss,
+)
+from .losses.mgd import check_map_sizes
 from .students import check_preprocessing, create_student
 
-_LOSSES = {"nkd": NKDLoss, "uskd": USKDLoss, "vitkd": ViTKDLoss}
+_LOSSES = {
+    "nkd": NKDLoss,
+    "uskd": USKDLoss,
+    "vitkd": ViTKDLoss,
+    "kd": KDLoss,
+    "dkd": DKDLoss,
+    "wsld": WSLDLoss,
+    "dist": DISTLoss,
+    "wttm": WTTMLoss,
+    "mgd": MGDLoss,
+    "srrl": SRRLLoss,
+}
+# Those whose parameters depend on the teacher's layers.
+_OF_TEACHER_LAYERS = {"vitkd", "mgd", "srrl"}
 # Those of the losses' arguments that the models tell.
-_SHAPES = {"in_features", "num_classes", "feature_norm", "student_dim", "teacher_dim"}
+_SHAPES = {
+    "in_features",
+    "num_classes",
+    "feature_norm",
+    "student_dim",
+    "teacher_dim",
+    "student_channels",
+    "teacher_channels",
+}
 
 
 @dataclass
@@ -39,6 +72,13 @@ class RecipeArguments:
     teacher_args: dict | None = field(
         default=None, metadata={"help": "Arguments of timm's architecture, for a teacher that is trained first."}
     )
+    teacher_logits: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub dataset that `nkd-hf teacher-logits` wrote: the teacher is not run, and may be left out; "
+            "images are mixed in pairs."
+        },
+    )
     ignore_label_names: bool = field(
         default=False,
         metadata={"help": "Take the teacher's classes by their numbers, where it names the same ones differently."},
@@ -46,15 +86,16 @@ class RecipeArguments:
     distillation_loss: str = field(
         default="nkd",
         metadata={
-            "help": "`nkd`, `vitkd` (need a teacher), `uskd` (has none), several joined by + (`nkd+vitkd`), or `none`: the "
-            "same recipe's baseline."
+            "help": "`nkd`, `vitkd`, `kd`, `dkd`, `wsld`, `dist`, `wttm`, `mgd`, `srrl` (need a teacher), `uskd` (has none), "
+            "several joined by + (`nkd+vitkd`), or `none`: the same recipe's baseline."
         },
     )
     loss_args: dict | None = field(
         default=None,
         metadata={
             "help": "Arguments of the loss, such as gamma and temperature (nkd), alpha, beta and mu (uskd), alpha, beta and "
-            "mask_ratio (vitkd); for several losses by their names, {nkd: {gamma: 1.0}, vitkd: {alpha: 3.0e-5}}."
+            "mask_ratio (vitkd), alpha and temperature (kd, wsld), alpha, beta and temperature (dkd), beta and gamma (dist), "
+            "exponent and beta (wttm), alpha and mask_ratio (mgd), alpha and beta (srrl); for several losses by their names, {nkd: {gamma: 1.0}, vitkd: {alpha: 3.0e-5}}."
         },
     )
     compare_with_baseline: bool = field(
@@ -113,7 +154,13 @@ class RecipeArguments:
                 f"distillation_loss must be {', '.join(_LOSSES)}, several of them joined by +, or none, "
                 f"got {self.distillation_loss!r}"
             )
-        if self.needs_teacher and self.teacher is None:
+        if self.teacher_logits is not None and (not self.needs_teacher or self.needs_teacher_layers):
+            raise ValueError(
+                f"distillation_loss={self.distillation_loss} "
+                + ("reads layers of the teacher" if self.needs_teacher else "has no teacher")
+                + ", and teacher_logits has its logits alone: leave teacher_logits out"
+            )
+        if self.needs_teacher and self.teacher is None and self.teacher_logits is None:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} needs a teacher: set teacher to a Hub id, a folder or an "
                 "architecture"
@@ -131,7 +178,7 @@ class RecipeArguments:
             )
         check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
         # Built once for its errors, which should come before a teacher is trained.
-        self.build_loss(in_features=2, num_classes=2, student_dim=2, teacher_dim=2)
+        self.build_loss(**dict.fromkeys(_SHAPES - {"feature_norm"}, 2))
 
     @property
     def losses(self) -> list[str]:
@@ -142,6 +189,11 @@ class RecipeArguments:
     def needs_teacher(self) -> bool:
         """Whether one of the losses has a teacher."""
         return any(name != "uskd" for name in self.losses)
+
+    @property
+    def needs_teacher_layers(self) -> bool:
+        """Whether [`RecipeArguments.loss_shapes`] must be given the teacher."""
+        return not _OF_TEACHER_LAYERS.isdisjoint(self.losses)
 
     def create(self, name: str, model_args: dict[str, Any] | None = None, **labels) -> PreTrainedModel:
         """Builds a student or teacher by its name, with this recipe's preprocessing; see [`create_student`].
@@ -170,17 +222,20 @@ class RecipeArguments:
         image_size: tuple[int, int],
         teacher: nn.Module | None = None,
         feature_layer: str | None = None,
+        teacher_image_size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """What the models tell [`RecipeArguments.build_loss`].
 
         Args:
             student: a `*ForImageClassification`.
             image_size: height and width that it takes.
-            teacher: the model, for ViTKD.
+            teacher: the model, where `needs_teacher_layers`.
             feature_layer: see [`FeatureTap`].
+            teacher_image_size: height and width that the teacher takes. Default: the student's.
 
         Raises:
-            ValueError: a loss asks for a feature that is not known for the model.
+            ValueError: a loss asks for a feature that is not known for the model, or those of student and teacher cannot be
+                compared.
         """
         shapes = {}
         if "uskd" in self.losses:
@@ -194,7 +249,16 @@ class RecipeArguments:
                 "feature_norm": feature_norm,
             }
         if "vitkd" in self.losses:
+            check_token_grids(student, teacher)
             shapes |= {"student_dim": token_shape(student)[1], "teacher_dim": token_shape(teacher)[1]}
+        if "srrl" in self.losses:
+            classifier_head(teacher)  # for its error
+        if not {"mgd", "srrl"}.isdisjoint(self.losses):
+            student_map = _map_shape(student, image_size)
+            teacher_map = _map_shape(teacher, teacher_image_size or image_size)
+            if "mgd" in self.losses:
+                check_map_sizes(student_map[2:], teacher_map[2:])
+            shapes |= {"student_channels": student_map[1], "teacher_channels": teacher_map[1]}
         return shapes
 
     def build_loss(self, **shape) -> nn.Module | dict[str, nn.Module] | None:
@@ -212,6 +276,12 @@ class RecipeArguments:
                 f"{{{losses[0]}: {{...}}}}, got {', '.join(map(str, wrong))}"
             )
         return {name: _build(name, loss_args.get(name, {}), shape) for name in losses}
+
+
+def _map_shape(model: nn.Module, image_size: tuple[int, int]) -> torch.Size:
+    parameter = next(model.parameters())
+    pixel_values = torch.zeros(1, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
+    return feature_shape(model, pixel_values, kind="map")
 
 
 def _build(name: str, loss_args: dict, shape: dict) -> nn.Module:

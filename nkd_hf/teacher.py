@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from .features import TEACHER_FEATURES, FeatureTap
+from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, classifier_head
 from .opening import RefusedError, open_pretrained
 from .preprocessing import Preprocessing, read_preprocessing
 
@@ -48,6 +48,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", None, persistent=False)
         self.register_buffer("order", None, persistent=False)
         self._taps: dict[str, FeatureTap] = {}
+        self._hands_out_head = False
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -88,7 +89,8 @@ class Teacher(nn.Module):
         """Keeps features from now on, in place of those that were kept before; ahead of the first call, if it compiles.
 
         Args:
-            names: of losses' inputs: `teacher_low`, `teacher_high`. What is no feature (`teacher_logits`) is left out.
+            names: of losses' inputs: `teacher_low`, `teacher_high`, `teacher_map`, and `teacher_head_weight` and
+                `teacher_head_bias`, which are the classifier's. What is none of them (`teacher_logits`) is left out.
 
         Raises:
             ValueError: no such feature is known for this model.
@@ -96,18 +98,31 @@ class Teacher(nn.Module):
         for tap in self._taps.values():
             tap.remove()
         self._taps = {}
+        names = list(names)
         for name in names:
             if name in TEACHER_FEATURES:
                 self._taps[name] = FeatureTap(self.model, kind=TEACHER_FEATURES[name])
+        self._hands_out_head = not set(TEACHER_HEAD).isdisjoint(names)
+        if self._hands_out_head:
+            classifier_head(self.model)  # for its error
         return self
 
     def take_features(self) -> dict[str, Tensor]:
         """Hands over the tapped features of the last call by name, without gradient; see [`FeatureTap.take`].
 
+        Beside them stands the classifier, where it was asked for: `teacher_head_weight` [C, D] and `teacher_head_bias` [C],
+        in the student's order of labels.
+
         Raises:
             RuntimeError: there was no call since they were last taken.
         """
-        return {name: tap.take() for name, tap in self._taps.items()}
+        features = {name: tap.take() for name, tap in self._taps.items()}
+        if self._hands_out_head:
+            head = classifier_head(self.model)
+            bias = head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
+            order = slice(None) if self.order is None else self.order
+            features |= dict(zip(TEACHER_HEAD, (head.weight[order], bias[order]), strict=True))
+        return features
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Classifies the student's pixels.

@@ -25,6 +25,7 @@ from .batch_norm import estimate_batch_norm
 from .batches import EpochDataset, EpochSampler, ImageCollator
 from .features import check_token_grids
 from .finite_trainer import FiniteTrainer
+from .losses import NKDLoss
 from .model_card import CardInfo, write_card
 from .model_card.curves import OTHER_DATASET
 from .modeling import DistillationModel
@@ -32,6 +33,7 @@ from .optimization import SCHEDULES, decayed_parameters, lr_factor
 from .preprocessing import read_preprocessing
 from .publishing import SETTINGS, publishable
 from .teacher import Teacher, load_teacher
+from .teacher_logits import StoredTeacher, TeacherLogits
 from .training_args import DistillationTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ class DistillationTrainer(FiniteTrainer):
         args (`DistillationTrainingArguments`)
         data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`. Batches hold `pixel_values`
             [B, 3, H, W] float and `labels`: [B] int64, or [B, C] float after mixup / cutmix. `processing_class` is the
-            student's image processor; it is saved with the student.
+            student's image processor; it is saved with the student. An [`ImageCollator`] with `teacher_logits` takes the
+            place of a teacher.
         teacher (`str`, `nn.Module` or [`Teacher`], *optional*): a Hub id, a folder or a model; see [`load_teacher`].
         distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): [`NKDLoss`], [`USKDLoss`], [`ViTKDLoss`], or several by
             name, which add up. None trains with the task loss alone: the baseline.
@@ -125,6 +128,7 @@ class DistillationTrainer(FiniteTrainer):
         self.label_smoother = None
         # Set anew in each step of training; here for who calls compute_loss by hand.
         self.current_gradient_accumulation_steps = 1
+        self.teacher_logits = self._check_stored_logits()
         self.teacher = self._prepare_teacher(teacher)
         if args.ema_decay is not None:
             self.add_callback(_UpdateAverage(self))
@@ -139,13 +143,48 @@ class DistillationTrainer(FiniteTrainer):
             )
         return DistillationModel(model, losses, args.feature_layer, args.label_smoothing_factor, args.ema_decay)
 
+    def _check_stored_logits(self) -> TeacherLogits | None:
+        """The store that the batches' teacher logits come from, if it serves the losses."""
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        store = self.data_collator.teacher_logits if isinstance(self.data_collator, ImageCollator) else None
+        if store is None:
+            return None
+        if set(model.teacher_inputs) - {"teacher_logits"}:
+            raise ValueError(
+                f"the distillation losses ask a teacher for {', '.join(model.teacher_inputs)}, and {store.folder} has its "
+                "logits alone: set a teacher and no teacher_logits"
+            )
+        takers = [loss for name, loss in model.losses.items() if model.needs("teacher_logits", of=name)]
+        self._stored_temperature = 1.0
+        if store.info.top_k is None or not takers:
+            return store
+        if others := [type(loss).__name__ for loss in takers if not isinstance(loss, NKDLoss)]:
+            raise ValueError(
+                f"{', '.join(others)} needs top_k = all, and {store.folder} has the {store.info.top_k} largest logits, from "
+                "which NKD alone can be computed: write a store without --top_k"
+            )
+        temperatures = {float(loss.temperature) for loss in takers}
+        if len(temperatures) > 1 or not temperatures <= set(store.info.temperatures):
+            raise ValueError(
+                f"NKD's temperature must be one of {', '.join(map(str, store.info.temperatures))}, those of "
+                f"{store.folder}, got {', '.join(map(str, temperatures))}: write a store with --temperatures"
+            )
+        self._stored_temperature = temperatures.pop()
+        return store
+
     def _prepare_teacher(self, teacher: str | nn.Module | Teacher | None) -> nn.Module | None:
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
-        if bool(model.teacher_inputs) != (teacher is not None):
+        if self.teacher_logits is not None and teacher is not None:
+            raise ValueError(
+                f"the teacher's logits are those of {self.teacher_logits.folder}: leave teacher out, or the collator's "
+                "teacher_logits"
+            )
+        has_teacher = teacher is not None or self.teacher_logits is not None
+        if bool(model.teacher_inputs) != has_teacher:
             names = ", ".join(type(loss).__name__ for loss in self._distillation_losses.values()) or "none"
             raise ValueError(
-                f"distillation_loss is {names}, which asks for no teacher: leave teacher out"
-                if teacher is not None
+                f"distillation_loss is {names}, which asks for no teacher: leave teacher (and teacher_logits) out"
+                if has_teacher
                 else f"distillation_loss is {names}, which asks for a teacher: set teacher to a Hub id, folder or model"
             )
         if model.taps and self.args.n_gpu > 1:
@@ -186,7 +225,8 @@ class DistillationTrainer(FiniteTrainer):
 
         Args:
             model: `trainer.model`, possibly wrapped.
-            inputs: `pixel_values` [B, 3, H, W] float and `labels` [B] int64 or [B, C] float.
+            inputs: `pixel_values` [B, 3, H, W] float and `labels` [B] int64 or [B, C] float; with a store of teacher
+                logits, `teacher_logits`, too.
             return_outputs: whether to return `{"logits": [B, C]}` too.
             num_items_in_batch: ignored; the loss is a mean over the micro-batch.
 
@@ -206,6 +246,9 @@ class DistillationTrainer(FiniteTrainer):
         if self.teacher is not None:
             teacher_outputs["teacher_logits"] = self.teacher(pixel_values)
             teacher_outputs |= self.accelerator.unwrap_model(self.teacher).take_features()
+        elif self.teacher_logits is not None:
+            stored = self.teacher_logits.dense(inputs["teacher_logits"], self._stored_temperature)
+            teacher_outputs["teacher_logits"] = stored
         outputs = model(pixel_values, labels, teacher_outputs)
         # DataParallel gives a vector, one entry per GPU.
         losses = {name: value.mean() for name, value in outputs["losses"].items()}
@@ -293,7 +336,9 @@ class DistillationTrainer(FiniteTrainer):
         if isinstance(train_dataset, EpochDataset):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             shuffle = self.args.train_sampling_strategy != "sequential"
-            sampler = EpochSampler(len(train_dataset), seed, shuffle=shuffle)
+            collator = self.data_collator
+            pairs = isinstance(collator, ImageCollator) and collator.mix_pairs
+            sampler = EpochSampler(len(train_dataset), seed, shuffle=shuffle, positions=True, pairs=pairs)
             self.pop_callback(_SetEpoch)
             self.add_callback(_SetEpoch(sampler))
             return sampler
@@ -422,10 +467,15 @@ class DistillationTrainer(FiniteTrainer):
                 args=self.args,
                 state=self.state,
                 repo_id=repo_id if repo_id and "/" in repo_id else None,
-                teacher=None if self.teacher is None else self.accelerator.unwrap_model(self.teacher),
+                teacher=self._described_teacher(),
                 losses=self._distillation_losses,
                 info=self.card_info.updated(language, license, tags, **kwargs),
             )
+
+    def _described_teacher(self) -> Teacher | StoredTeacher | None:
+        if self.teacher_logits is not None:
+            return self.teacher_logits.info.teacher
+        return None if self.teacher is None else self.accelerator.unwrap_model(self.teacher)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The default looks for the trained module's keys, and a checkpoint holds the student's.

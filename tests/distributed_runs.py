@@ -30,7 +30,8 @@ from nkd_hf import (
     train_transform,
 )
 from nkd_hf.losses import ViTKDLoss, vitkd
-from nkd_hf.modeling import DistillationModel
+from nkd_hf.modeling import DistillationModel, save_student
+from nkd_hf.teacher_run import write_store
 
 STEPS = 10
 # Number of processes -> batch of each and accumulation: global batches of 16 and 32.
@@ -179,6 +180,19 @@ def shard(folder: Path) -> dict:
     }
 
 
+def teacher_logits(folder: Path) -> str | None:
+    """A store of three shards in each of two epochs; the fault is returned, if there is one."""
+    if PartialState().is_main_process:
+        save_student(timm_cnn(seed=1), str(folder / "teacher"))
+    PartialState().wait_for_everyone()
+    return write_store(
+        ["--output", str(folder / "store"), "--epochs", "2", "--batch_size", "16", "--shard_size", "16",
+         "--student", "resnet18", "--student_args", '{"channels": [4, 8, 8, 8]}', "--teacher", str(folder / "teacher"),
+         "--image_size", "32", "--max_train_samples", "47", "--max_eval_samples", "31", "--mixup_alpha", "0.8",
+         "--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
+    )  # fmt: skip
+
+
 def work(rank: int, world_size: int, port: int, folder: Path) -> None:
     if world_size > 1:
         os.environ |= {
@@ -195,6 +209,8 @@ def work(rank: int, world_size: int, port: int, folder: Path) -> None:
             results[f"{case} {batch} x {accumulation}"] = train(case, folder, batch, accumulation)
     if world_size == 2:
         results |= {part.__name__: part(folder) for part in (resume, statistics, shard)}
+    if world_size < 3:
+        results["teacher_logits"] = teacher_logits(folder)
     state = PartialState()
     results["world_size"] = state.num_processes
     if state.is_main_process:

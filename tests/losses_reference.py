@@ -95,3 +95,126 @@ def vitkd_reference(
             if i not in kept:
                 generation = generation + ((generated[i] - teacher_high[image, i]) ** 2).sum()
     return module.alpha * mimicking / batch_size, module.beta * generation / batch_size / module.mask_ratio
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    powers = torch.exp(logits / temperature)
+    return powers / powers.sum(1, keepdim=True)
+
+
+def kd_reference(
+    student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.5, temperature: float = 4.0
+) -> tuple[Tensor]:
+    """KD: cross-entropy of the softened distributions, image by image."""
+    student, teacher = (_softened(logits, temperature) for logits in (student_logits, teacher_logits))
+    images = [-(teacher[b] * student[b].log()).sum() for b in range(len(student))]
+    return (alpha * temperature**2 * sum(images) / len(images),)
+
+
+def dkd_reference(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 6.0,
+    temperature: float = 4.0,
+) -> tuple[Tensor, Tensor]:
+    """Weighted target and non-target term of DKD (equation 7), image by image."""
+    labels = labels.argmax(1) if labels.ndim == 2 else labels
+    student, teacher = (_softened(logits, temperature) for logits in (student_logits, teacher_logits))
+    target_terms, non_target_terms = [], []
+    for p, q, target in zip(student, teacher, labels.tolist(), strict=True):
+        others = [i for i in range(len(p)) if i != target]
+        p_rest, q_rest = p[others].sum(), q[others].sum()
+        target_terms.append(q[target] * (q[target] / p[target]).log() + q_rest * (q_rest / p_rest).log())
+        p_hat, q_hat = p[others] / p_rest, q[others] / q_rest
+        non_target_terms.append((q_hat * (q_hat / p_hat).log()).sum())
+    scale = temperature**2 / len(student)
+    return alpha * scale * sum(target_terms), beta * scale * sum(non_target_terms)
+
+
+def wsld_reference(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float = 2.25, temperature: float = 4.0
+) -> tuple[Tensor]:
+    """WSLD, image by image. The official code adds 1e-7 to the teacher's cross-entropy."""
+    labels = labels.argmax(1) if labels.ndim == 2 else labels
+    total = 0.0
+    for s, t, target in zip(student_logits, teacher_logits, labels.tolist(), strict=True):
+        student_error, teacher_error = (-_softened(row[None], 1)[0, target].log() for row in (s, t))
+        weight = 1 - torch.exp(-student_error / (teacher_error + 1e-7)).detach()
+        p, q = (_softened(row[None], temperature)[0] for row in (s, t))
+        total = total - weight * (q * p.log()).sum()
+    return (alpha * temperature**2 * total / len(student_logits),)
+
+
+def dist_reference(
+    student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0, gamma: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Weighted inter-class and intra-class relation of DIST (equations 6 to 10): covariance over standard deviations."""
+    student, teacher = _softened(student_logits, 1), _softened(teacher_logits, 1)
+
+    def distance(u: Tensor, v: Tensor) -> Tensor:
+        if len(u) < 2 or u.var() == 0 or v.var() == 0:
+            return 1 - 0 * u.sum()
+        covariance = ((u - u.mean()) * (v - v.mean())).sum() / (len(u) - 1)
+        # The official code's floor of 1e-8 is under the sums of squares, which are n - 1 variances.
+        return 1 - covariance / (u.std() * v.std() + 1e-8 / (len(u) - 1))
+
+    batch_size, num_classes = student.shape
+    inter_class = sum(distance(student[b], teacher[b]) for b in range(batch_size)) / batch_size
+    intra_class = sum(distance(student[:, i], teacher[:, i]) for i in range(num_classes)) / num_classes
+    return beta * inter_class, gamma * intra_class
+
+
+def wttm_reference(
+    student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0.2, beta: float = 1.0
+) -> tuple[Tensor]:
+    """WTTM: the power sum U and the divergence from the power-transformed teacher, image by image."""
+    student, teacher = _softened(student_logits, 1), _softened(teacher_logits, 1)
+    total = 0.0
+    for p, q in zip(student, teacher, strict=True):
+        power_sum = sum(probability**exponent for probability in q)
+        for p_i, q_i in zip(p, q, strict=True):
+            transformed = q_i**exponent / power_sum
+            total = total + power_sum * transformed * (transformed / p_i).log()
+    return (beta * total / len(student),)
+
+
+def mgd_reference(module: nn.Module, student_map: Tensor, teacher_map: Tensor, noise: Tensor) -> tuple[Tensor]:
+    """MGD, image by image and channel by channel."""
+    total = 0.0
+    for image in range(len(student_map)):
+        aligned = module.align(student_map[image : image + 1])[0]
+        kept = [
+            plane if noise[image, channel] >= module.mask_ratio else torch.zeros_like(plane)
+            for channel, plane in enumerate(aligned)
+        ]
+        generated = module.generator(torch.stack(kept)[None])[0]
+        total = total + ((generated - teacher_map[image]) ** 2).sum()
+    return (module.alpha * total / len(student_map),)
+
+
+def srrl_reference(
+    module: nn.Module,
+    student_map: Tensor,
+    teacher_map: Tensor,
+    teacher_logits: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weighted feature and regression term of SRRL, with the BatchNorm written out."""
+    conv, norm, _ = module.connector
+    connected = torch.einsum("dc,bchw->bdhw", conv.weight[:, :, 0, 0], student_map)
+    mean = connected.mean((0, 2, 3), keepdim=True)
+    variance = ((connected - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    connected = (connected - mean) / (variance + norm.eps).sqrt()
+    connected = (connected * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+    batch_size, dim = connected.shape[:2]
+    feature, regression = 0.0, 0.0
+    for image in range(batch_size):
+        student_feature = connected[image].flatten(1).mean(1)
+        teacher_feature = teacher_map[image].flatten(1).mean(1)
+        feature = feature + ((student_feature - teacher_feature) ** 2).sum() / (batch_size * dim)
+        error = weight @ student_feature + bias - teacher_logits[image]
+        regression = regression + (error**2).sum() / error.numel() / batch_size
+    return module.alpha * feature, module.beta * regression

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from nkd_hf.losses import NKDLoss, USKDLoss, nkd_loss, uskd_loss
 from nkd_hf.losses.normalized import normalized_loss
-from nkd_hf.losses.uskd import _sortable_bits
+from nkd_hf.losses.uskd import _descending_order, _sortable_bits
 
 TESTS = Path(__file__).parent
 GOLDEN = json.loads((TESTS / "golden" / "index.json").read_text())
@@ -163,7 +163,7 @@ def test_normalized_loss_gradcheck(num_targets, temperature):
     weight = torch.tensor([[0.7, -0.2], [0.3, 0.5], [0.9, 0.0]], dtype=torch.float64)[:, :num_targets]
     label = other.scatter(1, target, -math.inf).softmax(1)
     assert torch.autograd.gradcheck(
-        lambda logits: normalized_loss(logits, target, weight, label, temperature), (student,)
+        lambda logits: normalized_loss(logits, target, weight, label, temperature)[:2], (student,)
     )
 
 
@@ -174,6 +174,66 @@ def test_bits_sort_like_the_values(dtype):
     values = torch.randn(1000, generator=generator, dtype=dtype) * magnitude
     values = torch.cat([values, torch.tensor([math.inf, -math.inf, 0.0], dtype=dtype)])
     assert torch.equal(_sortable_bits(values.clone()).argsort(), values.argsort())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_classes", [2, 11, 1000])
+def test_order_is_a_stable_sort(num_classes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for rank in (
+        torch.randn(7, num_classes, generator=generator, dtype=dtype),
+        torch.randint(-3, 3, (7, num_classes), generator=generator).to(dtype),  # the lower class first among equals
+        torch.zeros(7, num_classes, dtype=dtype),
+    ):
+        assert torch.equal(_descending_order(rank.clone()), rank.argsort(dim=-1, descending=True, stable=True))
+
+
+# ---- the task loss from the same softmax
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("num_classes", [2, 7])
+@pytest.mark.parametrize("labels", [HARD, MIXUP, "one-hot rows"])
+def test_shared_task_loss(labels, num_classes, temperature, label_smoothing):
+    student, other, rows = make_batch(5, num_classes, labels=HARD if labels == HARD else MIXUP)
+    if labels == "one-hot rows":
+        rows = F.one_hot(rows.argmax(1), num_classes).double()
+    modules = [
+        (NKDLoss(temperature=temperature), (student, other, rows)),
+        (USKDLoss(2, num_classes).double(), (other[:, :2], student, rows)),
+    ]
+    for module, arguments in modules:
+        task_loss = F.cross_entropy(student, rows, label_smoothing=label_smoothing)
+        alone, shared = module(*arguments), module(*arguments, label_smoothing=label_smoothing)
+        assert list(shared) == ["task", *alone]
+        expected = [task_loss, *alone.values()]
+        weights = (0.6, 0.7, -1.3, 0.4)
+        assert_same_with_gradients(shared.values(), expected, [student], weights=weights)
+
+
+def test_shared_task_loss_of_a_confident_student():
+    """The gradient keeps its digits where the softmax rounds to one."""
+    student, other, labels = make_batch(4, 7, dtype=torch.float32)
+    student = (student.detach() + 30 * F.one_hot(labels, 7)).requires_grad_()
+    exact = student.detach().double().requires_grad_()
+    shared = NKDLoss()(student, other, labels, label_smoothing=0.0)["task"]
+    expected = F.cross_entropy(exact, labels)
+    assert_close(shared, expected, 1e-5)
+    assert_close(torch.autograd.grad(shared, student)[0], torch.autograd.grad(expected, exact)[0], 1e-5)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("labels", [HARD, MIXUP])
+def test_compile_with_the_task_loss(labels, label_smoothing):
+    torch._dynamo.reset()
+    student, other, labels = make_batch(6, 11, labels=labels, dtype=torch.float32)
+    module = NKDLoss()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(student, other, labels, label_smoothing)
+    plain = module(student, other, labels, label_smoothing)
+    gradients = [torch.autograd.grad(sum(terms.values()), student)[0] for terms in (compiled, plain)]
+    assert_close(compiled["task"], plain["task"], 1e-6)
+    assert_close(*gradients, 1e-6)
 
 
 # ---- properties
@@ -592,8 +652,11 @@ def test_import_needs_torch_alone():
 
 def test_benchmark_runs(tmp_path):
     command = [sys.executable, TESTS.parent / "benchmarks" / "losses.py", "--batch=8", "--classes=16", "--rounds=1"]
-    result = subprocess.run([*command, f"--json={tmp_path / 'o.json'}"], capture_output=True, text=True, check=True)
-    assert "NKD against cross-entropy" in result.stdout
-    figures = json.loads((tmp_path / "o.json").read_text())
-    assert figures["rows"]["cross-entropy"]["peak_matrices"] >= 2
-    assert len(figures["bounds"]) == 4
+    command += ["--mode=eager", f"--json={tmp_path / 'o.json'}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "NKD, x cross-entropy" in result.stdout
+    tables = json.loads((tmp_path / "o.json").read_text())["tables"]
+    assert [table["dtype"] for table in tables] == ["float32", "bfloat16"]
+    for table in tables:
+        assert table["rows"]["cross-entropy"]["extra_matrices"] >= 1
+        assert len(table["bounds"]) == 5

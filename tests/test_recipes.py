@@ -228,7 +228,7 @@ def test_vitkd_from_a_cnn_is_refused_before_the_teacher_is_trained(tmp_path):
     [
         (["--gama", "1.0"], "unknown argument --gama"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-        (["--distillation_loss", "kt"], "must be nkd, uskd, vitkd, several of them joined by +, or none, got 'kt'"),
+        (["--distillation_loss", "kt"], "mgd, srrl, several of them joined by +, or none, got 'kt'"),
         (["--distillation_loss", "nkd+nkd"], "several of them joined by +, or none, got 'nkd+nkd'"),
         (["--distillation_loss", "nkd+vitkd"], "are by the names of the losses, such as {nkd: {...}}, got gamma"),
         (

@@ -157,13 +157,13 @@ def untrained_teacher(name, **kwargs):
 def row(request, photographs, tmp_path):
     """The row's recipe, and a trainer of its student with its loss that has not begun."""
     recipe = Recipe(*arguments_of(request.param, photographs, tmp_path))
-    student = recipe._create(recipe.args.student, recipe.args.student_args)
+    student = recipe.create(recipe.args.student, recipe.args.student_args)
     recipe.teacher = None
     if recipe.args.needs_teacher:
         # Its width and its patches are what matters here, and DeiT III-Large takes long to fill with random weights.
         shallow = {"model_args": {"depth": 2}} if "deit" in recipe.args.teacher else {}
         recipe.teacher = untrained_teacher(recipe.args.teacher, num_labels=student.config.num_labels, **shallow)
-    train, validation = recipe._datasets(student)
+    train, validation = recipe.datasets(student)
     trainer = DistillationTrainer(
         model=student, teacher=recipe.teacher, distillation_loss=recipe._loss(student), args=recipe.training_args,
         train_dataset=train, eval_dataset=validation, processing_class=load_image_processor(student),

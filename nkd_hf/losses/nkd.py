@@ -70,7 +70,7 @@ def nkd_loss(
         >>> student_logits.grad.shape
         torch.Size([2, 3])
     """
-    target_term, non_target_term = _components(student_logits, teacher_logits, labels, gamma, temperature)
+    target_term, non_target_term, _ = _components(student_logits, teacher_logits, labels, gamma, temperature)
     return target_term + non_target_term
 
 
@@ -102,20 +102,32 @@ class NKDLoss(nn.Module):
         self.gamma = gamma
         self.temperature = temperature
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Weighted components, each a scalar; the arguments are those of [`nkd_loss`]."""
-        target_term, non_target_term = _components(
-            student_logits, teacher_logits, labels, self.gamma, self.temperature
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, label_smoothing: float | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted components, each a scalar; the arguments are those of [`nkd_loss`].
+
+        With a `label_smoothing`, the student's cross-entropy with the labels comes first, as `task`: from the same softmax
+        it costs less than on its own.
+        """
+        target_term, non_target_term, task_loss = _components(
+            student_logits, teacher_logits, labels, self.gamma, self.temperature, label_smoothing
         )
-        return {"nkd_target": target_term, "nkd_non_target": non_target_term}
+        components = {"nkd_target": target_term, "nkd_non_target": non_target_term}
+        return components if task_loss is None else {"task": task_loss, **components}
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, temperature={self.temperature}"
 
 
 def _components(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, gamma: float, temperature: float
-) -> tuple[Tensor, Tensor]:
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    gamma: float,
+    temperature: float,
+    label_smoothing: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     check_scalar("gamma", gamma)
     check_scalar("temperature", temperature, positive=True)
     check_student_logits(student_logits)
@@ -123,21 +135,24 @@ def _components(
     check_other_logits("teacher_logits", teacher_logits, student_logits, f"load a {num_classes}-class teacher")
     check_labels(labels, student_logits)
 
-    target = labels.argmax(-1, keepdim=True) if labels.ndim == 2 else labels.long().unsqueeze(-1)
+    labels = labels if labels.ndim == 2 else labels.long()
+    target = labels.argmax(-1, keepdim=True) if labels.ndim == 2 else labels.unsqueeze(-1)
     dtype = compute_dtype(student_logits)
     with torch.no_grad():
         rest_logits = drop_targets(teacher_logits, target, temperature, dtype)
         teacher_non_target_prob = rest_logits.softmax(-1)
         if temperature == 1:
+            peak = rest_logits.amax(-1, keepdim=True)
             log_peak = teacher_non_target_prob.amax(-1, keepdim=True).log()
-            teacher_target_prob = target_log_odds(teacher_logits, target, rest_logits, log_peak).sigmoid()
+            teacher_target_prob = target_log_odds(teacher_logits, target, peak, log_peak).sigmoid()
         else:
             teacher_target_prob = teacher_logits.softmax(-1, dtype=dtype).gather(-1, target)
         if labels.ndim == 2:
             # the labels' values are not used, but one that is nan or inf must not pass for a class
             teacher_target_prob = teacher_target_prob + 0 * labels.gather(-1, target).to(dtype)
         del rest_logits  # one matrix less at the peak
-    target_term, non_target_term = normalized_loss(
-        student_logits, target, teacher_target_prob, teacher_non_target_prob, temperature
+    task = {} if label_smoothing is None else {"task_labels": labels, "label_smoothing": label_smoothing}
+    target_term, non_target_term, task_loss = normalized_loss(
+        student_logits, target, teacher_target_prob, teacher_non_target_prob, temperature, **task
     )
-    return target_term, gamma * non_target_term
+    return target_term, gamma * non_target_term, task_loss

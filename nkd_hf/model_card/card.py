@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState
 
 from ..teacher import Teacher
+from ..teacher_logits import StoredTeacher
 from ..training_args import DistillationTrainingArguments
 from .curves import percentages, plot_curves
 from .facts import CardInfo, Run, listed
@@ -35,7 +36,7 @@ def write_card(
     args: DistillationTrainingArguments,
     state: TrainerState,
     repo_id: str | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | StoredTeacher | None = None,
     losses: Mapping[str, nn.Module] | None = None,
     info: CardInfo | None = None,
 ) -> bool:
@@ -71,7 +72,7 @@ def create_card(
     args: DistillationTrainingArguments,
     state: TrainerState,
     repo_id: str | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | StoredTeacher | None = None,
     losses: Mapping[str, nn.Module] | None = None,
     info: CardInfo | None = None,
     curves: str | None = None,

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification, TrainerState
 
 from ..teacher import Teacher
+from ..teacher_logits import StoredTeacher
 from ..training_args import DistillationTrainingArguments
 from .curves import publishable_log, read_accuracies
 from .licences import check_license
@@ -96,7 +97,7 @@ class Run:
     args: DistillationTrainingArguments
     state: TrainerState
     repo_id: str | None
-    teacher: Teacher | None
+    teacher: Teacher | StoredTeacher | None
     losses: Mapping[str, nn.Module]
     info: CardInfo
     curves: str | None
@@ -136,10 +137,19 @@ class Run:
         """What the teacher was opened from; None for a module that came from no repository of the Hub."""
         if self.teacher is None:
             return None
+        if isinstance(self.teacher, StoredTeacher):
+            return self.teacher.name
         if self.teacher.name != type(self.teacher.model).__name__:
             return self.teacher.name
         # One that was handed in as a module is called by its class, and its config may know where it came from.
         return hub_id(getattr(getattr(self.teacher.model, "config", None), "name_or_path", None))
+
+    @property
+    def stored_teacher(self) -> StoredTeacher:
+        """What the card says of the teacher's model, whether it ran beside the student or before."""
+        if isinstance(self.teacher, StoredTeacher):
+            return self.teacher
+        return describe_teacher(self.teacher.model, self.teacher_name)
 
     @property
     def is_timm(self) -> bool:
@@ -150,6 +160,18 @@ class Run:
     def has_own_code(self) -> bool:
         """Whether `save_pretrained` copies a modelling file beside the weights."""
         return self.student._auto_class is not None
+
+
+def architecture(model: nn.Module) -> str:
+    """What a model is: timm's name of it, or its class."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        return model.config.architecture
+    return type(model).__name__.removesuffix("ForImageClassification")
+
+
+def describe_teacher(model: nn.Module, name: str | None) -> StoredTeacher:
+    """What a card says of a teacher: its name, if it has one, its architecture and its size."""
+    return StoredTeacher(name, architecture(model), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def listed(value: str | list[str] | None) -> list[str]:

@@ -2,48 +2,20 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from torch import nn
-from transformers import TimmWrapperForImageClassification
 
 from .. import __version__
-from ..losses import NKDLoss, USKDLoss, ViTKDLoss
 from .curves import read_accuracies
-from .facts import Run
+from .facts import Run, architecture
+from .methods import METHODS
 from .text import code, code_block, link, plain, plain_name
 
 _LIBRARIES = ("torch", "transformers", "timm", "datasets", "accelerate", "huggingface_hub")
-
-
-class Method(NamedTuple):
-    """A distillation method: its name, its paper and how that is cited."""
-
-    name: str
-    paper: str
-    citation: str
-
-
-_NKD_CITATION = """@inproceedings{yang2023from,
-  title     = {From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels},
-  author    = {Yang, Zhendong and Zeng, Ailing and Li, Zhe and Zhang, Tianke and Yuan, Chun and Li, Yu},
-  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2023}
-}"""
-_VITKD_CITATION = """@article{yang2022vitkd,
-  title   = {ViTKD: Practical Guidelines for ViT feature knowledge distillation},
-  author  = {Yang, Zhendong and Li, Zhe and Zeng, Ailing and Li, Zexian and Yuan, Chun and Li, Yu},
-  journal = {arXiv preprint arXiv:2209.02432},
-  year    = {2022}
-}"""
-METHODS = {
-    NKDLoss: Method("NKD", "https://arxiv.org/abs/2303.13005", _NKD_CITATION),
-    USKDLoss: Method("USKD", "https://arxiv.org/abs/2303.13005", _NKD_CITATION),
-    ViTKDLoss: Method("ViTKD", "https://arxiv.org/abs/2209.02432", _VITKD_CITATION),
-}
 
 
 def body(run: Run) -> str:
@@ -57,7 +29,7 @@ def body(run: Run) -> str:
 def summary(run: Run) -> str:
     """What was made of what, and what came of it, in a few sentences."""
     classes = f"{run.student.config.num_labels} classes"
-    what = f"{_architecture(run.student)} ({_count(run.student)} parameters, {classes}), "
+    what = f"{_architecture(run.student)} ({_count(run.student.num_parameters())} parameters, {classes}), "
     losses = " and ".join(map(_loss, run.losses.values()))
     if not losses:
         what += "trained with the cross-entropy alone, without a distillation loss"
@@ -91,7 +63,7 @@ def results(run: Run) -> str:
         lines += [f"Accuracy in % on {images}{where}:", "", "| model | top-1 | top-5 |", "|---|---|---|"]
         student = _architecture(run.student)
         if run.info.teacher and run.teacher is not None:
-            lines.append(_row(f"the teacher, {_architecture(run.teacher.model)}", run.info.teacher))
+            lines.append(_row(f"the teacher, {code(run.stored_teacher.architecture)}", run.info.teacher))
         if run.info.baseline and run.losses:
             lines.append(_row(f"{student}, trained in the same way without distillation", run.info.baseline))
         for part, values in run.results.items():
@@ -160,10 +132,12 @@ def training(run: Run) -> str:
     # Below 1, it is a share of the steps.
     warmup = f"{100 * args.warmup_steps:g} %" if args.warmup_steps < 1 else f"{args.warmup_steps:g} steps"
     smoothing = f" (label smoothing {args.label_smoothing_factor:g})" if args.label_smoothing_factor else ""
+    task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in run.losses.values())
+    task = "cross-entropy" if task_weight == 1 else f"{task_weight:.3g} x cross-entropy"
     facts = {
         "data": ", ".join(filter(None, (_datasets(run), images))),
         "length": f"{epochs}{state.global_step} optimiser steps",
-        "loss": " + ".join([f"cross-entropy{smoothing}", *map(_loss, run.losses.values())]),
+        "loss": " + ".join([f"{task}{smoothing}", *map(_loss, run.losses.values())]),
         "global batch": f"{global_batch}{split}",
         "optimiser": code(args.optim.value)
         + (f" ({code(args.optim_args)})" if args.optim_args else "")
@@ -209,21 +183,18 @@ def _row(name: str, values: Mapping[str, float]) -> str:
     return f"| {' | '.join([name.replace('|', chr(92) + '|'), *cells])} |"
 
 
-def _count(model: nn.Module) -> str:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def _count(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.0f} k"
 
 
 def _architecture(model: nn.Module) -> str:
-    if isinstance(model, TimmWrapperForImageClassification):
-        return code(model.config.architecture)
-    return code(type(model).__name__.removesuffix("ForImageClassification"))
+    return code(architecture(model))
 
 
 def _teacher(run: Run) -> str:
-    model = run.teacher.model
-    name = _architecture(model) if run.teacher_name is None else link(run.teacher_name)
-    return f"{name} ({_count(model)} parameters)"
+    teacher = run.stored_teacher
+    name = code(teacher.architecture) if teacher.name is None else link(teacher.name)
+    return f"{name} ({_count(teacher.num_parameters)} parameters)"
 
 
 def _loss(loss: nn.Module) -> str:

@@ -1,0 +1,103 @@
+"""KD: the classic knowledge distillation, soft labels at a raised temperature."""
+
+from torch import Tensor, nn
+
+from .normalized import check_other_logits, check_scalar, check_student_logits, compute_dtype
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.5, temperature: float = 4.0) -> Tensor:
+    r"""Knowledge distillation loss of "Distilling the Knowledge in a Neural Network" (https://arxiv.org/abs/1503.02531),
+    section 2.
+
+    .. math::
+        L_\text{KD} = -\alpha \tau^2 \sum_i T^\tau_i \log S^\tau_i
+
+    as the mean over the batch, where :math:`T^\tau` and :math:`S^\tau` are the softmax of teacher and student at
+    temperature :math:`\tau`. It is a cross-entropy: at its least it is the teacher's entropy, not zero. Add the student's
+    own classification loss to it, times :math:`1 - \alpha`; the trainer does so with [`KDLoss`].
+
+    Args:
+        student_logits: [B, C] float logits of the student.
+        teacher_logits: [B, C] float logits of the teacher, of any float dtype; they get no gradient.
+        alpha: weight of the term, 0 <= alpha <= 1.
+        temperature: :math:`\tau`, > 0.
+
+    The defaults are those of github.com/yzd-v/cls_KD.
+
+    Returns:
+        A scalar: float64 for float64 student logits, otherwise float32, in which the arithmetic runs, autocast or not.
+
+    Raises:
+        ValueError: shapes or dtypes don't fit, C < 2, B = 0, alpha or temperature out of range.
+        TypeError: not a tensor.
+
+    Example:
+        >>> import torch
+        >>> from nkd_hf.losses import kd_loss
+        >>> student_logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]], requires_grad=True)
+        >>> teacher_logits = torch.tensor([[1.0, 4.0, 0.0], [0.5, 0.0, 2.0]])
+        >>> loss = kd_loss(student_logits, teacher_logits)
+        >>> loss.backward()
+        >>> f"{loss.item():.4f}"
+        '8.5197'
+    """
+    _check_alpha(alpha)
+    check_scalar("temperature", temperature, positive=True)
+    check_student_logits(student_logits)
+    mend = f"load a {student_logits.shape[1]}-class teacher"
+    check_other_logits("teacher_logits", teacher_logits, student_logits, mend)
+
+    dtype = compute_dtype(student_logits)
+    teacher_prob = (teacher_logits.detach().to(dtype) / temperature).softmax(-1)
+    student_log_prob = (student_logits.to(dtype) / temperature).log_softmax(-1)
+    cross_entropy = -(teacher_prob * student_log_prob).sum(-1).mean()
+    return alpha * temperature**2 * cross_entropy
+
+
+class KDLoss(nn.Module):
+    """[`kd_loss`] as a module that returns its one component by name.
+
+    Args:
+        alpha: weight of the term, 0 <= alpha <= 1; `1 - alpha` is `task_weight`, with which the trainer multiplies the
+            task loss, whatever other losses are added to this one.
+        temperature: of both softmaxes, > 0.
+
+    Raises:
+        ValueError: alpha or temperature out of range; from the call, what `kd_loss` raises.
+
+    Example:
+        >>> import torch
+        >>> from nkd_hf.losses import KDLoss
+        >>> distillation_loss = KDLoss(alpha=0.9)
+        >>> distillation_loss
+        KDLoss(alpha=0.9, temperature=4.0)
+        >>> f"{distillation_loss.task_weight:.1f}"
+        '0.1'
+        >>> list(distillation_loss(torch.zeros(2, 10), torch.zeros(2, 10)))
+        ['kd']
+    """
+
+    def __init__(self, alpha: float = 0.5, temperature: float = 4.0):
+        super().__init__()
+        _check_alpha(alpha)
+        check_scalar("temperature", temperature, positive=True)
+        self.alpha = alpha
+        self.temperature = temperature
+
+    @property
+    def task_weight(self) -> float:
+        """What the task loss is multiplied with."""
+        return 1 - self.alpha
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+        """Weighted component, a scalar; the arguments are those of [`kd_loss`]."""
+        return {"kd": kd_loss(student_logits, teacher_logits, alpha=self.alpha, temperature=self.temperature)}
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, temperature={self.temperature}"
+
+
+def _check_alpha(alpha: float) -> None:
+    check_scalar("alpha", alpha)
+    if alpha > 1:
+        raise ValueError(f"alpha must be at most 1, got {alpha}: 1 - alpha is the weight of the task loss")
