@@ -131,9 +131,10 @@ class CheckpointTrainer(HubTrainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
         own = loader.base_dataloader  # accelerate's is around it
-        # Its draws come from a generator of its own: a resumed process makes new iterators where persistent workers keep
-        # theirs, and each takes a number from the generator that drop path and masks draw from.
-        own.generator = torch.Generator().manual_seed(derived_seeds(self.args.seed, self.args.process_index)[0])
+        if self.args.dataloader_persistent_workers:
+            # A generator of its own: a resumed process makes new iterators where persistent workers keep theirs, and each
+            # would take a number from the generator that drop path and masks draw from.
+            own.generator = torch.Generator().manual_seed(derived_seeds(self.args.seed, self.args.process_index)[0])
         own.worker_init_fn = functools.partial(shield_worker, own.worker_init_fn)
         return loader
 
