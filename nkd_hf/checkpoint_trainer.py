@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from .batches import derived_seeds
 from .checkpoints import (
     UNFINISHED,
     CheckpointError,
@@ -114,6 +115,10 @@ class CheckpointTrainer(HubTrainer):
         self._component_sums, self._component_steps = {}, 0.0
         with Sigterm(self.args.world_size) as self._sigterm:
             output = super()._inner_training_loop(batch_size, **kwargs)
+            # What came after the last step; twice, since several processes are answered one call late.
+            if any([self._sigterm.came(), self._sigterm.came()]):
+                logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
+                raise SystemExit(EXIT_CODE)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _init_training_state(
@@ -126,6 +131,10 @@ class CheckpointTrainer(HubTrainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
         own = loader.base_dataloader  # accelerate's is around it
+        if self.args.dataloader_persistent_workers:
+            # A generator of its own: a resumed process makes new iterators where persistent workers keep theirs, and each
+            # would take a number from the generator that drop path and masks draw from.
+            own.generator = torch.Generator().manual_seed(derived_seeds(self.args.seed, self.args.process_index)[0])
         own.worker_init_fn = functools.partial(shield_worker, own.worker_init_fn)
         return loader
 

@@ -16,6 +16,8 @@ from .recipe_args import RecipeArguments
 from .training_args import DistillationTrainingArguments
 
 RESULTS = "results.json"
+# Other folders in a run's are somebody else's.
+STAGES = ("teacher", "baseline", "student")
 _SETTINGS = "run.yaml"
 # By how their names begin, the arguments that change neither what is trained nor with what.
 _WITHOUT_EFFECT = (
@@ -49,8 +51,9 @@ def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
     Raises:
         ValueError: the folder holds a run with other settings.
     """
-    state = [folder / RESULTS, *folder.glob(f"*/{TRAINER_STATE_NAME}")]
-    has_run = any(path.exists() for path in state) or any(checkpoints(str(stage)) for stage in folder.glob("*/"))
+    stages = [folder / name for name in STAGES]
+    state = [folder / RESULTS, *(stage / TRAINER_STATE_NAME for stage in stages)]
+    has_run = any(path.exists() for path in state) or any(checkpoints(str(stage)) for stage in stages)
     record = folder / _SETTINGS
     if has_run and not afresh:
         earlier = yaml.safe_load(record.read_text(encoding="utf-8")) if record.is_file() else None
@@ -61,7 +64,7 @@ def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
             )
     goes_on = has_run and not afresh and not (folder / RESULTS).is_file()
     if not goes_on:
-        for stage in folder.glob("*/"):
+        for stage in stages:
             remove_unfinished(str(stage))
             for checkpoint in checkpoints(str(stage)):
                 shutil.rmtree(checkpoint)

@@ -381,7 +381,7 @@ def quiet(monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.training_args.logger.warning", lambda *args: None)
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers' fields that are deprecated
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' fields that are deprecated
 @short(250)
 @EVERY_VALUE
 def test_fields(tmp_path, capsys, quiet, name, value, is_in_file):
@@ -389,7 +389,7 @@ def test_fields(tmp_path, capsys, quiet, name, value, is_in_file):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @settings(LONG, max_examples=4000)
 @EVERY_VALUE
 def test_fields_long(tmp_path, capsys, quiet, name, value, is_in_file):

@@ -54,7 +54,7 @@ ALLOWED = {
     "folders": set(),
     "publishing": set(),
     "hub": {"model_card", "publishing"},
-    "checkpoint_trainer": {"checkpoints", "hub_trainer", "sigterm"},
+    "checkpoint_trainer": {"batches", "checkpoints", "hub_trainer", "sigterm"},
     "checkpoints": set(),
     "finite_trainer": {"checkpoint_trainer", "checkpoints", "non_finite"},
     "hub_trainer": {"hub", "publishing"},
