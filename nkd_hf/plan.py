@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, get_scheduler
 
 from .architectures import is_architecture
 from .data import DataArguments, streaming_max_steps
-from .features import check_token_grids
 from .modeling import DistillationModel
 from .optimization import SCHEDULES, lr_factor
 from .parser import parse_args
@@ -112,11 +111,10 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     with torch.device("meta"):
         student, pixels = open_student(recipe, data)
         teacher, teacher_pixels = open_teacher(recipe, data, pixels, notes)
-        if "vitkd" in recipe.losses and teacher is None:
-            raise ValueError(f"ViTKD's parameters depend on the teacher: {notes[-1]}")
-        if "vitkd" in recipe.losses:
-            check_token_grids(student, teacher)
-        shapes = recipe.loss_shapes(student, pixels.size, teacher, training.feature_layer)
+        if recipe.needs_teacher_layers and teacher is None:
+            raise ValueError(f"{recipe.distillation_loss}'s parameters depend on the teacher: {notes[-1]}")
+        teacher_size = teacher_pixels and teacher_pixels.size
+        shapes = recipe.loss_shapes(student, pixels.size, teacher, training.feature_layer, teacher_size)
         losses = recipe.build_loss(**shapes) or {}
         losses = losses if isinstance(losses, dict) else {"distillation": losses}
         # Without the moving average, which is counted as the copy of the student that it is.
@@ -129,7 +127,10 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
             f"the teacher has {teacher_plan['num_classes']} classes and the student is planned with "
             f"{student_plan['num_classes']}: the run stops unless the dataset has as many as the teacher (set num_classes)"
         )
-    taps = {name: {"module": tap.layer, "channels": tap.take().shape[-1]} for name, tap in model.taps.items()}
+    taps = {
+        name: {"module": tap.layer, "channels": tap.take().shape[1 if name == "student_map" else -1]}
+        for name, tap in model.taps.items()
+    }
 
     trains_teacher = runs_teacher and is_architecture(recipe.teacher)
     runs = {"teacher": DistillationModel(teacher, {})} if trains_teacher else {}
@@ -164,6 +165,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "runs": list(runs),
         **steps,
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
+        "teacher_dtype": training.teacher_dtype or "float32",
         "optimizer": training.optim.value,
         "optimizer_args": training.optim_args,
         "optimizer_groups": groups,

@@ -132,7 +132,7 @@ def memory_bytes(
     Args:
         model: on the meta device, for the activations.
         size: height and width of the images.
-        teacher: in float32.
+        teacher: in float32, which is counted as `training.teacher_dtype` says.
         optimizer_state: bytes.
         training: the batch of a GPU, the precision, and whether there is a moving average.
         with_activations: whether what autograd keeps of the student is counted, for a lower bound with 2 bytes a value
@@ -146,12 +146,13 @@ def memory_bytes(
     if with_activations:
         activations = activation_bytes(model.student, pixel_values, 2 if training.bf16 or training.fp16 else 4)
         model.clear_features()
+    teacher_bytes = 0 if teacher is None else _bytes(teacher)
     sizes = {
         "weights": _bytes(model),
         "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
         "optimizer_state": optimizer_state,
         "moving_average": 0 if training.ema_decay is None else _bytes(model.student),
-        "teacher": 0 if teacher is None else _bytes(teacher),
+        "teacher": teacher_bytes // 2 if training.teacher_dtype in ("bf16", "fp16") else teacher_bytes,
         "pixels": pixel_values.nbytes,
         "activations": activations,
     }

@@ -39,7 +39,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     return "\n".join([*text, *[f"\nNote: {note.rstrip('.')}." for note in plan["notes"]]])
 
 
-_TAPS = {"mid_feature": "tap", "student_low": "tap, low", "student_high": "tap, high"}
+_TAPS = {"mid_feature": "tap", "student_low": "tap, low", "student_high": "tap, high", "student_map": "tap, map"}
 _RUNS = {
     ("student",): "the student",
     ("baseline",): "the student without a distillation loss",
@@ -119,7 +119,7 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         "gradients": "gradients",
         "optimizer_state": "state of the optimiser",
         "moving_average": "moving average of the student",
-        "teacher": "teacher, in float32",
+        "teacher": f"teacher, in {plan['teacher_dtype']}",
         "pixels": "images of a batch",
         "activations": "activations of the student that the backward pass needs"
         + (f", 2 bytes a value ({plan['precision']})" if plan["precision"] != "float32" else ", in float32"),

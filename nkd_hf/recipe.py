@@ -18,7 +18,6 @@ from .architectures import is_architecture
 from .bad_images import BadImageReport
 from .batches import ImageCollator
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
-from .features import check_token_grids
 from .hub import PushError, create_repo
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .metrics import compute_metrics, top5_indices
@@ -91,9 +90,9 @@ class Recipe:
             return
         self.teacher = self.args.teacher
         if is_architecture(self.args.teacher):
-            if "vitkd" in self.args.losses:  # Its error should come before the teacher is trained.
+            if self.args.needs_teacher_layers:  # Its errors should come before the teacher is trained.
                 student = self.create(self.args.student, self.args.student_args)
-                check_token_grids(student, self.create(self.args.teacher, self.args.teacher_args))
+                self._loss_shapes(student, load_teacher(self.create(self.args.teacher, self.args.teacher_args)))
             self.teacher = self._train("teacher", self.create(self.args.teacher, self.args.teacher_args))
 
     def train_baseline(self) -> None:
@@ -166,9 +165,8 @@ class Recipe:
             epochs = math.ceil(training.max_steps / max(1, math.ceil(len(self.data["train"]) / batch)))
         with training.main_process_first(desc="opening the teacher's logits"):
             store = TeacherLogits(find_store(args.teacher_logits, epochs))
-        check_fingerprint(
-            store.folder, store.info, args, self.fingerprint(self.create(args.student, args.student_args))
-        )
+        fingerprint = self.fingerprint(self.create(args.student, args.student_args))
+        check_fingerprint(store.folder, store.info, args, fingerprint, training.teacher_dtype)
         store.check_complete(epochs)
         if store.info.teacher_accuracy is not None:
             self.results["teacher"] = store.info.teacher_accuracy
@@ -200,14 +198,17 @@ class Recipe:
         return self.args.create(name, model_args, id2label=self.id2label)
 
     def _loss(self, student: PreTrainedModel) -> nn.Module | dict[str, nn.Module] | None:
-        teacher = None
-        if "vitkd" in self.args.losses:
-            # Opened here for its width, and handed on.
+        if self.args.needs_teacher_layers:
+            # Opened here for its shapes, and handed on.
             self.teacher = load_teacher(self.teacher)
-            teacher = self.teacher.model
+        return self.args.build_loss(**self._loss_shapes(student, self.teacher))
+
+    def _loss_shapes(self, student: PreTrainedModel, teacher: str | PreTrainedModel | Teacher | None) -> dict:
         size = read_preprocessing(student, load_image_processor(student)).size
-        shapes = self.args.loss_shapes(student, size, teacher, self.training_args.feature_layer)
-        return self.args.build_loss(**shapes)
+        model = teacher_size = None
+        if self.args.needs_teacher_layers:
+            model, teacher_size = teacher.model, teacher.preprocessing and teacher.preprocessing.size
+        return self.args.loss_shapes(student, size, model, self.training_args.feature_layer, teacher_size)
 
     def datasets(self, student: PreTrainedModel) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
         """The images of training and of evaluation as the student gets them."""

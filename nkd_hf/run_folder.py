@@ -34,6 +34,8 @@ def settings_of(
     """What two starts must have in common for the second to go on with the run of the first."""
     settings = dataclasses.asdict(recipe) | dataclasses.asdict(data) | training.to_dict()
     settings = {name: value for name, value in settings.items() if not name.startswith(_WITHOUT_EFFECT)}
+    # Where the store lies has no effect, and what is in it is compared with the run by its own fingerprint.
+    settings["teacher_logits"] = recipe.teacher_logits is not None
     # Through JSON, as it will be read.
     return json.loads(json.dumps(settings | {"world_size": training.world_size}, default=str))
 

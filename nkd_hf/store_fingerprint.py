@@ -73,38 +73,43 @@ def run_fingerprint(
     }
 
 
-def teacher_fingerprint(recipe: RecipeArguments, model: nn.Module, dtype: str) -> dict[str, Any]:
+def teacher_fingerprint(recipe: RecipeArguments, model: nn.Module, dtype: str | None) -> dict[str, Any]:
     """The teacher's part of a store's fingerprint.
+
+    `teacher_channels_last` and `teacher_compile` are not in it: as another device does, they change the logits by rounding.
 
     Args:
         recipe: which names it.
         model: with its weights as they were opened, in whatever precision it will then run.
-        dtype: that precision.
+        dtype: that precision; None is float32.
     """
     return {
         "teacher": public_name(recipe.teacher),
         "teacher_args": recipe.teacher_args,
         "teacher_sha256": weights_sha256(model),
-        "teacher_dtype": dtype,
+        "teacher_dtype": dtype or "float32",
     }
 
 
-def check_fingerprint(folder: Path, info: StoreInfo, recipe: RecipeArguments, run: dict[str, Any]) -> None:
+def check_fingerprint(
+    folder: Path, info: StoreInfo, recipe: RecipeArguments, run: dict[str, Any], teacher_dtype: str | None = None
+) -> None:
     """Compares a store with a run.
 
     Of the teacher, what the run says is compared: its Hub id; of an architecture, its name and arguments; of a folder, its
-    weights. A run that names none takes the store's.
+    weights; and its precision. What a run does not name is the store's.
 
     Args:
         folder: of the store.
         info: of the store.
         recipe: of the run.
         run: its [`run_fingerprint`].
+        teacher_dtype: of the run.
 
     Raises:
         ValueError: they differ; the message says in what.
     """
-    run = dict(run)
+    run = dict(run) if teacher_dtype is None else run | {"teacher_dtype": teacher_dtype}
     if recipe.teacher is not None and os.path.isdir(recipe.teacher):
         options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
         run["teacher_sha256"] = weights_sha256(load_teacher(recipe.teacher, **options).model)

@@ -1,5 +1,7 @@
 """A frozen teacher with its own preprocessing and label order."""
 
+import contextlib
+import copy
 import logging
 import re
 from collections import Counter
@@ -15,6 +17,9 @@ from .opening import RefusedError, open_pretrained
 from .preprocessing import Preprocessing, read_preprocessing
 
 logger = logging.getLogger(__name__)
+
+# By the names that `teacher_dtype` has.
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
@@ -44,6 +49,7 @@ class Teacher(nn.Module):
         self.id2label = id2label
         self.name = name
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.channels_last = self.has_own_dtype = False
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self.register_buffer("order", None, persistent=False)
@@ -83,6 +89,36 @@ class Teacher(nn.Module):
         if self.id2label is not None and id2label is not None:
             order = match_labels(id2label, self.id2label, self.name)
         self.order = None if order is None else torch.tensor(order)
+        return self
+
+    def for_inference(
+        self, dtype: str | None = None, *, channels_last: bool = False, compile: bool = False
+    ) -> "Teacher":
+        """Sets how the model computes; call it ahead of [`Teacher.tap`].
+
+        Args:
+            dtype: `float32`, `bf16` or `fp16`, of weights and computation, whatever autocast says outside. None leaves the
+                weights as they are, and computes as autocast says. Another one than the weights' is that of a copy: the
+                module that was handed in stays as it is.
+            channels_last: whether a CNN's convolutions get their pixels and weights in this memory format, which GPUs' half
+                precision kernels want.
+            compile: whether `torch.compile` makes one graph of the model, when it is first called.
+
+        Raises:
+            ValueError: no such dtype.
+        """
+        if dtype is not None:
+            if dtype not in _DTYPES:
+                raise ValueError(f"the teacher's dtype must be {', '.join(_DTYPES)}, got {dtype!r}")
+            self.has_own_dtype = True
+            if self.dtype != _DTYPES[dtype]:
+                self.dtype = _DTYPES[dtype]
+                self.model = copy.deepcopy(self.model).to(self.dtype)
+        self.channels_last = channels_last
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if compile:
+            self.model.compile()
         return self
 
     def tap(self, names: Iterable[str]) -> "Teacher":
@@ -133,14 +169,16 @@ class Teacher(nn.Module):
         Returns:
             `Tensor`: [B, C] float logits, in the student's order of labels, without gradient.
         """
-        with torch.no_grad():
+        own_dtype = torch.autocast(pixel_values.device.type, enabled=False)
+        with torch.no_grad(), own_dtype if self.has_own_dtype else contextlib.nullcontext():
             if self.scale is not None:
                 pixel_values = pixel_values * self.scale + self.shift
             if self.preprocessing and pixel_values.shape[-2:] != self.preprocessing.size:
                 pixel_values = F.interpolate(
                     pixel_values, self.preprocessing.size, mode=self.preprocessing.interpolation, antialias=True
                 )
-            output = self.model(pixel_values.to(self.dtype))
+            memory_format = torch.channels_last if self.channels_last else torch.preserve_format
+            output = self.model(pixel_values.to(self.dtype, memory_format=memory_format))
             logits = output if isinstance(output, Tensor) else output.logits
             return logits if self.order is None else logits[:, self.order]
 

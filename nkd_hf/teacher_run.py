@@ -38,8 +38,6 @@ from .teacher import Teacher, load_teacher
 from .teacher_logits import STORE, StoreInfo, shard_path, sparse_logits, unfinished, write_shard
 from .training_args import DistillationTrainingArguments
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def main(args: list[str] | None = None) -> None:
     """Runs `nkd-hf teacher-logits`.
@@ -78,8 +76,10 @@ def write_store(args: list[str] | None = None) -> str | None:
     teacher = load_teacher(run.teacher)
     teacher.align(read_preprocessing(student, load_image_processor(student)), run.id2label)
     info = _store_info(run, options, teacher, run.fingerprint(student))
-    teacher.dtype = _DTYPES[options.teacher_dtype]
-    teacher.model.to(teacher.dtype)
+    # The weights that are hashed in the fingerprint are those before they are rounded.
+    teacher.for_inference(
+        training.teacher_dtype, channels_last=training.teacher_channels_last, compile=training.teacher_compile
+    )
     teacher.to(training.device)
 
     folder = Path(options.output)
@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="nkd-hf teacher-logits",
         description="Writes the teacher's logits on the augmented images of N epochs; a recipe reads them with "
         "--teacher_logits DIR. A second start goes on where the first one stopped.",
-        epilog="All other arguments are the recipe's: --config FILE, and what overrides it.",
+        epilog="All other arguments are the recipe's: --config FILE, and what overrides it, such as --teacher_dtype bf16, "
+        "--teacher_channels_last true and --teacher_compile true.",
         allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the store")
@@ -113,7 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=256, help="images, even (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, default=32768, help="samples in a file, even (default: %(default)s)")
-    parser.add_argument("--teacher_dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
     parser.add_argument(
         "--push_to_hub", metavar="REPO", help="dataset on the Hub, owner/name; made if it does not exist"
     )
@@ -168,7 +168,7 @@ def _store_info(run: Recipe, options: argparse.Namespace, teacher: Teacher, fing
         top_k=None if options.top_k == "all" else min(int(options.top_k), num_classes - 1),
         temperatures=sorted({1.0, *map(float, own), *options.temperatures}),
         shard_size=options.shard_size,
-        fingerprint=fingerprint | teacher_fingerprint(run.args, teacher.model, options.teacher_dtype),
+        fingerprint=fingerprint | teacher_fingerprint(run.args, teacher.model, run.training_args.teacher_dtype),
         teacher=describe_teacher(teacher.model, name),
         versions=library_versions(),
     )

@@ -55,8 +55,9 @@ class DistillationTrainer(FiniteTrainer):
             student's image processor; it is saved with the student. An [`ImageCollator`] with `teacher_logits` takes the
             place of a teacher.
         teacher (`str`, `nn.Module` or [`Teacher`], *optional*): a Hub id, a folder or a model; see [`load_teacher`].
-        distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): [`NKDLoss`], [`USKDLoss`], [`ViTKDLoss`], or several by
-            name, which add up. None trains with the task loss alone: the baseline.
+        distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): [`NKDLoss`], [`USKDLoss`], [`ViTKDLoss`],
+            [`KDLoss`], [`DKDLoss`], [`WSLDLoss`], [`DISTLoss`], [`WTTMLoss`], [`MGDLoss`], [`SRRLLoss`], or several by name,
+            which add up; [`KDLoss`] scales the task loss by `1 - alpha`. None trains with the task loss alone: the baseline.
         card_info ([`CardInfo`], *optional*): what the model card should say beyond what the trainer knows: the dataset, a
             baseline's accuracy, the licence.
         **kwargs: the other arguments of `Trainer`.
@@ -198,6 +199,10 @@ class DistillationTrainer(FiniteTrainer):
             raise ValueError("teacher and student are one and the same model: freezing the one would freeze the other")
         teacher = load_teacher(teacher)
         teacher.align(read_preprocessing(model.student, self.processing_class), model.config.id2label)
+        args = self.args
+        teacher.for_inference(
+            args.teacher_dtype, channels_last=args.teacher_channels_last, compile=args.teacher_compile
+        )
         teacher.tap(model.teacher_inputs)
         if model.needs("student_high") and model.needs("teacher_high"):
             check_token_grids(model.student, teacher.model)
@@ -336,9 +341,10 @@ class DistillationTrainer(FiniteTrainer):
         if isinstance(train_dataset, EpochDataset):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             shuffle = self.args.train_sampling_strategy != "sequential"
-            collator = self.data_collator
-            pairs = isinstance(collator, ImageCollator) and collator.mix_pairs
-            sampler = EpochSampler(len(train_dataset), seed, shuffle=shuffle, positions=True, pairs=pairs)
+            collator = self.data_collator if isinstance(self.data_collator, ImageCollator) else None
+            pairs = collator is not None and collator.mix_pairs
+            positions = pairs or (collator is not None and collator.teacher_logits is not None)
+            sampler = EpochSampler(len(train_dataset), seed, shuffle=shuffle, positions=positions, pairs=pairs)
             self.pop_callback(_SetEpoch)
             self.add_callback(_SetEpoch(sampler))
             return sampler

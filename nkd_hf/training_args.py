@@ -9,6 +9,7 @@ from transformers import SchedulerType, TrainingArguments
 from .optimization import NO_DECAY_KINDS, SCHEDULES, EpochSchedule, check_arguments
 
 NON_FINITE = ("error", "skip")
+TEACHER_DTYPES = ("float32", "bf16", "fp16")
 # What transformers takes and no run can be made with.
 _POSITIVE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
@@ -28,6 +29,12 @@ class DistillationTrainingArguments(TrainingArguments):
     Args:
         feature_layer (`str`, *optional*): the student's submodule whose output USKD's auxiliary head reads. None takes
             the paper's layer for the architectures that it names.
+        teacher_dtype (`str`, *optional*): `float32`, `bf16` or `fp16`: in which precision the teacher's weights are kept and
+            its logits computed, whatever that of the student. None keeps the weights as they are opened (float32 for a Hub
+            id or folder), and computes in the student's mixed precision, or in float32 for a store of its logits.
+        teacher_channels_last (`bool`, defaults to `False`): whether the teacher, a CNN, computes in this memory format.
+        teacher_compile (`bool`, defaults to `False`): whether the teacher is compiled with `torch.compile`; `torch_compile`
+            compiles student and teacher. These two change its logits by rounding alone.
         lr_scheduler_type (`str`, defaults to `"linear"`): one of `TrainingArguments`, or one that counts in epochs, with
             these `lr_scheduler_kwargs`: `multistep` (milestones, gamma), `exponential_by_epoch` (gamma),
             `constant_then_linear` (constant_steps, constant_factor), `cosine_by_epoch` (warmup_epochs, warmup_factor,
@@ -58,6 +65,17 @@ class DistillationTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Submodule of the student that USKD's auxiliary head reads; found for known architectures."},
     )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the teacher on its own. Default: float32 weights, in the student's mixed precision.",
+            "choices": list(TEACHER_DTYPES),
+        },
+    )
+    teacher_channels_last: bool = field(
+        default=False, metadata={"help": "Run the teacher, a CNN, in channels_last memory format."}
+    )
+    teacher_compile: bool = field(default=False, metadata={"help": "Compile the teacher with torch.compile."})
     lr_scheduler_type: str = field(
         default="linear",
         metadata={
@@ -136,6 +154,8 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise ValueError(f"no_weight_decay must be some of {', '.join(NO_DECAY_KINDS)}, got {kind!r}")
         if self.on_non_finite_loss not in NON_FINITE:
             raise ValueError(f"on_non_finite_loss must be {' or '.join(NON_FINITE)}, got {self.on_non_finite_loss!r}")
+        if self.teacher_dtype not in (None, *TEACHER_DTYPES):
+            raise ValueError(f"teacher_dtype must be {', '.join(TEACHER_DTYPES)}, got {self.teacher_dtype!r}")
         if self.ema_decay is not None and not (0 < self.ema_decay < 1 and math.isfinite(self.ema_decay)):
             raise ValueError(
                 f"ema_decay must lie between 0 and 1, got {self.ema_decay}: leave it out to switch it off"

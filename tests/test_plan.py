@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tiny import digits, make_trainer, native_resnet, timm_cnn, timm_deit
 from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, USKDLoss
 from nkd_hf.cli import main
 from nkd_hf.plan_costs import activation_bytes
+from nkd_hf.plan_text import plan_text
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 # A small student on 37 images.
@@ -401,7 +403,24 @@ def test_vitkd(plan, error, tmp_path):
     assert figures["tap"] is None
     assert figures["taps"]["student_high"] == {"module": "timm_model.norm", "channels": 16}
     assert figures["loss_parameters"] > 0
-    assert "ViTKD's parameters depend on the teacher" in error(teacher="nobody/nothing", **student)
+    assert "nkd+vitkd's parameters depend on the teacher" in error(teacher="nobody/nothing", **student)
+
+
+def test_comparators_of_maps_and_the_teachers_precision(plan, error):
+    small = {"student": "resnet18", "student_args": {"channels": [4, 8, 8, 12]}, "teacher": "resnet34"}
+    small |= {"teacher_args": {"channels": [4, 8, 8, 16]}, "distillation_loss": "kd+mgd+srrl"}
+    figures = plan(**small)
+    assert figures["taps"] == {"student_map": {"module": "timm_model.layer4", "channels": 12}}
+    # MGD's aligner and generator, SRRL's connector and its BatchNorm.
+    assert figures["loss_parameters"] == (12 * 16 + 16) + 2 * (9 * 16 * 16 + 16) + (12 * 16 + 2 * 16)
+    half = plan(**small, teacher_dtype="bf16")
+    assert half["memory"]["teacher"] == figures["memory"]["teacher"] // 2
+    assert half["disk"] == figures["disk"]
+    assert "teacher, in bf16" in plan_text(half)
+    assert re.search(r"^tap, map +timm_model.layer4: 12 channels$", plan_text(figures), flags=re.MULTILINE)
+    vit = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    wrong = error(**small | {"teacher": "deit_tiny_patch16_224", "teacher_args": vit, "distillation_loss": "mgd"})
+    assert "MGD's student map is 1x1, the teacher's 4x4" in wrong
 
 
 def test_students_with_weights_of_their_own(plan, error, tmp_path):

@@ -21,7 +21,9 @@ from nkd_hf import (
     load_image_dataset,
     parse_args,
 )
+from nkd_hf.data import label_names
 from nkd_hf.modeling import save_student
+from nkd_hf.run_folder import settings_of, stage_history
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--max_train_samples", "96", "--max_eval_samples", "40", "--num_train_epochs", "2", "--disable_tqdm", "true"]
@@ -203,6 +205,99 @@ def test_nkd_and_vitkd_from_a_teacher_that_is_trained_first_or_opened_from_a_fol
     assert opened == [folder]
     assert second.results["teacher"] == pytest.approx(first.results["teacher"])
     assert second.results["baseline"] is None
+
+
+QUICK = [
+    "--max_steps", "2", "--compare_with_baseline", "false", "--dataloader_num_workers", "0",
+    "--dataloader_persistent_workers", "false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, str]:
+    """Untrained ones in folders, by what their last feature map is at 32 pixels."""
+    id2label = dict(enumerate(label_names(load_image_dataset(DataArguments()))))
+    folder = tmp_path_factory.mktemp("teachers")
+    models = {
+        "cnn, 1x1": ("resnet34", 32, {"channels": [8, 16, 32, 48]}),
+        "cnn, 2x2": ("resnet34", 64, {"channels": [8, 16, 32, 48]}),
+        "vit, 4x4": ("deit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4}),
+    }
+    for name, (architecture, size, model_args) in models.items():
+        model = create_student(architecture, id2label=id2label, image_size=size, model_args=model_args)
+        save_student(model, str(folder / name))
+    return {name: str(folder / name) for name in models}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "teacher", "loss", "loss_args"),
+    [
+        *[("distill_cnn", "cnn, 1x1", loss, "{}") for loss in ("kd", "dkd", "wsld", "dist", "wttm", "mgd", "srrl")],
+        ("distill_deit", "cnn, 1x1", "dkd+wsld+dist+wttm", '{"dkd": {"beta": 2.0}, "wttm": {"exponent": 0.5}}'),
+        ("distill_deit", "cnn, 1x1", "srrl", "{}"),
+        ("distill_deit", "vit, 4x4", "mgd", "{}"),
+        ("distill_cnn", "cnn, 1x1", "kd+srrl", '{"kd": {"alpha": 0.9}}'),
+        ("distill_deit", "cnn, 2x2", "kd+srrl", '{"kd": {"alpha": 0.9}}'),
+        ("distill_cnn", "cnn, 1x1", "nkd+mgd", '{"mgd": {"alpha": 1e-3}}'),
+        ("distill_deit", "vit, 4x4", "nkd+mgd+vitkd", '{"nkd": {"gamma": 1.0}, "mgd": {"mask_ratio": 0.5}}'),
+        ("distill_cnn", "cnn, 1x1", "uskd+mgd+srrl", "{}"),
+    ],
+)
+def test_comparators_by_name_alone_and_added_with_mixup(tmp_path, teachers, recipe, teacher, loss, loss_args):
+    done = run(recipe, *QUICK, "--output_dir", str(tmp_path), "--teacher", teachers[teacher], "--distillation_loss", loss,
+               "--loss_args", loss_args, "--mixup_alpha", "0.8", "--logging_strategy", "steps",
+               "--logging_steps", "1")  # fmt: skip
+    assert 0 <= done.results["distilled"] <= 1
+    first = stage_history(tmp_path / "student")[0]
+    components = [name for name in first if name == "task" or name.startswith(tuple(loss.split("+")))]
+    assert "task" in components
+    assert len(components) > len(loss.split("+"))
+    assert first["loss"] == pytest.approx(sum(first[name] for name in components), rel=1e-5)
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
+    assert saved.num_parameters() == done.create(done.args.student, done.args.student_args).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "teacher", "loss", "message"),
+    [
+        (
+            "distill_cnn",
+            "cnn, 2x2",
+            "mgd",
+            "MGD's student map is 1x1, the teacher's 2x2: it compares them place by place",
+        ),
+        ("distill_deit", "cnn, 1x1", "nkd+mgd", "MGD's student map is 4x4, the teacher's 1x1"),
+        (
+            "distill_deit",
+            "vit, 4x4",
+            "kd+srrl",
+            r"no classifier of an averaged feature map .* \(deit_tiny_patch16_224\)",
+        ),
+    ],
+)
+def test_maps_that_cannot_be_aligned_are_refused_before_training(tmp_path, teachers, recipe, teacher, loss, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe, *QUICK, "--output_dir", str(tmp_path), "--teacher", teachers[teacher], "--distillation_loss", loss,
+            "--loss_args", "{}")  # fmt: skip
+    assert not (tmp_path / "student").exists()
+
+
+def test_maps_that_cannot_be_aligned_are_refused_before_the_teacher_is_trained(tmp_path):
+    more = ["--output_dir", str(tmp_path), "--distillation_loss", "nkd+mgd", "--loss_args", "{}"]
+    with pytest.raises(ValueError, match="MGD's student map is 4x4, the teacher's 1x1"):
+        run("distill_deit", *QUICK, *more)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_where_a_store_lies_is_no_setting_but_whether_there_is_one_is():
+    data, training = DataArguments(), DistillationTrainingArguments("x", report_to="none", use_cpu=True)
+    here, there = (
+        settings_of(RecipeArguments("resnet18", teacher_logits=folder), data, training) for folder in ("a", "b/c")
+    )
+    assert here == there
+    assert here != settings_of(RecipeArguments("resnet18", teacher="resnet34"), data, training)
+    live = settings_of(RecipeArguments("resnet18", teacher="a"), data, training)
+    assert {name for name in live if live[name] != here[name]} == {"teacher", "teacher_logits"}
 
 
 def test_losses_that_have_a_teacher():

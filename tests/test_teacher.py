@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import DIGITS, digits, make_trainer, native_resnet, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from nkd_hf import NKDLoss, create_student, load_teacher
+from nkd_hf import NKDLoss, SRRLLoss, create_student, load_teacher
 from nkd_hf.data import describe_synsets
 from nkd_hf.preprocessing import Preprocessing, read_preprocessing
 from nkd_hf.teacher import match_labels
@@ -129,6 +129,51 @@ def test_half_precision_teacher(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "teacher")
     assert load_teacher(str(tmp_path / "teacher"))(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("build", [timm_cnn, native_resnet, native_vit])
+def test_settings_change_rounding_alone_and_not_the_module_that_was_handed_in(build):
+    model, pixels = build(seed=1), torch.rand(4, 3, 32, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = load_teacher(model)(pixels)
+    got = load_teacher(model).for_inference(channels_last=True)(pixels)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for dtype, kind in (("float32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        teacher = load_teacher(model).for_inference(dtype)
+        got = teacher(pixels)
+        assert got.dtype == kind
+        assert {parameter.dtype for parameter in teacher.parameters()} == {kind}
+        torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
+        # Its precision is its own, whatever the student trains in.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(teacher(pixels), got)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert load_teacher(model)(pixels).dtype == torch.bfloat16
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name]), name
+    with pytest.raises(ValueError, match="the teacher's dtype must be float32, bf16, fp16, got 'half'"):
+        load_teacher(model).for_inference("half")
+
+
+def test_the_trainers_arguments_set_the_teacher(tmp_path):
+    pixels, handed = torch.rand(2, 3, 32, 32), timm_cnn(seed=1)
+    logits, losses = [], []
+    for arguments in ({}, {"teacher_channels_last": True, "teacher_compile": True}, {"teacher_dtype": "bf16"}):
+        trainer = make_trainer(
+            tmp_path, timm_cnn(), digits(0, 32), teacher=handed, max_steps=2, **arguments,
+            distillation_loss={"nkd": NKDLoss(), "srrl": SRRLLoss(64, 64)},
+        )  # fmt: skip
+        logits.append(trainer.teacher(pixels).float())
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history[:2]])
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits[2], logits[0], rtol=0, atol=0.03 * logits[0].abs().max().item())
+    assert trainer.teacher.model is not handed
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=0.03)
+    with pytest.raises(ValueError, match="teacher_dtype must be float32, bf16, fp16, got 'bfloat16'"):
+        make_trainer(tmp_path, timm_cnn(), teacher_dtype="bfloat16")
 
 
 def test_imagenet_matches_whichever_way_it_is_named():

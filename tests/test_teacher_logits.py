@@ -25,6 +25,7 @@ from nkd_hf import (
     RecipeArguments,
     cli,
     load_image_dataset,
+    load_teacher,
     nkd_loss,
     train_transform,
 )
@@ -485,6 +486,25 @@ def test_a_run_with_other_pixels_classes_or_teacher_is_refused(info, teacher):
         else:
             with pytest.raises(ValueError, match=wrong):
                 check_fingerprint(Path("store"), info, recipe, same)
+
+
+def test_the_teachers_precision_is_of_the_store_and_what_rounds_alone_is_not(teacher, tmp_path):
+    store = write(tmp_path / "bf16", teacher, "--teacher_dtype", "bf16", "--teacher_channels_last", "true")
+    assert store.info.fingerprint["teacher_dtype"] == "bf16"
+    assert store.info.fingerprint["teacher_sha256"] == weights_sha256(load_teacher(teacher).model)
+    assert not {"teacher_channels_last", "teacher_compile"} & set(store.info.fingerprint)
+    more = ["--teacher_dtype", "bf16", "--teacher_channels_last", "true"]
+    _, live = train(tmp_path / "live", *arguments(teacher, *more, "--mix_pairs", "true"))
+    from_store = ["--teacher_logits", str(store.folder)]
+    _, stored = train(tmp_path / "stored", *arguments(None, *more, *from_store))
+    losses, live_losses = ([entry["loss"] for entry in log if "loss" in entry] for log in (stored, live))
+    assert losses == pytest.approx(live_losses, rel=1e-6)
+    with pytest.raises(ValueError, match="teacher_dtype: store 'bf16', run 'fp16'"):
+        train(tmp_path / "other", *arguments(None, "--teacher_dtype", "fp16", *from_store))
+    # The same folder goes on in another memory format, and not in another precision.
+    write(store.folder, teacher, "--teacher_dtype", "bf16")
+    with pytest.raises(SystemExit, match="teacher_dtype: store 'bf16', run 'float32'"):
+        write(store.folder, teacher)
 
 
 def test_the_hash_of_weights_is_of_names_and_values():

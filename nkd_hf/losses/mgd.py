@@ -28,8 +28,8 @@ class MGDLoss(nn.Module):
         alpha: weight of the loss, >= 0.
         mask_ratio: :math:`\lambda`, the probability of a channel to be masked, 0 <= mask_ratio < 1.
 
-    The defaults are those of github.com/yzd-v/cls_KD, as is the mask of whole channels, where the paper's equation
-    masks places.
+    The defaults are those of github.com/yzd-v/cls_KD, as is the mask of whole channels: the paper writes of a mask of
+    places, which the authors' code for detection has.
 
     Raises:
         ValueError: a number of channels, the weight or the ratio out of range; from the call, maps that do not fit.
