@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -20,9 +21,12 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .batches import derived_seeds
 from .checkpoints import (
+    REPLACED,
     UNFINISHED,
     CheckpointError,
+    checkpoints,
     fault_of,
+    is_model_only,
     last_whole_checkpoint,
     put_aside,
     remove_unfinished,
@@ -35,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 # What was summed up for the log since its last entry, a list with an entry per process.
 _SUMS = "sums_since_log.json"
+_MODEL_ONLY = (
+    "cannot be resumed: saved with save_only_model, which leaves the optimiser's state out. Train anew without "
+    "resume_from_checkpoint, and without save_only_model if it is to be resumed later"
+)
 
 
 class CheckpointTrainer(HubTrainer):
@@ -51,8 +59,11 @@ class CheckpointTrainer(HubTrainer):
         # The components of the loss since the last log, and the steps, of which one of accumulation is a part.
         self._component_sums: dict[str, Tensor] = {}
         self._component_steps = 0.0
+        # The steps that no mean of the log counts.
+        self._skipped_steps = 0
         super().__init__(*args, **kwargs)
-        self.add_callback(_KeepPace(self))
+        self._pace = _KeepPace(self)
+        self.add_callback(self._pace)
 
     def train(
         self,
@@ -68,7 +79,7 @@ class CheckpointTrainer(HubTrainer):
             trial, ignore_keys_for_eval: as in `Trainer`.
 
         Raises:
-            ValueError: the checkpoint is not whole, or there is none.
+            ValueError: the checkpoint is not whole, holds the model only (`save_only_model`), or there is none.
             CheckpointError: a checkpoint could not be written; the ones before it are as they were.
             SystemExit: with code 143, when SIGTERM came; the last checkpoint is of the last step.
         """
@@ -83,9 +94,9 @@ class CheckpointTrainer(HubTrainer):
             ) from error
 
     def last_checkpoint(self) -> str | None:
-        """The last checkpoint in `output_dir` that is whole; those after it are put aside, and said.
+        """The last checkpoint in `output_dir` that is whole; damaged ones after it are put aside, and said.
 
-        To be called in all processes.
+        One that holds the model only (`save_only_model`) is passed over. To be called in all processes.
         """
         checkpoint = None
         if self.is_world_process_zero():
@@ -103,16 +114,20 @@ class CheckpointTrainer(HubTrainer):
                 logger.warning("%s in %s is half-written: it is passed over, and removed.", name, folder)
         if wanted is True:
             wanted = self.last_checkpoint()
+            if wanted is None and any(map(is_model_only, checkpoints(folder))):
+                raise ValueError(f"the checkpoints in {folder} {_MODEL_ONLY}")
             if wanted is None:
                 raise ValueError(f"{folder} holds no whole checkpoint: train without resume_from_checkpoint")
         elif wanted and (fault := fault_of(str(wanted))):
             raise ValueError(f"the checkpoint {wanted} is not whole: {fault}. Resume from another one")
+        elif wanted and is_model_only(str(wanted)):
+            raise ValueError(f"the checkpoint {wanted} {_MODEL_ONLY}")
         return wanted or None
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> TrainOutput:
         self._resumed_from = kwargs.get("resume_from_checkpoint")
         # What an interrupted run, or an attempt of auto_find_batch_size, has left in the sums is not of this run.
-        self._component_sums, self._component_steps = {}, 0.0
+        self._component_sums, self._component_steps, self._skipped_steps = {}, 0.0, 0
         with Sigterm(self.args.world_size) as self._sigterm:
             output = super()._inner_training_loop(batch_size, **kwargs)
             # What came after the last step; twice, since several processes are answered one call late.
@@ -147,7 +162,7 @@ class CheckpointTrainer(HubTrainer):
             self._component_sums, self._component_steps = {}, 0.0
         # The default divides what was summed up since the resume by the steps since then; here both are the run's.
         if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._skipped_steps, 1)
         super().log(logs, start_time)
 
     def _sums(self) -> dict[str, Any]:
@@ -157,6 +172,7 @@ class CheckpointTrainer(HubTrainer):
             "logged_step": self._globalstep_last_logged,
             "components": {name: value.item() for name, value in self._component_sums.items()},
             "component_steps": self._component_steps,
+            "skipped_steps": self._skipped_steps,
         }
 
     def _load_sums(self) -> None:
@@ -170,7 +186,7 @@ class CheckpointTrainer(HubTrainer):
         self._tr_loss += sums["loss"]
         self._total_loss_scalar, self._globalstep_last_logged = sums["logged_loss"], sums["logged_step"]
         self._component_sums = {name: self._tr_loss.new_tensor(value) for name, value in sums["components"].items()}
-        self._component_steps = sums["component_steps"]
+        self._component_steps, self._skipped_steps = sums["component_steps"], sums.get("skipped_steps", 0)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -203,6 +219,11 @@ class CheckpointTrainer(HubTrainer):
                 run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # With save_strategy=best the answer takes the place of what SIGTERM has asked for.
+        is_best = super()._determine_best_metric(*args, **kwargs)
+        return is_best or (self._pace.leaving and not self._pace.save_after_epoch)
+
     def _complete(self, written: str, target: str) -> None:
         """Gives a checkpoint its place, when all processes have written their part."""
         sums = gather_object([self._sums()])
@@ -214,7 +235,7 @@ class CheckpointTrainer(HubTrainer):
             self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
             write_files(written)
             if os.path.isdir(target):  # The same step, saved by an earlier run or a moment ago.
-                os.rename(target, os.path.join(os.path.dirname(written), "replaced"))
+                os.rename(target, os.path.join(os.path.dirname(written), REPLACED))
             os.rename(written, target)
             shutil.rmtree(os.path.dirname(written))
         self.accelerator.wait_for_everyone()
@@ -246,6 +267,17 @@ class _KeepPace(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         control.should_save = control.should_save or self.save_after_epoch
         self.save_after_epoch = False
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        losses = {name: value for name, value in (metrics or {}).items() if name.endswith("_loss")}
+        bad = [f"{name}={value:g}" for name, value in losses.items() if not math.isfinite(value)]
+        if bad and state.is_world_process_zero:
+            logger.warning(
+                "the evaluation after step %d is not finite (%s): the student's logits are NaN or infinite for some of "
+                "its images. Look whether their pixel values are finite; if they are, it diverges: lower learning_rate",
+                state.global_step,
+                ", ".join(bad),
+            )
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if self.leaving:

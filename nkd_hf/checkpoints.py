@@ -1,5 +1,6 @@
 """Checkpoint folders: which of them are whole, and what is left of those that are not."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,9 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 # A checkpoint is written here, inside of `output_dir`, and takes its place when all of it is there.
-UNFINISHED = "unfinished"
+UNFINISHED = ".nkd_hf-unfinished"
+# In there: a checkpoint of the same step, until the new one has taken its place.
+REPLACED = "replaced"
 # The files of a checkpoint and their sizes; written last.
 FILES = "checkpoint_files.json"
 _DAMAGED = "damaged-"
@@ -32,15 +35,21 @@ def fault_of(folder: str) -> str | None:
     A file that is missing, or that is longer or shorter than it was, is found. Text files are only read, since a
     checkpoint that went through the Hub has lost the paths of its machine.
     """
+    if not os.path.isdir(folder):
+        return "there is no such folder"
     try:
-        expected = json.loads(Path(folder, FILES).read_text(encoding="utf-8"))
-        json.loads(Path(folder, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        records = {
+            name: json.loads(Path(folder, name).read_text(encoding="utf-8")) for name in (FILES, TRAINER_STATE_NAME)
+        }
     except FileNotFoundError as error:
         return f"it has no {Path(error.filename).name}"
     except (OSError, ValueError) as error:
         return f"its record cannot be read: {error}"
+    for name, record in records.items():
+        if not isinstance(record, dict):
+            return f"{name} holds no mapping"
     found = _sizes(Path(folder))
-    for name, size in expected.items():
+    for name, size in records[FILES].items():
         if name not in found:
             return f"it has no {name}"
         if found[name] != size and not name.endswith((".json", ".yaml")):
@@ -48,14 +57,26 @@ def fault_of(folder: str) -> str | None:
     return None
 
 
+def is_model_only(folder: str) -> bool:
+    """Whether a checkpoint was saved with `save_only_model`: training cannot go on from it.
+
+    The optimiser's state is in `optimizer.pt`, FSDP's `optimizer.bin` or `optimizer_0`, or DeepSpeed's `global_step*`.
+    """
+    return not any("optimizer" in name or name.startswith("global_step") for name in os.listdir(folder))
+
+
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
-    """The checkpoint with the most steps that is whole, and the faults of those with more steps, by folder."""
+    """The checkpoint with the most steps that is whole, and the faults of those with more steps, by folder.
+
+    One that holds the model only is neither.
+    """
     faults = {}
     for folder in checkpoints(output_dir)[::-1]:
         fault = fault_of(folder)
-        if fault is None:
+        if fault is not None:
+            faults[folder] = fault
+        elif not is_model_only(folder):
             return folder, faults
-        faults[folder] = fault
     return None, faults
 
 
@@ -79,8 +100,12 @@ def put_aside(folder: str) -> str:
 def remove_unfinished(output_dir: str) -> list[str]:
     """Removes what a process that was killed had begun to write; the names of these checkpoints."""
     folder = Path(output_dir, UNFINISHED)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    shutil.rmtree(folder, ignore_errors=True)
+    names = os.listdir(folder) if folder.is_dir() else []
+    names = [name for name in names if name == REPLACED or _NAME.fullmatch(name)]
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's files are in it
+        folder.rmdir()
     return names
 
 

@@ -1,13 +1,13 @@
 """What the trainer does about a loss that is not finite."""
 
 import logging
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint_trainer import CheckpointTrainer
-from .checkpoints import checkpoints
 from .non_finite import LossWatch, NonFiniteLossError
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,16 @@ class FiniteTrainer(CheckpointTrainer):
         self._watched: dict[str, Any] | None = None
         self._before_step: dict[str, Any] | None = None
         self._skipped_in_a_row = 0
+        self._last_good_checkpoint: str | None = None
         super().__init__(*args, **kwargs)
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any):
-        self._watch, self._before_step, self._skipped_in_a_row = LossWatch(), None, 0
-        return super()._inner_training_loop(batch_size, **kwargs)
+        self._watch, self._before_step, self._skipped_in_a_row = LossWatch(self.args.world_size), None, 0
+        self._last_good_checkpoint = kwargs.get("resume_from_checkpoint")
+        output = super()._inner_training_loop(batch_size, **kwargs)
+        if fault := self._watch.fault(wait=True):  # of the last steps, if nothing was saved after them
+            self._stop(fault)
+        return output
 
     @property
     def step_was_skipped(self) -> bool:
@@ -44,10 +49,12 @@ class FiniteTrainer(CheckpointTrainer):
         if self.args.on_non_finite_loss == "skip" and self._before_step is None:
             self._before_step = self._state()
         loss = super().training_step(model, inputs, *args, **kwargs)
-        watched, self._watched = self._watched, None
-        if watched is not None:  # a compute_loss of one's own may tell nothing
-            step, rate = self.state.global_step + 1, self._get_learning_rate()
-            self._watch.add(step, rate, index=inputs.get("index"), **watched)
+        # A compute_loss of one's own may tell nothing, or add to what it tells.
+        watched = self._watched or {"losses": {}, "student_logits": None, "teacher_logits": None}
+        watched["losses"] = watched["losses"] | {"loss": loss * self.current_gradient_accumulation_steps}
+        self._watched = None
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        self._watch.add(step, rate, index=inputs.get("index"), **watched)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
@@ -58,17 +65,18 @@ class FiniteTrainer(CheckpointTrainer):
             self._skip_if_not_finite(model)
         elif fault := self._watch.fault():
             self._stop(fault)
-        return grad_norm
+        return None if self.step_was_skipped else grad_norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint of weights that are not finite would take the place of a good one.
         if fault := self._watch.fault(wait=True):
             self._stop(fault)
         super()._save_checkpoint(model, trial)
+        self._last_good_checkpoint = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
 
     def _stop(self, fault: str) -> None:
-        saved = checkpoints(self.args.output_dir)
-        kept = f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved before"
+        saved = self._last_good_checkpoint
+        kept = f"The last good checkpoint is {saved}" if saved else "No checkpoint was saved before"
         raise NonFiniteLossError(f"{fault}. {kept}; on_non_finite_loss=skip leaves such steps out")
 
     def _skip_if_not_finite(self, model: nn.Module) -> None:
@@ -79,6 +87,7 @@ class FiniteTrainer(CheckpointTrainer):
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
+        self._skipped_steps += 1
         fault = fault or f"the loss of step {self.state.global_step + 1} is not finite in another process"
         if self._skipped_in_a_row == MAX_SKIPPED:
             self._stop(f"{fault}. It is the last of {MAX_SKIPPED} steps in a row")

@@ -17,8 +17,8 @@ class _MicroBatch:
     step: int
     learning_rate: float
     losses: dict[str, Tensor]
-    # [B], not finite where a row of the logits is not.
-    student_rows: Tensor
+    # [B], not finite where a row of the logits is not; None where they are not known.
+    student_rows: Tensor | None
     teacher_rows: Tensor | None
     index: Tensor | None
     grad_norm: Tensor | float | None = None
@@ -26,6 +26,9 @@ class _MicroBatch:
 
 class LossWatch:
     """Looks after the losses of the steps whose results have not come back from the device yet.
+
+    Args:
+        world_size: number of processes that train together.
 
     Example:
 
@@ -42,7 +45,8 @@ Samples of the batch, by their index in the data: 4, 2
     ```
     """
 
-    def __init__(self):
+    def __init__(self, world_size: int = 1):
+        self._world_size = world_size
         self._open: list[_MicroBatch] = []
         self._closed: list[tuple[list[_MicroBatch], Tensor, torch.cuda.Event | None]] = []
 
@@ -51,11 +55,11 @@ Samples of the batch, by their index in the data: 4, 2
         step: int,
         learning_rate: float,
         losses: Mapping[str, Tensor],
-        student_logits: Tensor,
+        student_logits: Tensor | None,
         teacher_logits: Tensor | None,
         index: Tensor | None,
     ) -> None:
-        """Takes the scalars `losses`, the logits [B, C] and the samples' `index` [B] of one micro-batch."""
+        """Takes the scalars `losses`, and the logits [B, C] and samples' `index` [B] if they are known, of a micro-batch."""
         # A sum is finite if all of its row is; one read, and [B] is all that is kept.
         rows = [
             None if logits is None else logits.detach().sum(-1, dtype=torch.float32)
@@ -103,11 +107,11 @@ Samples of the batch, by their index in the data: 4, 2
                     return None
             self._closed.pop(0)
             if not finite:
-                return _message(batches)
+                return _message(batches, self._world_size)
         return None
 
 
-def _message(batches: list[_MicroBatch]) -> str:
+def _message(batches: list[_MicroBatch], world_size: int) -> str:
     bad = [batch for batch in batches if not all(math.isfinite(value) for value in _numbers(batch.losses.values()))]
     batch = bad[0] if bad else batches[-1]
     known = dict(zip(batch.losses, _numbers(batch.losses.values()), strict=True))
@@ -118,15 +122,22 @@ def _message(batches: list[_MicroBatch]) -> str:
     parts = [
         f"the {what} of step {batch.step} is not finite ({', '.join(f'{name}={value:g}' for name, value in known.items())})"
     ]
-    parts.append(
-        _cause(batch) if bad else "The losses of this process are finite: another process says why, if one has another"
-    )
+    if bad:
+        parts.append(_cause(batch))
+    elif world_size > 1:
+        parts.append("The losses of this process are finite: another process says why, if one has another")
+    else:
+        parts.append(
+            "The loss is finite, so that its gradient overflows: look for a root, a logarithm or a division near 0 in it"
+        )
     if batch.index is not None:
         parts.append(f"Samples of the batch, by their index in the data: {', '.join(map(str, batch.index.tolist()))}")
     return ". ".join(parts)
 
 
 def _cause(batch: _MicroBatch) -> str:
+    if batch.student_rows is None:
+        return "compute_loss gave it, and of what, it does not tell"
     student = ~batch.student_rows.isfinite()
     teacher = torch.zeros_like(student) if batch.teacher_rows is None else ~batch.teacher_rows.isfinite()
     if teacher.any() and student.any():

@@ -4,12 +4,15 @@ import contextlib
 import copy
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.figure
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
@@ -17,15 +20,16 @@ from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
 from .architectures import is_architecture
 from .bad_images import BadImageReport
 from .batches import ImageCollator
+from .checkpoints import CheckpointError, checkpoints, fault_of, is_model_only
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
-from .hub import PushError, create_repo
+from .hub import PushError, create_repo, push_student
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .metrics import compute_metrics, top5_indices
 from .model_card import CardInfo, check_license, launch_line
 from .model_card.curves import OTHER_DATASET
 from .preprocessing import read_preprocessing
 from .recipe_args import RecipeArguments
-from .run_folder import RESULTS, begin, settings_of, stage_history, write_text
+from .run_folder import RESULTS, begin, finish, hold, is_trained, settings_of, stage_history, write_results
 from .store_fingerprint import check_fingerprint, run_fingerprint
 from .store_hub import find_store
 from .students import load_image_processor
@@ -66,7 +70,7 @@ class Recipe:
         self.to_push: DistillationTrainer | None = None
         if training.push_to_hub and training.process_index == 0:
             self._check_hub()
-        self.goes_on = self._begin()
+        self.goes_on, self.is_trained = self._begin()
         if training.device.type == "cpu":
             # Workers and PyTorch's threads share the cores; threads that wait for each other make steps several times
             # slower than fewer of them.
@@ -86,7 +90,7 @@ class Recipe:
 
     def train_teacher(self) -> None:
         """Trains the teacher, if it is named by an architecture and the loss wants one whose logits are not stored."""
-        if not self.args.needs_teacher or self.teacher_logits is not None:
+        if self.is_trained or not self.args.needs_teacher or self.teacher_logits is not None:
             return
         self.teacher = self.args.teacher
         if is_architecture(self.args.teacher):
@@ -97,12 +101,12 @@ class Recipe:
 
     def train_baseline(self) -> None:
         """Trains the student without the distillation loss, if that is asked for."""
-        if self.args.compare_with_baseline or self.args.distillation_loss == "none":
+        if not self.is_trained and (self.args.compare_with_baseline or self.args.distillation_loss == "none"):
             self._train("baseline", self.create(self.args.student, self.args.student_args))
 
     def train_student(self) -> None:
         """Trains the student with the distillation loss, from the seed and with the data of the baseline."""
-        if self.args.distillation_loss != "none":
+        if not self.is_trained and self.args.distillation_loss != "none":
             if self.teacher is None:
                 self.train_teacher()
             student = self.create(self.args.student, self.args.student_args)
@@ -122,14 +126,25 @@ class Recipe:
     def report(self) -> None:
         """Prints the table, writes `results.json` and `accuracy.png`, pushes the student, and shows how it is opened.
 
+        A run that is stopped in here, or whose push fails, goes on with the push and the rest when it is started again.
+
         Raises:
-            SystemExit: with code 1 and a message, when the push failed; all else is on disk then.
+            SystemExit: with code 1 and a message, when the push or a file failed; all else is on disk then.
         """
         if self.training_args.should_save:
-            self._write_report()
-        fault = None if self.to_push is None else self._push()
+            if self.is_trained:
+                self._say(f"All is trained in {self.folder}: the report is left")
+                self.results = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
+            else:
+                with self._writes("the report", self.folder):
+                    self._plot(self.folder / "accuracy.png")
+                    write_results(self.folder, self.results)
+            self._print_table()
+        fault = self._push()
         if self.training_args.should_save:
-            self._show_pipeline("baseline" if self.args.distillation_loss == "none" else "student")
+            self._show_pipeline(self._result)
+            if not fault:
+                finish(self.folder)
         # A process that leaves while another still writes can take the whole group down.
         state = PartialState()
         state.wait_for_everyone()
@@ -137,10 +152,11 @@ class Recipe:
         if fault:
             raise SystemExit(fault)
 
-    def _write_report(self) -> None:
-        self._plot(self.folder / "accuracy.png")
-        # Whole or not at all: with it, the run is finished.
-        write_text(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+    @property
+    def _result(self) -> str:
+        return "baseline" if self.args.distillation_loss == "none" else "student"
+
+    def _print_table(self) -> None:
         names = {
             "teacher": f"teacher ({self.args.teacher or (self.args.teacher_logits and 'of ' + self.args.teacher_logits)})",
             "baseline": f"baseline ({self.args.student})",
@@ -234,7 +250,7 @@ class Recipe:
         args = copy.copy(self.training_args)
         args.output_dir = str(self.folder / name)
         # What is pushed, and what is resumed, is the recipe's result.
-        is_result = loss is not None or self.args.distillation_loss == "none"
+        is_result = name == self._result
         history = stage_history(self.folder / name) if self.goes_on and not is_result else None
         if history is not None:
             self._note(name, history)
@@ -265,16 +281,21 @@ class Recipe:
             self.accuracies["teacher"] = {"accuracy": self.results["teacher"]}
         trainer.card_info = self._card_info()
         self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
-        trainer.train(resume_from_checkpoint=self._checkpoint(trainer, is_result))
+        try:
+            trainer.train(resume_from_checkpoint=self._checkpoint(trainer, is_result))
+        except CheckpointError as error:
+            raise SystemExit(f"error: {error}") from error
         # As an internal call, which does not push: report() does, when the figures are written down.
-        trainer.save_model(_internal_call=True)
+        with self._writes(f"the {name}", args.output_dir):
+            trainer.save_model(_internal_call=True)
         trainer.evaluate()
-        if args.precise_bn_images is not None:
-            trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
-        trainer.save_state()
+        with self._writes(f"the {name}", args.output_dir):
+            if args.precise_bn_images is not None:
+                trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
+            trainer.save_state()
+            if is_result:
+                trainer.create_model_card(model_name=args.hub_model_id.split("/")[-1])
         self._note(name, trainer.state.log_history)
-        if is_result:
-            trainer.create_model_card(model_name=args.hub_model_id.split("/")[-1])
         if args.push_to_hub:
             self.to_push = trainer
         return trainer.student
@@ -289,36 +310,76 @@ class Recipe:
         epochs = self.training_args.num_train_epochs if self.data_args.streaming else 1
         self.curves[key] = [(entry["epoch"] * epochs, entry["eval_accuracy"]) for entry in entries]
 
-    def _begin(self) -> bool:
-        """Whether the run in the folder goes on. One that was stopped does so by itself."""
-        answer = []
-        wanted = str(self.training_args.resume_from_checkpoint).lower()
+    def _begin(self) -> tuple[bool, bool]:
+        """Whether the run in the folder goes on, and whether all is trained there. One that was stopped does."""
+        answer = None
         if self.training_args.process_index == 0:
             try:
-                settings = settings_of(self.args, self.data_args, self.training_args)
-                # Who names a checkpoint knows what it is of.
-                named = wanted not in ("none", "true", "false")
-                answer = [named or begin(self.folder, settings, afresh=wanted == "false")]
+                answer = self._begin_in_folder()
             except ValueError as error:
-                answer = [f"error: {error}"]
-        [answer] = broadcast_object_list(answer or [None])
+                answer = f"error: {error}"
+            except OSError as error:
+                answer = (
+                    f"error: the folder {self.folder} cannot be written to ({type(error).__name__}: {error}): make "
+                    "that possible, or choose another --output_dir"
+                )
+        [answer] = broadcast_object_list([answer])
         if isinstance(answer, str):
             raise SystemExit(answer)
         return answer
 
+    def _begin_in_folder(self) -> tuple[bool, bool]:
+        checkpoint = self._named_checkpoint
+        if checkpoint is not None:  # Who names one knows what it is of.
+            fault = fault_of(checkpoint)
+            if fault is None and is_model_only(checkpoint):
+                fault = "saved with save_only_model, which leaves the optimiser's state out"
+            if fault is not None:
+                raise ValueError(
+                    f"the checkpoint {checkpoint} cannot be resumed: {fault}. Nothing was trained yet: name another "
+                    "one, or leave --resume_from_checkpoint out, and the run in output_dir goes on by itself"
+                )
+        hold(self.folder)
+        if checkpoint is not None:
+            return True, False
+        settings = settings_of(self.args, self.data_args, self.training_args)
+        afresh = str(self.training_args.resume_from_checkpoint).lower() == "false"
+        goes_on = begin(self.folder, settings, afresh)
+        return goes_on, goes_on and is_trained(self.folder)
+
+    @property
+    def _named_checkpoint(self) -> str | None:
+        wanted = str(self.training_args.resume_from_checkpoint)
+        return None if wanted.lower() in ("none", "true", "false") else wanted
+
     def _checkpoint(self, trainer: DistillationTrainer, is_result: bool) -> str | None:
         """Where the training of one model goes on: a checkpoint that is named is the result's, else its own last one."""
-        wanted = str(self.training_args.resume_from_checkpoint)
-        if wanted.lower() not in ("none", "true", "false") and is_result:
-            return wanted
+        if self._named_checkpoint is not None and is_result:
+            return self._named_checkpoint
         if not self.goes_on:
             return None
+        folder = trainer.args.output_dir
         checkpoint = trainer.last_checkpoint()
-        if checkpoint is None:
-            self._say(f"There is no checkpoint in {trainer.args.output_dir}: this training starts from the beginning")
-        else:
+        if checkpoint is not None:
             self._say(f"Goes on from {checkpoint}")
-        return checkpoint
+            return checkpoint
+        missing = f"There is no checkpoint in {folder}"
+        if checkpoints(folder):
+            missing = f"The checkpoints in {folder} hold the model only (save_only_model)"
+        self._say(f"{missing}: this training starts from the beginning")
+        return None
+
+    @contextlib.contextmanager
+    def _writes(self, what: str, folder: str | Path) -> Iterator[None]:
+        """What cannot be written ends the run with a message."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+            raise SystemExit(
+                f"error: {what} could not be written to {folder} ({type(error).__name__}: {error}; {free / 2**30:.1f} "
+                "GiB are free there). The checkpoints are as they were: make room, and start the run again"
+            ) from error
 
     def _check_hub(self) -> None:
         args = self.training_args
@@ -335,9 +396,20 @@ class Recipe:
             ) from None
 
     def _push(self) -> str | None:
-        """Pushes the result; what came in the way is returned."""
+        """Pushes the result, if that is asked for; what came in the way is returned."""
+        args = self.training_args
+        commit = None
         try:
-            commit = self.to_push.push_to_hub()
+            if self.to_push is not None:
+                commit = self.to_push.push_to_hub()
+            elif self.is_trained and args.push_to_hub and args.process_index == 0:
+                commit = push_student(
+                    self.folder / self._result,
+                    args.hub_model_id or self.folder.name,
+                    private=args.hub_private_repo,
+                    revision=args.hub_revision,
+                    token=args.hub_token,
+                )
         except (PushError, ValueError) as error:
             return f"error: {error}"
         if commit is not None:
@@ -409,7 +481,8 @@ class Recipe:
                 image, label = read_sample(row, "the example")
                 break
         example = self.folder / "example.png"
-        image.save(example)
+        with self._writes("the example", self.folder):
+            image.save(example)
         folder = self.folder / name
         trust = self.args.trust_remote_code
         classifier = pipeline("image-classification", model=str(folder), device="cpu", trust_remote_code=trust)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,20 @@ from .data import DataArguments
 from .recipe_args import RecipeArguments
 from .training_args import DistillationTrainingArguments
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 RESULTS = "results.json"
 # Other folders in a run's are somebody else's.
 STAGES = ("teacher", "baseline", "student")
 _SETTINGS = "run.yaml"
+# There while all is trained and the results are written, but not all is reported: the push is to come.
+_UNREPORTED = ".unreported"
+_LOCK = ".lock"
+# Seconds in which a process that was ended a moment ago is surely gone.
+_PATIENCE = 5.0
 # By how their names begin, the arguments that change neither what is trained nor with what.
 _WITHOUT_EFFECT = (
     "dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch", "ddp_timeout",
@@ -28,6 +39,58 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
+# The files of the locks that this process holds, by their folders.
+_held: dict[Path, int] = {}
+
+
+def hold(folder: Path) -> None:
+    """Makes the folder of a run and keeps other processes from it, until this one ends or calls [`release`].
+
+    Where the platform or the file system has no locks, nobody is kept from it.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: it cannot be made or written to.
+    """
+    release(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    _held[folder.resolve()] = file
+    until = time.monotonic() + _PATIENCE
+    while fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                release(folder)
+                raise ValueError(
+                    f"another run is at work in {folder}: wait until it ends, or choose another --output_dir"
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
+
+
+def release(folder: Path) -> None:
+    """Lets other processes have the folder."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        os.close(file)
+
+
+def _leave_to_parent() -> None:
+    # A lock lasts as long as a process has its file open, and a DataLoader's worker can outlive its parent.
+    for file in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def settings_of(
     recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments
 ) -> dict[str, Any]:
@@ -35,7 +98,7 @@ def settings_of(
     settings = dataclasses.asdict(recipe) | dataclasses.asdict(data) | training.to_dict()
     settings = {name: value for name, value in settings.items() if not name.startswith(_WITHOUT_EFFECT)}
     # Where the store lies has no effect, and what is in it is compared with the run by its own fingerprint.
-    settings["teacher_logits"] = recipe.teacher_logits is not None
+    settings["teacher_logits"] = recipe.teacher_logits and "a store"
     # Through JSON, as it will be read.
     return json.loads(json.dumps(settings | {"world_size": training.world_size}, default=str))
 
@@ -43,7 +106,8 @@ def settings_of(
 def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
     """Prepares the folder of a run; whether the run in it goes on.
 
-    A run that was stopped goes on; one that is finished, or any if `afresh`, is cleared away.
+    A run that was stopped goes on, also one that [`is_trained`]; one that is finished, or any if `afresh`, is cleared
+    away.
 
     Args:
         folder: `output_dir` of the recipe.
@@ -51,21 +115,21 @@ def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
         afresh: whether the run in it is given up.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings, or with a record of them that cannot be read.
+        OSError: the folder cannot be written to.
     """
     stages = [folder / name for name in STAGES]
     state = [folder / RESULTS, *(stage / TRAINER_STATE_NAME for stage in stages)]
     has_run = any(path.exists() for path in state) or any(checkpoints(str(stage)) for stage in stages)
     record = folder / _SETTINGS
-    if has_run and not afresh:
-        earlier = yaml.safe_load(record.read_text(encoding="utf-8")) if record.is_file() else None
-        if earlier != settings:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({_differences(earlier, settings)}): set another output_dir, "
-                "or start anew in its place with --resume_from_checkpoint false"
-            )
-    goes_on = has_run and not afresh and not (folder / RESULTS).is_file()
+    if has_run and not afresh and (differences := _differences(record, settings)):
+        raise ValueError(
+            f"{folder} holds a run with other settings ({differences}): set another output_dir, "
+            "or start anew in its place with --resume_from_checkpoint false"
+        )
+    goes_on = has_run and not afresh and (is_trained(folder) or not (folder / RESULTS).is_file())
     if not goes_on:
+        (folder / _UNREPORTED).unlink(missing_ok=True)
         for stage in stages:
             remove_unfinished(str(stage))
             for checkpoint in checkpoints(str(stage)):
@@ -77,11 +141,29 @@ def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
     return goes_on
 
 
+def is_trained(folder: Path) -> bool:
+    """Whether the run has its results, and has yet to report them to the end."""
+    return (folder / _UNREPORTED).exists() and (folder / RESULTS).is_file()
+
+
+def write_results(folder: Path, results: dict[str, float | None]) -> None:
+    """Writes the results of a run, which [`is_trained`] then."""
+    (folder / _UNREPORTED).touch()
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def finish(folder: Path) -> None:
+    """The next start in the folder begins a new run."""
+    (folder / _UNREPORTED).unlink(missing_ok=True)
+    release(folder)
+
+
 def stage_history(folder: Path) -> list[dict[str, float]] | None:
-    """The log of a model that was trained to its end; None if it was not."""
+    """The log of a model that was trained and evaluated to its end; None if it was not."""
     try:
-        return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
-    except (FileNotFoundError, json.JSONDecodeError):
+        history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+        return history if any("eval_accuracy" in entry for entry in history) else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -92,9 +174,16 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _differences(earlier: dict[str, Any] | None, settings: dict[str, Any]) -> str:
-    if earlier is None:
+def _differences(record: Path, settings: dict[str, Any]) -> str:
+    """How the settings differ from those in the record; a field that is None there or here may be missing."""
+    if not record.is_file():
         return f"it has no {_SETTINGS}"
+    try:
+        earlier = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        return f"its {_SETTINGS} cannot be read: {' '.join(str(error).split())}"
+    if not isinstance(earlier, dict):
+        return f"its {_SETTINGS} holds no mapping"
     names = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
     shown = [f"{name} was {earlier.get(name)!r} and is {settings.get(name)!r}" for name in names[:5]]
     return ", ".join(shown + ([f"and {len(names) - 5} more"] if len(names) > 5 else []))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
@@ -110,6 +111,11 @@ class DistillationTrainer(FiniteTrainer):
             raise ValueError(
                 f"{started} processes were started, and each would train by itself, as one of {args.world_size}: on the "
                 "CPU, set use_cpu (--use_cpu true)"
+            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func would take the place of the distillation loss: hand it over as distillation_loss, or use "
+                "transformers.Trainer"
             )
         losses = {} if distillation_loss is None else distillation_loss
         losses = losses if isinstance(losses, dict) else {"distillation": losses}
@@ -399,6 +405,9 @@ class DistillationTrainer(FiniteTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        # BatchNorm's statistics are each process's own; the first one's are saved.
+        for buffer in self.student.buffers():
+            broadcast(buffer)
         # The default's loss is a mean of batches, of which the last are filled up with images that were counted before.
         self._image_losses = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -495,6 +504,8 @@ class DistillationTrainer(FiniteTrainer):
             super()._load_best_model()
         else:
             self.accelerator.unwrap_model(self.model).load(self.state.best_model_checkpoint)
+        # It was saved with the statistics that it was evaluated with.
+        self._batch_norm_step = self.state.global_step
 
 
 class _SetEpoch(TrainerCallback):

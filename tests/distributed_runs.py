@@ -1,12 +1,8 @@
-"""What test_distributed.py compares: `python distributed_runs.py FOLDER` runs it in one, two and three real processes.
-
-The processes are forked from one that has loaded the libraries, which takes each of them some ten seconds otherwise.
-"""
+"""What test_distributed.py compares, as it runs in one, two and three real processes."""
 
 import json
-import multiprocessing
 import os
-import sys
+import signal
 import types
 from pathlib import Path
 
@@ -15,10 +11,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from accelerate.utils.other import get_free_port
 from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn, timm_deit
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from nkd_hf import (
     DataArguments,
@@ -29,6 +25,7 @@ from nkd_hf import (
     load_image_dataset,
     train_transform,
 )
+from nkd_hf.checkpoints import fault_of
 from nkd_hf.losses import ViTKDLoss, vitkd
 from nkd_hf.modeling import DistillationModel, save_student
 from nkd_hf.teacher_run import write_store
@@ -62,7 +59,10 @@ def train(case: str, folder: Path, batch: int, accumulation: int) -> dict:
     if trainer.is_world_process_zero():
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(weights, folder / f"{case}-{batch}-{accumulation}.safetensors")
-    return {"log": trainer.state.log_history[:STEPS], "parameters_equal": equal_everywhere(trainer)}
+    return {
+        "log": trainer.state.log_history[:STEPS],
+        "parameters_equal": equal_everywhere(trainer, trainer.model.parameters()),
+    }
 
 
 class fixed_masks:
@@ -76,9 +76,9 @@ class fixed_masks:
         vitkd.random_token_mask = self.draw
 
 
-def equal_everywhere(trainer) -> bool:
-    parameters = torch.cat([value.detach().flatten() for value in trainer.model.parameters()])
-    everywhere = trainer.accelerator.gather(parameters[None])
+def equal_everywhere(trainer, tensors) -> bool:
+    values = torch.cat([value.detach().double().flatten() for value in tensors])
+    everywhere = trainer.accelerator.gather(values[None])
     return bool((everywhere == everywhere[0]).all())
 
 
@@ -144,13 +144,51 @@ def statistics(folder: Path) -> dict:
     with torch.no_grad():
         outputs = network.conv1(torch.stack([sample["pixel_values"] for sample in digits(0, 64)]))
     means = outputs.mean(dim=(0, 2, 3))
-    states = torch.cat([value.double().flatten() for value in trainer.student.state_dict().values()])
-    everywhere = trainer.accelerator.gather(states[None])
+    own = make_trainer(folder, timm_cnn(), digits(0, 64), digits(64, 95), per_device_train_batch_size=8, max_steps=2)
+    own.train()
+    differed = not equal_everywhere(own, own.student.buffers())
+    own.evaluate()
     return {
-        "equal": bool((everywhere == everywhere[0]).all()),
+        "equal": equal_everywhere(trainer, trainer.student.state_dict().values()),
+        "differed_before_evaluation": differed,
+        "equal_after_evaluation": equal_everywhere(own, own.student.buffers()),
         "error": ((network.bn1.running_mean - means).abs().max() / means.abs().max()).item(),
         "learning_rate": trainer.state.log_history[0]["learning_rate"],
     }
+
+
+class Terminate(TrainerCallback):
+    """Sends SIGTERM to the first process, at the nth call of one event."""
+
+    def __init__(self, event: str, nth: int):
+        self.calls, self.nth = 0, nth
+        setattr(self, event, self.call)
+
+    def call(self, args, state, control, **kwargs) -> None:
+        self.calls += 1
+        if self.calls == self.nth and args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def sigterm(folder: Path) -> dict:
+    """How processes end and what they have saved, when one of them gets a SIGTERM at the end of training."""
+    ends = {}
+    for event, nth in (("on_step_begin", 4), ("on_evaluate", 2), ("on_save", 2)):
+        trainer = make_trainer(
+            folder / event, native_vit(), digits(0, 64), digits(64, 80), max_steps=4, save_strategy="steps", save_steps=2,
+            eval_strategy="steps", eval_steps=2, per_device_train_batch_size=8, callbacks=[Terminate(event, nth)],
+        )  # fmt: skip
+        try:
+            trainer.train()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        ends[event] = {
+            "codes": trainer.accelerator.gather(torch.tensor([code])).tolist(),
+            "steps": trainer.state.global_step,
+            "fault": fault_of(str(folder / event / "checkpoint-4")),
+        }
+    return ends
 
 
 def shard(folder: Path) -> dict:
@@ -193,47 +231,18 @@ def teacher_logits(folder: Path) -> str | None:
     )  # fmt: skip
 
 
-def work(rank: int, world_size: int, port: int, folder: Path) -> None:
-    if world_size > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+def run(folder: Path) -> None:
+    """All of it, in each of the processes that are joined."""
+    state = PartialState(cpu=True)
+    world_size, folder = state.num_processes, folder / str(state.num_processes)
     folder.mkdir(exist_ok=True)
-    results = {"evaluation": evaluate(folder)}
+    results = {"world_size": world_size, "evaluation": evaluate(folder)}
     for batch, accumulation in SPLITS.get(world_size, []):
         for case in STUDENTS:
             results[f"{case} {batch} x {accumulation}"] = train(case, folder, batch, accumulation)
     if world_size == 2:
-        results |= {part.__name__: part(folder) for part in (resume, statistics, shard)}
+        results |= {part.__name__: part(folder) for part in (resume, statistics, sigterm, shard)}
     if world_size < 3:
         results["teacher_logits"] = teacher_logits(folder)
-    state = PartialState()
-    results["world_size"] = state.num_processes
     if state.is_main_process:
         (folder / "results.json").write_text(json.dumps(results))
-    state.wait_for_everyone()
-    state.destroy_process_group()
-
-
-def main(folder: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    for world_size in (1, 2, 3):
-        port = get_free_port()
-        group = [
-            context.Process(target=work, args=(rank, world_size, port, folder / str(world_size)))
-            for rank in range(world_size)
-        ]
-        for process in group:
-            process.start()
-        for process in group:
-            process.join()
-        if failed := [process.exitcode for process in group if process.exitcode]:
-            sys.exit(f"of {world_size} processes some failed: {failed}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import digits, make_trainer, timm_cnn
+from tiny import digits, make_trainer, native_vit, timm_cnn
+from transformers import TrainerCallback
 
 from nkd_hf import USKDLoss
-from nkd_hf.checkpoints import CheckpointError, fault_of
+from nkd_hf.checkpoints import CheckpointError, fault_of, is_model_only
 
 
 def trainer_of(folder: Path, **kwargs):
@@ -79,6 +80,37 @@ def test_what_cannot_be_resumed_is_said(copy, tmp_path):
         trainer_of(tmp_path / "none").train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_the_model_only_is_not_resumed_and_can_be_the_best(tmp_path):
+    def trainer():
+        return make_trainer(
+            tmp_path, timm_cnn(), digits(0, 96), digits(96, 128), max_steps=4, save_strategy="steps", save_steps=2,
+            eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_only_model=True, learning_rate=0.01,
+        )  # fmt: skip
+
+    first = trainer()
+    first.train()
+    best = trainer().student.from_pretrained(first.state.best_model_checkpoint)
+    torch.testing.assert_close(first.student.state_dict(), best.state_dict(), rtol=0, atol=0)
+    said = "cannot be resumed: saved with save_only_model, which leaves the optimiser's state out. Train anew"
+    named = tmp_path / "checkpoint-4"
+    with pytest.raises(ValueError, match=f"the checkpoint {named} {said}"):
+        trainer().train(resume_from_checkpoint=str(named))
+    with pytest.raises(ValueError, match=f"the checkpoints in {tmp_path} {said}"):
+        trainer().train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "optimizer.bin", "optimizer_0/a.distcp", "global_step4/a_optim_states.pt"]
+)
+def test_the_optimizer_of_fsdp_and_deepspeed_is_known(tmp_path, name):
+    (tmp_path / "model.safetensors").touch()
+    assert is_model_only(str(tmp_path))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert not is_model_only(str(tmp_path))
+
+
 def test_nothing_is_resumed_unasked(copy):
     trainer = trainer_of(copy, max_steps=7)
     trainer.train()
@@ -132,6 +164,51 @@ def test_an_evaluation_at_the_end_of_an_epoch_comes_before_its_checkpoint(tmp_pa
     trainer.train()
     history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert ["loss" in history[0], "eval_loss" in history[1]] == [True, True]
+
+
+class Terminate(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        (2, {"eval_strategy": "steps", "eval_steps": 1}),
+        # At the end of an epoch, whose own log and evaluation belong to the checkpoint.
+        (8, {"eval_strategy": "steps", "eval_steps": 1, "logging_strategy": "epoch"}),
+        (8, {"eval_strategy": "epoch", "logging_strategy": "epoch"}),
+    ],
+)
+def test_sigterm_saves_its_step_also_when_the_best_alone_are_saved(tmp_path, step, settings):
+    # With a learning rate of 0 none is better than the first.
+    trainer = make_trainer(
+        tmp_path, native_vit(), digits(0, 64), digits(96, 128), max_steps=12, learning_rate=0.0, save_strategy="best",
+        metric_for_best_model="eval_loss", greater_is_better=False, callbacks=[Terminate(step)], **settings,
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="143"):
+        trainer.train()
+    assert trainer.state.global_step == step
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    assert fault_of(str(checkpoint)) is None
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert {key for entry in history if entry["step"] == step for key in entry} >= {"loss", "eval_loss"}
+
+
+def test_an_evaluation_that_is_not_finite_is_said_with_its_step(tmp_path, caplog):
+    held_out = digits(96, 128)
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 64), held_out, max_steps=4, eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    assert "not finite" not in caplog.text
+    held_out[3]["pixel_values"] = torch.full((3, 32, 32), float("nan"))
+    trainer.evaluate()
+    assert "the evaluation after step 4 is not finite (eval_loss=nan): the student's logits are NaN" in caplog.text
 
 
 def full_disk(folder: Path, limit: int) -> None:

@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from distributed_runs import EVALUATION_SIZES, STEPS
+from distributed_runs import EVALUATION_SIZES, STEPS, run
 from filelock import FileLock
+from processes import in_processes
 from tiny import digits
 
 ROOT = Path(__file__).parents[1]
@@ -26,12 +27,9 @@ def runs(tmp_path_factory, worker_id) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             folder.mkdir()
-            done = subprocess.run(
-                [sys.executable, ROOT / "tests" / "distributed_runs.py", folder],
-                env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=300,
-            )  # fmt: skip
-            (folder / "errors").write_text(done.stderr if done.returncode else "")
-    assert not (folder / "errors").read_text()
+            failed = [size for size in (1, 2, 3) if any(in_processes(size, lambda: run(folder), folder / "log"))]
+            (folder / "failed").write_text(f"{failed}: {(folder / 'log').read_text()[-3000:]}" if failed else "")
+    assert not (folder / "failed").read_text()
     for world_size in (1, 2, 3):
         assert read(folder, world_size, "world_size") == world_size
     return folder
@@ -119,9 +117,17 @@ def test_two_processes_resume_in_the_middle_of_an_epoch_bit_for_bit(runs):
 def test_two_processes_share_statistics_average_and_a_scaled_rate(runs):
     result = read(runs, 2, "statistics")
     assert result["equal"]
+    # Each process trains with its own statistics, and evaluates with those of the first one, which are saved.
+    assert result["differed_before_evaluation"]
+    assert result["equal_after_evaluation"]
     # The 64 images are divided between the two, and their mean is that of all of them.
     assert result["error"] < 1e-5
     assert result["learning_rate"] == pytest.approx(0.05 * 16 / 32)
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate", "on_save"])
+def test_sigterm_to_one_process_as_training_ends_is_noted_by_both(runs, event):
+    assert read(runs, 2, "sigterm")[event] == {"codes": [143, 143], "steps": 4, "fault": None}
 
 
 def test_student_and_loss_sharded_by_fsdp2_give_the_same_gradients(runs):

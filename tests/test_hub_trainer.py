@@ -3,17 +3,17 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from hub_server import TOKEN, Failure
 from huggingface_hub import snapshot_download
 from PIL import Image
+from processes import in_processes
 from test_recipes import run as run_recipe
 from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
@@ -229,50 +229,28 @@ def test_a_repo_that_cannot_be_made_is_said_before_training(hub, tmp_path, monke
         trainer_of(tmp_path, push_to_hub=True, hub_model_id="me/open", hub_private_repo=True)
 
 
-TWO_PROCESSES = """
-import json, os, sys, time
-from hub_server import TOKEN
-from tiny import digits, make_trainer, timm_cnn
+def push_in_two_processes(folder: Path) -> None:
+    huggingface_hub.close_session()  # its sockets are the parent's too
+    trainer = make_trainer(
+        folder, timm_cnn(), digits(0, 64), max_steps=1, save_strategy="steps", save_steps=1, push_to_hub=True,
+        hub_strategy="checkpoint", hub_token=TOKEN,
+    )  # fmt: skip
+    if not trainer.is_world_process_zero():
+        save = trainer._save_rng_state
 
-folder = sys.argv[1]
-trainer = make_trainer(
-    os.path.join(folder, "student"), timm_cnn(), digits(0, 64), max_steps=1, save_strategy="steps", save_steps=1,
-    push_to_hub=True, hub_strategy="checkpoint", hub_token=TOKEN,
-)
-if not trainer.is_world_process_zero():
-    save = trainer._save_rng_state
+        def save_late(checkpoint: str) -> None:
+            while not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):  # the first has all of its own
+                time.sleep(0.02)
+            time.sleep(2)
+            save(checkpoint)
 
-    def save_late(checkpoint):
-        while not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):  # the first has all of its own
-            time.sleep(0.02)
-        time.sleep(2)
-        save(checkpoint)
-
-    trainer._save_rng_state = save_late
-trainer.train()
-if trainer.is_world_process_zero():
-    json.dump({"world_size": trainer.args.world_size}, open(os.path.join(folder, "result.json"), "w"))
-"""
+        trainer._save_rng_state = save_late
+    trainer.train()
 
 
 def test_a_checkpoint_is_pushed_when_all_processes_have_written_it(hub, tmp_path):
-    (tmp_path / "train.py").write_text(TWO_PROCESSES)
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        ),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", str(tmp_path)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "result.json").read_text()) == {"world_size": 2}
+    log = tmp_path / "log"
+    assert in_processes(2, lambda: push_in_two_processes(tmp_path / "student"), log) == [0, 0], log.read_text()[-3000:]
     files = hub.repos["models/me/student"].files()
     assert {"last-checkpoint/rng_state_0.pth", "last-checkpoint/rng_state_1.pth"} <= set(files)
 

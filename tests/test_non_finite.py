@@ -1,15 +1,26 @@
 """A loss that is not finite stops the run with a message, or the step is skipped."""
 
+import math
+
 import pytest
 import torch
 from tiny import digits, make_trainer, timm_cnn
 from torch import nn
 from transformers import TrainerCallback
 
-from nkd_hf import DataArguments, ImageCollator, ImageDataset, NKDLoss, load_image_dataset, train_transform
-from nkd_hf.non_finite import NonFiniteLossError
+from nkd_hf import (
+    DataArguments,
+    DistillationTrainer,
+    ImageCollator,
+    ImageDataset,
+    NKDLoss,
+    load_image_dataset,
+    train_transform,
+)
+from nkd_hf.non_finite import LossWatch, NonFiniteLossError
 
 NAN = float("nan")
+TIMED = ("_runtime", "_per_second")
 
 
 def rows_of_digits(num_samples: int = 32) -> ImageDataset:
@@ -66,7 +77,9 @@ def test_a_diverging_student_is_named_and_the_good_checkpoint_kept(tmp_path):
     message = str(error.value)
     step = trainer.state.global_step + 1
     assert step > 1
-    assert message.startswith(f"the loss of step {step} is not finite (task=nan, learning_rate=1e+30, grad_norm=nan).")
+    assert message.startswith(
+        f"the loss of step {step} is not finite (task=nan, loss=nan, learning_rate=1e+30, grad_norm=nan)."
+    )
     assert "The student's logits are not finite for 8 of 8 samples" in message
     assert "it diverges; lower learning_rate" in message
     sampler = trainer._get_train_sampler()
@@ -86,7 +99,7 @@ def test_a_teacher_that_gives_nan_is_told_apart(tmp_path):
     message = str(error.value)
     # The third half step is of the second step.
     assert message.startswith("the loss of step 2 is not finite (task=2.")
-    assert "nkd_target=nan, nkd_non_target=nan, learning_rate=" in message
+    assert "nkd_target=nan, nkd_non_target=nan, loss=nan, learning_rate=" in message
     bad = [index for _, index in trainer._get_train_sampler()][17]
     assert f"The teacher's logits are not finite for 1 of 8 samples ({bad}), while the student's are" in message
     assert "No checkpoint was saved before" in message
@@ -110,8 +123,60 @@ def test_a_gradient_that_is_not_finite_is_a_fault_of_the_step(tmp_path):
             return {"steep": (student_logits - student_logits.detach()).abs().sum().sqrt()}
 
     trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 32), distillation_loss=Steep())
-    with pytest.raises(NonFiniteLossError, match=r"the gradient norm of step 1 is not finite \(task=2.*, steep=0, "):
+    with pytest.raises(
+        NonFiniteLossError, match=r"the gradient norm of step 1 is not finite \(task=2.*, steep=0, "
+    ) as error:
         trainer.train()
+    assert "its gradient overflows: look for a root" in str(error.value)
+
+
+class Own(DistillationTrainer):
+    """A compute_loss of one's own, that is NaN in its third call."""
+
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = model(inputs["pixel_values"])["logits"].square().mean()
+        self.calls += 1
+        return loss * (NAN if self.calls == 3 else 1.0)
+
+
+class OwnOnTop(DistillationTrainer):
+    """Adds to what the trainer computes."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.calls += 1
+        return super().compute_loss(*args, **kwargs) + (NAN if self.calls == 3 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Own, r"\(loss=nan, .*compute_loss gave it"), (OwnOnTop, r"\(task=2.*, loss=nan, .*The logits are finite")],
+)
+def test_a_compute_loss_of_ones_own_is_watched(tmp_path, kind, said):
+    args = make_trainer(tmp_path, timm_cnn(), max_steps=3, save_strategy="no").args
+    trainer = kind(model=timm_cnn(), args=args, train_dataset=digits(0, 32))
+    # The last step, which nothing comes after.
+    with pytest.raises(NonFiniteLossError, match=r"the loss of step 3 is not finite " + said):
+        trainer.train()
+
+
+def test_a_device_that_answers_late_is_waited_for_at_the_end(tmp_path, monkeypatch):
+    """As on a GPU, where the answer of the last step comes after it."""
+    ask = LossWatch.fault
+    monkeypatch.setattr(LossWatch, "fault", lambda watch, wait=False: ask(watch, wait) if wait else None)
+    args = make_trainer(tmp_path, timm_cnn(), max_steps=3, save_strategy="no").args
+    with pytest.raises(NonFiniteLossError, match="the loss of step 3 is not finite"):
+        Own(model=timm_cnn(), args=args, train_dataset=digits(0, 32)).train()
+
+
+def test_the_checkpoint_of_another_run_is_not_called_good(tmp_path):
+    make_trainer(tmp_path, timm_cnn(), digits(0, 32), max_steps=9, save_strategy="steps", save_steps=9).train()
+    args = make_trainer(tmp_path, timm_cnn(), max_steps=3, save_strategy="no").args
+    with pytest.raises(NonFiniteLossError, match="No checkpoint was saved before"):
+        Own(model=timm_cnn(), args=args, train_dataset=digits(0, 32)).train()
 
 
 def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, caplog):
@@ -130,9 +195,26 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, caplog):
     assert all(value.isfinite().all() for value in keep.states[-1].values())
     assert f"the loss of step {step + 1} is not finite (task=nan" in caplog.text
     assert "The step is skipped." in caplog.text
-    entry = trainer.state.log_history[0]
+    entry, *_, last = trainer.state.log_history
     assert entry["loss"] == pytest.approx(entry["task"], rel=1e-6)
     assert 1 < entry["loss"] < 5
+    # The mean of the three steps that were not left out.
+    assert last["train_loss"] == pytest.approx(entry["loss"], rel=1e-6)
+
+
+def test_the_log_of_a_run_that_skips_survives_a_resume(tmp_path):
+    def run(**kwargs):
+        trainer = make_trainer(
+            tmp_path, timm_cnn(), rows_of_digits(), on_non_finite_loss="skip", data_collator=Collator(5), logging_steps=1,
+            per_device_train_batch_size=4, max_steps=8, save_strategy="steps", save_steps=7, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer.train(**kwargs)
+        return [{k: v for k, v in e.items() if not k.endswith(TIMED)} for e in trainer.state.log_history]
+
+    whole = run()
+    assert [entry["step"] for entry in whole[:-1]] != [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(math.isfinite(value) for entry in whole for value in entry.values())
+    assert run(resume_from_checkpoint=str(tmp_path / "checkpoint-7")) == whole
 
 
 def test_a_run_that_only_skips_is_given_up(tmp_path):
@@ -143,6 +225,11 @@ def test_a_run_that_only_skips_is_given_up(tmp_path):
     with pytest.raises(NonFiniteLossError, match="It is the last of 10 steps in a row"):
         trainer.train()
     assert trainer.state.global_step < 20
+
+
+def test_a_loss_that_would_be_ignored_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="hand it over as distillation_loss"):
+        DistillationTrainer(timm_cnn(), make_trainer(tmp_path, timm_cnn()).args, compute_loss_func=nn.MSELoss())
 
 
 def test_the_setting_is_checked(tmp_path):

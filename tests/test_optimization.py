@@ -216,6 +216,26 @@ def test_batch_norm_is_estimated_on_training_images_before_an_evaluation(tmp_pat
     assert network.bn1.momentum == 0.1
 
 
+def test_the_best_model_keeps_the_statistics_that_it_was_evaluated_with(tmp_path):
+    def trainer():
+        # The worst for the best: an earlier step than the last.
+        return make_trainer(
+            tmp_path / "run", timm_cnn(), digits(0, 64), digits(64, 96), max_steps=4, eval_strategy="steps", eval_steps=1,
+            save_strategy="steps", save_steps=1, per_device_train_batch_size=32, precise_bn_images=32,
+            load_best_model_at_end=True, greater_is_better=True, learning_rate=0.5, optim="sgd",
+        )  # fmt: skip
+
+    first, second = trainer(), trainer()
+    first.train()
+    best = max((e for e in first.state.log_history if "eval_loss" in e), key=lambda entry: entry["eval_loss"])
+    assert best["step"] < 4
+    assert first.evaluate()["eval_loss"] == best["eval_loss"]
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert second.evaluate()["eval_loss"] == best["eval_loss"]
+    states = zip(first.student.state_dict().values(), second.student.state_dict().values(), strict=True)
+    assert all(torch.equal(one, two) for one, two in states)
+
+
 def test_estimating_batch_norm_changes_nothing_else():
     model, accelerator = timm_cnn(), make_trainer("unused", timm_cnn()).accelerator
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -121,7 +121,7 @@ def test_first_steps_of_a_recipe_in_half_precision(tmp_path, monkeypatch, recipe
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_hundred_steps_of_a_recipe_in_half_precision(tmp_path, monkeypatch, recipe, precision):
-    arguments = ("--max_steps", "100", "--compare_with_baseline", "false")
+    arguments = ("--max_steps", "100", "--compare_with_baseline", "false", "--per_device_train_batch_size", "16")
     logs = run_recipe(recipe, precision, tmp_path, monkeypatch, *arguments)
     assert logs.keys() == RECIPES[recipe]
     for name, log in logs.items():

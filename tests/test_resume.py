@@ -1,26 +1,31 @@
 """Runs that are killed and started again, held against the run that never was. Real processes, real signals."""
 
 import json
-import logging
 import os
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from processes import in_a_process
+from tiny import make_trainer, timm_deit
 
 from nkd_hf import (
     DataArguments,
     DistillationTrainer,
     DistillationTrainingArguments,
+    ImageCollator,
+    ImageDataset,
     Recipe,
     RecipeArguments,
+    USKDLoss,
+    load_image_dataset,
     parse_args,
+    train_transform,
 )
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "digits_distill_cnn.yaml"
@@ -62,27 +67,6 @@ def train(folder: Path, **settings: str) -> None:
     recipe.train_baseline()
     recipe.train_student()
     recipe.report()
-
-
-def in_a_process(work: Callable[[], None], log: Path) -> int:
-    """Does it in a forked process, which saves the imports; its exit code, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            sys.stdout = sys.stderr = log.open("a", buffering=1)
-            logging.basicConfig(stream=sys.stderr, force=True)
-            work()
-            code = 0
-        except SystemExit as exit:
-            if isinstance(exit.code, str):
-                print(exit.code, file=sys.stderr)
-            code = exit.code if isinstance(exit.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def outcome(folder: Path) -> dict:
@@ -245,3 +229,23 @@ def test_a_run_with_other_settings_is_refused(tmp_path, whole_run):
     # What has no effect on the result may change.
     assert in_a_process(lambda: train(folder, save_steps="3", dataloader_num_workers="1"), log) == 0
     assert f"Goes on from {folder / 'student' / 'checkpoint-12'}\n" in log.read_text()
+
+
+def test_persistent_workers_resume_bit_for_bit(tmp_path):
+    """Drop path draws from the generator that a DataLoader takes a number from for each iterator that it makes."""
+    data = load_image_dataset(DataArguments(max_train_samples=40))["train"]
+    transform = train_transform(DataArguments(random_crop_padding=4), 32, [0.5] * 3, [0.5] * 3)
+
+    def weights(checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+        trainer = make_trainer(
+            tmp_path, timm_deit(drop_path=0.3), ImageDataset(data, transform), distillation_loss=USKDLoss(32, 10),
+            data_collator=ImageCollator(10), per_device_train_batch_size=8, max_steps=7, save_strategy="steps",
+            save_steps=1, dataloader_num_workers=1, dataloader_persistent_workers=True,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    whole = weights()
+    # In the middle of the first epoch, and at its end.
+    for step in (3, 5):
+        assert_same(weights(tmp_path / f"checkpoint-{step}"), whole)

@@ -5,8 +5,6 @@ import json
 import logging
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -17,6 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from processes import in_processes
 from sklearn.datasets import load_sample_image
 from tiny import make_trainer, native_resnet
 from torch.utils.data import DataLoader
@@ -438,45 +439,33 @@ def test_a_long_list_is_cut_short_and_an_empty_one_is_not_said(tmp_path, caplog)
     assert messages(caplog) == []
 
 
-REPORT = """
-import json, logging, os, sys
-sys.path.insert(0, {tests!r})
-from test_rough_images import ImageDataset, StreamingImageDataset, BadImageReport, DataArguments, load_image_dataset, resized, train
-from accelerate import PartialState
-from accelerate.utils import gather_object
-
-folder = os.getcwd()
-said = []
-logging.getLogger("nkd_hf.bad_images").addFilter(lambda record: said.append(record.getMessage()))
-data = load_image_dataset(DataArguments(dataset_name=os.path.join(folder, "data")))
-training, evaluation = (
-    ImageDataset(data[name], resized, on_bad_image="skip", training=name == "train") for name in ("train", "validation")
-)
-run = os.path.join(folder, "run")
-train(run, training, evaluation, BadImageReport(), max_steps=2, eval_strategy="epoch", dataloader_num_workers=1)
-alone = gather_object([training.num_bad_images])
-streams = load_image_dataset(DataArguments(dataset_name=os.path.join(folder, "data"), streaming=True))
-stream = StreamingImageDataset(streams["train"], resized, on_bad_image="skip")
-train(run, stream, None, BadImageReport(), max_steps=1)
-said = gather_object([said])
-state = PartialState()
-if state.is_main_process:
-    result = dict(world_size=state.num_processes, said=said, alone=alone)
-    json.dump(result, open(os.path.join(folder, "result.json"), "w"))
-"""
+def report(folder: Path) -> None:
+    said = []
+    logging.getLogger("nkd_hf.bad_images").addFilter(lambda record: said.append(record.getMessage()))
+    data = load_image_dataset(DataArguments(dataset_name=str(folder / "data")))
+    training, evaluation = (
+        ImageDataset(data[name], resized, on_bad_image="skip", training=name == "train")
+        for name in ("train", "validation")
+    )
+    train(
+        folder / "run", training, evaluation, BadImageReport(), max_steps=2, eval_strategy="epoch",
+        dataloader_num_workers=1,
+    )  # fmt: skip
+    alone = gather_object([training.num_bad_images])
+    streams = load_image_dataset(DataArguments(dataset_name=str(folder / "data"), streaming=True))
+    stream = StreamingImageDataset(streams["train"], resized, on_bad_image="skip")
+    train(folder / "run", stream, None, BadImageReport(), max_steps=1)
+    said = gather_object([said])
+    if PartialState().is_main_process:
+        (folder / "result.json").write_text(json.dumps({"said": said, "alone": alone}))
 
 
 def test_two_processes_report_once_what_both_of_them_met(tmp_path):
     data = write(tmp_path / "data", {f"{i:02d}.jpg": b"" if i in (1, 6, 9) else JPEG for i in range(15)})
     write(data, {f"{i}.jpg": b"" if i in (0, 5) else JPEG for i in range(7)}, split="val")
-    (tmp_path / "report.py").write_text(REPORT.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "report.py"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log"
+    assert in_processes(2, lambda: report(tmp_path), log) == [0, 0], log.read_text()[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["world_size"] == 2
     assert max(result["alone"]) < 3  # so that neither could have said it alone
     (first, second, third), others = result["said"]
     assert others == []

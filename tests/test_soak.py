@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import in_a_process
 from test_non_finite import rows_of_digits
-from test_resume import in_a_process
 from tiny import accuracy, make_trainer, timm_cnn
 from transformers import TrainerCallback
 
