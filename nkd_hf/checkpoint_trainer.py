@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from .batches import derived_seeds
 from .checkpoints import (
@@ -61,6 +61,7 @@ class CheckpointTrainer(HubTrainer):
         self._component_steps = 0.0
         # The steps that no mean of the log counts.
         self._skipped_steps = 0
+        self._loaders: list[torch.utils.data.DataLoader] = []
         super().__init__(*args, **kwargs)
         self._pace = _KeepPace(self)
         self.add_callback(self._pace)
@@ -129,7 +130,10 @@ class CheckpointTrainer(HubTrainer):
         # What an interrupted run, or an attempt of auto_find_batch_size, has left in the sums is not of this run.
         self._component_sums, self._component_steps, self._skipped_steps = {}, 0.0, 0
         with Sigterm(self.args.world_size) as self._sigterm:
-            output = super()._inner_training_loop(batch_size, **kwargs)
+            try:
+                output = super()._inner_training_loop(batch_size, **kwargs)
+            finally:
+                self._end_workers()
             # What came after the last step; twice, since several processes are answered one call late.
             if any([self._sigterm.came(), self._sigterm.came()]):
                 logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
@@ -151,7 +155,23 @@ class CheckpointTrainer(HubTrainer):
             # would take a number from the generator that drop path and masks draw from.
             own.generator = torch.Generator().manual_seed(derived_seeds(self.args.seed, self.args.process_index)[0])
         own.worker_init_fn = functools.partial(shield_worker, own.worker_init_fn)
+        self._loaders.append(own)
         return loader
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self._end_workers()
+
+    def _end_workers(self) -> None:
+        # Persistent workers would live as long as the trainer, and it ends as garbage: its queues may be closed before
+        # it tells them to leave, and it then waits for five seconds for each.
+        for loader in self._loaders:
+            if loader._iterator is not None:
+                loader._iterator._shutdown_workers()
+                loader._iterator = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.

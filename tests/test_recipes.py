@@ -76,13 +76,16 @@ def test_figures_of_the_readme(tmp_path, recipe):
     assert measured == pytest.approx([float(figure) for figure in re.findall(r"\d+\.\d\d", row)], abs=3.0)
 
 
+IN_PROCESS = ["--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"]
+
+
 def run(recipe: str, *arguments: str) -> Recipe:
     """The recipe in this process."""
     config = ROOT / "recipes" / "configs" / f"digits_{recipe}.yaml"
     run = Recipe(
         *parse_args(
             (RecipeArguments, DataArguments, DistillationTrainingArguments),
-            args=["--config", str(config), *FEW, *arguments],
+            args=["--config", str(config), *FEW, *IN_PROCESS, *arguments],
         )
     )
     run.train_teacher()

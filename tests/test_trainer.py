@@ -1,6 +1,7 @@
 """The trainer on tiny real models and scikit-learn's digits."""
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -423,3 +424,30 @@ def test_components_leave_out_the_attempts_of_auto_find_batch_size(tmp_path, tra
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["loss"] == pytest.approx(sum(first[name] for name in COMPONENTS[USKDLoss]), rel=1e-5)
+
+
+def test_workers_end_with_the_training_and_with_an_evaluation_after_it(tmp_path):
+    """Those that end when the trainer is collected as garbage make it wait for five seconds each."""
+    alive = []
+
+    class Count(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            alive.append({process.pid for process in multiprocessing.active_children()})
+
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), digits(0, 32), digits(32, 48), max_steps=6, eval_strategy="epoch", callbacks=[Count()],
+        dataloader_num_workers=1, dataloader_persistent_workers=True,
+    )  # fmt: skip
+    trainer.train()
+    first, second, third = alive
+    assert len(first) == 1
+    assert second == third  # the evaluation's beside it, and none anew
+    assert len(third) == 2
+    assert multiprocessing.active_children() == []
+    for _ in range(2):
+        trainer.evaluate()
+        assert multiprocessing.active_children() == []
+    trainer.compute_loss = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert multiprocessing.active_children() == []
