@@ -61,6 +61,11 @@ class Recipe:
 
     def __init__(self, recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments):
         check_license(recipe.license)
+        if training.teacher_settings and not recipe.needs_teacher:
+            raise ValueError(
+                f"{', '.join(training.teacher_settings)} set how a teacher computes, and distillation_loss="
+                f"{recipe.distillation_loss} has none: leave them out"
+            )
         self.args, self.data_args, self.training_args = recipe, data, training
         self.folder = Path(training.output_dir)
         self.results: dict[str, float | None] = {"teacher": None, "baseline": None, "distilled": None}
@@ -260,7 +265,8 @@ class Recipe:
         args.push_to_hub = args.push_to_hub and is_result
         args.hub_model_id = args.hub_model_id or self.folder.name
         if loss is None:
-            args.feature_layer = None
+            args.feature_layer = args.teacher_dtype = None
+            args.teacher_channels_last = args.teacher_compile = False
         train, validation = self.datasets(student)
         trainer = DistillationTrainer(
             model=student,

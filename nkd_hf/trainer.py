@@ -200,6 +200,8 @@ class DistillationTrainer(FiniteTrainer):
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         if teacher is None:
+            if self.teacher_logits is None and (unused := self.args.teacher_settings):
+                raise ValueError(f"{', '.join(unused)} set how a teacher computes, and there is none: leave them out")
             return None
         if teacher is model.student:
             raise ValueError("teacher and student are one and the same model: freezing the one would freeze the other")

@@ -177,3 +177,8 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.base_batch_size is None:
             return self.learning_rate
         return self.learning_rate * global_batch_size / self.base_batch_size
+
+    @property
+    def teacher_settings(self) -> list[str]:
+        """The names of those that set how the teacher computes, of which something is asked."""
+        return [name for name in ("teacher_dtype", "teacher_channels_last", "teacher_compile") if getattr(self, name)]

@@ -303,6 +303,17 @@ def test_where_a_store_lies_is_no_setting_but_whether_there_is_one_is():
     assert {name for name in live if live[name] != here[name]} == {"teacher", "teacher_logits"}
 
 
+def test_settings_of_a_teacher_are_for_a_loss_that_has_one(tmp_path):
+    with pytest.raises(
+        ValueError, match="teacher_dtype set how a teacher computes, and distillation_loss=uskd has none"
+    ):
+        run("self_distill", "--output_dir", str(tmp_path), "--teacher_dtype", "bf16")
+    # The baseline has none either way.
+    assert set(run("distill_cnn", "--output_dir", str(tmp_path), "--teacher_dtype", "bf16").curves) == {
+        "teacher", "baseline", "distilled"
+    }  # fmt: skip
+
+
 def test_losses_that_have_a_teacher():
     for loss in ("nkd", "vitkd", "uskd+vitkd"):
         with pytest.raises(ValueError, match=f"distillation_loss={re.escape(loss)} needs a teacher: set teacher"):

@@ -156,7 +156,10 @@ def test_settings_change_rounding_alone_and_not_the_module_that_was_handed_in(bu
         load_teacher(model).for_inference("half")
 
 
-def test_the_trainers_arguments_set_the_teacher(tmp_path):
+def test_the_trainers_arguments_set_the_teacher(tmp_path, monkeypatch):
+    # The same graphs without their C++, which takes half a minute.
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="aot_eager"))
     pixels, handed = torch.rand(2, 3, 32, 32), timm_cnn(seed=1)
     logits, losses = [], []
     for arguments in ({}, {"teacher_channels_last": True, "teacher_compile": True}, {"teacher_dtype": "bf16"}):
@@ -174,6 +177,10 @@ def test_the_trainers_arguments_set_the_teacher(tmp_path):
     assert losses[2] == pytest.approx(losses[0], rel=0.03)
     with pytest.raises(ValueError, match="teacher_dtype must be float32, bf16, fp16, got 'bfloat16'"):
         make_trainer(tmp_path, timm_cnn(), teacher_dtype="bfloat16")
+    with pytest.raises(
+        ValueError, match="teacher_dtype, teacher_compile set how a teacher computes, and there is none"
+    ):
+        make_trainer(tmp_path, timm_cnn(), teacher_dtype="bf16", teacher_compile=True)
 
 
 def test_imagenet_matches_whichever_way_it_is_named():
