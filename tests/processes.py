@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def in_processes(world_size: int, work: Callable[[], None], log: Path) -> list[i
             os.environ.update(
                 {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             )
+        signal.alarm(300)  # one that waits for another that is gone
         # What the parent knows of itself.
         AcceleratorState._reset_state(reset_partial_state=True)
         work()

@@ -18,7 +18,7 @@ from test_recipes import run as run_recipe
 from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from nkd_hf import NKDLoss, USKDLoss
+from nkd_hf import NKDLoss, USKDLoss, hub_trainer
 from nkd_hf.hub import PushError
 
 STUDENT = {"config.json", "model.safetensors", "README.md", "training_curves.png", "training_args.yaml"}
@@ -230,7 +230,9 @@ def test_a_repo_that_cannot_be_made_is_said_before_training(hub, tmp_path, monke
 
 
 def push_in_two_processes(folder: Path) -> None:
-    huggingface_hub.close_session()  # its sockets are the parent's too
+    # Its sockets are the parent's too, and its thread is the parent's alone.
+    huggingface_hub.close_session()
+    hub_trainer._background.__self__._thread_pool = None
     trainer = make_trainer(
         folder, timm_cnn(), digits(0, 64), max_steps=1, save_strategy="steps", save_steps=1, push_to_hub=True,
         hub_strategy="checkpoint", hub_token=TOKEN,
