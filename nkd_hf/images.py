@@ -1,20 +1,23 @@
 """Datasets of decoded and transformed images, map-style and streamed."""
 
+import contextlib
 import io
 import itertools
 import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import torch
 from datasets import Dataset
 from torch import multiprocessing
 from torch.utils.data import get_worker_info
+from torchcodec.decoders import decode_jpeg
 
 from .batches import EpochDataset, derived_seeds, seeded
 
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Rows held by each worker to shuffle a stream: some 200 MB of ImageNet's JPEGs.
 SHUFFLE_BUFFER = 2048
+_ORIENTATION = PIL.ExifTags.Base.Orientation
 # How many bad images a report names.
 NUM_NAMED = 20
 
@@ -34,7 +38,7 @@ class ImageDataset(EpochDataset):
 
     Args:
         dataset: a `datasets.Dataset` with the columns `image` and `label`, such as a split of [`~nkd_hf.data.load_image_dataset`].
-        transform: RGB `PIL.Image` -> [3, H, W] float32.
+        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, of [3, H, W] uint8 too.
         seed: integer.
         on_bad_image: `error`, or `skip`: the next good row takes the place of a bad one (see [`read_sample`]), so that
             lengths stay as they are. In evaluation that row then counts twice: with N bad rows of M, accuracy is off by
@@ -103,7 +107,7 @@ class ImageDataset(EpochDataset):
                 continue
             sample = self.dataset[row]
             try:
-                image, label = read_sample(sample, self.describe_row(row, sample))
+                image, label = read_sample(sample, self.describe_row(row, sample), takes_tensors(self.transform))
             except BadSampleError as error:
                 if self.on_bad_image == "error":
                     raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
@@ -130,7 +134,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
 
     Args:
         dataset: a `datasets.IterableDataset` with the columns `image` and `label`.
-        transform: RGB `PIL.Image` -> [3, H, W] float32.
+        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, of [3, H, W] uint8 too.
         seed: integer.
         on_bad_image: `error`, or `skip`: a bad sample is left out, and the stream goes on with the next good one.
         training: whether to shuffle, to go on for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
@@ -211,7 +215,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
             key = zlib.crc32("/".join(PurePath(image["path"] or "").parts[-2:]).encode())
         name = image["path"] or f"the image of CRC-32 {key:#010x}"
         try:
-            decoded, label = read_sample(encoded, name)
+            decoded, label = read_sample(encoded, name, takes_tensors(self.transform))
         except BadSampleError as error:
             if self.on_bad_image == "error":
                 raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
@@ -239,7 +243,12 @@ class BadSampleError(ValueError):
 _ADVICE = "repair or remove it, or set on_bad_image to skip"
 
 
-def read_sample(sample: dict, name: str) -> tuple[PIL.Image.Image, int]:
+def takes_tensors(transform: Callable) -> bool:
+    """Whether it takes [3, H, W] uint8 tensors as well as images, as [`~nkd_hf.transforms.train_transform`] may."""
+    return getattr(transform, "takes_tensors", False)
+
+
+def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.Image.Image | torch.Tensor, int]:
     """The RGB image and the label of an encoded row.
 
     Bad are: no image, an empty file, a truncated one, one that is no image (whatever its name says), one of more pixels
@@ -254,6 +263,8 @@ def read_sample(sample: dict, name: str) -> tuple[PIL.Image.Image, int]:
     Args:
         sample: `image` as `{"bytes", "path"}` or None, and `label`, an integer or None.
         name: what the row is called in the error.
+        as_tensor: whether the image may come as a tensor [3, H, W] uint8. A plain JPEG then does: torchcodec decodes it to
+            the same values in less time.
 
     Returns:
         The image, and the label.
@@ -266,25 +277,33 @@ def read_sample(sample: dict, name: str) -> tuple[PIL.Image.Image, int]:
     if sample["image"] is None:
         raise BadSampleError(f"{name} has no image")
     try:
-        return _to_rgb(_decode(sample["image"])), sample["label"]
+        image = _decode(sample["image"], as_tensor)
+        return image if isinstance(image, torch.Tensor) else _to_rgb(image), sample["label"]
     except PIL.UnidentifiedImageError as error:
         raise BadSampleError(f"{name} cannot be decoded (it is no image of a format that Pillow knows)") from error
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, DecompressionBombError
         raise BadSampleError(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _decode(encoded: dict) -> PIL.Image.Image:
+def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:
     path, content = encoded["path"], encoded["bytes"]
     # A file that is not local is opened by datasets alone: there, Pillow's own limit, twice as high, holds.
-    if content is not None or os.path.isfile(path or ""):
-        if (os.path.getsize(path) if content is None else len(content)) == 0:
-            raise ValueError("it is empty, of 0 bytes")
-        # Pillow merely warns up to twice its limit, without a name, and then takes up to 0.7 GB, in each worker.
-        with PIL.Image.open(path if content is None else io.BytesIO(content)) as header:
-            width, height = header.size
-        if PIL.Image.MAX_IMAGE_PIXELS is not None and width * height > PIL.Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{width} x {height} are more than {PIL.Image.MAX_IMAGE_PIXELS} pixels: scale it down")
-    return datasets.Image().decode_example(encoded)
+    if content is None and os.path.isfile(path or ""):
+        content = Path(path).read_bytes()
+    if content is None:
+        return datasets.Image().decode_example(encoded)
+    if not content:
+        raise ValueError("it is empty, of 0 bytes")
+    # Pillow merely warns up to twice its limit, without a name, and then takes up to 0.7 GB, in each worker.
+    with PIL.Image.open(io.BytesIO(content)) as header:
+        width, height = header.size
+        is_plain = header.format == "JPEG" and header.mode == "RGB" and header.getexif().get(_ORIENTATION, 1) == 1
+    if PIL.Image.MAX_IMAGE_PIXELS is not None and width * height > PIL.Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width} x {height} are more than {PIL.Image.MAX_IMAGE_PIXELS} pixels: scale it down")
+    if as_tensor and is_plain:
+        with contextlib.suppress(RuntimeError):  # Pillow decodes it too, or says what is wrong with it
+            return decode_jpeg(content, mode="RGB")
+    return datasets.Image().decode_example({"path": path, "bytes": content})
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -27,7 +27,7 @@ _AUGMENTATION = (
     "mixup_alpha", "cutmix_alpha",
 )  # fmt: skip
 # Their decoders and transforms make the pixels.
-_LIBRARIES = ("pillow", "torchvision", "timm")
+_LIBRARIES = ("pillow", "timm", "torch", "torchcodec", "torchvision")
 # How many images are read for the fingerprint: all of them would take as long as an epoch.
 _NUM_IMAGES = 64
 

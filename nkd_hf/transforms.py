@@ -32,7 +32,8 @@ def train_transform(
         interpolation: `bilinear` or `bicubic`.
 
     Returns:
-        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32.
+        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. torchvision's transforms also take a tensor [3, H, W]
+        uint8, and say so with an attribute `takes_tensors`; the two differ by one step of 8 bits at the most, bicubic by three.
 
     Raises:
         ValueError: `auto_augment` is not in timm's syntax; unknown interpolation.
@@ -67,7 +68,7 @@ def train_transform(
         crop = [v2.Resize(size, interpolation=mode), v2.RandomCrop(size, padding=args.random_crop_padding)]
     else:
         crop = [v2.RandomResizedCrop(size, scale=tuple(args.random_resized_crop), interpolation=mode)]
-    return v2.Compose(
+    return _TensorTransform(
         [
             *crop,
             v2.RandomHorizontalFlip(args.horizontal_flip),
@@ -78,6 +79,12 @@ def train_transform(
             v2.ToPureTensor(),
         ]
     )
+
+
+class _TensorTransform(v2.Compose):
+    """Takes [3, H, W] uint8 tensors as well, which torchvision crops and resizes in less time."""
+
+    takes_tensors = True
 
 
 class _Lighting(torch.nn.Module):

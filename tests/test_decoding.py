@@ -1,0 +1,106 @@
+"""torchcodec's decoder in the place of Pillow's: the same values and the same faults."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import v2
+
+from nkd_hf.batches import seeded
+from nkd_hf.data import DataArguments
+from nkd_hf.images import BadSampleError, read_sample, takes_tensors
+from nkd_hf.transforms import train_transform
+
+PHOTO = PIL.Image.fromarray(load_sample_image("flower.jpg")).resize((301, 203))
+
+
+def jpeg(image: PIL.Image.Image = PHOTO, orientation: int | None = None, **keywords) -> bytes:
+    exif, buffer = PIL.Image.Exif(), io.BytesIO()
+    if orientation is not None:
+        exif[PIL.Image.ExifTags.Base.Orientation] = orientation
+    image.save(buffer, "JPEG", exif=exif, **keywords)
+    return buffer.getvalue()
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    PHOTO.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def flipped_bits(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+def row(content: bytes) -> dict:
+    return {"image": {"bytes": content, "path": None}, "label": 3}
+
+
+# Content, and whether torchcodec decodes it.
+READ = {
+    "plain": (jpeg(quality=92), True),
+    "full colour": (jpeg(quality=95, subsampling=0), True),
+    "quarter colour": (jpeg(subsampling=2), True),
+    "progressive": (jpeg(progressive=True), True),
+    "RGB in Adobe's way": (jpeg(keep_rgb=True), True),
+    "upright by its tag": (jpeg(orientation=1), True),
+    "junk after it": (jpeg() + b"junk" * 9, True),
+    "flipped bits": (flipped_bits(jpeg()), True),
+    "turned by its tag": (jpeg(orientation=6), False),
+    "gray": (jpeg(PHOTO.convert("L")), False),
+    "CMYK": (jpeg(PHOTO.convert("CMYK")), False),
+    "PNG": (png(), False),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_values_are_pillows(tmp_path, name):
+    content, is_tensor = READ[name]
+    (tmp_path / "image").write_bytes(content)
+    for sample in (row(content), {"image": {"bytes": None, "path": str(tmp_path / "image")}, "label": 3}):
+        image, _ = read_sample(sample, "it")
+        decoded, label = read_sample(sample, "it", as_tensor=True)
+        assert label == 3
+        assert isinstance(decoded, torch.Tensor) == is_tensor
+        values = decoded.permute(1, 2, 0).numpy() if is_tensor else np.asarray(decoded)
+        assert values.dtype == np.uint8
+        np.testing.assert_array_equal(values, np.asarray(image))
+
+
+@pytest.mark.parametrize("content", [jpeg()[:-2], jpeg()[: len(jpeg()) // 2], jpeg()[:200], b""])
+def test_faults_are_pillows(content):
+    faults = []
+    for as_tensor in (False, True):
+        with pytest.raises(BadSampleError) as error:
+            read_sample(row(content), "it", as_tensor)
+        faults.append(str(error.value))
+    assert faults[0] == faults[1]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"pca_lighting": 0.1}, {"random_crop_padding": 4}])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_pixels_differ_by_few_steps_of_8_bits(arguments, interpolation):
+    transform = train_transform(DataArguments(**arguments), 96, [0.5] * 3, [0.5] * 3, interpolation)
+    assert takes_tensors(transform)
+    content = jpeg(quality=92)
+    differences = []
+    for key in range(20):
+        pixels = []
+        for as_tensor in (False, True):
+            with seeded(key):
+                pixels.append(transform(read_sample(row(content), "it", as_tensor)[0]))
+        assert type(pixels[1]) is torch.Tensor
+        assert (pixels[1].dtype, pixels[1].shape) == (torch.float32, (3, 96, 96))
+        differences.append((pixels[0] - pixels[1]).abs() * 127.5)
+    differences = torch.stack(differences)
+    assert differences.max() < (1.01 if interpolation == "bilinear" else 3.01)
+    assert differences.mean() < 0.05  # steps of 256
+
+
+def test_transforms_that_want_images_get_them():
+    for transform in (v2.ToImage(), train_transform(DataArguments(random_erasing=0.5), 32, [0.5] * 3, [0.5] * 3)):
+        assert not takes_tensors(transform)
