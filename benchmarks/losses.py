@@ -24,27 +24,24 @@ Floor: two reads of the logits and one write of the gradient, at the rate at whi
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs each start and stop otherwise; read at its import
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import common
 import torch
 import torch.nn.functional as F
 from losses_reference import nkd_reference, uskd_reference
-from torch.profiler import ProfilerActivity, profile
 
 from nkd_hf.losses import NKDLoss, nkd_loss, uskd_loss
 from nkd_hf.losses.uskd import _components as uskd_components
 from nkd_hf.losses.uskd import _descending_order
 
 SHAPES = [(32, 1000), (256, 1000), (1024, 1000), (256, 21841)]
-WINDOW_MS = 20
 # row: how many times cross-entropy it may cost eager and compiled (for USKD beside one sort), and how many
 # matrices of logits it may take
 BOUNDS = {"NKD": (3.0, 2.0, 2.0), "USKD": (6.0, 6.0, 4.0)}
@@ -104,37 +101,6 @@ def make_rows(
     return rows
 
 
-def measure_times(
-    rows: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Milliseconds of one call, by row and round."""
-    repeats = dict.fromkeys(rows, 1)
-    times = {name: [] for name in rows}
-    for round_index in range(-2, rounds):  # two rounds to warm up, to compile and to learn how often 20 ms hold a call
-        for name, run in rows.items():
-            start = clock()
-            for _ in range(repeats[name]):
-                run()
-            elapsed_ms = 1e3 * (clock() - start) / repeats[name]
-            if round_index < 0:
-                repeats[name] = max(1, round(WINDOW_MS / elapsed_ms))
-            else:
-                times[name].append(elapsed_ms)
-    return times
-
-
-def measure_peak(run: Callable[[], object]) -> int:
-    """Peak bytes above those allocated before the call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    current = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        current += change.nbytes()
-        peak = max(peak, current)
-    return peak
-
-
 def copy_rate(num_bytes: int, clock: Callable[[], float]) -> float:
     """Bytes per ms that a copy of this many moves, reads and writes counted."""
     source = torch.ones(num_bytes, dtype=torch.uint8)
@@ -154,7 +120,7 @@ def measure(batch_size: int, num_classes: int, dtype: torch.dtype, compiled: boo
     torch.compiler.reset()
     clock = time.process_time if args.threads == 1 else time.perf_counter
     rows = make_rows(batch_size, num_classes, dtype, compiled)
-    times = measure_times(rows, args.rounds, clock)
+    times = common.measure_times(rows, args.rounds, clock)
 
     def cost(row: str, *others: str) -> float:
         """A row's time, less that of others in the same round, in units of cross-entropy."""
@@ -170,7 +136,7 @@ def measure(batch_size: int, num_classes: int, dtype: torch.dtype, compiled: boo
             "ms": statistics.median(times[name]),
             "x_cross_entropy": cost(name),
             "x_floor": statistics.median(times[name]) / floor_ms,
-            "extra_matrices": measure_peak(run) / matrix_bytes - num_gradients,
+            "extra_matrices": common.measure_peak(run) / matrix_bytes - num_gradients,
         }
     bounds = []
     for row, (eager_bound, compiled_bound, memory_bound) in BOUNDS.items():
@@ -220,9 +186,7 @@ def main() -> None:
     if (args.batch is None) != (args.classes is None):
         parser.error("--batch and --classes go together")
     torch.set_num_threads(args.threads)
-    # glibc keeps freed memory in the process once a large block has been freed, as in any training step; before that it
-    # gives small matrices back to the kernel over and over, and the table would measure page faults
-    torch.empty(24 * 2**20, dtype=torch.uint8)
+    common.keep_freed_memory()
 
     shapes = [(args.batch, args.classes)] if args.batch else SHAPES[1:2] if args.quick else SHAPES
     dtypes = [args.dtype] if args.dtype else ["float32"] if args.quick else ["float32", "bfloat16"]

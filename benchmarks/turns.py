@@ -1,18 +1,30 @@
-"""Programs that take turns, step by step, in one process: what disturbs the machine disturbs all of them alike."""
+"""Training loops that take turns, step by step, in one process: what disturbs the machine disturbs all alike."""
 
-import statistics
 import threading
-import time
 from collections.abc import Callable
 
+import common
 import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from nkd_hf.batches import EpochDataset
+
+# Teacher, student, and the width of the student's mid feature.
+PAIRS = {
+    "resnet34 -> resnet18": ("resnet34", "resnet18", 256),
+    "deit_small -> deit_tiny": ("deit_small_patch16_224", "deit_tiny_patch16_224", 192),
+    "deit3_small -> deit_tiny": ("deit3_small_patch16_224", "deit_tiny_patch16_224", 192),
+    "deit3_large -> deit_base": ("deit3_large_patch16_224", "deit_base_patch16_224", 768),
+}
+# A loop is a function of a callback that it calls at the end of each step.
+Loop = Callable[[Callable[[], None]], None]
+_NUM_PIXELS = 64
 
 
 class Turns:
     """Runs training loops side by side, one step of each at a time, and measures the steps.
 
-    A loop is a function of a callback that it calls at the end of each step; it may be a `Trainer`, whose loop is its
-    own. Each runs in a thread of which only one is awake.
+    A loop may be a `Trainer`, whose loop is its own: each runs in a thread, of which only one is awake.
 
     Args:
         rounds: steps that are measured.
@@ -21,18 +33,16 @@ class Turns:
     """
 
     def __init__(self, rounds: int, warmup: int = 2, device: str = "cpu"):
-        self.rounds, self.warmup, self.device = rounds, warmup, torch.device(device)
-        # Other programs on the machine do not count in a process's CPU time; PyTorch's threads wait for each other there.
-        self.on_cpu_clock = self.device.type == "cpu" and torch.get_num_threads() == 1
-        self.clock = time.process_time if self.on_cpu_clock else time.perf_counter
+        self.rounds, self.warmup = rounds, warmup
+        self.clock = common.make_clock(device)
 
     @property
     def steps(self) -> int:
         """How many steps a loop must make."""
         return self.rounds + self.warmup
 
-    def run(self, loops: dict[str, Callable[[Callable[[], None]], None]]) -> dict[str, list[float]]:
-        """Seconds of each step, by loop."""
+    def run(self, loops: dict[str, Loop]) -> dict[str, list[float]]:
+        """Milliseconds of each step, by loop."""
         names = list(loops)
         turns = {name: threading.Semaphore(0) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
@@ -43,9 +53,7 @@ class Turns:
             following = turns[names[(names.index(name) + 1) % len(names)]]
 
             def step_is_over() -> None:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                times[name].append(self.clock() - started[name])
+                times[name].append(1e3 * (self.clock() - started[name]))
                 following.release()
                 turns[name].acquire()
                 if errors:
@@ -74,8 +82,67 @@ class Turns:
         return {name: values[self.warmup : self.warmup + self.rounds] for name, values in times.items()}
 
 
-def ratio(times: dict[str, list[float]], side: str, against: str) -> tuple[float, float, float]:
-    """Median of the ratios within each round, and their quartiles."""
-    ratios = sorted(a / b for a, b in zip(times[side], times[against], strict=True))
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return statistics.median(ratios), low, high
+class Images(EpochDataset):
+    """Random images in memory, of which 64 are different, with random labels.
+
+    Args:
+        length: of an epoch.
+        num_labels: number of classes.
+        size: height and width.
+        with_keys: whether samples carry `epoch` and `index`, which a plain model does not take.
+    """
+
+    def __init__(self, length: int, num_labels: int = 1000, size: int = 224, with_keys: bool = False):
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(min(length, _NUM_PIXELS), 3, size, size, generator=generator)
+        self.labels = torch.randint(num_labels, (length,), generator=generator).tolist()
+        self.with_keys = with_keys
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get_sample(self, epoch: int, index: int) -> dict:
+        sample = {"pixel_values": self.pixels[index % len(self.pixels)], "labels": self.labels[index]}
+        return sample | {"epoch": epoch, "index": index} if self.with_keys else sample
+
+
+class Data(torch.utils.data.Dataset):
+    """The samples of [`Images`] for any sampler: what the trainers are compared on."""
+
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.images.get_sample(0, index)
+        return {"pixel_values": sample["pixel_values"], "labels": sample["labels"]}
+
+
+def training_arguments(kind: type, folder: str, batch_size: int, steps: int, device: str, **kwargs):
+    """Arguments of a `Trainer` that does nothing but steps of SGD, with gradient clipping."""
+    settings = {
+        "per_device_train_batch_size": batch_size, "max_steps": steps, "optim": "sgd", "learning_rate": 1e-4,
+        "max_grad_norm": 1.0, "logging_steps": 10, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "use_cpu": device == "cpu", "dataloader_pin_memory": False, "remove_unused_columns": False,
+    }  # fmt: skip
+    return kind(folder, **settings | kwargs)
+
+
+def trainer_loop(trainer: Trainer) -> Loop:
+    trainer.remove_callback(PrinterCallback)
+
+    def run(over: Callable[[], None]) -> None:
+        trainer.add_callback(_StepIsOver(over))
+        trainer.train()
+
+    return run
+
+
+class _StepIsOver(TrainerCallback):
+    def __init__(self, over: Callable[[], None]):
+        self.over = over
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.over()

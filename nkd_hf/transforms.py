@@ -1,12 +1,15 @@
 """Transforms of training and of evaluation images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import PIL.Image
 import timm.data
 import torch
-from torchvision.transforms import v2
+from torch import nn
+from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms.v2 import functional as F
 
 from .data import DataArguments
 
@@ -65,26 +68,49 @@ def train_transform(
     size = (size, size) if isinstance(size, int) else tuple(size)
     mode = v2.InterpolationMode(interpolation)
     if args.random_crop_padding is not None:
-        crop = [v2.Resize(size, interpolation=mode), v2.RandomCrop(size, padding=args.random_crop_padding)]
+        crop = v2.Compose([v2.Resize(size, interpolation=mode), v2.RandomCrop(size, padding=args.random_crop_padding)])
     else:
-        crop = [v2.RandomResizedCrop(size, scale=tuple(args.random_resized_crop), interpolation=mode)]
-    return _TensorTransform(
-        [
-            *crop,
-            v2.RandomHorizontalFlip(args.horizontal_flip),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            *([_Lighting(args.pca_lighting)] if args.pca_lighting else []),
-            v2.Normalize(mean=list(mean), std=list(std)),
-            v2.ToPureTensor(),
-        ]
-    )
+        crop = _RandomResizedCrop(size, tuple(args.random_resized_crop), mode)
+    lighting = _Lighting(args.pca_lighting) if args.pca_lighting else None
+    return _TrainTransform(crop, args.horizontal_flip, lighting, list(mean), list(std))
 
 
-class _TensorTransform(v2.Compose):
-    """Takes [3, H, W] uint8 tensors as well, which torchvision crops and resizes in less time."""
+@dataclass
+class _TrainTransform:
+    """A crop, a flip and the normalisation: torchvision's, whose functions are called without its classes.
+
+    With the draws of the classes, and at the half of their time: for a small image they take longer to find the function
+    than it runs. Takes [3, H, W] uint8 tensors too.
+    """
+
+    crop: Callable
+    flip: float
+    lighting: nn.Module | None
+    mean: list[float]
+    std: list[float]
 
     takes_tensors = True
+
+    def __call__(self, image: PIL.Image.Image | torch.Tensor) -> torch.Tensor:
+        image = self.crop(image)
+        if torch.rand(1) < self.flip:
+            image = F.horizontal_flip(image)
+        pixels = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+        pixels = F.to_dtype_image(pixels, torch.float32, scale=True)
+        if self.lighting is not None:
+            pixels = self.lighting(pixels)
+        return F.normalize_image(pixels, self.mean, self.std, inplace=True)
+
+
+@dataclass
+class _RandomResizedCrop:
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    interpolation: v2.InterpolationMode
+
+    def __call__(self, image: PIL.Image.Image | torch.Tensor) -> PIL.Image.Image | torch.Tensor:
+        box = RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+        return F.resized_crop(image, *box, self.size, self.interpolation)
 
 
 class _Lighting(torch.nn.Module):

@@ -104,3 +104,31 @@ def test_training_pixels_differ_by_few_steps_of_8_bits(arguments, interpolation)
 def test_transforms_that_want_images_get_them():
     for transform in (v2.ToImage(), train_transform(DataArguments(random_erasing=0.5), 32, [0.5] * 3, [0.5] * 3)):
         assert not takes_tensors(transform)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_transform_is_that_of_torchvisions_classes(interpolation, as_tensor):
+    arguments = DataArguments(random_resized_crop=[0.3, 1.0], horizontal_flip=0.4)
+    transform = train_transform(arguments, (64, 48), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4], interpolation)
+    classes = v2.Compose(
+        [
+            v2.RandomResizedCrop((64, 48), scale=(0.3, 1.0), interpolation=v2.InterpolationMode(interpolation)),
+            v2.RandomHorizontalFlip(0.4),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]),
+            v2.ToPureTensor(),
+        ]
+    )
+    image, _ = read_sample(row(jpeg()), "it", as_tensor)
+    seen = []
+    for key in range(12):
+        pixels = []
+        for each in (transform, classes):
+            with seeded(key):
+                pixels.append(each(image))
+        assert torch.equal(*pixels)
+        assert type(pixels[0]) is torch.Tensor
+        seen.append(pixels[0])
+    assert len(torch.stack(seen).unique(dim=0)) == 12

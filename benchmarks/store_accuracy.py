@@ -1,0 +1,110 @@
+"""What training from a store of teacher logits does to curve and accuracy: `python benchmarks/store_accuracy.py`.
+
+The recipe of recipes/configs/digits_distill_cnn.yaml: one teacher is trained; then, for each seed, a student with
+the live teacher, which is the floor, and one from a store of each K that `nkd-hf teacher-logits` writes. Seeds and
+sides alternate.
+
+Aims: at K = all, the training loss of each step is the live teacher's to 1e-4; at smaller K, the accuracies' mean
+difference from the live teacher's, seed by seed, lies within two standard errors of 0. The digits have 10 classes, so
+that K = 10 and 100 are the same store, of all logits with those but the target's in float16; K = 2 is the harder
+case, which leaves seven out.
+"""
+
+import contextlib
+import io
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+
+import common
+import torch
+
+from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, cli, parse_args
+
+CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "digits_distill_cnn.yaml"
+CURVE_AIM = 1e-4
+
+
+def run(folder: Path, *args: str) -> tuple[list[float], float]:
+    """The training losses, step by step, and the accuracy of the student that the recipe trains."""
+    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+    recipe = Recipe(*parse_args(types, args=["--config", str(CONFIG), "--output_dir", str(folder), *args]))
+    recipe.train_student()
+    history = json.loads((folder / "student" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry], recipe.results["distilled"]
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__, rounds=5)
+    parser.add_argument("--epochs", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--top_k", nargs="+", default=["all", "10", "2"], help="stores (default: all 10 2)")
+    options = common.parse(parser)
+
+    report, losses, accuracies, num_bytes = common.Report(options), {}, {}, {}
+    common_args = [
+        *("--num_train_epochs", str(options.epochs), "--compare_with_baseline", "false", "--save_strategy", "no"),
+        *("--eval_strategy", "no", "--logging_strategy", "steps", "--logging_steps", "1", "--disable_tqdm", "true"),
+        *("--report_to", "none", "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"),
+        *(["--use_cpu", "true"] if options.device == "cpu" else []),
+    ]
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        with contextlib.redirect_stdout(io.StringIO()):
+            run(folder / "first", *common_args)  # for its teacher
+        common_args += ["--teacher", str(folder / "first" / "teacher"), "--teacher_args", "{}"]
+        for seed in range(options.rounds):
+            args = [*common_args, "--seed", str(seed)]
+            for side in ("live", *options.top_k):
+                own = args
+                with contextlib.redirect_stdout(io.StringIO()):
+                    if side != "live":
+                        store = str(folder / "store")
+                        # In batches of the run's size, as kernels for other sizes may round differently.
+                        command = [
+                            "teacher-logits",
+                            "--config",
+                            str(CONFIG),
+                            *args,
+                            "--output",
+                            store,
+                            "--top_k",
+                            side,
+                        ]
+                        cli.main([*command, "--epochs", str(options.epochs), "--batch_size", "64"])
+                        own = [*args, "--teacher_logits", store]
+                        sizes = [path.stat().st_size for path in Path(store).glob("epoch-*/*.safetensors")]
+                        num_bytes[side] = sum(sizes)
+                    curve, accuracy = run(folder / "run", *own)
+                losses.setdefault(side, []).append(curve)
+                accuracies.setdefault(side, []).append(accuracy)
+                print(f"seed {seed}, {side}: {accuracy:.2%}", flush=True)
+                for name in ("run", "store"):
+                    shutil.rmtree(folder / name, ignore_errors=True)
+
+    rows = []
+    for side, values in accuracies.items():
+        differences = [a - b for a, b in zip(values, accuracies["live"], strict=True)]
+        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        off = max(
+            (torch.tensor(curve) - torch.tensor(live)).abs().max().item()
+            for curve, live in zip(losses[side], losses["live"], strict=True)
+        )
+        cells = [", ".join(f"{100 * value:.2f}" for value in values), f"{100 * mean(values):.2f}"]
+        cells += [f"{100 * mean(differences):+.2f} +- {100 * error:.2f}", f"{off:.1e}"]
+        rows.append([side if side == "live" else f"stored, {side}", *cells, f"{num_bytes.get(side, 0) / 1e6:.2f}"])
+        if side == "all":
+            report.aim("stored, all: greatest difference of a step's loss from the live teacher's", off, CURVE_AIM)
+        elif side != "live":
+            what = f"stored, {side}: difference of accuracies, in standard errors"
+            report.aim(what, abs(mean(differences)) / max(error, 1e-9), 2.0)
+    columns = ["", "top-1, seed by seed", "mean", "less the live teacher's", "loss off by", "MB of the store"]
+    report.table(f"Digits, {options.epochs} epochs, {options.rounds} seeds", columns, rows)
+    report.result["raw"] = {"accuracies": accuracies, "losses": losses}
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
