@@ -63,7 +63,7 @@ def fill(match: re.Match) -> str:
         result = json.loads(path.read_text(encoding="utf-8"))
         content = page_of(result) if "machine" in result else page_of_losses(result)
     else:
-        content = f"TODO: results/{match[1]} is not measured yet."
+        content = f"Not measured yet: results/{match[1]}."
     return f"<!-- {match[1]} -->\n\n{content}\n\n<!-- end -->"
 
 
