@@ -94,12 +94,13 @@ class Teacher(nn.Module):
     def for_inference(
         self, dtype: str | None = None, *, channels_last: bool = False, compile: bool = False
     ) -> "Teacher":
-        """Sets how the model computes; call it ahead of [`Teacher.tap`].
+        """Sets how the model computes, a copy of it: the module that was handed in stays as it is.
+
+        To be called ahead of [`Teacher.tap`].
 
         Args:
             dtype: `float32`, `bf16` or `fp16`, of weights and computation, whatever autocast says outside. None leaves the
-                weights as they are, and computes as autocast says. Another one than the weights' is that of a copy: the
-                module that was handed in stays as it is.
+                weights as they are, and computes as autocast says.
             channels_last: whether a CNN's convolutions get their pixels and weights in this memory format, which GPUs' half
                 precision kernels want.
             compile: whether `torch.compile` makes one graph of the model, when it is first called.
@@ -111,10 +112,10 @@ class Teacher(nn.Module):
             if dtype not in _DTYPES:
                 raise ValueError(f"the teacher's dtype must be {', '.join(_DTYPES)}, got {dtype!r}")
             self.has_own_dtype = True
-            if self.dtype != _DTYPES[dtype]:
-                self.dtype = _DTYPES[dtype]
-                self.model = copy.deepcopy(self.model).to(self.dtype)
-        self.channels_last = channels_last
+        own_dtype = self.dtype if dtype is None else _DTYPES[dtype]
+        if own_dtype != self.dtype or channels_last or compile:
+            self.model = copy.deepcopy(self.model).to(own_dtype)
+        self.dtype, self.channels_last = own_dtype, channels_last
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compile:

@@ -167,12 +167,12 @@ def test_the_trainers_arguments_set_the_teacher(tmp_path, monkeypatch):
             tmp_path, timm_cnn(), digits(0, 32), teacher=handed, max_steps=2, **arguments,
             distillation_loss={"nkd": NKDLoss(), "srrl": SRRLLoss(64, 64)},
         )  # fmt: skip
+        assert (trainer.teacher.model is handed) == (arguments == {})
         logits.append(trainer.teacher(pixels).float())
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history[:2]])
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits[2], logits[0], rtol=0, atol=0.03 * logits[0].abs().max().item())
-    assert trainer.teacher.model is not handed
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=0.03)
     with pytest.raises(ValueError, match="teacher_dtype must be float32, bf16, fp16, got 'bfloat16'"):
