@@ -1,0 +1,297 @@
+"""The trainings of evidence.py: their settings, the teachers' stores, and one training."""
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from evidence_data import FASHION_FOLDER, KeptImages, write_digits, write_fashion
+from evidence_losses import ABLATIONS, uskd_labels
+from torch import Tensor, nn
+
+from nkd_hf import (
+    DataArguments,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    Recipe,
+    RecipeArguments,
+    USKDLoss,
+    cli,
+    parse_args,
+)
+from nkd_hf.batches import epoch_order
+from nkd_hf.data import load_evaluation_split
+from nkd_hf.images import ImageDataset
+from nkd_hf.metrics import compute_metrics, top5_indices
+from nkd_hf.students import load_image_processor
+from nkd_hf.teacher_logits import TeacherLogits
+from nkd_hf.transforms import processor_transform
+
+SIZE = 28
+
+# Images of each part, and what all methods, students and the teacher share.
+DATA = {
+    "digits": {
+        "images": {"train": 1150, "validation": 287, "test": 360},
+        "epochs": 20, "random_resized_crop": [0.6, 1.0], "horizontal_flip": 0.0,
+    },
+    "fashion": {
+        "images": {"train": 4000, "validation": 1000, "test": 5000},
+        "epochs": 10, "random_crop_padding": 2, "horizontal_flip": 0.5,
+    },
+}  # fmt: skip
+_CNN = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4}
+STUDENTS = {
+    "cnn": {
+        "student": "resnet18",
+        "student_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64], "stem_type": "deep", "stem_width": 4},
+        **_CNN,
+    },
+    "deit": {
+        "student": "deit_tiny_patch16_224",
+        "student_args": {"patch_size": 7, "embed_dim": 48, "depth": 4, "num_heads": 3},
+        "weight_decay": 0.05, "no_weight_decay": ["norm", "bias", "embedding"], "warmup_steps": 0.1,
+    },
+}  # fmt: skip
+TEACHER = {
+    "teacher": "resnet18",
+    "teacher_args": {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_type": "deep", "stem_width": 16},
+    **_CNN, "learning_rate": 0.1,
+}  # fmt: skip
+SHARED = {
+    "image_size": SIZE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bilinear",
+    "mix_pairs": True, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "max_grad_norm": 5.0,
+    "lr_scheduler_type": "cosine", "logging_strategy": "epoch", "save_strategy": "no", "use_cpu": True,
+    "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
+}  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One training; `method` is that of `WEIGHTS` or of `ABLATIONS`, and `loss_args` are without an ablation's."""
+
+    data: str
+    student: str
+    method: str
+    seed: int
+    learning_rate: float
+    loss_args: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        args = "".join(f"-{name}{value:g}" for name, value in self.loss_args.items())
+        return f"{self.data}-{self.student}-{self.method}-{self.learning_rate:g}{args}-seed{self.seed}"
+
+
+class Bench(NamedTuple):
+    """Where things lie, and how much is trained; `epochs` and `images` replace those of `DATA`, for trials."""
+
+    output: Path
+    epochs: int | None = None
+    images: int | None = None
+    fashion: Path = FASHION_FOLDER
+
+    def epochs_of(self, data: str) -> int:
+        return self.epochs or DATA[data]["epochs"]
+
+    def images_of(self, data: str) -> dict[str, int]:
+        images = DATA[data]["images"]
+        return {name: min(number, self.images or number) for name, number in images.items()}
+
+    def settings_of(self, data: str) -> dict[str, Any]:
+        return DATA[data] | {"images": self.images_of(data), "epochs": self.epochs_of(data)}
+
+    def data_folder(self, data: str) -> Path:
+        return self.output / "data" / data
+
+    def store_folder(self, data: str, seed: int) -> Path:
+        return self.output / "stores" / f"{data}-seed{seed}"
+
+    def recipe_args(self, data: str, seed: int, folder: Path, **settings: Any) -> list[str]:
+        """The command line of a recipe, whose configuration is written to the folder."""
+        own = {name: value for name, value in DATA[data].items() if name not in ("images", "epochs")}
+        settings = {
+            **SHARED, **own, "dataset_name": str(self.data_folder(data)), "num_train_epochs": self.epochs_of(data),
+            "seed": seed, **settings,
+        }  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        return ["--config", str(path)]
+
+    def check_settings(self, names: list[str]) -> None:
+        """A folder holds trainings of one kind only.
+
+        Raises:
+            SystemExit: those in the folder had other settings.
+        """
+        for data in names:
+            shared = {"students": STUDENTS, "teacher": TEACHER, "shared": SHARED}
+            settings = {"data": self.settings_of(data), **shared}
+            record, text = self.output / f"{data}.json", json.dumps(settings, indent=1)
+            if record.is_file() and record.read_text() != text:
+                raise SystemExit(
+                    f"{self.output} holds trainings with other settings, see {record}: name another --output"
+                )
+            self.output.mkdir(parents=True, exist_ok=True)
+            record.write_text(text)
+
+    def write_data(self, data: str) -> None:
+        folder = self.data_folder(data)
+        record = folder / "images.json"
+        if not (record.is_file() and json.loads(record.read_text()) == self.images_of(data)):
+            own = {"source": self.fashion} if data == "fashion" else {}
+            {"digits": write_digits, "fashion": write_fashion}[data](folder, **self.images_of(data), **own)
+            record.write_text(json.dumps(self.images_of(data)))
+
+    def prepare(self, data: str, seed: int, with_teacher: bool = True) -> str:
+        """Makes what all trainings of a seed share: their images, and the teacher's logits on them."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            job = Job(data, "cnn", "baseline", seed, 0.1, {})
+            recipe = self._recipe(job, Path(folder), {})
+            self._training_images(job, recipe, recipe.create(recipe.args.student, recipe.args.student_args))
+        return self.write_store(data, seed) if with_teacher else f"images of {data}, seed {seed}"
+
+    def write_store(self, data: str, seed: int) -> str:
+        """Trains the teacher of a seed, and stores its logits on the images of all epochs."""
+        folder, start = self.store_folder(data, seed), time.perf_counter()
+        if not (folder / "done.json").is_file():
+            student = STUDENTS["cnn"] | TEACHER
+            args = self.recipe_args(
+                data, seed, folder, validation_split="test", eval_strategy="no", distillation_loss="nkd", **student
+            )
+            epochs = str(self.epochs_of(data))
+            command = ["teacher-logits", *args, "--output", str(folder), "--epochs", epochs, "--batch_size", "64"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                cli.main(command)
+            record = {"accuracy": TeacherLogits(folder).info.teacher_accuracy, "seconds": time.perf_counter() - start}
+            (folder / "done.json").write_text(json.dumps(record))
+        accuracy = json.loads((folder / "done.json").read_text())["accuracy"]
+        return f"teacher of {data}, seed {seed}: {accuracy:.2%}"
+
+    def teacher_accuracy(self, data: str, seed: int) -> float:
+        return json.loads((self.store_folder(data, seed) / "done.json").read_text())["accuracy"]
+
+    def path_of(self, job: Job) -> Path:
+        return self.output / "runs" / f"{job.name}.json"
+
+    def read(self, job: Job) -> dict[str, Any]:
+        return json.loads(self.path_of(job).read_text(encoding="utf-8"))
+
+    def train(self, job: Job, with_test: bool, with_labels: bool = False) -> str:
+        """Trains one student, and writes its accuracies; one that is written already is left."""
+        path = self.path_of(job)
+        if path.is_file() and (not with_test or "test" in self.read(job)):
+            return f"{job.name}: there already"
+        start, cpu_start = time.perf_counter(), time.process_time()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            result = self._train(job, Path(folder), with_test, with_labels)
+        result |= {"seconds": round(time.perf_counter() - start, 1), "cpu": round(time.process_time() - cpu_start, 1)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(job._asdict() | result) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        shown = ", ".join(f"{name} {result[name]:.2%}" for name in ("validation", "test") if name in result)
+        return f"{job.name}: {shown}, {result['seconds']:.0f} s"
+
+    def _train(self, job: Job, folder: Path, with_test: bool, with_labels: bool) -> dict[str, Any]:
+        ablation = ABLATIONS.get(job.method)
+        loss_args = job.loss_args | (ablation.loss_args if ablation else {})
+        recipe = self._recipe(job, folder, loss_args)
+        student = recipe.create(recipe.args.student, recipe.args.student_args)
+        shapes = recipe.args.loss_shapes(student, (SIZE, SIZE))
+        if ablation and ablation.loss:
+            shapes.pop("feature_norm", None)
+            loss = ablation.loss(**shapes, **loss_args)
+        else:
+            loss = recipe.args.build_loss(**shapes)
+        processor = load_image_processor(student)
+        trainer = DistillationTrainer(
+            model=student, distillation_loss=loss, args=recipe.training_args, processing_class=processor,
+            train_dataset=self._training_images(job, recipe, student),
+            eval_dataset=self._pixels(job.data, "validation", processor),
+            data_collator=recipe.collator(with_teacher_logits=recipe.teacher_logits is not None),
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=top5_indices,
+        )  # fmt: skip
+        trainer.train()
+        curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+        result: dict[str, Any] = {"validation": curve[-1], "curve": [round(value, 4) for value in curve]}
+        if with_test:
+            measured = trainer.evaluate(self._pixels(job.data, "test", processor))
+            result |= {"test": measured["eval_accuracy"], "test_loss": measured["eval_loss"]}
+        if with_labels:
+            result["soft_labels"] = soft_labels(trainer, loss, TeacherLogits(self.store_folder(job.data, job.seed)))
+        return result
+
+    def _recipe(self, job: Job, folder: Path, loss_args: dict[str, float]) -> Recipe:
+        ablation = ABLATIONS.get(job.method)
+        method = ablation.method if ablation else job.method
+        store = {} if method in ALONE else {"teacher_logits": str(self.store_folder(job.data, job.seed))}
+        args = self.recipe_args(
+            job.data, job.seed, folder, validation_split="validation", eval_strategy="epoch",
+            distillation_loss="none" if method == "baseline" else method, loss_args=loss_args or None,
+            **STUDENTS[job.student] | store | {"learning_rate": job.learning_rate},
+        )  # fmt: skip
+        types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+        return Recipe(*parse_args(types, args=[*args, "--output_dir", str(folder / "run")]))
+
+    def _training_images(self, job: Job, recipe: Recipe, student: nn.Module) -> KeptImages:
+        path = self.output / "images" / f"{job.data}-seed{job.seed}.npy"
+        return KeptImages(recipe.datasets(student)[0], path, self.epochs_of(job.data))
+
+    def _pixels(self, data: str, part: str, processor: Any) -> list[dict]:
+        # Kept for all trainings of this process, whose students have the preprocessing of SHARED: otherwise each
+        # evaluation would decode and resize the images once more.
+        folder = self.data_folder(data)
+        if (folder, part) not in _known_pixels:
+            _, split = load_evaluation_split(DataArguments(dataset_name=str(folder), validation_split=part))
+            _known_pixels[folder, part] = list(ImageDataset(split, processor_transform(processor), training=False))
+        return _known_pixels[folder, part]
+
+
+ALONE = ("baseline", "uskd")
+_known_pixels: dict[tuple[Path, str], list[dict]] = {}
+
+
+def soft_labels(
+    trainer: DistillationTrainer, loss: USKDLoss, store: TeacherLogits, number: int = 6
+) -> dict[str, list]:
+    """What teacher, NKD and USKD say of images of the first batch, one of a class; USKD at the end of its training."""
+    args, dataset = trainer.args, trainer.train_dataset
+    size = args.per_device_train_batch_size
+    order = epoch_order(len(dataset), args.seed, 0)[:size]
+    samples = [dataset[(0, index)] for index in order]
+    pixels, labels = (
+        torch.stack([torch.as_tensor(row[name]) for row in samples]) for name in ("pixel_values", "labels")
+    )
+    mid_logits = []
+    handle = loss.head.register_forward_hook(lambda module, inputs, output: mid_logits.append(output))
+    model = trainer.model.eval()
+    with torch.no_grad():
+        student_logits = model(pixels, labels)["logits"]
+    handle.remove()
+    target, others = uskd_labels(mid_logits[0], student_logits, labels, True, True, "official")
+    teacher = store.dense(store.read(0, range(len(order)))).softmax(-1)
+    nkd_others = teacher.scatter(1, labels[:, None], 0)
+    nkd_others /= nkd_others.sum(1, keepdim=True)
+    _, first = np.unique(labels.numpy(), return_index=True)
+    chosen = np.sort(first)[:number].tolist()
+
+    def rows(values: Tensor) -> list:
+        return [[round(value, 4) for value in row] for row in values[chosen].tolist()]
+
+    names = trainer.student.config.id2label
+    return {
+        "classes": [names[label] for label in range(len(names))],
+        "images": ((pixels[chosen, 0] * 0.5 + 0.5) * 255).round().int().tolist(), "labels": labels[chosen].tolist(),
+        "student": rows(student_logits.softmax(-1)), "teacher": rows(teacher), "nkd_others": rows(nkd_others),
+        "nkd_target": [round(teacher[row, labels[row]].item(), 4) for row in chosen], "uskd_others": rows(others),
+        "uskd_target": [round(value, 4) for value in target[chosen].tolist()],
+    }  # fmt: skip
