@@ -120,7 +120,7 @@ def select(bench: Bench, cells: list[tuple[str, str, str]], jobs: int) -> dict[s
 
 
 def jobs_of(cell: tuple[str, str, str], chosen: dict[str, dict], seeds: list[int]) -> list[Job]:
-    """The trainings of a cell; an ablation that changes nothing of what was chosen has none: it is the method itself."""
+    """The trainings of a cell; none of an ablation that changes nothing of what was chosen: it is the method itself."""
     data, student, method = cell
     ablation = ABLATIONS.get(method)
     own = chosen[f"{data}/{student}/{ablation.method if ablation else method}"]
@@ -143,10 +143,9 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     )
     cells = [(data, student, method) for data in options.data for student in options.students for method in methods]
     chosen = select(bench, cells, options.jobs)
-    if not options.no_ablations and "cnn" in options.students:
-        cells += [
-            (data, "cnn", name) for data in options.data for name, own in ABLATIONS.items() if own.method in methods
-        ]
+    if "cnn" in options.students:
+        names = [name for name in options.ablations if ABLATIONS[name].method in methods]
+        cells += [(data, "cnn", name) for data in options.data for name in names]
     jobs = [job for cell in cells for job in jobs_of(cell, chosen, seeds)]
     calls = [(bench.train, job, True, job[1:4] == ("cnn", "uskd", 0)) for job in jobs]
     in_parallel(calls, options.jobs, "trainings")
@@ -211,7 +210,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--methods", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
-    parser.add_argument("--no_ablations", action="store_true")
+    parser.add_argument("--ablations", nargs="*", choices=ABLATIONS, default=list(ABLATIONS))
     parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="in place of those of the data, for a trial")

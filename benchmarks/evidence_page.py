@@ -94,7 +94,7 @@ class Result:
 def setup_text(result: Result) -> str:
     raw, lines = result.raw, []
     machine = raw["machine"]
-    versions = ", ".join(
+    versions = f"Python {machine['python']}, " + ", ".join(
         f"{name} {machine[name]}" for name in ("torch", "torchvision", "transformers", "timm", "datasets")
     )
     runs = [run for runs in result.runs.values() for run in runs.values()]
@@ -102,7 +102,7 @@ def setup_text(result: Result) -> str:
     minutes = sum(run["cpu"] for run in runs) / 60
     lines.append(
         f"`{raw['command']}` at commit {raw['commit'][:12]}{raw['commit'][40:]}, seeds {seeds}, settings chosen on "
-        f"seed {raw['selection_seed']}; {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {versions}. "
+        f"seed {raw['selection_seed']}; {machine['cpu']}, {machine['cores']} cores, {versions}. "
         f"The {len(runs)} trainings below took {minutes:.0f} minutes of CPU time, teachers and choice of settings not "
         "counted."
     )
@@ -231,10 +231,9 @@ def draw_ablations(result: Result) -> matplotlib.figure.Figure | None:
             TEXTS.get(name, f"{NAMES[method]} as chosen"): result.difference(data, student, name, "baseline")
             for name in names
         }
-        for place, (text, gain) in enumerate(gains.items()):
+        for place, gain in enumerate(gains.values()):
             color = COLORS[method] if place == 0 else "0.6"
             axes.barh(place, gain.mean, xerr=[[gain.mean - gain.low], [gain.high - gain.mean]], color=color, capsize=3)
-            gains[text] = gain
         axes.set_yticks(range(len(gains)), list(gains))
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
@@ -251,8 +250,7 @@ def draw_labels(result: Result) -> matplotlib.figure.Figure | None:
     labels = run["soft_labels"]
     number = len(labels["labels"])
     figure = matplotlib.figure.Figure(figsize=(10, 1.5 * number + 0.5), layout="constrained")
-    titles = [f"{run['data']}, {run['student']}", "teacher", "NKD: target, and the others on their own",
-              "USKD: target, and the others on their own"]  # fmt: skip
+    titles = ["teacher", "NKD: target, and the others on their own", "USKD: target, and the others on their own"]
     grid = figure.subplots(number, 4, squeeze=False, width_ratios=[1, 3, 3, 3])
     for row in range(number):
         label = labels["labels"][row]
