@@ -22,6 +22,7 @@ import common  # first: it sets environment variables
 import argparse
 import json
 import multiprocessing
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -133,8 +134,7 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Everything: data, stores, selection, trainings."""
     start, seeds = time.perf_counter(), list(range(options.seeds))
     bench.check_settings(options.data)
-    for data in options.data:
-        bench.write_data(data)
+    in_parallel([(bench.write_data, data) for data in options.data], options.jobs, "data")
     methods = [method for method in WEIGHTS if method in options.methods]
     in_parallel(
         [(bench.prepare, data, seed) for data in options.data for seed in (SELECTION_SEED, *seeds)],
@@ -150,7 +150,7 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     calls = [(bench.train, job, True, job[1:4] == ("cnn", "uskd", 0)) for job in jobs]
     in_parallel(calls, options.jobs, "trainings")
     return {
-        "command": " ".join(["python", "benchmarks/evidence.py", *sys.argv[1:]]), "commit": commit(),
+        "command": shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]]), "commit": commit(),
         "machine": common.describe_machine(), "seeds": seeds, "selection_seed": SELECTION_SEED,
         "settings": {
             "data": {data: bench.settings_of(data) for data in options.data},
@@ -173,7 +173,7 @@ def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jo
         for run in result["runs"]
         if (run["data"], run["student"], run["method"]) == cell
     }  # fmt: skip
-    bench.write_data(data)
+    in_parallel([(bench.write_data, data)], jobs, "data")
     method = ABLATIONS[method].method if method in ABLATIONS else method
     in_parallel([(bench.prepare, data, job.seed, method not in ALONE) for job in trainings], jobs, "teachers")
     in_parallel([(bench.train, job, True) for job in trainings], jobs, "trainings")

@@ -142,13 +142,15 @@ class Bench(NamedTuple):
             self.output.mkdir(parents=True, exist_ok=True)
             record.write_text(text)
 
-    def write_data(self, data: str) -> None:
+    def write_data(self, data: str) -> str:
+        """Writes the images of a data set, if they are not there."""
         folder = self.data_folder(data)
         record = folder / "images.json"
         if not (record.is_file() and json.loads(record.read_text()) == self.images_of(data)):
             own = {"source": self.fashion} if data == "fashion" else {}
             {"digits": write_digits, "fashion": write_fashion}[data](folder, **self.images_of(data), **own)
             record.write_text(json.dumps(self.images_of(data)))
+        return f"{data}: {', '.join(f'{number} {name}' for name, number in self.images_of(data).items())}"
 
     def prepare(self, data: str, seed: int, with_teacher: bool = True) -> str:
         """Makes what all trainings of a seed share: their images, and the teacher's logits on them."""
