@@ -130,7 +130,8 @@ def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
     goes_on = has_run and not afresh and (is_trained(folder) or not (folder / RESULTS).is_file())
     if not goes_on:
         (folder / _UNREPORTED).unlink(missing_ok=True)
-        for stage in stages:
+        # Where there is no run yet, the trainer says what a first save that was killed has left.
+        for stage in stages if has_run else ():
             remove_unfinished(str(stage))
             for checkpoint in checkpoints(str(stage)):
                 shutil.rmtree(checkpoint)
