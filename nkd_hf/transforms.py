@@ -1,5 +1,6 @@
 """Transforms of training and of evaluation images."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ import PIL.Image
 import timm.data
 import torch
 from torch import nn
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .data import DataArguments
@@ -90,6 +91,7 @@ class _TrainTransform:
     std: torch.Tensor
 
     takes_tensors = True
+    draws_from_torch = True
 
     def __call__(self, image: PIL.Image.Image | torch.Tensor) -> torch.Tensor:
         image = self.crop(image)
@@ -109,8 +111,31 @@ class _RandomResizedCrop:
     interpolation: v2.InterpolationMode
 
     def __call__(self, image: PIL.Image.Image | torch.Tensor) -> PIL.Image.Image | torch.Tensor:
-        box = RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+        if isinstance(image, torch.Tensor):
+            box = self._draw_box(*image.shape[1:])
+            return F.resized_crop_image(image, *box, self.size, self.interpolation)
+        box = self._draw_box(image.height, image.width)
         return F.resized_crop(image, *box, self.size, self.interpolation)
+
+    def _draw_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width, as torchvision's class draws them, without its many small tensors."""
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(*self.scale).item()
+            ratio = torch.empty(1).uniform_(*_LOG_RATIO).exp_().item()
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                top = torch.randint(height - crop_height + 1, (1,)).item()
+                left = torch.randint(width - crop_width + 1, (1,)).item()
+                return top, left, crop_height, crop_width
+        # The whole image, of which the longer side is cut where the ratio is beyond the bounds.
+        low, high = _RATIO
+        crop_height = min(height, round(width / low)) if width / height < low else height
+        crop_width = min(width, round(height * high)) if width / height > high else width
+        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+_RATIO = (3 / 4, 4 / 3)
+_LOG_RATIO = torch.tensor(_RATIO).log().tolist()
 
 
 class _Lighting(torch.nn.Module):

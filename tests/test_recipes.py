@@ -142,6 +142,8 @@ def test_teacher_from_a_folder_is_measured_first(tmp_path):
         "false",
     )
     assert second.results["teacher"] == pytest.approx(first.results["teacher"])
+    said = capsys.readouterr().out
+    assert f"The teacher's top-1 on the student's pixels: {second.results['teacher']:.2%}" in said
     assert second.results["baseline"] is None
     # The same teacher, the same seed: the same student.
     assert second.results["distilled"] == first.results["distilled"]
