@@ -157,9 +157,9 @@ def table_of_hours(rows: list[Row], rates: tuple[float, float] = RATES) -> str:
     ])  # fmt: skip
     columns = ["row", "GMACs, student", "teacher"]
     for name in ("float32", "bf16"):
-        columns += [f"{name}: student", "teacher", "together", "hours"]
+        columns += [f"GPU-hours, {name}: student", "teacher", "together", "hours"]
     title = (
-        f"GPU-hours by arithmetic, not measured, at an assumed {rates[0]:g} GMACs a ms and GPU in float32 (TF32) and "
+        f"By arithmetic, not measured, at an assumed {rates[0]:g} GMACs a ms and GPU in float32 (TF32) and "
         f"{rates[1]:g} in bf16, and {INPUT:g} images a second and worker; hours are those of the row's GPUs"
     )
     return markdown(title, [*columns, "hours of input"], lines)

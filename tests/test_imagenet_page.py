@@ -10,6 +10,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from nkd_hf import DataArguments, RecipeArguments, evaluation, parse_args, teacher_run
+from nkd_hf.images import SHUFFLE_BUFFER
 from nkd_hf.parser import _Parser
 from nkd_hf.plan import PlanArguments, PlannedTrainingArguments
 
@@ -149,13 +150,15 @@ def from_root(arguments: list[str]) -> list[str]:
     return [str(ROOT / word) if word.startswith("recipes/") else word for word in arguments]
 
 
-def test_what_the_text_names_exists(script):
+def test_what_the_text_names_exists(script, rows):
     options = set(_Parser(TYPES)._option_string_actions)
     options |= {"--rate", "--num_processes", "--machine_rank"}
     named = set(re.findall(r"`[^`\n]*?(--\w+)", PAGE)) | set(re.findall(r" (--\w+)[ `]", PAGE))
     named -= {word for line in COMMANDS for word in shlex.split(line)}
     assert len(named) > 5
     assert named <= options
+    images = {f"{row.data.num_train_images:,}" for row in rows} | {f"{n:,}" for n in script.VALIDATION_IMAGES.values()}
+    assert all(f" {number} " in PAGE for number in (*images, SHUFFLE_BUFFER))
     for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", PAGE):
         assert link.startswith("https://") or (ROOT / "benchmarks" / link).is_file(), link
     for heading, page in (("Input", "benchmarks/README.md"), ("The paper's rows", "README.md")):
