@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import PIL.Image
 import timm.data
 import torch
+from timm.data import auto_augment
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -45,21 +47,23 @@ def train_transform(
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
     if args.auto_augment or args.random_erasing:
+        posterize = dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
         try:
-            return timm.data.create_transform(
-                size,
-                is_training=True,
-                scale=tuple(args.random_resized_crop),
-                hflip=args.horizontal_flip,
-                color_jitter=None,
-                auto_augment=args.auto_augment,
-                interpolation=interpolation,
-                mean=tuple(mean),
-                std=tuple(std),
-                re_prob=args.random_erasing,
-                re_mode="pixel",
-                re_count=1,
-            )
+            with patch.dict(auto_augment.NAME_TO_OP, posterize):
+                return timm.data.create_transform(
+                    size,
+                    is_training=True,
+                    scale=tuple(args.random_resized_crop),
+                    hflip=args.horizontal_flip,
+                    color_jitter=None,
+                    auto_augment=args.auto_augment,
+                    interpolation=interpolation,
+                    mean=tuple(mean),
+                    std=tuple(std),
+                    re_prob=args.random_erasing,
+                    re_mode="pixel",
+                    re_count=1,
+                )
         except (AssertionError, KeyError, ValueError) as error:
             raise ValueError(
                 f"auto_augment={args.auto_augment!r} is not in timm's syntax ({type(error).__name__}: {error}): write for "
@@ -75,6 +79,13 @@ def train_transform(
     lighting = _Lighting(args.pca_lighting) if args.pca_lighting else None
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
     return _TrainTransform(crop, args.horizontal_flip, lighting, mean, std)
+
+
+def _posterize(image: PIL.Image.Image, bits_to_keep: int, **kwargs) -> PIL.Image.Image:
+    # timm's strongest magnitude keeps 0 bits: a black image, which Pillow gave until version 13, and refuses since.
+    if bits_to_keep == 0:
+        return PIL.Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **kwargs)
 
 
 @dataclass
