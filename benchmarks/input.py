@@ -53,7 +53,7 @@ from nkd_hf import (
     train_transform,
 )
 from nkd_hf.batches import EpochSampler, seeded
-from nkd_hf.images import read_sample, takes_tensors
+from nkd_hf.images import draws_from_torch, read_sample, takes_tensors
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -200,24 +200,25 @@ def compare_parts(folder: Path, options: argparse.Namespace, report: common.Repo
     dataset = our_dataset(str(folder / "parquet"), augment, interpolation)
     indices = range(len(dataset))
     rows = [data["parquet"][index] for index in indices]
-    decoded = [read_sample(row, "image", takes_tensors(dataset.transform))[0] for row in rows]
     transform = dataset.transform
+    decoded = [read_sample(row, "image", takes_tensors(transform))[0] for row in rows]
     samples = [dataset[0, index, index] for index in indices]
     collator = ImageCollator(len(CLASSES))
 
     def seed(index: int) -> None:
-        with seeded(0, 0, index):
+        with seeded(0, 0, index, torch_only=draws_from_torch(transform)):
             pass
 
+    # Each lets go of what it made, as a loader does: memory that is fresh each time would be measured with it.
     parts = {
-        "row of a folder": lambda: [data["folder"][index] for index in indices],
-        "row of parquet": lambda: [data["parquet"][index] for index in indices],
-        "decode": lambda: [read_sample(row, "image", takes_tensors(dataset.transform)) for row in rows],
+        "row of a folder": lambda: exhaust(map(data["folder"].__getitem__, indices)),
+        "row of parquet": lambda: exhaust(map(data["parquet"].__getitem__, indices)),
+        "decode": lambda: exhaust(read_sample(row, "image", takes_tensors(transform)) for row in rows),
         "seed": lambda: exhaust(map(seed, indices)),
         "transform": lambda: exhaust(map(transform, decoded)),
-        "collate": lambda: [
+        "collate": lambda: exhaust(
             collator(samples[start : start + options.batch]) for start in range(0, len(samples), options.batch)
-        ],
+        ),
         "all, from parquet": lambda: exhaust(our_loader(dataset, options.batch)),
     }
     times = common.measure_times(parts, options.rounds, common.make_clock("cpu"), warmup=1)

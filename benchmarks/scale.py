@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[1000, 21841], help="(default: 1000 21841)")
     parser.add_argument("--size", type=int, help="pixels (default: 112 on the CPU, else 224)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--rate", type=float, default=100.0, help="GMACs a ms of a GPU, an assumption (%(default)s)")
+    parser.add_argument("--rate", type=float, default=30.0, help="GMACs a ms of a GPU, an assumption (%(default)s)")
     parser.add_argument("--bandwidth", type=float, default=200.0, help="GB/s within a machine, too (%(default)s)")
     parser.add_argument("--network", type=float, default=20.0, help="GB/s between machines, too (%(default)s)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -30,15 +30,17 @@ def derived_seeds(*key: int) -> tuple[int, int, int]:
 
 
 @contextmanager
-def seeded(*key: int) -> Iterator[None]:
+def seeded(*key: int, torch_only: bool = False) -> Iterator[None]:
     """Makes `random`, numpy's global generator and torch's CPU generator a pure function of the integers.
 
-    All three are put back on leaving, also after an exception: with `num_workers=0` the samples are made in the process
+    They are put back on leaving, also after an exception: with `num_workers=0` the samples are made in the process
     that trains, whose own draws (dropout, drop path) must not depend on them. (One thing is lost: the second half of a
     pair of normals that `np.random.randn` had in store.) No other generator, such as a GPU's, is touched.
 
     Args:
         key: any integers, for example `seed, epoch, index`.
+        torch_only: leave `random` and numpy alone, whose states are large, where nothing draws from them; torch's draws are
+            the same in either case.
 
     Example:
         >>> import torch
@@ -50,18 +52,30 @@ def seeded(*key: int) -> Iterator[None]:
         True
     """
     python_seed, numpy_seed, torch_seed = derived_seeds(*key)
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    torch_state = torch.get_rng_state()
+    torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would seed the accelerators as well
+    try:
+        if torch_only:
+            yield
+        else:
+            with _python_and_numpy_seeded(python_seed, numpy_seed):
+                yield
+    finally:
+        torch.set_rng_state(torch_state)
+
+
+@contextmanager
+def _python_and_numpy_seeded(python_seed: int, numpy_seed: int) -> Iterator[None]:
+    python_state = random.getstate()
     # Exchanging the generator, since np.random.get_state and set_state would double the cost of all this.
     numpy_generator = np.random.get_bit_generator()
     random.seed(python_seed)
     np.random.set_bit_generator(np.random.PCG64(numpy_seed))
-    torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would seed the accelerators as well
     try:
         yield
     finally:
         random.setstate(python_state)
         np.random.set_bit_generator(numpy_generator)
-        torch.set_rng_state(torch_state)
 
 
 class EpochDataset(Dataset):

@@ -114,7 +114,7 @@ class ImageDataset(EpochDataset):
                 self._bad[row] = True
                 logger.warning("%s. The next good row takes its place.", error)
                 continue
-            with seeded(self.seed, epoch, row):
+            with seeded(self.seed, epoch, row, torch_only=draws_from_torch(self.transform)):
                 result = {"pixel_values": self.transform(image), "labels": label}
             return result | {"epoch": epoch, "index": row} if self.training else result
         raise ValueError(f"all {len(self)} rows are bad: see the warnings above, or set on_bad_image to error")
@@ -222,7 +222,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
             if self._note_bad(name):
                 logger.warning("%s. The stream goes on with the next good sample.", error)
             return None
-        with seeded(self.seed, epoch, key):
+        with seeded(self.seed, epoch, key, torch_only=draws_from_torch(self.transform)):
             return {"pixel_values": self.transform(decoded), "labels": label, "epoch": epoch, "index": key}
 
     def _note_bad(self, name: str) -> bool:
@@ -246,6 +246,11 @@ _ADVICE = "repair or remove it, or set on_bad_image to skip"
 def takes_tensors(transform: Callable) -> bool:
     """Whether it takes [3, H, W] uint8 tensors as well as images, as [`~nkd_hf.transforms.train_transform`] may."""
     return getattr(transform, "takes_tensors", False)
+
+
+def draws_from_torch(transform: Callable) -> bool:
+    """Whether it draws from torch's generator alone."""
+    return getattr(transform, "draws_from_torch", False)
 
 
 def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.Image.Image | torch.Tensor, int]:

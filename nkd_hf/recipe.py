@@ -285,6 +285,7 @@ class Recipe:
         if teacher is not None and self.results["teacher"] is None:
             self.results["teacher"] = self._teacher_accuracy(trainer)
             self.accuracies["teacher"] = {"accuracy": self.results["teacher"]}
+            self._say(f"The teacher's top-1 on the student's pixels: {self.results['teacher']:.2%}")
         trainer.card_info = self._card_info()
         self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
         try:

@@ -1,14 +1,17 @@
 """Transforms of training and of evaluation images."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import PIL.Image
 import timm.data
 import torch
+from timm.data import auto_augment
 from torch import nn
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .data import DataArguments
@@ -44,21 +47,23 @@ def train_transform(
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
     if args.auto_augment or args.random_erasing:
+        posterize = dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
         try:
-            return timm.data.create_transform(
-                size,
-                is_training=True,
-                scale=tuple(args.random_resized_crop),
-                hflip=args.horizontal_flip,
-                color_jitter=None,
-                auto_augment=args.auto_augment,
-                interpolation=interpolation,
-                mean=tuple(mean),
-                std=tuple(std),
-                re_prob=args.random_erasing,
-                re_mode="pixel",
-                re_count=1,
-            )
+            with patch.dict(auto_augment.NAME_TO_OP, posterize):
+                return timm.data.create_transform(
+                    size,
+                    is_training=True,
+                    scale=tuple(args.random_resized_crop),
+                    hflip=args.horizontal_flip,
+                    color_jitter=None,
+                    auto_augment=args.auto_augment,
+                    interpolation=interpolation,
+                    mean=tuple(mean),
+                    std=tuple(std),
+                    re_prob=args.random_erasing,
+                    re_mode="pixel",
+                    re_count=1,
+                )
         except (AssertionError, KeyError, ValueError) as error:
             raise ValueError(
                 f"auto_augment={args.auto_augment!r} is not in timm's syntax ({type(error).__name__}: {error}): write for "
@@ -76,6 +81,13 @@ def train_transform(
     return _TrainTransform(crop, args.horizontal_flip, lighting, mean, std)
 
 
+def _posterize(image: PIL.Image.Image, bits_to_keep: int, **kwargs) -> PIL.Image.Image:
+    # timm's strongest magnitude keeps 0 bits: a black image, which Pillow gave until version 13, and refuses since.
+    if bits_to_keep == 0:
+        return PIL.Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **kwargs)
+
+
 @dataclass
 class _TrainTransform:
     """A crop, a flip and the normalisation, with the draws and the values of torchvision's classes.
@@ -90,6 +102,7 @@ class _TrainTransform:
     std: torch.Tensor
 
     takes_tensors = True
+    draws_from_torch = True
 
     def __call__(self, image: PIL.Image.Image | torch.Tensor) -> torch.Tensor:
         image = self.crop(image)
@@ -109,8 +122,31 @@ class _RandomResizedCrop:
     interpolation: v2.InterpolationMode
 
     def __call__(self, image: PIL.Image.Image | torch.Tensor) -> PIL.Image.Image | torch.Tensor:
-        box = RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+        if isinstance(image, torch.Tensor):
+            box = self._draw_box(*image.shape[1:])
+            return F.resized_crop_image(image, *box, self.size, self.interpolation)
+        box = self._draw_box(image.height, image.width)
         return F.resized_crop(image, *box, self.size, self.interpolation)
+
+    def _draw_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width, as torchvision's class draws them, without its many small tensors."""
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(*self.scale).item()
+            ratio = torch.empty(1).uniform_(*_LOG_RATIO).exp_().item()
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                top = torch.randint(height - crop_height + 1, (1,)).item()
+                left = torch.randint(width - crop_width + 1, (1,)).item()
+                return top, left, crop_height, crop_width
+        # The whole image, of which the longer side is cut where the ratio is beyond the bounds.
+        low, high = _RATIO
+        crop_height = min(height, round(width / low)) if width / height < low else height
+        crop_width = min(width, round(height * high)) if width / height > high else width
+        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+_RATIO = (3 / 4, 4 / 3)
+_LOG_RATIO = torch.tensor(_RATIO).log().tolist()
 
 
 class _Lighting(torch.nn.Module):

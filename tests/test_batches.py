@@ -77,6 +77,21 @@ def test_seeded_leaves_the_generators_as_they_were_even_after_an_error():
     np.random.seed(0)  # works again on the way out: numpy can re-seed its own kind of generator only
 
 
+def test_seeded_can_leave_all_but_torch_alone():
+    with seeded(4):
+        expected = ambient_draws()[2]
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    python, numpy, _ = ambient_draws()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    with seeded(4, torch_only=True):
+        assert ambient_draws() == (python, numpy, expected)
+    ambient = torch.get_rng_state()
+    torch.manual_seed(3)
+    assert torch.equal(ambient, torch.get_rng_state())
+
+
 # EpochDataset, EpochSampler
 
 

@@ -376,6 +376,18 @@ def test_the_cifar_crop_moves_by_the_padding_at_most():
     assert len(seen) > 15
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n2-inc1", "rand-m0-n2", "v0-mstd0.5", "originalr", "augmix-m10"])
+def test_the_strongest_posterize_is_black_with_any_pillow(policy):
+    run = train_transform(DataArguments(auto_augment=policy), 8, [0.5] * 3, [0.5] * 3)
+    pixels = []
+    for key in range(200):
+        with seeded(key):
+            pixels.append(run(digit(key).convert("RGB").resize((8, 8))))
+    assert torch.stack(pixels).isfinite().all()
+    if policy == "rand-m10-n2-inc1":
+        assert any((each == -1).all() for each in pixels)
+
+
 @pytest.mark.parametrize("text", ["rand-x9", "nonsense"])
 def test_a_wrong_auto_augment_is_said(text):
     with pytest.raises(ValueError, match=r"auto_augment=.* is not in timm's syntax .*: write for example rand-m9"):

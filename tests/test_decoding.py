@@ -1,6 +1,8 @@
 """torchcodec's decoder in the place of Pillow's: the same values and the same faults."""
 
 import io
+import itertools
+import random
 
 import numpy as np
 import PIL.Image
@@ -11,7 +13,7 @@ from torchvision.transforms import v2
 
 from nkd_hf.batches import seeded
 from nkd_hf.data import DataArguments
-from nkd_hf.images import BadSampleError, read_sample, takes_tensors
+from nkd_hf.images import BadSampleError, draws_from_torch, read_sample, takes_tensors
 from nkd_hf.transforms import train_transform
 
 PHOTO = PIL.Image.fromarray(load_sample_image("flower.jpg")).resize((301, 203))
@@ -132,3 +134,36 @@ def test_the_transform_is_that_of_torchvisions_classes(interpolation, as_tensor)
         assert type(pixels[0]) is torch.Tensor
         seen.append(pixels[0])
     assert len(torch.stack(seen).unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("size", [(375, 500), (30, 31), (1, 1), (300, 9), (9, 300), (3, 4)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
+def test_crops_are_those_of_torchvision_in_images_of_any_shape(size, scale):
+    ours, theirs = (
+        train_transform(DataArguments(random_resized_crop=list(scale)), 8, [0.5] * 3, [0.5] * 3).crop,
+        v2.RandomResizedCrop(8, scale=scale),
+    )
+    pixels = torch.arange(3 * size[0] * size[1]).remainder(251).to(torch.uint8).view(3, *size)
+    for key, image in itertools.product(range(10), (pixels, v2.functional.to_pil_image(pixels))):
+        crops = []
+        for each in (ours, theirs):
+            with seeded(key, torch_only=True):
+                crops.append((v2.functional.to_image(each(image)), torch.rand(1)))
+        assert all(torch.equal(*pair) for pair in zip(*crops, strict=True)), "the same crop, and as many draws"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"random_crop_padding": 4}, {"pca_lighting": 0.1}, {"random_erasing": 1.0}])
+def test_transforms_that_draw_from_torch_draw_from_nothing_else(arguments):
+    transform = train_transform(DataArguments(**arguments), 32, [0.5] * 3, [0.5] * 3)
+    assert draws_from_torch(transform) == ("random_erasing" not in arguments)
+    if not draws_from_torch(transform):
+        return
+    image, _ = read_sample(row(jpeg()), "it", True)
+    before, state = random.getstate(), str(np.random.get_state())
+    pixels = []
+    for kwargs in ({}, {"torch_only": True}):
+        with seeded(3, **kwargs):
+            pixels.append(transform(image))
+    assert torch.equal(*pixels), "the same draws whether the others are seeded or not"
+    transform(image)
+    assert (random.getstate(), str(np.random.get_state())) == (before, state)

@@ -207,6 +207,8 @@ def test_nkd_and_vitkd_from_a_teacher_that_is_trained_first_or_opened_from_a_fol
                  "--compare_with_baseline", "false")  # fmt: skip
     assert opened == [folder]
     assert second.results["teacher"] == pytest.approx(first.results["teacher"])
+    said = capsys.readouterr().out
+    assert f"The teacher's top-1 on the student's pixels: {second.results['teacher']:.2%}" in said
     assert second.results["baseline"] is None
 
 
