@@ -3,7 +3,7 @@
     python benchmarks/evidence.py --json benchmarks/results/evidence.json
 
 The students are trained by `nkd_hf.DistillationTrainer` on what `nkd_hf.Recipe` opens, from stores that `nkd-hf
-teacher-logits` writes: one for each data set and seed, with a teacher of that seed, shared by all methods and students.
+teacher-logits` writes: one for each data set and seed, shared by all methods and students, of the data set's one teacher.
 
 1. On a seed of its own, each method and student gets five trainings, whose last accuracy on a validation part of the
    training data chooses the learning rate (of three, at the first loss weight) and then the loss weight (of three).
@@ -13,7 +13,7 @@ teacher-logits` writes: one for each data set and seed, with a teacher of that s
 3. The same for the ablations of NKD and USKD, on the CNN, with the settings of the whole method.
 
 A training that is done is a file in `--output`, which a second start skips. evidence_page.py makes the page of the
-result. `--only fashion/cnn/nkd` trains one cell anew, with its teachers, and compares it with the committed figure.
+result. `--only fashion/cnn/nkd` trains one cell anew, with its teacher, and compares it with the committed figure.
 """
 
 import common  # first: it sets environment variables
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from evidence_data import FASHION_FOLDER, has_fashion
 from evidence_losses import ABLATIONS
-from evidence_runs import ALONE, DATA, SHARED, STUDENTS, TEACHER, Bench, Job
+from evidence_runs import ALONE, DATA, SHARED, STUDENTS, TEACHER, TEACHER_EPOCHS, TEACHER_SEED, Bench, Job
 
 RESULT = Path(__file__).parent / "results" / "evidence.json"
 SELECTION_SEED = 100
@@ -136,10 +136,11 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     bench.check_settings(options.data)
     in_parallel([(bench.write_data, data) for data in options.data], options.jobs, "data")
     methods = [method for method in WEIGHTS if method in options.methods]
+    in_parallel([(bench.write_teacher, data) for data in options.data], options.jobs, "teachers")
     in_parallel(
         [(bench.prepare, data, seed) for data in options.data for seed in (SELECTION_SEED, *seeds)],
         options.jobs,
-        "teachers",
+        "images and logits",
     )
     cells = [(data, student, method) for data in options.data for student in options.students for method in methods]
     chosen = select(bench, cells, options.jobs)
@@ -154,9 +155,10 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         "machine": common.describe_machine(), "seeds": seeds, "selection_seed": SELECTION_SEED,
         "settings": {
             "data": {data: bench.settings_of(data) for data in options.data},
-            "students": STUDENTS, "teacher": TEACHER, "shared": SHARED,
+            "students": STUDENTS, "shared": SHARED,
+            "teacher": TEACHER | {"seed": TEACHER_SEED, "times_the_epochs": TEACHER_EPOCHS},
         },
-        "teachers": {data: [bench.teacher_accuracy(data, seed) for seed in seeds] for data in options.data},
+        "teachers": {data: bench.teacher_accuracy(data) for data in options.data},
         "minutes_of_this_start": round((time.perf_counter() - start) / 60, 1),
         "chosen": chosen, "runs": [bench.read(job) for job in jobs],
     }  # fmt: skip
@@ -175,7 +177,10 @@ def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jo
     }  # fmt: skip
     in_parallel([(bench.write_data, data)], jobs, "data")
     method = ABLATIONS[method].method if method in ABLATIONS else method
-    in_parallel([(bench.prepare, data, job.seed, method not in ALONE) for job in trainings], jobs, "teachers")
+    has_teacher = method not in ALONE
+    if has_teacher:
+        in_parallel([(bench.write_teacher, data)], jobs, "teachers")
+    in_parallel([(bench.prepare, data, job.seed, has_teacher) for job in trainings], jobs, "images and logits")
     in_parallel([(bench.train, job, True) for job in trainings], jobs, "trainings")
     done = [bench.read(job) for job in trainings]
     anew = {run["seed"]: (run["test"], run["test_loss"]) for run in done}

@@ -108,9 +108,9 @@ def setup_text(result: Result) -> str:
     )
     rows = []
     for data, settings in raw["settings"]["data"].items():
-        images, teachers = settings["images"], [100 * value for value in raw["teachers"][data]]
+        images = settings["images"]
         sizes = [str(images[name]) for name in ("train", "validation", "test")]
-        rows.append([data, *sizes, str(settings["epochs"]), mean_and_deviation(teachers)])
+        rows.append([data, *sizes, str(settings["epochs"]), f"{100 * raw['teachers'][data]:.2f}"])
     columns = ["", "training", "validation", "test images", "epochs", "teacher's top-1 on test"]
     return "\n\n".join([*lines, markdown("Data", columns, rows)])
 

@@ -65,6 +65,8 @@ TEACHER = {
     "teacher_args": {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_type": "deep", "stem_width": 16},
     **_CNN, "learning_rate": 0.1,
 }  # fmt: skip
+# One for each data set, of a seed of its own, trained for so many times the students' epochs.
+TEACHER_SEED, TEACHER_EPOCHS = 200, 3
 SHARED = {
     "image_size": SIZE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bilinear",
     "mix_pairs": True, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "max_grad_norm": 5.0,
@@ -109,6 +111,9 @@ class Bench(NamedTuple):
 
     def data_folder(self, data: str) -> Path:
         return self.output / "data" / data
+
+    def teacher_folder(self, data: str) -> Path:
+        return self.output / "teachers" / data
 
     def store_folder(self, data: str, seed: int) -> Path:
         return self.output / "stores" / f"{data}-seed{seed}"
@@ -160,25 +165,37 @@ class Bench(NamedTuple):
             self._training_images(job, recipe, recipe.create(recipe.args.student, recipe.args.student_args))
         return self.write_store(data, seed) if with_teacher else f"images of {data}, seed {seed}"
 
-    def write_store(self, data: str, seed: int) -> str:
-        """Trains the teacher of a seed, and stores its logits on the images of all epochs."""
-        folder, start = self.store_folder(data, seed), time.perf_counter()
+    def write_teacher(self, data: str) -> str:
+        """Trains the teacher of a data set."""
+        folder = self.teacher_folder(data)
         if not (folder / "done.json").is_file():
-            student = STUDENTS["cnn"] | TEACHER
             args = self.recipe_args(
-                data, seed, folder, validation_split="test", eval_strategy="no", distillation_loss="nkd", **student
-            )
+                data, TEACHER_SEED, folder, validation_split="test", eval_strategy="no", distillation_loss="nkd",
+                **STUDENTS["cnn"] | TEACHER | {"num_train_epochs": TEACHER_EPOCHS * self.epochs_of(data)},
+            )  # fmt: skip
+            with contextlib.redirect_stdout(io.StringIO()):
+                recipe = _open_recipe([*args, "--output_dir", str(folder / "run")])
+                recipe.train_teacher()
+            (folder / "done.json").write_text(json.dumps({"accuracy": recipe.results["teacher"]}))
+        return f"teacher of {data}: {self.teacher_accuracy(data):.2%}"
+
+    def teacher_accuracy(self, data: str) -> float:
+        return json.loads((self.teacher_folder(data) / "done.json").read_text())["accuracy"]
+
+    def write_store(self, data: str, seed: int) -> str:
+        """Stores the teacher's logits on the images of all epochs of a seed."""
+        folder = self.store_folder(data, seed)
+        if not (folder / "done").is_file():
+            args = self.recipe_args(
+                data, seed, folder, validation_split="validation", eval_strategy="no", distillation_loss="nkd",
+                teacher=str(self.teacher_folder(data) / "run" / "teacher"), **STUDENTS["cnn"],
+            )  # fmt: skip
             epochs = str(self.epochs_of(data))
             command = ["teacher-logits", *args, "--output", str(folder), "--epochs", epochs, "--batch_size", "64"]
             with contextlib.redirect_stdout(io.StringIO()):
                 cli.main(command)
-            record = {"accuracy": TeacherLogits(folder).info.teacher_accuracy, "seconds": time.perf_counter() - start}
-            (folder / "done.json").write_text(json.dumps(record))
-        accuracy = json.loads((folder / "done.json").read_text())["accuracy"]
-        return f"teacher of {data}, seed {seed}: {accuracy:.2%}"
-
-    def teacher_accuracy(self, data: str, seed: int) -> float:
-        return json.loads((self.store_folder(data, seed) / "done.json").read_text())["accuracy"]
+            (folder / "done").touch()
+        return f"logits of {data}, seed {seed}"
 
     def path_of(self, job: Job) -> Path:
         return self.output / "runs" / f"{job.name}.json"
@@ -241,8 +258,7 @@ class Bench(NamedTuple):
             distillation_loss="none" if method == "baseline" else method, loss_args=loss_args or None,
             **STUDENTS[job.student] | store | {"learning_rate": job.learning_rate},
         )  # fmt: skip
-        types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-        return Recipe(*parse_args(types, args=[*args, "--output_dir", str(folder / "run")]))
+        return _open_recipe([*args, "--output_dir", str(folder / "run")])
 
     def _training_images(self, job: Job, recipe: Recipe, student: nn.Module) -> KeptImages:
         path = self.output / "images" / f"{job.data}-seed{job.seed}.npy"
@@ -256,6 +272,11 @@ class Bench(NamedTuple):
             _, split = load_evaluation_split(DataArguments(dataset_name=str(folder), validation_split=part))
             _known_pixels[folder, part] = list(ImageDataset(split, processor_transform(processor), training=False))
         return _known_pixels[folder, part]
+
+
+def _open_recipe(args: list[str]) -> Recipe:
+    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+    return Recipe(*parse_args(types, args=args))
 
 
 ALONE = ("baseline", "uskd")
