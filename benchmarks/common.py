@@ -10,12 +10,13 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -96,6 +97,13 @@ def ratio(values: Iterable[float], others: Iterable[float]) -> tuple[float, floa
     ratios = sorted(a / b for a, b in zip(values, others, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return statistics.median(ratios), low, high
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences, pair by pair, and its standard error."""
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return statistics.mean(differences), error
 
 
 def measure_memory(run: Callable[[], object], device: str = "cpu") -> tuple[int, int]:

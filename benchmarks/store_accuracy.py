@@ -13,26 +13,23 @@ case, which leaves seven out.
 import contextlib
 import io
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import common
+import digits
 import torch
 
-from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, cli, parse_args
+from nkd_hf import cli
 
-CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "digits_distill_cnn.yaml"
 CURVE_AIM = 1e-4
 
 
-def run(folder: Path, *args: str) -> tuple[list[float], float]:
+def run(folder: Path, args: list[str]) -> tuple[list[float], float]:
     """The training losses, step by step, and the accuracy of the student that the recipe trains."""
-    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-    recipe = Recipe(*parse_args(types, args=["--config", str(CONFIG), "--output_dir", str(folder), *args]))
-    recipe.train_student()
+    recipe = digits.train(folder, args)
     history = json.loads((folder / "student" / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry], recipe.results["distilled"]
 
@@ -44,16 +41,11 @@ def main() -> None:
     options = common.parse(parser)
 
     report, losses, accuracies, num_bytes = common.Report(options), {}, {}, {}
-    common_args = [
-        *("--num_train_epochs", str(options.epochs), "--compare_with_baseline", "false", "--save_strategy", "no"),
-        *("--eval_strategy", "no", "--logging_strategy", "steps", "--logging_steps", "1", "--disable_tqdm", "true"),
-        *("--report_to", "none", "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"),
-        *(["--use_cpu", "true"] if options.device == "cpu" else []),
-    ]
+    common_args = digits.arguments(options)
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         with contextlib.redirect_stdout(io.StringIO()):
-            run(folder / "first", *common_args)  # for its teacher
+            run(folder / "first", common_args)  # for its teacher
         common_args += ["--teacher", str(folder / "first" / "teacher"), "--teacher_args", "{}"]
         for seed in range(options.rounds):
             args = [*common_args, "--seed", str(seed)]
@@ -66,7 +58,7 @@ def main() -> None:
                         command = [
                             "teacher-logits",
                             "--config",
-                            str(CONFIG),
+                            str(digits.CONFIG),
                             *args,
                             "--output",
                             store,
@@ -77,7 +69,7 @@ def main() -> None:
                         own = [*args, "--teacher_logits", store]
                         sizes = [path.stat().st_size for path in Path(store).glob("epoch-*/*.safetensors")]
                         num_bytes[side] = sum(sizes)
-                    curve, accuracy = run(folder / "run", *own)
+                    curve, accuracy = run(folder / "run", own)
                 losses.setdefault(side, []).append(curve)
                 accuracies.setdefault(side, []).append(accuracy)
                 print(f"seed {seed}, {side}: {accuracy:.2%}", flush=True)
@@ -86,20 +78,19 @@ def main() -> None:
 
     rows = []
     for side, values in accuracies.items():
-        differences = [a - b for a, b in zip(values, accuracies["live"], strict=True)]
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        difference, error = common.difference(values, accuracies["live"])
         off = max(
             (torch.tensor(curve) - torch.tensor(live)).abs().max().item()
             for curve, live in zip(losses[side], losses["live"], strict=True)
         )
         cells = [", ".join(f"{100 * value:.2f}" for value in values), f"{100 * mean(values):.2f}"]
-        cells += [f"{100 * mean(differences):+.2f} +- {100 * error:.2f}", f"{off:.1e}"]
+        cells += [f"{100 * difference:+.2f} +- {100 * error:.2f}", f"{off:.1e}"]
         rows.append([side if side == "live" else f"stored, {side}", *cells, f"{num_bytes.get(side, 0) / 1e6:.2f}"])
         if side == "all":
             report.aim("stored, all: greatest difference of a step's loss from the live teacher's", off, CURVE_AIM)
         elif side != "live":
             what = f"stored, {side}: difference of accuracies, in standard errors"
-            report.aim(what, abs(mean(differences)) / max(error, 1e-9), 2.0)
+            report.aim(what, abs(difference) / max(error, 1e-9), 2.0)
     columns = ["", "top-1, seed by seed", "mean", "less the live teacher's", "loss off by", "MB of the store"]
     report.table(f"Digits, {options.epochs} epochs, {options.rounds} seeds", columns, rows)
     report.result["raw"] = {"accuracies": accuracies, "losses": losses}

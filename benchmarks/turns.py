@@ -30,11 +30,12 @@ class Turns:
         rounds: steps that are measured.
         warmup: steps before them that are not.
         device: whose work a step waits for.
+        clock: seconds. Default: that of [`common.make_clock`].
     """
 
-    def __init__(self, rounds: int, warmup: int = 2, device: str = "cpu"):
+    def __init__(self, rounds: int, warmup: int = 2, device: str = "cpu", clock: Callable[[], float] | None = None):
         self.rounds, self.warmup = rounds, warmup
-        self.clock = common.make_clock(device)
+        self.clock = clock or common.make_clock(device)
 
     @property
     def steps(self) -> int:

@@ -39,7 +39,8 @@ def train_transform(
 
     Returns:
         A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. torchvision's transforms also take a tensor [3, H, W]
-        uint8, and say so with an attribute `takes_tensors`; the two differ by one step of 8 bits at the most, bicubic by three.
+        uint8, and say so with an attribute `takes_tensors`; the two differ by one step of 8 bits, rarely two
+        (bicubic: up to three).
 
     Raises:
         ValueError: `auto_augment` is not in timm's syntax; unknown interpolation.

@@ -99,7 +99,7 @@ def test_training_pixels_differ_by_few_steps_of_8_bits(arguments, interpolation)
         assert (pixels[1].dtype, pixels[1].shape) == (torch.float32, (3, 96, 96))
         differences.append((pixels[0] - pixels[1]).abs() * 127.5)
     differences = torch.stack(differences)
-    assert differences.max() < (1.01 if interpolation == "bilinear" else 3.01)
+    assert differences.max() < (2.01 if interpolation == "bilinear" else 3.01)
     assert differences.mean() < 0.05  # steps of 256
 
 
