@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 WINDOW_MS = 20
-LIBRARIES = ("torch", "torchvision", "transformers", "timm", "datasets", "pillow")
+LIBRARIES = ("torch", "torchvision", "transformers", "timm", "datasets", "pillow", "numpy", "scikit-learn")
 
 
 def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:

@@ -109,9 +109,11 @@ def setup_text(result: Result) -> str:
     rows = []
     for data, settings in raw["settings"]["data"].items():
         images = settings["images"]
-        sizes = [str(images[name]) for name in ("train", "validation", "test")]
-        rows.append([data, *sizes, str(settings["epochs"]), f"{100 * raw['teachers'][data]:.2f}"])
-    columns = ["", "training", "validation", "test images", "epochs", "teacher's top-1 on test"]
+        sizes, parts = [str(images[name]) for name in ("train", "validation", "test")], ("validation", "test")
+        rows.append(
+            [data, *sizes, str(settings["epochs"]), *(f"{100 * raw['teachers'][data][name]:.2f}" for name in parts)]
+        )
+    columns = ["", "training", "validation", "test images", "epochs", "teacher's top-1, validation", "test"]
     return "\n\n".join([*lines, markdown("Data", columns, rows)])
 
 

@@ -177,10 +177,12 @@ class Bench(NamedTuple):
                 recipe = _open_recipe([*args, "--output_dir", str(folder / "run")])
                 recipe.train_teacher()
             (folder / "done.json").write_text(json.dumps({"accuracy": recipe.results["teacher"]}))
-        return f"teacher of {data}: {self.teacher_accuracy(data):.2%}"
+        return f"teacher of {data}"
 
-    def teacher_accuracy(self, data: str) -> float:
-        return json.loads((self.teacher_folder(data) / "done.json").read_text())["accuracy"]
+    def teacher_accuracies(self, data: str, seed: int) -> dict[str, float]:
+        """Top-1 of the teacher on the test part, and, from the store of a seed, on the validation part."""
+        test = json.loads((self.teacher_folder(data) / "done.json").read_text())["accuracy"]
+        return {"test": test, "validation": TeacherLogits(self.store_folder(data, seed)).info.teacher_accuracy}
 
     def write_store(self, data: str, seed: int) -> str:
         """Stores the teacher's logits on the images of all epochs of a seed."""

@@ -244,7 +244,7 @@ class TestRun:
         methods = {"baseline", "nkd", "uskd", *self.ABLATIONS} - same
         assert set(runs) == {(method, seed) for method in methods for seed in (0, 1)}
         for cell in ("baseline", "nkd", "uskd"):
-            assert len(result["chosen"][f"fashion/cnn/{cell}"]["tried"]) == 5
+            assert len(result["chosen"][f"fashion/cnn/{cell}"]["tried"]) == 6
         assert all(0 <= run["test"] <= 1 and len(run["curve"]) == 2 for run in runs.values())
         # Another loss, another training.
         assert len({runs[method, 0]["test_loss"] for method in methods}) == len(methods)
