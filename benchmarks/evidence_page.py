@@ -95,25 +95,35 @@ def setup_text(result: Result) -> str:
     raw, lines = result.raw, []
     machine = raw["machine"]
     versions = f"Python {machine['python']}, " + ", ".join(
-        f"{name} {machine[name]}" for name in ("torch", "torchvision", "transformers", "timm", "datasets")
+        f"{name} {machine[name]}"
+        for name in ("torch", "torchvision", "transformers", "timm", "datasets", "numpy", "scikit-learn")
     )
     runs = [run for runs in result.runs.values() for run in runs.values()]
     seeds = ", ".join(map(str, raw["seeds"]))
-    minutes = sum(run["cpu"] for run in runs) / 60
+    trials = [trial for chosen in raw["chosen"].values() for trial in chosen["tried"]]
+    minutes, trial_minutes = (sum(run["cpu"] for run in group) / 60 for group in (runs, trials))
     lines.append(
         f"`{raw['command']}` at commit {raw['commit'][:12]}{raw['commit'][40:]}, seeds {seeds}, settings chosen on "
         f"seed {raw['selection_seed']}; {machine['cpu']}, {machine['cores']} cores, {versions}. "
-        f"The {len(runs)} trainings below took {minutes:.0f} minutes of CPU time, teachers and choice of settings not "
-        "counted."
+        f"The {len(runs)} trainings below took {minutes:.0f} minutes of CPU time, the {len(trials)} of the choice of "
+        f"settings {trial_minutes:.0f}; the teachers, their logits and the images come on top."
     )
     rows = []
     for data, settings in raw["settings"]["data"].items():
-        images = settings["images"]
-        sizes, parts = [str(images[name]) for name in ("train", "validation", "test")], ("validation", "test")
-        rows.append(
-            [data, *sizes, str(settings["epochs"]), *(f"{100 * raw['teachers'][data][name]:.2f}" for name in parts)]
-        )
-    columns = ["", "training", "validation", "test images", "epochs", "teacher's top-1, validation", "test"]
+        sizes = [str(settings["images"][name]) for name in ("train", "validation", "test")]
+        teacher = [raw["teachers"][data][name] for name in ("validation", "test")]
+        error = math.sqrt(teacher[1] * (1 - teacher[1]) / settings["images"]["test"])
+        rows.append([data, *sizes, str(settings["epochs"]), *(f"{100 * value:.2f}" for value in (*teacher, error))])
+    columns = [
+        "",
+        "training",
+        "validation",
+        "test images",
+        "epochs",
+        "teacher's top-1, validation",
+        "test",
+        "its error",
+    ]
     return "\n\n".join([*lines, markdown("Data", columns, rows)])
 
 
@@ -125,8 +135,9 @@ def main_text(result: Result) -> str:
             values, chosen = result.values(data, student, method), result.chosen(data, student, method)
             gain = "" if method == "baseline" else str(result.difference(data, student, method, "baseline"))
             args = ", ".join(f"{name} {value:g}" for name, value in chosen["loss_args"].items())
-            rows.append([NAMES[method], mean_and_deviation(values), gain, f"{chosen['learning_rate']:g}", args])
-        columns = ["", "top-1 on test", "less the baseline, 95% interval", "learning rate", "weights"]
+            lead = "" if method == "nkd" else str(result.difference(data, student, "nkd", method))
+            rows.append([NAMES[method], mean_and_deviation(values), gain, lead, f"{chosen['learning_rate']:g}", args])
+        columns = ["", "top-1 on test", "less the baseline, 95% interval", "NKD less it", "learning rate", "weights"]
         parts.append(markdown(f"{data}, {student}", columns, rows))
     return "\n\n".join(parts)
 
@@ -163,9 +174,10 @@ def claim_text(result: Result) -> str:
                 where = f"{NAMES[better]} above {name}", f"{data}, {student}"
                 rows.append([*where, str(difference), verdict(difference)])
     counts = [sum(row[3] == answer for row in rows) for answer in ("yes", "no", "undecided")]
-    title = "Of {} comparisons, {} come out as the paper says, {} the other way round, and {} are undecided.".format(
-        len(rows), *counts
-    )
+    title = (
+        "Of {} comparisons, {} come out as the paper says, {} the other way round, and {} are undecided. Were there nothing "
+        "behind any, {:.1f} would come out one way and as many the other."
+    ).format(len(rows), *counts, 0.025 * len(rows))
     return markdown(title, ["the paper says", "data, student", "difference, 95% interval", "came out"], rows)
 
 
@@ -179,12 +191,13 @@ def verdict(difference: Difference) -> str:
 def chosen_text(result: Result) -> str:
     rows = []
     for cell, chosen in result.raw["chosen"].items():
-        tried = []
+        tried, rates = [], [candidate["learning_rate"] for candidate in chosen["tried"]]
         for candidate in chosen["tried"]:
             args = "".join(f", {name} {value:g}" for name, value in candidate["loss_args"].items())
             text = f"{candidate['learning_rate']:g}{args}: {100 * candidate['validation']:.2f}"
             is_chosen = all(candidate[name] == chosen[name] for name in ("learning_rate", "loss_args"))
-            tried.append(f"**{text}**" if is_chosen else text)
+            star = " \\*" if candidate["learning_rate"] in (min(rates), max(rates)) else ""
+            tried.append(f"**{text}**{star}" if is_chosen else text)
         rows.append([cell, "; ".join(tried)])
     return markdown("Learning rate, weights: top-1 on the validation part", ["", "tried"], rows)
 
