@@ -201,5 +201,7 @@ class Report:
 def describe_aim(aim: dict) -> str:
     spread = "" if aim["spread"] is None else " ({:.3f} to {:.3f})".format(*aim["spread"])
     verdict = "met" if aim["met"] else "NOT MET"
+    if aim["spread"] is not None and aim["spread"][0] <= aim["bound"] <= aim["spread"][1]:
+        verdict = "within noise"  # the bound lies between the quartiles
     kind = "at least" if aim["at_least"] else "at most"
     return f"{aim['what']}: {aim['value']:.4g}{spread}, aim {kind} {aim['bound']:g}: {verdict}"

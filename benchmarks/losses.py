@@ -11,7 +11,8 @@ and bfloat16, eager and through `torch.compile`:
 - torch.sort: of USKD's rank [B, C], float32. packed sort: of the same, as USKD sorts it (always exact and stable).
 
 Time: the rows take turns, once a round, in one process; in its turn a row repeats for about 20 ms. Its ms is the median
-of the rounds. A ratio is taken within each round, between neighbours in time, and its median shown. With one thread, the
+of the rounds. A ratio is taken within each round, between neighbours in time, and its median shown; in a compiled table
+its cross-entropy is compiled too, and tables.py adds the ratio to the eager one, which is the floor. With one thread, the
 default, the clock is the process's CPU time, so that the ratios hold on a busy machine; with more it is the wall clock,
 and on a busy machine the figures then tell how long PyTorch's threads wait for each other.
 
@@ -23,7 +24,6 @@ Floor: two reads of the logits and one write of the gradient, at the rate at whi
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -152,7 +152,14 @@ def measure(batch_size: int, num_classes: int, dtype: torch.dtype, compiled: boo
         slack = 0.1 if "matrices" in check["what"] else 0
         check["met"] = check["value"] <= check["bound"] + slack
     setting = {"batch": batch_size, "classes": num_classes, "dtype": str(dtype).removeprefix("torch.")}
-    return {**setting, "compiled": compiled, "floor_ms": floor_ms, "rows": table, "bounds": bounds}
+    return {
+        **setting,
+        "compiled": compiled,
+        "rounds": args.rounds,
+        "floor_ms": floor_ms,
+        "rows": table,
+        "bounds": bounds,
+    }
 
 
 def show(result: dict) -> None:
@@ -191,7 +198,9 @@ def main() -> None:
     shapes = [(args.batch, args.classes)] if args.batch else SHAPES[1:2] if args.quick else SHAPES
     dtypes = [args.dtype] if args.dtype else ["float32"] if args.quick else ["float32", "bfloat16"]
     modes = [args.mode] if args.mode else ["eager", "compiled"]
-    clock = "CPU time" if args.threads == 1 else "wall clock"
+    args.device = "cpu"
+    report = common.Report(args)
+    clock = report.result["clock"]
     print(f"forward + backward, threads: {args.threads}, {clock}, medians of rounds, torch {torch.__version__}")
     results, rounds = [], args.rounds
     for shape in shapes:
@@ -200,9 +209,8 @@ def main() -> None:
             for mode in modes:
                 results.append(measure(*shape, getattr(torch, dtype), mode == "compiled", args))
                 show(results[-1])
-    if args.json:
-        args.json.write_text(json.dumps({"threads": args.threads, "tables": results}, indent=2) + "\n")
-        print(f"\nwrote {args.json}")
+    report.result |= {"threads": args.threads, "tables": results}
+    report.write()
 
 
 if __name__ == "__main__":

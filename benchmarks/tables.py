@@ -9,8 +9,9 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 
-from common import describe_aim
+from common import describe_aim, difference, ratio
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "README.md"
@@ -21,47 +22,199 @@ def markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
     return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def page_of(result: dict) -> str:
-    """A file of `common.Report`."""
+def header(result: dict) -> str:
+    """Command, machine and settings of a file; what its figures are, as not all are times."""
     machine, settings = result["machine"], result["settings"]
     where = machine["gpu"] if settings["device"] != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("torch", "torchvision", "transformers", "timm", "pillow")
     )
-    parts = [
-        f"`{result['command']}`: {where}, threads: {settings['threads']}, {result['clock']}, medians of "
-        f"{settings['rounds']} rounds, load average {machine['load_average']:.1f}, {versions}",
-        *(markdown(table["title"], table["columns"], table["rows"]) for table in result["tables"]),
-    ]
-    if result["aims"]:
-        parts.append("\n".join(f"- {describe_aim(aim)}" for aim in result["aims"]))
+    figures = FIGURES.get(script_of(result), "{clock}, medians of {rounds} rounds")
+    figures = figures.format(**settings | {"clock": result["clock"], "rounds": settings["rounds"] or "9 or 3"})
+    return (
+        f"`{result['command']}`: {where}, threads: {settings['threads']}, {figures}, load average "
+        f"{machine['load_average']:.1f}, {versions}"
+    )
+
+
+def script_of(result: dict) -> str:
+    """The script that wrote a file of `common.Report`."""
+    return Path(result["command"].split()[1]).name
+
+
+def page_of(result: dict) -> str:
+    """A file of `common.Report`, with what its raw figures add to its tables."""
+    notes = NOTES.get(script_of(result), lambda result: [])(result)  # first: it may mend the tables
+    parts = [header(result)]
+    parts += [markdown(table["title"], table["columns"], table["rows"]) for table in result["tables"]]
+    notes += [describe_aim(aim) for aim in result["aims"]]
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts)
+
+
+def step_notes(result: dict) -> list[str]:
+    """The ratios of the printed medians, which aren't those that are judged."""
+    notes = []
+    for pair, figures in result["raw"].items():
+        ms = {side: median(values) for side, values in figures["ms"].items()}
+        nkd, uskd = ms["NKD, trainer"] / ms["NKD, loop"], ms["USKD, trainer"] / ms["CE, trainer"]
+        notes.append(f"{pair}: by the medians in ms, NKD's trainer / loop is {nkd:.3f}, USKD / CE {uskd:.3f}")
+    return notes
+
+
+def teacher_notes(result: dict) -> list[str]:
+    """Marks rows that are no medians."""
+    for table, figures in zip(result["tables"], result["raw"].values(), strict=True):
+        for row in table["rows"]:
+            row[0] += " (one call)" if row[0] in figures["single_ms"] else ""
+    return []
+
+
+def store_accuracy_notes(result: dict) -> list[str]:
+    raw, notes = result["raw"], []
+    for side, values in raw["accuracies"].items():
+        if side in ("live", "all"):
+            continue
+        error = difference(values, raw["accuracies"]["live"])[1]
+        pairs = zip(raw["losses"][side], raw["losses"]["live"], strict=True)
+        first = max(abs(own[0] - live[0]) for own, live in pairs)
+        notes.append(
+            f"stored, {side}: two standard errors are {200 * error:.1f} points: a smaller difference does not show; "
+            f"the first step's loss is off by at most {first:.1e}"
+        )
+    return notes
+
+
+def input_notes(result: dict) -> list[str]:
+    if result["settings"]["augment"] != "crop":  # there it is an aim
+        return []
+    loaders, notes = result["raw"]["loaders"], []
+    for source in ("folder", "parquet"):
+        value, low, high = ratio(loaders["timm, folder"], loaders[f"nkd_hf, {source}"])
+        notes.append(f"images/s of nkd_hf, {source} / timm, folder: {value:.4g} ({low:.3f} to {high:.3f}), no aim")
+    return notes
+
+
+def memory_notes(result: dict) -> list[str]:
+    """Says which rows hold the weights, and how the peaks grow."""
+    notes = []
+    for table, figures in zip(result["tables"], result["raw"].values(), strict=True):
+        for row in table["rows"]:
+            row[0] += ", above the weights" if "Trainer" in row[0] else ""
+        columns = table["columns"][1:]
+        shares = [
+            column["USKD, DistillationTrainer"] / column["cross-entropy, Trainer"] for column in figures.values()
+        ]
+        table["rows"].append(["USKD / cross-entropy, above the weights", *(f"{share:.3f}" for share in shares)])
+        same = [column for column in columns if column.split(" x ")[1] == columns[0].split(" x ")[1]]
+        (few, classes), (many, _) = (map(int, column.split(" x ")) for column in (same[0], same[-1]))
+        if few != many:
+            grown = [
+                (figures[same[-1]][name] - figures[same[0]][name]) / (many - few) / 1e6
+                for name in ("peak", "peak of the student alone")
+            ]
+            notes.append(
+                f"{table['title'].partition(',')[0]}, {classes} classes, from batch {few} to {many}: the peak grows by "
+                f"{grown[0]:.1f} MB an image, that of the student alone by {grown[1]:.1f}"
+            )
+    return notes
+
+
+# By script: what the figures are, where they aren't medians of rounds; and what stands below the tables.
+FIGURES = {
+    "store_accuracy.py": "{rounds} seeds",
+    "input_accuracy.py": "{rounds} seeds",
+    "memory.py": "bytes allocated, one step of each",
+    "scale.py": "{clock}, medians over {rounds} x {repeats} steps (rounds x launches)",
+}
+NOTES = {
+    "step.py": step_notes,
+    "teacher.py": teacher_notes,
+    "store_accuracy.py": store_accuracy_notes,
+    "input.py": input_notes,
+    "memory.py": memory_notes,
+}
+LOSSES = ("NKD", "USKD")
+SHARED = tuple(f"task + {loss}, {how}" for loss in LOSSES for how in ("apart", "shared"))
+OTHERS = ("packed sort", "torch.sort", "NKD, literal", "USKD, literal")
 
 
 def page_of_losses(result: dict) -> str:
     """The file of losses.py."""
-    rows = []
+    eager = {
+        (table["batch"], table["classes"], table["dtype"]): table["rows"]["cross-entropy"]["ms"]
+        for table in result["tables"]
+        if not table["compiled"]
+    }
+    in_memory = ("cross-entropy", *LOSSES, *SHARED, *OTHERS[2:])
+    times, floors, beside, memory, missed = [], [], [], {}, []
     for table in result["tables"]:
-        setting = (
-            f"[{table['batch']}, {table['classes']}] {table['dtype']}, {'compiled' if table['compiled'] else 'eager'}"
-        )
-        cells = []
-        for name in ("cross-entropy", "NKD", "USKD"):
-            figures = table["rows"][name]
-            cells += [f"{figures['ms']:.2f}", f"{figures['x_cross_entropy']:.2f}", f"{figures['extra_matrices']:.1f}"]
-        rows.append([setting, *cells, f"{sum(check['met'] for check in table['bounds'])} of {len(table['bounds'])}"])
-    columns = [""]
-    for name in ("CE", "NKD", "USKD"):
-        columns += [f"{name} ms", "x CE", "extra matrices"]
-    title = f"Forward and backward, threads: {result['threads']}"
-    return markdown(title, [*columns, "bounds met"], rows)
+        mode = "compiled" if table["compiled"] else "eager"
+        setting = f"[{table['batch']}, {table['classes']}] {table['dtype']}, {mode}"
+        rows, unit = table["rows"], eager.get((table["batch"], table["classes"], table["dtype"]))
+        ce = rows["cross-entropy"]
+        # Of two tables, hence of two runs: not within a round.
+        against_eager = {
+            name: rows[name]["ms"] / unit if table["compiled"] and unit else rows[name]["x_cross_entropy"]
+            for name in ("cross-entropy", *LOSSES)
+        }
+        times.append([setting, f"{ce['ms']:.2f}", f"{against_eager['cross-entropy']:.2f}"])
+        for name in LOSSES:
+            times[-1] += [
+                f"{rows[name]['ms']:.2f}", f"{rows[name]['x_cross_entropy']:.2f}", f"{against_eager[name]:.2f}"
+            ]  # fmt: skip
+        floors.append([setting, f"{table['floor_ms']:.3f}"])
+        floors[-1] += [f"{rows[name]['x_floor']:.0f}" for name in ("cross-entropy", *LOSSES)]
+        beside.append([setting, *(f"{rows[name]['ms']:.2f}" if name in rows else "" for name in (*SHARED, *OTHERS))])
+        most = memory.setdefault(f"{table['dtype']}, {mode}", dict.fromkeys(in_memory, 0.0))  # of all shapes
+        for name in most.keys() & rows.keys():
+            most[name] = max(most[name], rows[name]["extra_matrices"])
+        missed.append(f"- {setting}: {'; '.join(missed_bounds(table, unit)) or 'none'}")
+    of_losses = [column for name in LOSSES for column in (f"{name} ms", "x CE", "x eager CE")]
+    names = ["CE", *LOSSES]
+    return "\n\n".join(
+        [
+            header(result) if "machine" in result else f"Threads: {result['threads']}",
+            markdown("Forward and backward", ["", "CE ms", "x eager CE", *of_losses], times),
+            markdown("Against the floor", ["", "floor ms", *(f"{name}, x floor" for name in names)], floors),
+            markdown("What else was measured, in ms", ["", *SHARED, *OTHERS], beside),
+            markdown(
+                "Peak memory beyond logits and their gradients, in matrices of logits: the most of all shapes",
+                ["", *names, *in_memory[3:]],
+                [
+                    [name, *(f"{value:.1f}" if value or "literal" not in row else "" for row, value in most.items())]
+                    for name, most in memory.items()
+                ],
+            ),
+            "Bounds that are missed:\n\n" + "\n".join(missed),
+        ]
+    )
+
+
+def missed_bounds(table: dict, eager_ms: float | None) -> list[str]:
+    """Names, figures and bounds; a compiled loss's time is judged against either cross-entropy."""
+    missed = []
+    for check in table["bounds"]:
+        is_time = "x cross-entropy" in check["what"]
+        if not check["met"]:
+            what = check["what"].replace("x cross-entropy", "x compiled CE" if table["compiled"] else "x CE")
+            what = what.replace("extra matrices of logits", "matrices")
+            missed.append(f"{what}: {check['value']:.2f} > {check['bound']:g}")
+        if is_time and table["compiled"] and eager_ms:
+            name, _, sort = check["what"].partition(",")[0].partition(" less one ")
+            ms = table["rows"][name]["ms"] - (table["rows"][sort]["ms"] if sort else 0)
+            if ms / eager_ms > check["bound"]:
+                what = check["what"].replace("x cross-entropy", "x eager CE")
+                missed.append(f"{what}: {ms / eager_ms:.2f} > {check['bound']:g}")
+    return missed
 
 
 def fill(match: re.Match) -> str:
     path = FOLDER / "results" / match[1]
     if path.is_file():
         result = json.loads(path.read_text(encoding="utf-8"))
-        content = page_of(result) if "machine" in result else page_of_losses(result)
+        content = page_of_losses(result) if "bounds" in result["tables"][0] else page_of(result)
     else:
         content = f"Not measured yet: results/{match[1]}."
     return f"<!-- {match[1]} -->\n\n{content}\n\n<!-- end -->"
