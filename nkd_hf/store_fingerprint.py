@@ -19,6 +19,7 @@ from .recipe_args import RecipeArguments
 from .teacher import load_teacher
 from .teacher_logits import StoreInfo
 from .training_args import DistillationTrainingArguments
+from .transforms import PIXELS_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def run_fingerprint(
     """The fingerprint of a run without its teacher, fit for JSON; the same on every machine.
 
     The data are known by what is in them, not by their name or place: the number of rows, their labels in order, the
-    classes, and the bytes of 64 images from the first to the last.
+    classes, and the bytes of 64 images from the first to the last. The code that makes pixels of them is known by
+    [`~nkd_hf.transforms.PIXELS_VERSION`].
 
     Args:
         data: its augmentation.
@@ -58,6 +60,7 @@ def run_fingerprint(
         content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         images.update(hashlib.sha256(content).digest())
     return {
+        "pixels_version": PIXELS_VERSION,
         "num_samples": len(train),
         "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
         "classes_sha256": hashlib.sha256("\n".join(class_names).encode()).hexdigest(),
@@ -120,7 +123,8 @@ def check_fingerprint(
     if differences := fingerprint_differences(info.fingerprint, run):
         raise ValueError(
             f"the teacher logits in {folder} are not of this run: {differences}. Set what differs as it is in the store (a "
-            "recipe that names no teacher takes the store's), or write a store for this run with `nkd-hf teacher-logits`"
+            "recipe that names no teacher takes the store's; pixels_version is that of nkd_hf's own code), or write a store "
+            "for this run with `nkd-hf teacher-logits`"
         )
     for library, version in library_versions().items():
         if info.versions.get(library) != version:

@@ -1,5 +1,6 @@
 """The teacher's logits ahead of time: pairs that mix alike everywhere, the store, the command, and training from it."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -50,6 +51,7 @@ from nkd_hf.teacher_logits import (
     unfinished,
     write_shard,
 )
+from nkd_hf.transforms import PIXELS_VERSION
 
 NUM_TRAIN = 47  # odd, and no multiple of a batch
 MIXING = ["--mixup_alpha", "0.8", "--cutmix_alpha", "1.0"]
@@ -467,6 +469,17 @@ def test_a_run_with_another_fingerprint_is_refused(info, part):
     check_fingerprint(Path("store"), info, recipe, fingerprint())
     with pytest.raises(ValueError, match=rf"not of this run: .*\b{part}: store .*, run "):
         check_fingerprint(Path("store"), info, recipe, fingerprint(**CHANGES[part]))
+
+
+def test_a_store_of_earlier_decoding_or_transforms_is_refused(info, monkeypatch):
+    recipe = RecipeArguments(student="resnet18", teacher_logits="store")
+    before = dataclasses.replace(info, fingerprint=dict(info.fingerprint))
+    del before.fingerprint["pixels_version"]  # as in stores from before there was one
+    with pytest.raises(ValueError, match=rf"pixels_version: store None, run {PIXELS_VERSION}\. .*nkd_hf's own code"):
+        check_fingerprint(Path("store"), before, recipe, fingerprint())
+    monkeypatch.setattr("nkd_hf.store_fingerprint.PIXELS_VERSION", PIXELS_VERSION + 1)
+    with pytest.raises(ValueError, match=rf"pixels_version: store {PIXELS_VERSION}, run {PIXELS_VERSION + 1}"):
+        check_fingerprint(Path("store"), info, recipe, fingerprint())
 
 
 def test_a_run_with_other_pixels_classes_or_teacher_is_refused(info, teacher):
