@@ -193,6 +193,8 @@ def _opened(folder: Path, info: StoreInfo) -> StoreInfo:
         earlier = StoreInfo.read(folder)
         shape = ("num_classes", "top_k", "temperatures", "shard_size")
         before, now = ({name: getattr(each, name) for name in shape} | each.fingerprint for each in (earlier, info))
+        # The hash of the weights says more.
+        del now["teacher_revision"]
         if differences := fingerprint_differences(
             before | {"versions": earlier.versions}, now | {"versions": info.versions}
         ):

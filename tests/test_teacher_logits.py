@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from huggingface_hub import constants
 from test_distributed import runs  # noqa: F401 (a fixture)
 from tiny import make_trainer, timm_cnn
 from torch.utils.data import BatchSampler, DataLoader
@@ -499,6 +500,33 @@ def test_a_run_with_other_pixels_classes_or_teacher_is_refused(info, teacher):
         else:
             with pytest.raises(ValueError, match=wrong):
                 check_fingerprint(Path("store"), info, recipe, same)
+
+
+def test_new_weights_of_a_teacher_on_the_hub_are_noticed(hub, teacher, tmp_path, monkeypatch):
+    files = {path.name: path.read_bytes() for path in Path(teacher).iterdir()}
+    repo = hub.create("them/teacher", files)
+    write(tmp_path / "store", "them/teacher")
+    info = StoreInfo.read(tmp_path / "store")
+    assert info.fingerprint["teacher_revision"] == repo.branches["main"]
+    recipe = RecipeArguments(student="resnet18", teacher="them/teacher", teacher_logits="store")
+    run = {"seed": 0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nkd_hf.store_fingerprint.load_teacher", None)  # at the same revision nothing is opened
+        check_fingerprint(Path("store"), info, recipe, run)
+    repo.add({"README.md": "Words."})
+    check_fingerprint(Path("store"), info, recipe, run)
+    write(tmp_path / "store", "them/teacher")
+    assert StoreInfo.read(tmp_path / "store").fingerprint["teacher_revision"] == repo.branches["main"]
+
+    save_student(timm_cnn(seed=2), str(tmp_path / "other"))
+    repo.add({"model.safetensors": (tmp_path / "other" / "model.safetensors").read_bytes()})
+    with pytest.raises(ValueError, match="not of this run: teacher_sha256: store"):
+        check_fingerprint(Path("store"), info, recipe, run)
+    check_fingerprint(Path("store"), info, dataclasses.replace(recipe, teacher=None), run)
+    del hub.repos["models/them/teacher"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    check_fingerprint(Path("store"), info, recipe, run)  # nothing is known
 
 
 def test_the_teachers_precision_is_of_the_store_and_what_rounds_alone_is_not(teacher, tmp_path):
