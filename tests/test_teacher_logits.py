@@ -393,6 +393,7 @@ def test_more_epochs_are_added_and_another_store_is_left_alone(stores, teacher, 
     assert write(folder, teacher, "--epochs", "3").info.epochs == 3
     assert shard_path(folder, 0, 0).stat().st_mtime_ns == first
     TeacherLogits(folder).check_complete(3)
+    assert write(folder, teacher, "--epochs", "1").info.epochs == 3
     with pytest.raises(SystemExit, match=r"holds another store \(.*; seed: store 0, run 1; data_seed"):
         write(folder, teacher, "--seed", "1")
     with pytest.raises(SystemExit, match=r"top_k: store None, run 3"):
