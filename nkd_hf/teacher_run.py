@@ -313,6 +313,6 @@ def _finish(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str |
         return None
     try:
         print(f"It is on the Hub: {push_store(folder, options.push_to_hub, options.private)}")
-    except PushError as error:
+    except (PushError, ValueError) as error:
         return str(error)
     return None

@@ -638,6 +638,23 @@ def test_a_store_goes_to_the_hub_and_comes_back(hub, stores, tmp_path):
         push_store(folder, "me/logits")
 
 
+def test_a_damaged_store_is_not_pushed(hub, teacher, stores, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(stores["plain"], folder)
+    path = shard_path(folder, 1, 2)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"epoch-0001/shard-00002.safetensors is damaged.*: remove it and run"):
+        push_store(folder, "me/damaged")
+    with pytest.raises(SystemExit, match=r"shard-00002.safetensors is damaged"):
+        write(folder, teacher, "--push_to_hub", "me/damaged")
+    assert not hub.repos
+    path.unlink()
+    write(folder, teacher, "--push_to_hub", "me/mended")
+    assert_same_store(folder, stores["plain"])
+
+
 def test_the_command_pushes_what_it_wrote(hub, teacher, stores, tmp_path, capsys):
     folder = tmp_path / "store"
     shutil.copytree(stores["plain"], folder)
