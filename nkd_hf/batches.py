@@ -3,6 +3,8 @@
 `set_epoch` on a dataset never reaches persistent DataLoader workers, so here the epoch travels with each index: the
 sampler asks for `(epoch, index)` and the dataset keys its augmentation by it, whatever the number of workers. With pairs
 that are mixed, or with stored teacher logits, the position in the epoch's permutation travels with them.
+
+What changes the order, the draws or the mixing of training images raises `PIXELS_VERSION` of transforms.py.
 """
 
 import hashlib

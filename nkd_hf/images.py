@@ -1,4 +1,7 @@
-"""Datasets of decoded and transformed images, map-style and streamed."""
+"""Datasets of decoded and transformed images, map-style and streamed.
+
+What changes the pixels of training raises `PIXELS_VERSION` of transforms.py.
+"""
 
 import contextlib
 import io

@@ -1,5 +1,6 @@
 """What teacher logits are a function of: two runs of one fingerprint give the teacher the same pixels."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .architectures import is_architecture
 from .data import DataArguments
@@ -19,6 +22,7 @@ from .recipe_args import RecipeArguments
 from .teacher import load_teacher
 from .teacher_logits import StoreInfo
 from .training_args import DistillationTrainingArguments
+from .transforms import PIXELS_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,8 @@ def run_fingerprint(
     """The fingerprint of a run without its teacher, fit for JSON; the same on every machine.
 
     The data are known by what is in them, not by their name or place: the number of rows, their labels in order, the
-    classes, and the bytes of 64 images from the first to the last.
+    classes, and the bytes of 64 images from the first to the last. The code that makes pixels of them is known by
+    [`~nkd_hf.transforms.PIXELS_VERSION`].
 
     Args:
         data: its augmentation.
@@ -58,6 +63,7 @@ def run_fingerprint(
         content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         images.update(hashlib.sha256(content).digest())
     return {
+        "pixels_version": PIXELS_VERSION,
         "num_samples": len(train),
         "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
         "classes_sha256": hashlib.sha256("\n".join(class_names).encode()).hexdigest(),
@@ -86,6 +92,7 @@ def teacher_fingerprint(recipe: RecipeArguments, model: nn.Module, dtype: str | 
     return {
         "teacher": public_name(recipe.teacher),
         "teacher_args": recipe.teacher_args,
+        "teacher_revision": hub_revision(recipe.teacher),
         "teacher_sha256": weights_sha256(model),
         "teacher_dtype": dtype or "float32",
     }
@@ -97,7 +104,9 @@ def check_fingerprint(
     """Compares a store with a run.
 
     Of the teacher, what the run says is compared: its Hub id; of an architecture, its name and arguments; of a folder, its
-    weights; and its precision. What a run does not name is the store's.
+    weights; and its precision. What a run does not name is the store's. Of a Hub id, the weights are opened and compared
+    where the repo's revision is no longer that of the store, which a new README is enough for; where either is not known,
+    as without a network or a cache, the id alone is compared.
 
     Args:
         folder: of the store.
@@ -110,17 +119,18 @@ def check_fingerprint(
         ValueError: they differ; the message says in what.
     """
     run = dict(run) if teacher_dtype is None else run | {"teacher_dtype": teacher_dtype}
-    if recipe.teacher is not None and os.path.isdir(recipe.teacher):
+    if recipe.teacher is not None and (os.path.isdir(recipe.teacher) or _has_moved(recipe.teacher, info)):
         options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
         run["teacher_sha256"] = weights_sha256(load_teacher(recipe.teacher, **options).model)
-    elif recipe.teacher is not None:
+    if recipe.teacher is not None and not os.path.isdir(recipe.teacher):
         run["teacher"] = recipe.teacher
         if is_architecture(recipe.teacher):
             run["teacher_args"] = recipe.teacher_args
     if differences := fingerprint_differences(info.fingerprint, run):
         raise ValueError(
             f"the teacher logits in {folder} are not of this run: {differences}. Set what differs as it is in the store (a "
-            "recipe that names no teacher takes the store's), or write a store for this run with `nkd-hf teacher-logits`"
+            "recipe that names no teacher takes the store's; pixels_version is that of nkd_hf's own code), or write a store "
+            "for this run with `nkd-hf teacher-logits`"
         )
     for library, version in library_versions().items():
         if info.versions.get(library) != version:
@@ -150,6 +160,15 @@ def public_name(teacher: str) -> str:
     return Path(teacher).resolve().name if os.path.isdir(teacher) else teacher
 
 
+def hub_revision(teacher: str) -> str | None:
+    """The commit of a Hub id's `config.json`, now or in the cache; None for what is no Hub id, or cannot be reached."""
+    if is_architecture(teacher) or os.path.isdir(teacher):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return extract_commit_hash(cached_file(teacher, CONFIG_NAME), None)
+    return None
+
+
 def weights_sha256(model: nn.Module) -> str:
     """A hash of parameters and buffers with their names, whatever file they came from."""
     digest = hashlib.sha256()
@@ -157,6 +176,14 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _has_moved(teacher: str, info: StoreInfo) -> bool:
+    """Whether the Hub has another revision of the store's teacher than was stored."""
+    stored = info.fingerprint.get("teacher_revision")
+    if stored is None or info.fingerprint["teacher"] != teacher:
+        return False
+    return hub_revision(teacher) not in (None, stored)
 
 
 def _short(value: Any) -> str:

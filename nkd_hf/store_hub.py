@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from .access import gate
 from .hub import failures
-from .teacher_logits import STORE, StoreInfo, unfinished
+from .teacher_logits import STORE, StoreInfo, TeacherLogits, unfinished
 
 _CARD = "README.md"
 
@@ -52,12 +52,13 @@ def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
         The address of the dataset.
 
     Raises:
-        ValueError: the store is not finished.
+        ValueError: the store is not finished, or a shard is damaged: all are read and compared with their checksums.
         PushError: the Hub was not reached, or refused it.
     """
     info = StoreInfo.read(folder)
     if missing := unfinished(folder, info, info.epochs):
         raise ValueError(f"{folder} lacks {len(missing)} shards: it is pushed when it is finished")
+    TeacherLogits(folder).verify()
     (folder / _CARD).write_text(store_card(info, repo_id.split("/")[-1]), encoding="utf-8")
     again = shlex.join(["hf", "upload", "--repo-type", "dataset", repo_id, str(folder)])
     with failures(folder, repo_id, None, None, again):

@@ -162,6 +162,16 @@ class TeacherLogits:
                 f"{shard_path(self.folder, *missing[0])}: run `nkd-hf teacher-logits` again, which goes on where it stopped"
             )
 
+    def verify(self) -> None:
+        """Reads all shards and compares them with their checksums.
+
+        Raises:
+            ValueError: a shard is missing or damaged.
+        """
+        for epoch in range(self.info.epochs):
+            for shard in range(self.info.num_shards):
+                self._shard(epoch, shard)
+
     def read(self, epoch: int, positions: Sequence[int]) -> dict[str, Tensor]:
         """The rows of some samples.
 
@@ -310,7 +320,7 @@ def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
 
 
 def unfinished(folder: Path, info: StoreInfo, epochs: int) -> list[tuple[int, int]]:
-    """Epoch and number of the shards that are not there as a whole."""
+    """Epoch and number of the shards that are not there as a whole, by their sizes: to read them all would take long."""
     shards = [(epoch, shard) for epoch in range(epochs) for shard in range(info.num_shards)]
     return [key for key in shards if not _is_finished(shard_path(folder, *key))]
 

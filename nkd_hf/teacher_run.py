@@ -3,12 +3,13 @@
     accelerate launch -m nkd_hf.cli teacher-logits --config FILE --output DIR --epochs N
 
 FILE is the recipe's, and its arguments can be overridden as there. A second start goes on where the first one stopped; with
-larger N it adds epochs. Several machines need one folder that all of them see, or each writes its shards, which can be copied
-together.
+larger N it adds epochs, and with a smaller one takes none away. Several machines need one folder that all of them see, or
+each writes its shards, which can be copied together.
 """
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from .students import load_image_processor
 from .teacher import Teacher, load_teacher
 from .teacher_logits import STORE, StoreInfo, shard_path, sparse_logits, unfinished, write_shard
 from .training_args import DistillationTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -102,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the store")
-    parser.add_argument("--epochs", required=True, type=int, metavar="N", help="how many epochs")
+    parser.add_argument(
+        "--epochs", required=True, type=int, metavar="N", help="how many epochs; a store of more keeps them"
+    )
     parser.add_argument(
         "--top_k", default="all", metavar="K",
         help="how many logits are stored beside the target's, in float16: 10 and 100 serve NKD alone; all of them are "
@@ -193,6 +198,8 @@ def _opened(folder: Path, info: StoreInfo) -> StoreInfo:
         earlier = StoreInfo.read(folder)
         shape = ("num_classes", "top_k", "temperatures", "shard_size")
         before, now = ({name: getattr(each, name) for name in shape} | each.fingerprint for each in (earlier, info))
+        # The hash of the weights says more.
+        del now["teacher_revision"]
         if differences := fingerprint_differences(
             before | {"versions": earlier.versions}, now | {"versions": info.versions}
         ):
@@ -200,6 +207,11 @@ def _opened(folder: Path, info: StoreInfo) -> StoreInfo:
                 f"{folder} holds another store ({differences}): set another --output, or the arguments as they were"
             )
         info.teacher_accuracy = earlier.teacher_accuracy
+        if earlier.epochs > info.epochs:
+            logger.warning(
+                "%s is a store of %d epochs, not %d, and goes on as one", folder, earlier.epochs, info.epochs
+            )
+            info.epochs = earlier.epochs
     info.write(folder)
     return info
 
@@ -301,6 +313,6 @@ def _finish(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str |
         return None
     try:
         print(f"It is on the Hub: {push_store(folder, options.push_to_hub, options.private)}")
-    except PushError as error:
+    except (PushError, ValueError) as error:
         return str(error)
     return None

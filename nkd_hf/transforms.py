@@ -16,6 +16,10 @@ from torchvision.transforms.v2 import functional as F
 
 from .data import DataArguments
 
+# Raised with every change of the code that makes other training pixels of the same image, seed and arguments: in images.py
+# (decoding), in batches.py (order, draws, mixing) and here. Stores of teacher logits from before are then refused.
+PIXELS_VERSION = 2
+
 
 def train_transform(
     args: DataArguments,

@@ -212,6 +212,18 @@ def test_shared_task_loss(labels, num_classes, temperature, label_smoothing):
         assert_same_with_gradients(shared.values(), expected, [student], weights=weights)
 
 
+@pytest.mark.parametrize("labels", [HARD, MIXUP])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_task_loss_is_no_cross_entropy_of_its_own(labels, temperature, monkeypatch):
+    student, other, rows = make_batch(5, 7, labels=labels)
+    calls, cross_entropy = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **kwargs: calls.append(0) or cross_entropy(*args, **kwargs))
+    NKDLoss(temperature=temperature)(student, other, rows, label_smoothing=0.1)
+    assert not calls
+    USKDLoss(2, 7).double()(other[:, :2], student, rows, label_smoothing=0.1)
+    assert len(calls) == 1  # of the auxiliary head
+
+
 def test_shared_task_loss_of_a_confident_student():
     """The gradient keeps its digits where the softmax rounds to one."""
     student, other, labels = make_batch(4, 7, dtype=torch.float32)
@@ -225,10 +237,11 @@ def test_shared_task_loss_of_a_confident_student():
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("labels", [HARD, MIXUP])
-def test_compile_with_the_task_loss(labels, label_smoothing):
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_compile_with_the_task_loss(labels, temperature, label_smoothing):
     torch._dynamo.reset()
     student, other, labels = make_batch(6, 11, labels=labels, dtype=torch.float32)
-    module = NKDLoss()
+    module = NKDLoss(temperature=temperature)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(student, other, labels, label_smoothing)
     plain = module(student, other, labels, label_smoothing)
     gradients = [torch.autograd.grad(sum(terms.values()), student)[0] for terms in (compiled, plain)]

@@ -47,6 +47,7 @@ ALLOWED = {
         "teacher",
         "teacher_logits",
         "training_args",
+        "transforms",
     },
     "store_hub": {"access", "hub", "teacher_logits"},
     "students": {"architectures", "opening"},

@@ -1,5 +1,6 @@
 """The teacher's logits ahead of time: pairs that mix alike everywhere, the store, the command, and training from it."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from huggingface_hub import constants
 from test_distributed import runs  # noqa: F401 (a fixture)
 from tiny import make_trainer, timm_cnn
 from torch.utils.data import BatchSampler, DataLoader
@@ -50,6 +52,7 @@ from nkd_hf.teacher_logits import (
     unfinished,
     write_shard,
 )
+from nkd_hf.transforms import PIXELS_VERSION
 
 NUM_TRAIN = 47  # odd, and no multiple of a batch
 MIXING = ["--mixup_alpha", "0.8", "--cutmix_alpha", "1.0"]
@@ -390,6 +393,7 @@ def test_more_epochs_are_added_and_another_store_is_left_alone(stores, teacher, 
     assert write(folder, teacher, "--epochs", "3").info.epochs == 3
     assert shard_path(folder, 0, 0).stat().st_mtime_ns == first
     TeacherLogits(folder).check_complete(3)
+    assert write(folder, teacher, "--epochs", "1").info.epochs == 3
     with pytest.raises(SystemExit, match=r"holds another store \(.*; seed: store 0, run 1; data_seed"):
         write(folder, teacher, "--seed", "1")
     with pytest.raises(SystemExit, match=r"top_k: store None, run 3"):
@@ -469,6 +473,17 @@ def test_a_run_with_another_fingerprint_is_refused(info, part):
         check_fingerprint(Path("store"), info, recipe, fingerprint(**CHANGES[part]))
 
 
+def test_a_store_of_earlier_decoding_or_transforms_is_refused(info, monkeypatch):
+    recipe = RecipeArguments(student="resnet18", teacher_logits="store")
+    before = dataclasses.replace(info, fingerprint=dict(info.fingerprint))
+    del before.fingerprint["pixels_version"]  # as in stores from before there was one
+    with pytest.raises(ValueError, match=rf"pixels_version: store None, run {PIXELS_VERSION}\. .*nkd_hf's own code"):
+        check_fingerprint(Path("store"), before, recipe, fingerprint())
+    monkeypatch.setattr("nkd_hf.store_fingerprint.PIXELS_VERSION", PIXELS_VERSION + 1)
+    with pytest.raises(ValueError, match=rf"pixels_version: store {PIXELS_VERSION}, run {PIXELS_VERSION + 1}"):
+        check_fingerprint(Path("store"), info, recipe, fingerprint())
+
+
 def test_a_run_with_other_pixels_classes_or_teacher_is_refused(info, teacher):
     same, recipe = fingerprint(), RecipeArguments(student="resnet18", teacher_logits="store")
     for part in ("image_size", "image_mean", "image_std", "interpolation", "classes_sha256"):
@@ -486,6 +501,33 @@ def test_a_run_with_other_pixels_classes_or_teacher_is_refused(info, teacher):
         else:
             with pytest.raises(ValueError, match=wrong):
                 check_fingerprint(Path("store"), info, recipe, same)
+
+
+def test_new_weights_of_a_teacher_on_the_hub_are_noticed(hub, teacher, tmp_path, monkeypatch):
+    files = {path.name: path.read_bytes() for path in Path(teacher).iterdir()}
+    repo = hub.create("them/teacher", files)
+    write(tmp_path / "store", "them/teacher")
+    info = StoreInfo.read(tmp_path / "store")
+    assert info.fingerprint["teacher_revision"] == repo.branches["main"]
+    recipe = RecipeArguments(student="resnet18", teacher="them/teacher", teacher_logits="store")
+    run = {"seed": 0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nkd_hf.store_fingerprint.load_teacher", None)  # at the same revision nothing is opened
+        check_fingerprint(Path("store"), info, recipe, run)
+    repo.add({"README.md": "Words."})
+    check_fingerprint(Path("store"), info, recipe, run)
+    write(tmp_path / "store", "them/teacher")
+    assert StoreInfo.read(tmp_path / "store").fingerprint["teacher_revision"] == repo.branches["main"]
+
+    save_student(timm_cnn(seed=2), str(tmp_path / "other"))
+    repo.add({"model.safetensors": (tmp_path / "other" / "model.safetensors").read_bytes()})
+    with pytest.raises(ValueError, match="not of this run: teacher_sha256: store"):
+        check_fingerprint(Path("store"), info, recipe, run)
+    check_fingerprint(Path("store"), info, dataclasses.replace(recipe, teacher=None), run)
+    del hub.repos["models/them/teacher"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    check_fingerprint(Path("store"), info, recipe, run)  # nothing is known
 
 
 def test_the_teachers_precision_is_of_the_store_and_what_rounds_alone_is_not(teacher, tmp_path):
@@ -594,6 +636,23 @@ def test_a_store_goes_to_the_hub_and_comes_back(hub, stores, tmp_path):
     shard_path(folder, 0, 0).unlink()
     with pytest.raises(ValueError, match="lacks 1 shards"):
         push_store(folder, "me/logits")
+
+
+def test_a_damaged_store_is_not_pushed(hub, teacher, stores, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(stores["plain"], folder)
+    path = shard_path(folder, 1, 2)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"epoch-0001/shard-00002.safetensors is damaged.*: remove it and run"):
+        push_store(folder, "me/damaged")
+    with pytest.raises(SystemExit, match=r"shard-00002.safetensors is damaged"):
+        write(folder, teacher, "--push_to_hub", "me/damaged")
+    assert not hub.repos
+    path.unlink()
+    write(folder, teacher, "--push_to_hub", "me/mended")
+    assert_same_store(folder, stores["plain"])
 
 
 def test_the_command_pushes_what_it_wrote(hub, teacher, stores, tmp_path, capsys):

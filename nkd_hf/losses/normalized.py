@@ -31,8 +31,9 @@ def normalized_loss(
         L_\text{target} = -\frac1B \sum_b \sum_k P_{bk} \log S_{b,t_{bk}} \qquad
         L_\text{non-target} = -\frac{\lambda^2}B \sum_b \sum_{i \notin t_b} Q_{bi} \log \hat S_{bi}
 
-    The gradient is prepared in the forward pass and costs no exponentials in the backward pass (at temperature 1, K = 1,
-    where the task loss costs none either). It flows to `student_logits` alone, and can't be differentiated again.
+    The gradient is prepared in the forward pass and costs no exponentials in the backward pass (at temperature 1, K = 1;
+    otherwise one softmax). The task loss costs none of its own. The gradient flows to `student_logits` alone, and can't be
+    differentiated again.
 
     Args:
         student_logits: [B, C] float logits.
@@ -49,16 +50,10 @@ def normalized_loss(
     Returns:
         Three scalars in the dtype of `target_weight`; without `task_labels` the third is None.
     """
-    task_loss = None
-    if task_labels is not None and (temperature != 1 or target_index.shape[1] > 1):
-        task_loss = F.cross_entropy(
-            student_logits.to(target_weight.dtype), task_labels, label_smoothing=label_smoothing
-        )
-        task_labels = None
-    target_term, non_target_term, shared_loss = _NormalizedLoss.apply(
+    target_term, non_target_term, task_loss = _NormalizedLoss.apply(
         student_logits, target_index, target_weight, non_target_label, temperature, task_labels, label_smoothing
     )
-    return target_term, non_target_term, shared_loss if task_labels is not None else task_loss
+    return target_term, non_target_term, None if task_labels is None else task_loss
 
 
 class _NormalizedLoss(torch.autograd.Function):
@@ -68,6 +63,9 @@ class _NormalizedLoss(torch.autograd.Function):
     ):
         batch_size, num_classes = student_logits.shape
         dtype = target_weight.dtype
+        is_mixed = task_labels is not None and task_labels.ndim == 2
+        task_rows = task_labels.to(dtype) if is_mixed else None
+        task_loss, task_weight = target_weight.new_zeros(()), None
 
         log_prob = drop_targets(student_logits, target_index, temperature, dtype)
         peak = log_prob.amax(-1, keepdim=True)
@@ -78,20 +76,27 @@ class _NormalizedLoss(torch.autograd.Function):
             target_log_prob = F.logsigmoid(log_odds)
             rest_prob = torch.sigmoid(-log_odds)
         else:
-            target_log_prob = student_logits.log_softmax(-1, dtype=dtype).gather(-1, target_index)
+            full_log_prob = student_logits.log_softmax(-1, dtype=dtype)
+            target_log_prob = full_log_prob.gather(-1, target_index)
             rest_prob = None
+            if task_labels is not None:
+                label_log_prob = full_log_prob * task_rows if is_mixed else target_log_prob
+                task_loss = (1 - label_smoothing) * label_log_prob.sum()
+                if label_smoothing:
+                    task_loss += label_smoothing / num_classes * full_log_prob.sum()
+                task_loss /= -batch_size
+                del label_log_prob
+            del full_log_prob
         target_term = (target_weight * target_log_prob).sum() / -batch_size
 
         # The logarithm of non_target_prob, from two subtractions where a logarithm would take as long as a softmax. log 0
         # at the targets would make 0 * -inf = nan; their label is zero, so any finite number serves.
         log_prob.sub_(peak).add_(log_peak).scatter_(-1, target_index, 0)
-        task_loss, task_weight, task_rows = target_term.new_zeros(()), None, None
-        if task_labels is not None:
+        if task_labels is not None and rest_prob is not None:
             # the target's share of the task's label; the other classes share the rest of it
             task_weight = torch.full_like(rest_prob, 1 - label_smoothing + label_smoothing / num_classes)
             rest_term = label_smoothing / num_classes * log_prob.sum(-1, keepdim=True) if label_smoothing else 0
-            if task_labels.ndim == 2:
-                task_rows = task_labels.to(dtype)
+            if is_mixed:
                 task_weight += (1 - label_smoothing) * (task_rows.gather(-1, target_index) - 1)
                 rest_term += (1 - label_smoothing) * (task_rows * log_prob).sum(-1, keepdim=True)
             rest_term += (1 - task_weight) * F.logsigmoid(-log_odds)
@@ -105,6 +110,7 @@ class _NormalizedLoss(torch.autograd.Function):
             )  # fmt: skip
             ctx.temperature = temperature
             ctx.label_smoothing = label_smoothing
+            ctx.has_task = task_labels is not None
         return target_term, non_target_term, task_loss
 
     # Not `once_differentiable`: it objects only when the incoming gradient itself requires a gradient, so that a gradient
@@ -125,25 +131,33 @@ class _NormalizedLoss(torch.autograd.Function):
         # (sum_k P_k) s - P, temperature * (non_target_prob - Q) and s - Y
         target_scale = target_weight * (grad_target / batch_size)
         non_target_scale = grad_non_target * (ctx.temperature / batch_size)
+        task_scale = grad_task / batch_size
         if rest_prob is None:
             grad = student_logits.softmax(-1, dtype=non_target_prob.dtype)
-            grad.mul_(target_scale.sum(-1, keepdim=True)).addcmul_(non_target_prob, non_target_scale)
+            softmax_scale = target_scale.sum(-1, keepdim=True)
+            if ctx.has_task:
+                softmax_scale = softmax_scale + task_scale
+                if task_rows is None:
+                    target_scale = target_scale + (1 - ctx.label_smoothing) * task_scale
+            grad.mul_(softmax_scale).addcmul_(non_target_prob, non_target_scale)
             grad.addcmul_(non_target_label, non_target_scale, value=-1).scatter_add_(-1, target_index, -target_scale)
         else:
             # off the target s is rest_prob * non_target_prob; at the target s - 1 is -rest_prob, without cancellation
-            task_scale = grad_task / batch_size
-            if task_weight is not None:
+            if ctx.has_task:
                 target_scale = target_scale + task_scale
             target_scale = target_scale * rest_prob
             grad = non_target_prob * (target_scale + non_target_scale)
             grad.addcmul_(non_target_label, non_target_scale, value=-1)
             target_grad = -target_scale
-            if task_weight is not None:
+            if ctx.has_task:
                 target_grad = target_grad + task_scale * (1 - task_weight)
-                if ctx.label_smoothing:
-                    grad.sub_(task_scale * (ctx.label_smoothing / num_classes))
-                if task_rows is not None:
-                    grad.addcmul_(task_rows, task_scale, value=ctx.label_smoothing - 1)
+        if ctx.has_task:
+            if ctx.label_smoothing:
+                grad.sub_(task_scale * (ctx.label_smoothing / num_classes))
+            if task_rows is not None:
+                grad.addcmul_(task_rows, task_scale, value=ctx.label_smoothing - 1)
+        if rest_prob is not None:
+            # in place of sums that would cancel there
             grad.scatter_(-1, target_index, target_grad)
         return grad.to(student_logits.dtype), None, None, None, None, None, None
 

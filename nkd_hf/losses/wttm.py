@@ -26,9 +26,9 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, exponent: float
         exponent: :math:`\gamma`, > 0; the paper's are below 1, and 1 leaves the teacher as it is.
         beta: weight of the loss, >= 0.
 
-    The exponent's default is of the official code's example (github.com/zkxufo/TTM). The weight :math:`U` lies between 1
-    and :math:`C^{1 - \gamma}`, 250 for 1000 classes at that exponent, so that the loss is large where classes are many:
-    the paper chooses both settings for each pair of teacher and student.
+    The exponent's default is of the official code's example (github.com/zkxufo/TTM), beta's, 1, the equation's own. The
+    weight :math:`U` lies between 1 and :math:`C^{1 - \gamma}`, 250 for 1000 classes at that exponent, so that the loss is
+    large where classes are many: the paper chooses both settings for each pair of teacher and student.
 
     Returns:
         A scalar: float64 for float64 student logits, otherwise float32, in which the arithmetic runs, autocast or not.
