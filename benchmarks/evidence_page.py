@@ -215,7 +215,8 @@ def draw_curves(result: Result) -> matplotlib.figure.Figure:
             )
         # The steep beginning would leave no room for the differences.
         low, high = axes.get_ylim()
-        axes.set(ylim=(low + 0.5 * (high - low), high), xlabel="epoch", ylabel="top-1, validation part (%)")
+        axes.set(ylim=(low + 0.5 * (high - low), min(high, 100)), xlabel="epoch", ylabel="top-1, validation part (%)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     next(iter(panels.values())).legend(fontsize=7)
     return figure
@@ -265,7 +266,7 @@ def draw_labels(result: Result) -> matplotlib.figure.Figure | None:
     labels = run["soft_labels"]
     number = len(labels["labels"])
     figure = matplotlib.figure.Figure(figsize=(10, 1.5 * number + 0.5), layout="constrained")
-    titles = ["teacher", "NKD: target, and the others on their own", "USKD: target, and the others on their own"]
+    titles = ["teacher", "NKD: target; others on their own", "USKD: target; others on their own"]
     grid = figure.subplots(number, 4, squeeze=False, width_ratios=[1, 3, 3, 3])
     for row in range(number):
         label = labels["labels"][row]
