@@ -252,7 +252,7 @@ def takes_tensors(transform: Callable) -> bool:
 
 
 def draws_from_torch(transform: Callable) -> bool:
-    """Whether it draws from torch's generator alone."""
+    """Whether it draws from torch's generator alone, and says so by a true attribute of this name."""
     return getattr(transform, "draws_from_torch", False)
 
 
