@@ -146,12 +146,6 @@ class DataArguments:
             raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
         if self.mix_pairs and self.streaming:
             raise ValueError("mix_pairs needs streaming off: a stream has no order of which pairs could be a part")
-        for name in ("random_crop_padding", "pca_lighting"):
-            if getattr(self, name) and (self.auto_augment or self.random_erasing):
-                raise ValueError(
-                    f"{name} does not go with auto_augment or random_erasing, whose pipeline (timm's) does not have it: "
-                    "drop the one or the others"
-                )
 
 
 def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | IterableDatasetDict:

@@ -11,6 +11,7 @@ import PIL.Image
 import timm.data
 import torch
 from timm.data import auto_augment
+from timm.data.random_erasing import RandomErasing
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -19,7 +20,7 @@ from .data import DataArguments
 
 # Raised with every change of the code that makes other training pixels of the same image, seed and arguments: in images.py
 # (decoding), in batches.py (order, draws, mixing) and here. Stores of teacher logits from before are then refused.
-PIXELS_VERSION = 2
+PIXELS_VERSION = 3
 
 
 def train_transform(
@@ -31,9 +32,9 @@ def train_transform(
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
     """The augmentation of training images, up to normalisation.
 
-    torchvision's v2 transforms (random crop, flip); with `auto_augment` or `random_erasing`, timm's pipeline, which has
-    the RandAugment and the erasing of the DeiT recipes. Either keeps no state and draws only from `random`, numpy and torch's
-    CPU generator, so that [`~nkd_hf.batches.seeded`] governs it.
+    torchvision's random crop and flip, then with `auto_augment` timm's RandAugment and with `random_erasing` its erasing,
+    as in the DeiT recipes. All of it keeps no state and draws only from `random`, numpy and torch's CPU generator, so that
+    [`~nkd_hf.batches.seeded`] governs it.
 
     Args:
         args: the augmentation.
@@ -43,47 +44,47 @@ def train_transform(
         interpolation: `bilinear` or `bicubic`.
 
     Returns:
-        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. torchvision's transforms also take a tensor [3, H, W]
-        uint8, and say so with an attribute `takes_tensors`; the two differ by one step of 8 bits, rarely two
-        (bicubic: up to three).
+        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. It also takes a tensor [3, H, W] uint8, and says so with
+        an attribute `takes_tensors`; crops that are resized from the two differ by one step of 8 bits, rarely two (bicubic:
+        up to three), before RandAugment.
 
     Raises:
         ValueError: `auto_augment` is not in timm's syntax; unknown interpolation.
     """
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
-    if args.auto_augment or args.random_erasing:
-        try:
-            with posterize_to_zero_bits():
-                return timm.data.create_transform(
-                    size,
-                    is_training=True,
-                    scale=tuple(args.random_resized_crop),
-                    hflip=args.horizontal_flip,
-                    color_jitter=None,
-                    auto_augment=args.auto_augment,
-                    interpolation=interpolation,
-                    mean=tuple(mean),
-                    std=tuple(std),
-                    re_prob=args.random_erasing,
-                    re_mode="pixel",
-                    re_count=1,
-                )
-        except (AssertionError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"auto_augment={args.auto_augment!r} is not in timm's syntax ({type(error).__name__}: {error}): write for "
-                "example rand-m9-n2-mstd0.5-inc1"
-            ) from error
-
     size = (size, size) if isinstance(size, int) else tuple(size)
+    augment = _auto_augment(args.auto_augment, size, mean, interpolation) if args.auto_augment else []
     mode = v2.InterpolationMode(interpolation)
     if args.random_crop_padding is not None:
         crop = v2.Compose([v2.Resize(size, interpolation=mode), v2.RandomCrop(size, padding=args.random_crop_padding)])
     else:
         crop = _RandomResizedCrop(size, tuple(args.random_resized_crop), mode)
     lighting = _Lighting(args.pca_lighting) if args.pca_lighting else None
+    erase = RandomErasing(args.random_erasing, mode="pixel", device="cpu") if args.random_erasing else None
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return _TrainTransform(crop, args.horizontal_flip, lighting, mean, std)
+    return _TrainTransform(crop, args.horizontal_flip, augment, lighting, mean, std, erase)
+
+
+def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> list[Callable]:
+    """timm's steps between crop and normalisation."""
+    try:
+        with posterize_to_zero_bits():
+            _, augment, _ = timm.data.create_transform(
+                size,
+                is_training=True,
+                color_jitter=None,
+                auto_augment=policy,
+                interpolation=interpolation,
+                mean=tuple(mean),  # fills what a rotated image leaves empty
+                separate=True,
+            )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"auto_augment={policy!r} is not in timm's syntax ({type(error).__name__}: {error}): write for example "
+            "rand-m9-n2-mstd0.5-inc1"
+        ) from error
+    return augment.transforms
 
 
 def posterize_to_zero_bits() -> contextlib.AbstractContextManager:
@@ -103,29 +104,41 @@ def _posterize(image: PIL.Image.Image, bits_to_keep: int, **kwargs) -> PIL.Image
 
 @dataclass
 class _TrainTransform:
-    """A crop, a flip and the normalisation, with the draws and the values of torchvision's classes.
+    """A crop, a flip and the normalisation, with the draws and the values of torchvision's classes, and timm's steps.
 
-    These take about as long to find their functions as the functions to run. Takes [3, H, W] uint8 tensors too.
+    torchvision's classes take about as long to find their functions as the functions to run, and timm's own crop and
+    normalisation, of Pillow's images, longer than all its RandAugment. Takes [3, H, W] uint8 tensors too.
     """
 
     crop: Callable
     flip: float
+    augment: list[Callable]  # of Pillow's images
     lighting: nn.Module | None
     mean: torch.Tensor
     std: torch.Tensor
+    erase: RandomErasing | None
 
     takes_tensors = True
-    draws_from_torch = True
+
+    @property
+    def draws_from_torch(self) -> bool:
+        return not self.augment and self.erase is None
 
     def __call__(self, image: PIL.Image.Image | torch.Tensor) -> torch.Tensor:
         image = self.crop(image)
         if torch.rand(1) < self.flip:
             image = F.horizontal_flip(image)
+        if self.augment and isinstance(image, torch.Tensor):
+            # of its planes, in a fifth of the time of F.to_pil_image, which joins them pixel by pixel
+            image = PIL.Image.merge("RGB", [PIL.Image.fromarray(plane) for plane in image.numpy()])
+        for step in self.augment:
+            image = step(image)
         pixels = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
         if self.lighting is not None:
             pixels = self.lighting(pixels)
-        return pixels.sub_(self.mean).div_(self.std)
+        pixels.sub_(self.mean).div_(self.std)
+        return pixels if self.erase is None else self.erase(pixels)
 
 
 @dataclass

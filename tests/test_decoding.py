@@ -7,6 +7,7 @@ import random
 import numpy as np
 import PIL.Image
 import pytest
+import timm.data
 import torch
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
@@ -104,8 +105,34 @@ def test_training_pixels_differ_by_few_steps_of_8_bits(arguments, interpolation)
 
 
 def test_transforms_that_want_images_get_them():
-    for transform in (v2.ToImage(), train_transform(DataArguments(random_erasing=0.5), 32, [0.5] * 3, [0.5] * 3)):
-        assert not takes_tensors(transform)
+    assert not takes_tensors(v2.ToImage())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("arguments", [{"auto_augment": "rand-m9-n2-mstd0.5-inc1"}, {"random_erasing": 0.5}])
+def test_what_follows_the_crop_is_timms(arguments, as_tensor):
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    ours = train_transform(DataArguments(**arguments), (64, 48), mean, std, "bicubic")
+    names = {"re_prob" if name == "random_erasing" else name: value for name, value in arguments.items()}
+    timms = timm.data.create_transform(
+        (64, 48), is_training=True, color_jitter=None, interpolation="bicubic", mean=mean, std=std, re_mode="pixel",
+        **names,
+    ).transforms  # fmt: skip
+    image, _ = read_sample(row(jpeg()), "it", as_tensor)
+    changed = 0
+    for key in range(40):
+        with seeded(key):
+            pixels = ours(image)
+        with seeded(key):
+            cropped = ours.crop(image)
+            expected = v2.functional.to_pil_image(cropped) if as_tensor else cropped
+            plain = expected = timms[1](expected)  # the flip
+            for step in timms[2:]:
+                expected = step(expected)
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+        bare = v2.functional.to_dtype(v2.functional.to_image(plain), torch.float32, scale=True)
+        changed += not torch.allclose(pixels, v2.functional.normalize(bare, mean, std), atol=1e-5)
+    assert 10 < changed < 40, "some are augmented, some are not"
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
