@@ -175,7 +175,7 @@ def page_of_losses(result: dict) -> str:
     names = ["CE", *LOSSES]
     return "\n\n".join(
         [
-            header(result) if "machine" in result else f"Threads: {result['threads']}",
+            header(result),
             markdown("Forward and backward", ["", "CE ms", "x eager CE", *of_losses], times),
             markdown("Against the floor", ["", "floor ms", *(f"{name}, x floor" for name in names)], floors),
             markdown("What else was measured, in ms", ["", *SHARED, *OTHERS], beside),
