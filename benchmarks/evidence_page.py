@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,9 +103,11 @@ def setup_text(result: Result) -> str:
     seeds = ", ".join(map(str, raw["seeds"]))
     trials = [trial for chosen in raw["chosen"].values() for trial in chosen["tried"]]
     minutes, trial_minutes = (sum(run["cpu"] for run in group) / 60 for group in (runs, trials))
+    commits = Counter(run["commit"] for run in runs)
+    at = ", ".join(f"{number} trainings at commit {name[:12]}{name[40:]}" for name, number in commits.items())
     lines.append(
-        f"`{raw['command']}` at commit {raw['commit'][:12]}{raw['commit'][40:]}, seeds {seeds}, settings chosen on "
-        f"seed {raw['selection_seed']}; {machine['cpu']}, {machine['cores']} cores, {versions}. "
+        f"`{raw['command']}`: seeds {seeds}, settings chosen on seed {raw['selection_seed']}; {at}; "
+        f"{machine['cpu']}, {machine['cores']} cores, {versions}. "
         f"The {len(runs)} trainings below took {minutes:.0f} minutes of CPU time, the {len(trials)} of the choice of "
         f"settings {trial_minutes:.0f}; the teachers, their logits and the images come on top."
     )
