@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from scipy.stats import quantile_test
 from torch.profiler import ProfilerActivity, profile
 
 WINDOW_MS = 20
@@ -93,10 +94,13 @@ def measure_times(
 
 
 def ratio(values: Iterable[float], others: Iterable[float]) -> tuple[float, float, float]:
-    """Median of the ratios within each round, and their quartiles."""
-    ratios = sorted(a / b for a, b in zip(values, others, strict=True))
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return statistics.median(ratios), low, high
+    """Median of the ratios within each round, and its 95% interval; below six rounds, which have none, their range.
+
+    The interval is that of the sign test, from order statistics: it asks nothing of the ratios' distribution.
+    """
+    ratios = [a / b for a, b in zip(values, others, strict=True)]
+    low, high = quantile_test(ratios, p=0.5).confidence_interval() if len(ratios) > 5 else (min(ratios), max(ratios))
+    return statistics.median(ratios), float(low), float(high)
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
@@ -185,7 +189,7 @@ class Report:
         at_least: bool = False,
         spread: tuple[float, float] | None = None,
     ) -> None:
-        """Judges a figure, with the quartiles of its rounds."""
+        """Judges a figure, with the interval of [`ratio`]."""
         met = value >= bound if at_least else value <= bound
         aim = {"what": what, "value": value, "bound": bound, "at_least": at_least, "spread": spread, "met": met}
         self.result["aims"].append(aim)
@@ -202,6 +206,6 @@ def describe_aim(aim: dict) -> str:
     spread = "" if aim["spread"] is None else " ({:.3f} to {:.3f})".format(*aim["spread"])
     verdict = "met" if aim["met"] else "NOT MET"
     if aim["spread"] is not None and aim["spread"][0] <= aim["bound"] <= aim["spread"][1]:
-        verdict = "within noise"  # the bound lies between the quartiles
+        verdict = "within noise"  # the bound lies in the interval
     kind = "at least" if aim["at_least"] else "at most"
     return f"{aim['what']}: {aim['value']:.4g}{spread}, aim {kind} {aim['bound']:g}: {verdict}"

@@ -9,7 +9,7 @@ batch and precision:
 - CE, trainer: transformers' own `Trainer` on the student alone, the floor of any training with it.
 - USKD, trainer: `DistillationTrainer` with `USKDLoss`, which has no teacher. Aim: at most 1.03 times CE.
 
-Ratios are taken within each round, and their median and quartiles shown.
+Ratios are taken within each round, and their median and its 95% interval shown.
 
 Memory: the peak of two further steps above what is allocated before them, the weights (see common.py). Aim for USKD:
 at most 1.02 times CE.
