@@ -164,8 +164,9 @@ class Report:
         self.options = options
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-        if options.json:
-            command = command[:-2] if command[-2] == "--json" else command
+        if "--json" in command:
+            place = command.index("--json")
+            del command[place : place + 2]
         self.result = {
             "command": shlex.join(command), "clock": clock_name(options), "settings": settings,
             "machine": describe_machine(), "tables": [], "aims": [], "raw": {},

@@ -54,6 +54,7 @@ from nkd_hf import (
 )
 from nkd_hf.batches import EpochSampler, seeded
 from nkd_hf.images import draws_from_torch, read_sample, takes_tensors
+from nkd_hf.transforms import posterize_to_zero_bits
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -118,11 +119,12 @@ def example_loader(source: str, data_files: str, batch_size: int) -> DataLoader:
 
 def timm_loader(folder: Path, batch_size: int, augment: dict, interpolation: str) -> Iterator:
     dataset = timm.data.create_dataset("", root=str(folder), split="train", is_training=True)
-    return timm.data.create_loader(
-        dataset, SIZE, batch_size, is_training=True, num_workers=0, device=torch.device("cpu"), pin_memory=False,
-        mean=MEAN, std=STD, interpolation=interpolation, color_jitter=None, auto_augment=augment.get("auto_augment"),
-        re_prob=augment.get("random_erasing", 0.0), re_mode="pixel",
-    )  # fmt: skip
+    with posterize_to_zero_bits():  # or with Pillow 13 its own RandAugment would end the run
+        return timm.data.create_loader(
+            dataset, SIZE, batch_size, is_training=True, num_workers=0, device=torch.device("cpu"), pin_memory=False,
+            mean=MEAN, std=STD, interpolation=interpolation, color_jitter=None,
+            auto_augment=augment.get("auto_augment"), re_prob=augment.get("random_erasing", 0.0), re_mode="pixel",
+        )  # fmt: skip
 
 
 def our_dataset(name: str, augment: dict, interpolation: str) -> ImageDataset:

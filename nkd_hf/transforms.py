@@ -1,5 +1,6 @@
 """Transforms of training and of evaluation images."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,8 @@ def train_transform(
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
     if args.auto_augment or args.random_erasing:
-        posterize = dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
         try:
-            with patch.dict(auto_augment.NAME_TO_OP, posterize):
+            with posterize_to_zero_bits():
                 return timm.data.create_transform(
                     size,
                     is_training=True,
@@ -86,8 +86,16 @@ def train_transform(
     return _TrainTransform(crop, args.horizontal_flip, lighting, mean, std)
 
 
+def posterize_to_zero_bits() -> contextlib.AbstractContextManager:
+    """Within it, timm makes augmentations whose strongest posterize is a black image, whatever the version of Pillow.
+
+    It keeps 0 bits there, which Pillow refuses since version 13, so that a training would end at such an image.
+    """
+    names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+    return patch.dict(auto_augment.NAME_TO_OP, dict.fromkeys(names, _posterize))
+
+
 def _posterize(image: PIL.Image.Image, bits_to_keep: int, **kwargs) -> PIL.Image.Image:
-    # timm's strongest magnitude keeps 0 bits: a black image, which Pillow gave until version 13, and refuses since.
     if bits_to_keep == 0:
         return PIL.Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep, **kwargs)
