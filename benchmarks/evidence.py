@@ -12,8 +12,9 @@ teacher-logits` writes: one for each data set and seed, shared by all methods an
    part stays out of the training, and gives the curves.
 3. The same for the ablations of NKD and USKD, on the CNN, with the settings of the whole method.
 
-A training that is done is a file in `--output`, which a second start skips. evidence_page.py makes the page of the
-result. `--only fashion/cnn/nkd` trains one cell anew, with its teacher, and compares it with the committed figure.
+A training that is done is a file in `--output`, which a second start skips; `--extend` takes those of the committed
+result as done, for more `--seeds`. evidence_page.py makes the page of the result. `--only fashion/cnn/nkd` trains one
+cell anew, with its teacher, and compares it with the committed figure.
 """
 
 import common  # first: it sets environment variables
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from evidence_data import FASHION_FOLDER, has_fashion
 from evidence_losses import ABLATIONS
-from evidence_runs import ALONE, DATA, SHARED, STUDENTS, TEACHER, TEACHER_EPOCHS, TEACHER_SEED, Bench, Job
+from evidence_runs import ALONE, DATA, STUDENTS, Bench, Job
 
 RESULT = Path(__file__).parent / "results" / "evidence.json"
 SELECTION_SEED = 100
@@ -134,7 +135,10 @@ def jobs_of(cell: tuple[str, str, str], chosen: dict[str, dict], seeds: list[int
 
 def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Everything: data, stores, selection, trainings."""
-    start, begun_at, seeds = time.perf_counter(), commit(), list(range(options.seeds))
+    start, seeds = time.perf_counter(), list(range(options.seeds))
+    known = json.loads(options.result.read_text(encoding="utf-8")) if options.extend else None
+    if known:
+        take_over(bench, known)
     bench.check_settings(options.data)
     in_parallel([(bench.write_data, data) for data in options.data], options.jobs, "data")
     methods = [method for method in WEIGHTS if method in options.methods]
@@ -144,6 +148,9 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         options.jobs,
         "images and logits",
     )
+    teachers = {data: bench.teacher_accuracies(data, SELECTION_SEED) for data in options.data}
+    if known and any(known["teachers"].get(data) != own for data, own in teachers.items()):
+        raise SystemExit(f"the teachers are others: {teachers}, and of {options.result} {known['teachers']}")
     cells = [(data, student, method) for data in options.data for student in options.students for method in methods]
     chosen = select(bench, cells, options.jobs)
     if "cnn" in options.students:
@@ -153,17 +160,40 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     calls = [(bench.train, job, True, job[1:4] == ("cnn", "uskd", 0)) for job in jobs]
     in_parallel(calls, options.jobs, "trainings")
     return {
-        "command": shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]]), "commit": begun_at,
+        "command": shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]]), "commit": bench.commit,
         "machine": common.describe_machine(), "seeds": seeds, "selection_seed": SELECTION_SEED,
-        "settings": {
-            "data": {data: bench.settings_of(data) for data in options.data},
-            "students": STUDENTS, "shared": SHARED,
-            "teacher": TEACHER | {"seed": TEACHER_SEED, "times_the_epochs": TEACHER_EPOCHS},
-        },
-        "teachers": {data: bench.teacher_accuracies(data, SELECTION_SEED) for data in options.data},
+        "settings": bench.settings(options.data), "teachers": teachers,
         "minutes_of_this_start": round((time.perf_counter() - start) / 60, 1),
         "chosen": chosen, "runs": [bench.read(job) for job in jobs],
     }  # fmt: skip
+
+
+def take_over(bench: Bench, result: dict[str, Any]) -> None:
+    """Writes the trainings of a result to the bench's folder, as if they had been done there.
+
+    Raises:
+        SystemExit: they had other settings, or were done on another machine or with other versions.
+    """
+    own = common.describe_machine() | {"settings": bench.settings(list(result["settings"]["data"]))}
+    theirs = result["machine"] | {"settings": result["settings"]}
+    others = [
+        f"{name}: {value}, there {theirs.get(name)}"
+        for name, value in own.items()
+        if name != "load_average" and value != theirs.get(name)
+    ]
+    if others:
+        raise SystemExit(f"--extend: the result was measured under other conditions: {'; '.join(others)}")
+    bench.check_settings(list(result["settings"]["data"]))
+    runs = list(result["runs"])
+    for cell, chosen in result["chosen"].items():
+        data, student, method = cell.split("/")
+        named = {"data": data, "student": student, "method": method, "seed": result["selection_seed"]}
+        runs += [named | trial for trial in chosen["tried"]]
+    for run in runs:
+        path = bench.path_of(Job(*(run[name] for name in Job._fields)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            path.write_text(json.dumps({"commit": result["commit"]} | run) + "\n", encoding="utf-8")
 
 
 def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jobs: int) -> bool:
@@ -211,7 +241,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--fashion", type=Path, default=FASHION_FOLDER, help="folder of the files of Debian's package "
                         "dataset-fashion-mnist (default: %(default)s)")  # fmt: skip
     parser.add_argument("--only", metavar="DATA/STUDENT/METHOD", help="train one cell of the result anew, and compare")
-    parser.add_argument("--result", type=Path, default=RESULT, help="for --only (default: %(default)s)")
+    parser.add_argument("--extend", action="store_true", help="train only what the result lacks, such as more --seeds")
+    parser.add_argument("--result", type=Path, default=RESULT, help="for both (default: %(default)s)")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--methods", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
@@ -236,7 +267,7 @@ def main(args: list[str] | None = None) -> None:
     if "fashion" in options.data and not has_fashion(options.fashion):
         print(f"Fashion-MNIST is left out: {options.fashion} lacks its files (apt install dataset-fashion-mnist)")
         options.data.remove("fashion")
-    bench = Bench(options.output.absolute(), options.epochs, options.images, options.fashion)
+    bench = Bench(options.output.absolute(), options.epochs, options.images, options.fashion, commit())
     result = run_all(bench, options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,7 @@ class Bench(NamedTuple):
     epochs: int | None = None
     images: int | None = None
     fashion: Path = FASHION_FOLDER
+    commit: str = "unknown"  # of the code, kept with each training
 
     def epochs_of(self, data: str) -> int:
         return self.epochs or DATA[data]["epochs"]
@@ -108,6 +109,12 @@ class Bench(NamedTuple):
 
     def settings_of(self, data: str) -> dict[str, Any]:
         return DATA[data] | {"images": self.images_of(data), "epochs": self.epochs_of(data)}
+
+    def settings(self, names: list[str]) -> dict[str, Any]:
+        """All that decides about the trainings on these data, but for what is chosen."""
+        teacher = TEACHER | {"seed": TEACHER_SEED, "times_the_epochs": TEACHER_EPOCHS}
+        data = {data: self.settings_of(data) for data in names}
+        return {"data": data, "students": STUDENTS, "shared": SHARED, "teacher": teacher}
 
     def data_folder(self, data: str) -> Path:
         return self.output / "data" / data
@@ -137,9 +144,7 @@ class Bench(NamedTuple):
             SystemExit: those in the folder had other settings.
         """
         for data in names:
-            shared = {"students": STUDENTS, "teacher": TEACHER, "shared": SHARED}
-            settings = {"data": self.settings_of(data), **shared}
-            record, text = self.output / f"{data}.json", json.dumps(settings, indent=1)
+            record, text = self.output / f"{data}.json", json.dumps(self.settings([data]), indent=1)
             if record.is_file() and record.read_text() != text:
                 raise SystemExit(
                     f"{self.output} holds trainings with other settings, see {record}: name another --output"
@@ -216,7 +221,8 @@ class Bench(NamedTuple):
         result |= {"seconds": round(time.perf_counter() - start, 1), "cpu": round(time.process_time() - cpu_start, 1)}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(job._asdict() | result) + "\n", encoding="utf-8")
+        record = job._asdict() | result | {"commit": self.commit}
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         shown = ", ".join(f"{name} {result[name]:.2%}" for name in ("validation", "test") if name in result)
         return f"{job.name}: {shown}, {result['seconds']:.0f} s"

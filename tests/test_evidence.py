@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -199,6 +200,11 @@ class TestRun:
     ABLATIONS = ("nkd-target", "nkd-non-target", "nkd-gamma-4.5", "uskd-weak", "uskd-uniform", "uskd-rank")
     ARGS = ("--students", "cnn", "--methods", "baseline", "nkd", "uskd", "--ablations", *ABLATIONS, "--seeds", "2")
 
+    @classmethod
+    def arguments(cls, fashion, epochs):
+        trial = ["--fashion", str(fashion), "--epochs", epochs, "--images", "80", "--jobs", "1"]
+        return ["--data", "fashion", *trial, *cls.ARGS]
+
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
     def few_images(cls):
@@ -212,20 +218,7 @@ class TestRun:
     @classmethod
     def folder(cls, few_images, fashion, tmp_path_factory):
         folder = tmp_path_factory.mktemp("evidence")
-        args = [
-            "--data",
-            "fashion",
-            "--fashion",
-            str(fashion),
-            "--epochs",
-            "2",
-            "--images",
-            "80",
-            "--jobs",
-            "1",
-            *cls.ARGS,
-        ]
-        args += ["--output", str(folder / "out"), "--json", str(folder / "evidence.json")]
+        args = [*cls.arguments(fashion, "2"), "--output", str(folder / "out"), "--json", str(folder / "evidence.json")]
         evidence.main(args)
         before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").iterdir()}
         first = json.loads((folder / "evidence.json").read_text())
@@ -262,6 +255,34 @@ class TestRun:
                 ["--data", "fashion", "--fashion", str(fashion), "--output", str(folder / "out"), *self.ARGS]
             )
 
+    def test_a_result_is_extended(self, folder, fashion, tmp_path):
+        known = folder / "evidence.json"
+        # The teacher and the stores of seeds 0 and 1 are there, and no training.
+        shutil.copytree(folder / "out", tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
+        args = [*self.arguments(fashion, "2"), "--extend", "--seeds", "3", "--output", str(tmp_path / "out")]
+        evidence.main([*args, "--result", str(known), "--json", str(tmp_path / "more.json")])
+        before, after = (json.loads(path.read_text()) for path in (known, tmp_path / "more.json"))
+        assert after["chosen"] == before["chosen"]
+        assert [run for run in after["runs"] if run["seed"] < 2] == before["runs"], "to the seconds that they took"
+        assert {run["method"] for run in after["runs"] if run["seed"] == 2} == {
+            run["method"] for run in before["runs"]
+        }
+        before["teachers"]["fashion"]["test"] += 0.1
+        (tmp_path / "other.json").write_text(json.dumps(before))
+        with pytest.raises(SystemExit, match="the teachers are others"):
+            evidence.main([*args, "--result", str(tmp_path / "other.json")])
+
+    def test_a_result_of_other_conditions_is_not_extended(self, folder, fashion, tmp_path):
+        args = ["--extend", "--output", str(tmp_path), "--result", str(folder / "evidence.json")]
+        with pytest.raises(SystemExit, match="under other conditions: settings"):
+            evidence.main([*self.arguments(fashion, "3"), *args])
+        result = json.loads((folder / "evidence.json").read_text())
+        result["machine"]["torch"] = "2.0"
+        (tmp_path / "other.json").write_text(json.dumps(result))
+        args[-1] = str(tmp_path / "other.json")
+        with pytest.raises(SystemExit, match=r"torch: .*, there 2\.0$"):
+            evidence.main([*self.arguments(fashion, "2"), *args])
+
     def test_a_cell_is_built_anew(self, folder, fashion, capsys):
         args = ["--only", "fashion/cnn/nkd", "--result", str(folder / "evidence.json"), "--fashion", str(fashion)]
         with pytest.raises(SystemExit) as done:
@@ -279,6 +300,7 @@ class TestRun:
     def test_the_page_is_made_of_the_json(self, folder):
         page, result = folder / "page.md", folder / "evidence.json"
         page.write_text(evidence_page.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+        shutil.copy(result, folder / "evidence-longer.json")
         args = ["--page", str(page), "--result", str(result)]
         evidence_page.main(args)
         text = page.read_text(encoding="utf-8")
