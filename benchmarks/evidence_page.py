@@ -1,6 +1,6 @@
 """Rebuilds EVIDENCE.md and its pictures from results/evidence.json: `python benchmarks/evidence_page.py [--check]`.
 
-The block of longer trainings is of results/evidence-longer.json. What stands between `<!-- NAME -->` and `<!-- end -->` is replaced; no figure of the page is typed by hand.
+What stands between `<!-- NAME -->` and `<!-- end -->` is replaced; no figure of the page is typed by hand.
 """
 
 import argparse
@@ -312,29 +312,18 @@ def _bars(axes, gains: dict[str, Difference], methods: list[str]) -> None:
     axes.grid(alpha=0.3, axis="y")
 
 
-def longer_text(result: Result) -> str:
-    return f"{setup_text(result)}\n\n{main_text(result)}"
-
-
 BLOCKS = {
-    "setup": setup_text, "main": main_text, "claims": claim_text, "ablations": ablation_text, "chosen": chosen_text,
-    "longer": longer_text,
+    "setup": setup_text, "main": main_text, "claims": claim_text, "ablations": ablation_text, "chosen": chosen_text
 }  # fmt: skip
 PICTURES = {"curves": draw_curves, "gains": draw_gains, "ablations": draw_ablations, "labels": draw_labels}
 
 
-def read(path: Path) -> Result | None:
-    return Result(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def filled(page: str, path: Path) -> str:
-    """The page with its blocks made anew, of the result of a path and of that of longer trainings beside it."""
-    results = dict.fromkeys(BLOCKS, path) | {"longer": path.with_name(f"{path.stem}-longer.json")}
+def filled(page: str, result: Result | None) -> str:
+    """The page with its blocks made anew."""
 
     def fill(match: re.Match) -> str:
         name = match[1]
-        result = read(results[name])
-        content = f"Not measured yet: results/{results[name].name}." if result is None else BLOCKS[name](result)
+        content = "Not measured yet: results/evidence.json." if result is None else BLOCKS[name](result)
         return f"<!-- {name} -->\n\n{content}\n\n<!-- end -->"
 
     return re.sub(rf"<!-- ({'|'.join(BLOCKS)}) -->.*?<!-- end -->", fill, page, flags=re.DOTALL)
@@ -346,15 +335,17 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, default=RESULT, help="(default: %(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="(default: %(default)s)")
     options = parser.parse_args(args)
+    result = None
+    if options.result.is_file():
+        result = Result(json.loads(options.result.read_text(encoding="utf-8")))
     before = options.page.read_text(encoding="utf-8")
-    after = filled(before, options.result)
+    after = filled(before, result)
     if options.check:
         sys.exit(
             0 if before == after else f"{options.page} is not of its result: run python benchmarks/evidence_page.py"
         )
     options.page.write_text(after, encoding="utf-8")
     print(f"wrote {options.page}")
-    result = read(options.result)
     for name, draw in PICTURES.items() if result is not None else ():
         figure = draw(result)
         if figure is not None:

@@ -300,7 +300,6 @@ class TestRun:
     def test_the_page_is_made_of_the_json(self, folder):
         page, result = folder / "page.md", folder / "evidence.json"
         page.write_text(evidence_page.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-        shutil.copy(result, folder / "evidence-longer.json")
         args = ["--page", str(page), "--result", str(result)]
         evidence_page.main(args)
         text = page.read_text(encoding="utf-8")
