@@ -240,8 +240,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--fashion", type=Path, default=FASHION_FOLDER, help="folder of the files of Debian's package "
                         "dataset-fashion-mnist (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--only", metavar="DATA/STUDENT/METHOD", help="train one cell of the result anew, and compare")
-    parser.add_argument("--extend", action="store_true", help="train only what the result lacks, such as more --seeds")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--only", metavar="DATA/STUDENT/METHOD", help="train one cell of the result anew, and compare")
+    known.add_argument("--extend", action="store_true", help="train only what the result lacks, such as more --seeds")
     parser.add_argument("--result", type=Path, default=RESULT, help="for both (default: %(default)s)")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
