@@ -17,9 +17,9 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 from .data import DataArguments, describe_synsets, load_evaluation_split
 from .export import open_classifier
 from .images import ImageDataset, StreamingImageDataset
+from .labels import match_labels
 from .metrics import compute_metrics, top5_indices
 from .students import load_image_processor
-from .teacher import match_labels
 from .transforms import processor_transform
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import logging
-import re
-from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, classifier_head
+from .labels import match_labels
 from .opening import RefusedError, open_pretrained
 from .preprocessing import Preprocessing, read_preprocessing
 
@@ -239,85 +238,3 @@ def load_teacher(
             f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote. {error}"
         ) from error
     return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
-
-
-def match_labels(
-    student_id2label: dict[int, str],
-    teacher_id2label: dict[int, str],
-    teacher_name: str = "teacher",
-    *,
-    roles: tuple[str, str] = ("student", "teacher"),
-    advice: str | None = None,
-) -> list[int] | None:
-    """Finds where the student's classes stand among the teacher's logits.
-
-    `roles` and `advice` are for other pairs than student and teacher: what messages call them, and what to do.
-
-    Equal lists match by position, whether names repeat or not (ImageNet has two classes `crane`), and also where one
-    tells apart what the other names alike (the Hub's ImageNet has `crane` and `crane2`). Lists of the same
-    unique names in another order match by name. Generic names (`LABEL_0`) tell nothing: the order is kept, with a
-    warning.
-
-    Returns:
-        `list[int]` or None: `teacher_logits[:, order]` stands in the student's order; None when it does already.
-
-    Raises:
-        ValueError: the label spaces differ; the message lists the first differences.
-
-    Example:
-
-    ```python
-    >>> from nkd_hf.teacher import match_labels
-    >>> match_labels({0: "cat", 1: "dog"}, {0: "dog", 1: "cat"})
-    [1, 0]
-
-    ```
-    """
-    student = [student_id2label[i] for i in sorted(student_id2label)]
-    teacher = [teacher_id2label[i] for i in sorted(teacher_id2label)]
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"{teacher_name} has {len(teacher)} classes and the {roles[0]} {len(student)}; the first that only one of "
-            f"them has: {_differences(student, teacher, roles)}. {advice or f'Load a teacher of {len(student)} classes'}"
-        )
-    in_student, in_teacher = Counter(student), Counter(teacher)
-    if all(
-        a == b or (in_teacher[b] > 1 and a not in in_teacher) or (in_student[a] > 1 and b not in in_student)
-        for a, b in zip(student, teacher, strict=True)
-    ):
-        return None
-    if _generic(student) or _generic(teacher):
-        which = f"the {roles[0]}'s" if _generic(student) else f"{teacher_name}'s"
-        logger.warning(
-            "%s class names are generic (LABEL_0, ...): its %d classes are taken to stand in the order of the other's. "
-            "Set id2label to be sure.",
-            which,
-            len(student),
-        )
-        return None
-    if set(student) == set(teacher) and len(set(student)) == len(student):
-        position = {name: i for i, name in enumerate(teacher)}
-        return [position[name] for name in student]
-    advice = advice or (
-        "Load a teacher of the same classes, or, if they are the same under other names, set the teacher's id2label "
-        "to the student's names (in a recipe: --ignore_label_names true)"
-    )
-    raise ValueError(
-        f"{teacher_name} and the {roles[0]} name their classes differently: {_differences(student, teacher, roles)}. "
-        f"{advice}"
-    )
-
-
-def _generic(names: list[str]) -> bool:
-    return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
-
-
-def _differences(student: list[str], teacher: list[str], roles: tuple[str, str], most: int = 3) -> str:
-    if sorted(student) != sorted(teacher) and len(student) != len(teacher):
-        only = [f"{name!r} ({roles[0]})" for name in student if name not in teacher]
-        only += [f"{name!r} ({roles[1]})" for name in teacher if name not in student]
-        return ", ".join(only[:most]) or "none, but names repeat"
-    differ = [(i, a, b) for i, (a, b) in enumerate(zip(student, teacher, strict=True)) if a != b]
-    return ", ".join(
-        f"class {i} is {a!r} for the {roles[0]} and {b!r} for the {roles[1]}" for i, a, b in differ[:most]
-    )

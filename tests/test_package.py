@@ -37,7 +37,8 @@ ALLOWED = {
     "parser": {"config_file"},
     "metrics": {"metrics"},
     "modeling": {"features"},
-    "teacher": {"features", "opening", "preprocessing"},
+    "labels": set(),
+    "teacher": {"features", "labels", "opening", "preprocessing"},
     "teacher_logits": set(),
     "store_fingerprint": {
         "architectures",
@@ -66,7 +67,7 @@ ALLOWED = {
     "mmcls_checkpoint": set(),
     "export": {"folders", "modeling", "opening", "students"},
     "convert": {"export", "folders", "mmcls_checkpoint", "modeling", "students"},
-    "evaluation": {"data", "export", "images", "metrics", "students", "teacher", "transforms"},
+    "evaluation": {"data", "export", "images", "labels", "metrics", "students", "transforms"},
     "recipe_args": {"features", "losses", "students"},
     "plan_costs": {"modeling", "optimization", "training_args"},
     "plan_models": {"architectures", "data", "opening", "preprocessing", "recipe_args"},

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from nkd_hf import NKDLoss, SRRLLoss, create_student, load_teacher
 from nkd_hf.data import describe_synsets
+from nkd_hf.labels import match_labels
 from nkd_hf.preprocessing import Preprocessing, read_preprocessing
-from nkd_hf.teacher import match_labels
 
 
 def test_pixels_are_renormalised_and_resized_for_the_teacher():
