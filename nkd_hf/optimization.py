@@ -10,10 +10,18 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
-from transformers import SchedulerType
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.utils import ExplicitEnum
+
+# What `get_scheduler` passes to the schedules of transformers itself.
+_PASSED = ("optimizer", "num_warmup_steps", "num_training_steps")
+# `get_scheduler` ignores the kwargs of the first two, and passes those of the others to the class that it names.
+_WITHOUT_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+_CLASSES = {SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau, SchedulerType.GREEDY: GreedyLR}
 
 
 class _Run(NamedTuple):
@@ -29,9 +37,9 @@ def multistep(
     milestones: Sequence[float],
     gamma: float = 0.1,
 ) -> float:
-    """Multiplied by `gamma` at each of the `milestones`, in epochs."""
-    epoch = _epoch(step, run)
-    return gamma ** sum(epoch >= milestone for milestone in milestones)
+    """Multiplied by `gamma` at each of the `milestones`, in epochs and parts of them."""
+    epochs = _epochs(step, run)
+    return gamma ** sum(epochs >= milestone for milestone in milestones)
 
 
 def exponential_by_epoch(step: int, run: _Run, *, gamma: float) -> float:
@@ -56,7 +64,7 @@ def cosine_by_epoch(
     step: int,
     run: _Run,
     *,
-    warmup_epochs: int = 0,
+    warmup_epochs: float = 0,
     warmup_factor: float = 0.0,
     warmup_by: str = "step",
     min_lr: float = 0.0,
@@ -64,10 +72,11 @@ def cosine_by_epoch(
     """A line from `warmup_factor` to 1 over `warmup_epochs`, then a cosine that falls to `min_lr` with each epoch.
 
     The line reaches 1 at the last step (`warmup_by="step"`) or in the last epoch (`"epoch"`) of the warm-up, as mmengine's
-    LinearLR does.
+    LinearLR does. A warm-up of one epoch by epoch is an epoch at `warmup_factor`, as there (where, other than here, the
+    rate stays at that factor afterwards: `LinearParamScheduler` of mmengine 0.10 multiplies nothing once its `end` is reached).
     """
     epoch = _epoch(step, run)
-    if epoch < warmup_epochs:
+    if _epochs(step, run) < warmup_epochs:
         position, last = (
             (epoch, warmup_epochs - 1)
             if warmup_by == "epoch"
@@ -75,7 +84,8 @@ def cosine_by_epoch(
         )
         return warmup_factor + (1 - warmup_factor) * min(1.0, position / max(1, last))
     num_epochs = max(1.0, run.num_steps / run.steps_per_epoch - warmup_epochs)
-    cosine = (1 + math.cos(math.pi * min(1.0, (epoch - warmup_epochs) / num_epochs))) / 2
+    progress = min(1.0, max(0.0, epoch - warmup_epochs) / num_epochs)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
     floor = min_lr / run.learning_rate if run.learning_rate else 0.0
     return floor + (1 - floor) * cosine
 
@@ -122,11 +132,18 @@ def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> li
 
 
 def lr_factor(
-    name: str, num_steps: int, num_epochs: float, learning_rate: float, arguments: dict | None = None
+    name: str,
+    num_steps: int,
+    num_epochs: float,
+    learning_rate: float,
+    arguments: dict | None = None,
+    *,
+    max_steps: int = -1,
 ) -> Callable[[int], float]:
     """A schedule as `torch.optim.lr_scheduler.LambdaLR` wants it.
 
-    Epochs are spread evenly over `num_steps`, so that a run of `max_steps` goes through the whole schedule.
+    With `max_steps`, epochs are spread evenly over the steps, so that the run goes through the whole schedule. Without it,
+    epochs begin where the data's do; the last one may be a part of an epoch (`num_train_epochs=2.5`).
 
     Args:
         name (`str`): one of `SCHEDULES`.
@@ -134,6 +151,7 @@ def lr_factor(
         num_epochs (`float`): epochs of the run.
         learning_rate (`float`): what `min_lr` is a part of; a rate that is scaled to the global batch scales both.
         arguments (`dict`, *optional*): keyword arguments of the schedule.
+        max_steps (`int`, defaults to -1): the training argument; positive where it sets `num_steps`.
 
     Returns:
         A function of the optimiser step (from 0) that gives the factor.
@@ -155,23 +173,18 @@ def lr_factor(
     check_arguments(name, arguments, learning_rate)
     if num_epochs <= 0:
         raise ValueError(f"num_train_epochs must be positive for lr_scheduler_type={name}, got {num_epochs}")
-    run = _Run(num_steps, num_steps / num_epochs, learning_rate)
+    steps_per_epoch = num_steps / num_epochs
+    if max_steps <= 0:
+        # The Trainer runs ceil(num_epochs * steps_per_epoch) steps.
+        steps_per_epoch = math.floor(steps_per_epoch + 1e-9) or steps_per_epoch
+    run = _Run(num_steps, steps_per_epoch, learning_rate)
     return lambda step: SCHEDULES[name](step, run, **arguments)
 
 
 def check_arguments(name: str, arguments: dict, learning_rate: float) -> None:
     """Raises ValueError where `arguments` are not those of the schedule, or out of range."""
     if name not in SCHEDULES:
-        parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
-        if unknown := [key for key in arguments if key not in parameters]:
-            raise ValueError(
-                f"lr_scheduler_kwargs of another schedule: {', '.join(map(str, unknown))} are not read by lr_scheduler_type={name}. "
-                "Set them too (none: --lr_scheduler_kwargs '{}')"
-            )
-        for key, value in arguments.items():
-            is_number = type(value) in (int, float) and _is_finite(value)
-            if re.search("int|float", str(parameters[key].annotation)) and not (is_number or value is None):
-                raise ValueError(f"lr_scheduler_kwargs: {key} must be a finite number, got {str(value)!r:.60}")
+        _check_arguments_of_transformers(SchedulerType(name), arguments, learning_rate)
         return
     parameters = inspect.signature(SCHEDULES[name]).parameters.values()
     known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -191,9 +204,54 @@ def check_arguments(name: str, arguments: dict, learning_rate: float) -> None:
         ):
             expected = "a list of epochs" if key == "milestones" else "a finite number"
             raise ValueError(f"lr_scheduler_kwargs: {key} must be {expected} >= 0, got {value!r:.60}")
-    if arguments.get("min_lr", 0.0) > learning_rate > 0:
+    warms_up_by_epoch = arguments.get("warmup_by") == "epoch" and arguments.get("warmup_epochs")
+    if warms_up_by_epoch and not arguments.get("warmup_factor"):
         raise ValueError(
-            f"lr_scheduler_kwargs: min_lr={arguments['min_lr']} is the rate's floor, and learning_rate={learning_rate} lies "
+            "lr_scheduler_kwargs: warmup_factor must be above 0 with warmup_by=epoch, got "
+            f"{arguments.get('warmup_factor', 0.0)}. The first epoch would be trained at a rate of 0: set it, such as to "
+            "0.1, or warmup_by to step"
+        )
+    if "constant_steps" in arguments and arguments["constant_steps"] != int(arguments["constant_steps"]):
+        raise ValueError(
+            f"lr_scheduler_kwargs: constant_steps must be a whole number, got {arguments['constant_steps']}. It counts "
+            "optimiser steps, not a part of the run"
+        )
+    _check_floor(arguments, learning_rate)
+
+
+def _check_arguments_of_transformers(schedule: SchedulerType, arguments: dict, learning_rate: float) -> None:
+    function = _CLASSES.get(schedule, TYPE_TO_SCHEDULER_FUNCTION[schedule])
+    parameters = {} if schedule in _WITHOUT_KWARGS else dict(inspect.signature(function).parameters)
+    known = {key: parameter for key, parameter in parameters.items() if key not in _PASSED}
+    if unknown := [key for key in arguments if key not in known]:
+        raise ValueError(
+            f"lr_scheduler_kwargs of another schedule: {', '.join(map(str, unknown))} are not read by "
+            f"lr_scheduler_type={schedule.value}. It reads {', '.join(known) or 'none'}: set these "
+            "(none: --lr_scheduler_kwargs '{}')"
+        )
+    for key, value in arguments.items():
+        annotation = str(known[key].annotation)
+        values = value if isinstance(value, list) and "list" in annotation else [value]
+        are_numbers = all(type(v) in (int, float) and _is_finite(v) for v in values)
+        if re.search("int|float", annotation) and not (are_numbers or value is None):
+            raise ValueError(f"lr_scheduler_kwargs: {key} must be a finite number, got {str(value)!r:.60}")
+    _check_floor(arguments, learning_rate)
+    # One that is built here needs what the Trainer's will need; lists have an entry for each of its two groups.
+    groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}]
+    optimizer = torch.optim.SGD(groups, learning_rate or 1.0)
+    try:
+        get_scheduler(schedule, optimizer, 1, 2, scheduler_specific_kwargs=arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs do not fit lr_scheduler_type={schedule.value}, got {arguments}: {error}"
+        ) from error
+
+
+def _check_floor(arguments: dict, learning_rate: float) -> None:
+    floor = arguments.get("min_lr") or 0.0
+    if not isinstance(floor, list) and floor > learning_rate > 0:
+        raise ValueError(
+            f"lr_scheduler_kwargs: min_lr={floor} is the rate's floor, and learning_rate={learning_rate} lies "
             "below it: set min_lr too"
         )
 
@@ -205,6 +263,10 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+def _epochs(step: int, run: _Run) -> float:
+    # A whole number of epochs may be off by one bit after the division.
+    return step / run.steps_per_epoch + 1e-9
+
+
 def _epoch(step: int, run: _Run) -> int:
-    # A whole number of steps per epoch may be off by one bit after the division.
-    return math.floor(step / run.steps_per_epoch + 1e-9)
+    return math.floor(_epochs(step, run))

@@ -235,7 +235,10 @@ def _learning_rates(
     """The rate of the first step of each epoch; None where it depends on the evaluations."""
     name, num_steps, kwargs = training.lr_scheduler_type.value, steps["num_steps"], training.lr_scheduler_kwargs
     if name in SCHEDULES:
-        factor = lr_factor(name, num_steps, training.num_train_epochs, training.learning_rate, kwargs)
+        # The recipe sets max_steps for a stream.
+        is_set = training.max_steps > 0 or steps["num_steps"] == steps["steps_per_epoch"] * training.num_train_epochs
+        epochs, rate = training.num_train_epochs, training.learning_rate
+        factor = lr_factor(name, num_steps, epochs, rate, kwargs, max_steps=num_steps if is_set else -1)
     else:
         # The way of the Trainer's optimiser: its groups have the scaled rate, its defaults the one that is set.
         optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)

@@ -299,7 +299,12 @@ class DistillationTrainer(FiniteTrainer):
         if name not in SCHEDULES:
             return super().create_scheduler(num_training_steps, optimizer)
         factor = lr_factor(
-            name, num_training_steps, args.num_train_epochs, args.learning_rate, args.lr_scheduler_kwargs
+            name,
+            num_training_steps,
+            args.num_train_epochs,
+            args.learning_rate,
+            args.lr_scheduler_kwargs,
+            max_steps=args.max_steps,
         )
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._created_lr_scheduler = True

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.optim import param_groups_weight_decay
 from tiny import digits, make_trainer, native_vit, timm_cnn, timm_deit
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, SchedulerType, TrainerCallback
 
 from nkd_hf import DistillationTrainingArguments, NKDLoss, USKDLoss
 from nkd_hf.batch_norm import estimate_batch_norm
@@ -66,6 +66,36 @@ def test_cosine_by_epoch_with_a_warm_up_by_epoch():
     assert rate(99) == pytest.approx(0.4 * (1 + math.cos(math.pi * 94 / 95)))
 
 
+def test_a_milestone_acts_within_an_epoch():
+    factor = lr_factor("multistep", 300, 3, 0.1, {"milestones": [1.5, 2.25]})
+    assert [factor(step) for step in (0, 149, 150, 224, 225)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    # The first step that is not before it.
+    factor = lr_factor("multistep", 9, 3, 0.1, {"milestones": [1.5]})
+    assert [factor(step) for step in (4, 5)] == pytest.approx([1, 0.1])
+
+
+def test_epochs_begin_where_the_datas_do_in_a_run_of_two_and_a_half():
+    # Three steps in an epoch: the Trainer runs 3 + 3 + 2.
+    factor = lr_factor("multistep", 8, 2.5, 0.1, {"milestones": [1, 2]})
+    assert [factor(step) for step in range(8)] == pytest.approx([1] * 3 + [0.1] * 3 + [0.01] * 2)
+    # Steps that are set are divided evenly among the epochs: 3.2 each.
+    factor = lr_factor("multistep", 8, 2.5, 0.1, {"milestones": [1, 2]}, max_steps=8)
+    assert [factor(step) for step in range(8)] == pytest.approx([1] * 4 + [0.1] * 3 + [0.01])
+
+
+def test_a_warm_up_that_ends_within_an_epoch():
+    rate = rates("cosine_by_epoch", 10, 4, 1.0, warmup_epochs=1.5, warmup_factor=0.5, warmup_by="epoch")
+    assert [rate(0), rate(0, 9), rate(1), rate(1, 9)] == pytest.approx([0.5, 0.5, 1.0, 1.0])
+    assert rate(2) == pytest.approx((1 + math.cos(math.pi * 0.5 / 2.5)) / 2)
+    rate = rates("cosine_by_epoch", 10, 4, 1.0, warmup_epochs=0.5, warmup_factor=0.5, warmup_by="epoch")
+    assert [rate(0, 4), rate(0, 5), rate(0, 9)] == pytest.approx([0.5, 1.0, 1.0])
+
+
+def test_one_epoch_of_warm_up_by_epoch_is_trained():
+    rate = rates("cosine_by_epoch", 10, 4, 1.0, warmup_epochs=1, warmup_factor=0.1, warmup_by="epoch")
+    assert [rate(0), rate(0, 9), rate(1)] == pytest.approx([0.1, 0.1, 1.0])
+
+
 @pytest.mark.parametrize(
     ("num_steps", "num_epochs"), [(3, 300), (1, 100), (500456, 100), (30, 2.5), (25040, 20), (7, 0.5)]
 )
@@ -97,6 +127,46 @@ def test_schedules_of_odd_runs_stay_in_range(num_steps, num_epochs):
             "a finite number >= 0",
         ),
         ({"lr_scheduler_kwargs": "milestones=1"}, "must be a mapping in JSON"),
+        (
+            {
+                "lr_scheduler_type": "cosine_by_epoch",
+                "lr_scheduler_kwargs": {"warmup_epochs": 1, "warmup_by": "epoch"},
+            },
+            "warmup_factor must be above 0 with warmup_by=epoch, got 0.0",
+        ),
+        (
+            {"lr_scheduler_type": "constant_then_linear", "lr_scheduler_kwargs": {"constant_steps": 0.1}},
+            "constant_steps must be a whole number, got 0.1",
+        ),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"last_epoch": 3}}, "It reads none"),
+        ({"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_warmup_steps": 3}}, "reads none"),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_training_steps": 3}}, "It reads last_epoch"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "do not fit lr_scheduler_type=cosine_with_min_lr, got {}: One of",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1.0}}, "set min_lr too"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "lr_scheduler_kwargs": {"gamma": 0.1},
+                "eval_strategy": "epoch",
+            },
+            "gamma are not read by lr_scheduler_type=reduce_lr_on_plateau. It reads mode, factor, patience",
+        ),
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "lr_scheduler_kwargs": {"mode": "up"},
+                "eval_strategy": "epoch",
+            },
+            "mode up is unknown",
+        ),
+        (
+            {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"min_lr": ["0"]}, "eval_strategy": "epoch"},
+            "min_lr must be a finite number",
+        ),
         ({"lr_scheduler_kwargs": "[1]"}, "must be a mapping such as"),
         ({"optim": "adamw_torch", "optim_args": "momentum=0.9"}, "optim=adamw_torch does not read optim_args"),
         ({"no_weight_decay": "norm"}, "must be a list, got 'norm'"),
@@ -132,6 +202,44 @@ def test_the_trainer_follows_the_schedule_whatever_the_batch(tmp_path, batch, ac
     trainer.train()
     steps = math.ceil(math.ceil(48 / batch) / accumulation)
     assert seen.rates == pytest.approx([0.1] * steps + [0.01] * 2 * steps + [0.001] * steps)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "expected"),
+    [
+        ("reduce_lr_on_plateau", {"threshold": 9.0, "threshold_mode": "abs"}, [1, 1, 0.5, 0.25]),
+        ("greedy", {"min_lr": 0, "threshold": 9.0}, [1, 2, 1, 0.5]),  # the first one is better than none
+    ],
+)
+def test_schedules_that_follow_the_evaluations_read_their_arguments(tmp_path, scheduler, arguments, expected):
+    # No evaluation is better than the one before by 9, so that the rate is halved at each but the first.
+    seen = Rates()
+    make_trainer(
+        tmp_path, timm_cnn(), digits(0, 64), digits(64, 80), callbacks=[seen], max_steps=4, learning_rate=0.01,
+        eval_strategy="steps", eval_steps=1, lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs=arguments | {"factor": 0.5, "patience": 0},
+    ).train()  # fmt: skip
+    assert seen.rates == pytest.approx([0.01 * factor for factor in expected])
+
+
+@pytest.mark.parametrize("scheduler", list(SchedulerType))
+def test_every_schedule_of_transformers_takes_what_it_reads(scheduler):
+    arguments = {
+        "cosine_with_restarts": {"num_cycles": 2},
+        "polynomial": {"lr_end": 1e-6, "power": 2.0},
+        "inverse_sqrt": {"timescale": 10},
+        "cosine_with_min_lr": {"min_lr": 1e-5},
+        "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 3, "decay_type": "linear"},
+        "reduce_lr_on_plateau": {"factor": 0.5, "patience": 2, "min_lr": [0.0, 1e-6]},
+        "greedy": {"smooth": True, "window_size": 5, "min_lr": 0},
+    }.get(scheduler.value, {})
+    args = DistillationTrainingArguments(
+        "unused", use_cpu=True, report_to="none", eval_strategy="epoch", lr_scheduler_type=scheduler.value,
+        lr_scheduler_kwargs=arguments,
+    )  # fmt: skip
+    assert args.lr_scheduler_type == scheduler
+    assert (args.lr_scheduler_kwargs or {}) == arguments
 
 
 def test_a_resumed_run_follows_the_schedule_and_the_average_bit_for_bit(tmp_path):
