@@ -236,7 +236,9 @@ class Recipe:
         args, seed = self.data_args, self.training_args.seed
         processor = load_image_processor(student)
         wanted = read_preprocessing(student, processor)
-        transform = train_transform(args, wanted.size, wanted.mean, wanted.std, wanted.interpolation)
+        transform = train_transform(
+            args, wanted.size, wanted.mean, wanted.std, wanted.interpolation, wanted.channel_order
+        )
         kind = StreamingImageDataset if args.streaming else ImageDataset
         train = kind(self.data["train"], transform, seed, args.on_bad_image)
         validation = kind(

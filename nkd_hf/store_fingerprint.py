@@ -17,7 +17,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .architectures import is_architecture
 from .data import DataArguments
-from .preprocessing import Preprocessing
+from .preprocessing import RGB, Preprocessing
 from .recipe_args import RecipeArguments
 from .teacher import load_teacher
 from .teacher_logits import StoreInfo
@@ -75,6 +75,8 @@ def run_fingerprint(
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
         "interpolation": pixels.interpolation,
+        # Only where it is not RGB, so that stores without the key are still read.
+        **({} if pixels.channel_order == RGB else {"channel_order": list(pixels.channel_order)}),
         **{name: getattr(data, name) for name in _AUGMENTATION},
     }
 
@@ -146,8 +148,9 @@ def check_fingerprint(
 
 def fingerprint_differences(store: dict[str, Any], run: dict[str, Any]) -> str:
     """What differs of that which the run says; an empty text if nothing does."""
-    differ = [name for name in run if store.get(name) != run[name]]
-    return "; ".join(f"{name}: store {_short(store.get(name))}, run {_short(run[name])}" for name in differ)
+    names = dict.fromkeys([*run, *({"channel_order"} & store.keys())])
+    differ = [name for name in names if store.get(name) != run.get(name)]
+    return "; ".join(f"{name}: store {_short(store.get(name))}, run {_short(run.get(name))}" for name in differ)
 
 
 def library_versions() -> dict[str, str]:

@@ -9,19 +9,11 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers import (
-    AutoImageProcessor,
-    BaseImageProcessor,
-    BitImageProcessor,
-    PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    TimmWrapperImageProcessor,
-)
-from transformers.image_utils import PILImageResampling
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from .architectures import ARCHITECTURES, is_architecture
-from .opening import RefusedError, check_model_args, comes_with_code, open_pretrained
+from .opening import RefusedError, check_model_args, open_pretrained
+from .preprocessing import load_image_processor  # noqa: F401  (other modules import it from here)
 
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
@@ -213,29 +205,3 @@ def _open_student(
         student.config.id2label = dict(id2label)
         student.config.label2id = {label: i for i, label in id2label.items()}
     return student
-
-
-def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
-    """Gives the image processor that belongs to a student: what `pipeline("image-classification")` will use.
-
-    Evaluation calls the same processor, so that what was measured is what a user of the student gets.
-
-    Args:
-        student: what [`create_student`] returned.
-
-    Returns:
-        `BaseImageProcessor`: `processor(image, return_tensors="pt")["pixel_values"]` is [1, 3, H, W] float32.
-    """
-    if isinstance(student, TimmWrapperForImageClassification):
-        return TimmWrapperImageProcessor(student.config.pretrained_cfg, architecture=student.config.architecture)
-    if pretrained_cfg := getattr(student.config, "pretrained_cfg", None):
-        size = pretrained_cfg["input_size"][-1]
-        # Its crop is torchvision's, but for half a pixel that it rounds down where torchvision rounds to even.
-        return BitImageProcessor(
-            size={"shortest_edge": round(size / pretrained_cfg["crop_pct"])},
-            crop_size={"height": size, "width": size},
-            resample=PILImageResampling[pretrained_cfg["interpolation"].upper()],
-            image_mean=pretrained_cfg["mean"],
-            image_std=pretrained_cfg["std"],
-        )
-    return AutoImageProcessor.from_pretrained(student.name_or_path, trust_remote_code=comes_with_code(student))

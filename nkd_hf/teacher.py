@@ -51,6 +51,7 @@ class Teacher(nn.Module):
         self.channels_last = self.has_own_dtype = False
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
+        self.register_buffer("channels", None, persistent=False)
         self.register_buffer("order", None, persistent=False)
         self._taps: dict[str, FeatureTap] = {}
         self._hands_out_head = False
@@ -69,7 +70,7 @@ class Teacher(nn.Module):
         Raises:
             ValueError: the two label spaces cannot be matched (see [`match_labels`]).
         """
-        self.scale = self.shift = None
+        self.scale = self.shift = self.channels = None
         if (self.preprocessing is None) != (preprocessing is None):
             logger.warning(
                 "The %s's preprocessing is not known: the pixels reach %s as the student gets them. Hand in its image "
@@ -77,13 +78,16 @@ class Teacher(nn.Module):
                 "student" if preprocessing is None else "teacher",
                 self.name,
             )
-        if self.preprocessing and preprocessing and preprocessing[:2] != self.preprocessing[:2]:
+        if self.preprocessing and preprocessing and preprocessing.colours != self.preprocessing.colours:
+            order = list(self.preprocessing.channel_order)
             student_mean, student_std, mean, std = (
-                torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
-                for values in (*preprocessing[:2], *self.preprocessing[:2])
+                torch.tensor(values, dtype=torch.float32)[order].view(-1, 1, 1)
+                for values in (preprocessing.mean, preprocessing.std, self.preprocessing.mean, self.preprocessing.std)
             )
             # ((pixels * student_std + student_mean) - mean) / std, in one multiplication and one addition
             self.scale, self.shift = student_std / std, (student_mean - mean) / std
+            if preprocessing.channel_order != self.preprocessing.channel_order:
+                self.channels = torch.tensor([preprocessing.channel_order.index(colour) for colour in order])
         order = None
         if self.id2label is not None and id2label is not None:
             order = match_labels(id2label, self.id2label, self.name)
@@ -171,6 +175,8 @@ class Teacher(nn.Module):
         """
         own_dtype = torch.autocast(pixel_values.device.type, enabled=False)
         with torch.no_grad(), own_dtype if self.has_own_dtype else contextlib.nullcontext():
+            if self.channels is not None:
+                pixel_values = pixel_values[:, self.channels]
             if self.scale is not None:
                 pixel_values = pixel_values * self.scale + self.shift
             if self.preprocessing and pixel_values.shape[-2:] != self.preprocessing.size:

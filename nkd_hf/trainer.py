@@ -202,6 +202,8 @@ class DistillationTrainer(FiniteTrainer):
         if teacher is None:
             if self.teacher_logits is None and (unused := self.args.teacher_settings):
                 raise ValueError(f"{', '.join(unused)} set how a teacher computes, and there is none: leave them out")
+            if self.processing_class is not None:
+                read_preprocessing(model.student, self.processing_class)  # for its errors
             return None
         if teacher is model.student:
             raise ValueError("teacher and student are one and the same model: freezing the one would freeze the other")

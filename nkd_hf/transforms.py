@@ -29,6 +29,7 @@ def train_transform(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str = "bilinear",
+    channel_order: Sequence[int] = (0, 1, 2),
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
     """The augmentation of training images, up to normalisation.
 
@@ -39,9 +40,10 @@ def train_transform(
     Args:
         args: the augmentation.
         size: height and width of the result, or one integer for both.
-        mean: per channel, for pixels in 0..1.
-        std: per channel, for pixels in 0..1.
+        mean: of red, green and blue, for pixels in 0..1.
+        std: of red, green and blue, for pixels in 0..1.
         interpolation: `bilinear` or `bicubic`.
+        channel_order: which of red (0), green (1) and blue (2) each channel of the result is.
 
     Returns:
         A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. It also takes a tensor [3, H, W] uint8, and says so with
@@ -63,7 +65,8 @@ def train_transform(
     lighting = _Lighting(args.pca_lighting) if args.pca_lighting else None
     erase = RandomErasing(args.random_erasing, mode="pixel", device="cpu") if args.random_erasing else None
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return _TrainTransform(crop, args.horizontal_flip, augment, lighting, mean, std, erase)
+    order = None if tuple(channel_order) == (0, 1, 2) else list(channel_order)
+    return _TrainTransform(crop, args.horizontal_flip, augment, lighting, mean, std, order, erase)
 
 
 def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> list[Callable]:
@@ -116,6 +119,7 @@ class _TrainTransform:
     lighting: nn.Module | None
     mean: torch.Tensor
     std: torch.Tensor
+    order: list[int] | None  # of the channels, where they are not red, green and blue
     erase: RandomErasing | None
 
     takes_tensors = True
@@ -138,6 +142,8 @@ class _TrainTransform:
         if self.lighting is not None:
             pixels = self.lighting(pixels)
         pixels.sub_(self.mean).div_(self.std)
+        if self.order is not None:
+            pixels = pixels[self.order]
         return pixels if self.erase is None else self.erase(pixels)
 
 
@@ -204,4 +210,5 @@ def processor_transform(processor) -> Callable[[PIL.Image.Image], torch.Tensor]:
 
 
 def _process(processor, image: PIL.Image.Image) -> torch.Tensor:
-    return processor(image, return_tensors="pt")["pixel_values"][0]
+    # Pixels that are neither rescaled nor normalised are uint8.
+    return processor(image, return_tensors="pt")["pixel_values"][0].to(torch.float32)

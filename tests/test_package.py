@@ -19,7 +19,7 @@ MODULES = [module.name for module in pkgutil.walk_packages(nkd_hf.__path__, "nkd
 ALLOWED = {
     "losses": {"losses"},
     "features": set(),
-    "preprocessing": set(),
+    "preprocessing": {"opening"},
     "architectures": {"modeling_resnet_cifar", "modeling_shufflenet_v2"},
     "modeling_resnet_cifar": set(),
     "modeling_shufflenet_v2": set(),
@@ -51,7 +51,7 @@ ALLOWED = {
         "transforms",
     },
     "store_hub": {"access", "hub", "teacher_logits"},
-    "students": {"architectures", "opening"},
+    "students": {"architectures", "opening", "preprocessing"},
     "cli": set(),
     "folders": set(),
     "publishing": set(),
