@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .data import DataArguments, describe_synsets, load_evaluation_split
-from .export import open_classifier
 from .images import ImageDataset, StreamingImageDataset
 from .labels import match_labels
 from .metrics import compute_metrics, top5_indices
+from .opening import open_classifier
 from .students import load_image_processor
 from .transforms import processor_transform
 

@@ -9,34 +9,10 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from .folders import new_folder
 from .modeling import save_student
-from .opening import RefusedError, open_pretrained
+from .opening import open_classifier
 from .students import load_image_processor
 
 logger = logging.getLogger(__name__)
-
-
-def open_classifier(name: str, **kwargs) -> PreTrainedModel:
-    """Opens a finished image classifier, and does not make up for weights that it lacks.
-
-    Args:
-        name: a folder or a Hub id.
-        kwargs: `allow_pickle`, `trust_remote_code` and those of `from_pretrained`; see [`open_pretrained`].
-
-    Raises:
-        ValueError: there is no such model, or the file's weights are not those of its configuration.
-    """
-    try:
-        model, info = open_pretrained(name, output_loading_info=True, **kwargs)
-    except RefusedError as error:
-        raise ValueError(f"{name} is not opened: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} could not be opened as a folder or a Hub id: {error}") from error
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info[fault])):
-            raise ValueError(
-                f"{name} is no whole image classifier: {len(keys)} {fault.replace('_', ' ')}, {keys[0]} first"
-            )
-    return model
 
 
 def export(checkpoint: str, output: str, overwrite: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:

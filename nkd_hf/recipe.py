@@ -27,6 +27,7 @@ from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sa
 from .metrics import compute_metrics, top5_indices
 from .model_card import CardInfo, check_license, launch_line
 from .model_card.curves import OTHER_DATASET
+from .opening import open_classifier
 from .preprocessing import read_preprocessing
 from .recipe_args import RecipeArguments
 from .run_folder import RESULTS, begin, finish, hold, is_trained, settings_of, stage_history, write_results
@@ -262,7 +263,8 @@ class Recipe:
         if history is not None:
             self._note(name, history)
             self._say(f"The {name} in {args.output_dir} is trained already")
-            student.load_state_dict(type(student).from_pretrained(args.output_dir).state_dict())
+            trained = open_classifier(args.output_dir, trust_remote_code=self.args.trust_remote_code)
+            student.load_state_dict(trained.state_dict())
             return student.to(args.device)
         args.push_to_hub = args.push_to_hub and is_result
         args.hub_model_id = args.hub_model_id or self.folder.name

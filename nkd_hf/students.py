@@ -191,9 +191,9 @@ def _open_student(
         # In float32 whatever the file has: half precision is autocast's business, not that of the weights that train.
         student = open_pretrained(
             name,
+            new_head=True,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,
             dtype=torch.float32,
             **labels,
         )

@@ -223,7 +223,7 @@ def test_models_that_do_not_open(tmp_path, student, capsys):
     (tmp_path / "headless" / "config.json").write_text(json.dumps(config))
     code, _, error = run(capsys, *args, "--model", str(tmp_path / "headless"))
     assert code == 2
-    assert "headless is no whole image classifier: 2 missing keys, classifier.bias first" in error
+    assert "its weights must be a whole image classifier, got 2 missing keys of 72, classifier.bias first" in error
     assert run(capsys, *args, "--model", student, "--batch_size", "0")[0] == 2
     code, _, error = run(capsys, *args, "--model", student, "--device", "warp")
     assert code == 2

@@ -98,7 +98,7 @@ def test_configurations_that_lead_elsewhere(folder, tmp_path, marker):
             refused(folder, message, allow_pickle=True, trust_remote_code=True)
         (folder / "config.json").write_text(before)
     load_teacher(str(folder))  # as it was, it opens
-    # timm itself would have opened the file; its older versions (before 1.0.27) all of it.
+    # timm itself would have opened the file; its versions before 1.0.26 all of it.
     with pytest.raises(ValueError, match="hold checkpoint_path"):
         create_student("resnet18", model_args={"checkpoint_path": str(weights)})
 
@@ -166,6 +166,20 @@ def test_image_processor_with_code(native, marker):
     file.write_text(json.dumps({"image_processor_type": "os.system"}))
     with pytest.raises(ValueError, match="Unrecognized image processor"):
         load_teacher(str(native))
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_that_leads_to_another_model(native, folder, tmp_path, marker, monkeypatch, with_config):
+    # With peft installed, transformers opens the model that adapter_config.json names, and timm that model's pickle.
+    monkeypatch.setattr("transformers.models.auto.auto_factory.is_peft_available", lambda: True)
+    torch.save({"state_dict": Malicious(marker)}, tmp_path / "evil.pth")
+    change(folder / "config.json", model_args={"checkpoint_path": str(tmp_path / "evil.pth")})
+    if not with_config:
+        (native / "config.json").unlink()
+    (native / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    message = "it has an adapter_config.json, so its weights are an adapter of another model"
+    refused(native, message)
+    refused(native, message, allow_pickle=True, trust_remote_code=True)
 
 
 # ---- the YAML of a recipe

@@ -6,15 +6,18 @@ import shutil
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from datasets.exceptions import DatasetNotFoundError
 from hub_server import OTHERS_TOKEN
 from test_cli import run
-from tiny import native_resnet, timm_cnn
+from tiny import DIGITS, native_resnet, native_vit, timm_cnn, timm_deit
 from transformers import AutoModelForImageClassification, BitImageProcessor
 
 from nkd_hf import DataArguments, RecipeArguments, create_student, load_image_dataset, load_teacher
+from nkd_hf.export import export
 from nkd_hf.modeling import save_student
+from nkd_hf.opening import open_classifier
 
 CODE = """import os
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -185,3 +188,93 @@ def test_cached_teacher_and_student_open_offline(hub, tmp_path, monkeypatch):
         load_teacher("them/none")
     assert len(hub.requests) == before
     assert AutoModelForImageClassification.from_pretrained("them/timm").config.architecture == "resnet18"
+
+
+# ---- weights that are not those of the model
+
+
+def rename_weights(folder, rename):
+    """Renames the weights of a folder; those whose new name is None are removed."""
+    file = folder / "model.safetensors"
+    state = {rename(key): value for key, value in safetensors.torch.load_file(file).items()}
+    state.pop(None, None)
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+
+
+MODELS = {"timm cnn": timm_cnn, "timm deit": timm_deit, "native cnn": native_resnet, "native vit": native_vit}
+
+
+def finished_openers(folder, tmp_path):
+    """All that open a finished classifier."""
+    return (
+        lambda: load_teacher(str(folder)),
+        lambda: open_classifier(str(folder)),
+        lambda: export(str(folder), str(tmp_path / "exported")),
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "_orig_mod."])
+def test_weights_under_a_foreign_prefix_are_no_random_model(tmp_path, model, prefix):
+    save_student(MODELS[model](), str(tmp_path / "model"))
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path / "model")
+    rename_weights(tmp_path / "model", lambda key: prefix + key)
+    message = rf"got \d+ missing keys of \d+, .* Remove the prefix '{prefix}' from the keys of its weights"
+    for opened in (*finished_openers(tmp_path / "model", tmp_path), lambda: create_student(str(tmp_path / "model"))):
+        with pytest.raises(ValueError, match=message):
+            opened()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_backbone_is_no_teacher_but_starts_a_student(tmp_path, model):
+    whole = MODELS[model]()
+    save_student(whole, str(tmp_path / "model"))
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path / "model")
+    heads = ("fc.", "head.", "classifier.")
+    rename_weights(tmp_path / "model", lambda key: None if key.startswith(heads) else key)
+    for opened in finished_openers(tmp_path / "model", tmp_path):
+        with pytest.raises(ValueError, match=r"a whole image classifier, got 2 missing keys of \d+, .*bias first"):
+            opened()
+    student = create_student(str(tmp_path / "model"), num_labels=3)
+    expected = {key: value for key, value in whole.state_dict().items() if not key.split(".", 1)[1].startswith(heads)}
+    expected = {key: value for key, value in expected.items() if not key.startswith(heads)}
+    assert len(expected) == len(whole.state_dict()) - 2
+    got = {key: student.state_dict()[key] for key in expected}
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_backbone_of_transformers_is_no_teacher(tmp_path):
+    native_vit().vit.save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"2 missing keys of \d+, classifier\.bias first"):
+        load_teacher(str(tmp_path))
+    assert create_student(str(tmp_path), id2label=DIGITS).config.num_labels == 10
+
+
+def test_a_student_whose_backbone_lacks_a_weight_is_refused(tmp_path):
+    native_vit().save_pretrained(tmp_path / "missing")
+    rename_weights(
+        tmp_path / "missing", lambda key: None if key.endswith("patch_embeddings.projection.weight") else key
+    )
+    with pytest.raises(ValueError, match=r"all layers but the classifier, got 1 missing keys of \d+, vit\.embeddings"):
+        create_student(str(tmp_path / "missing"), num_labels=3)
+    native_vit().save_pretrained(tmp_path / "mismatched")
+    change_config(tmp_path / "mismatched", patch_size=4)
+    with pytest.raises(
+        ValueError, match=r"all layers but the classifier, got 2 mismatched keys of \d+, vit\.embeddings"
+    ):
+        create_student(str(tmp_path / "mismatched"), num_labels=3)
+
+
+def test_a_teacher_with_more_layers_than_its_configuration_is_refused(tmp_path):
+    native_vit().save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    change_config(tmp_path, num_hidden_layers=2)
+    for opened in finished_openers(tmp_path, tmp_path):
+        with pytest.raises(ValueError, match=r"a whole image classifier, got 32 unexpected keys"):
+            opened()
+
+
+def change_config(folder, **settings):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))

@@ -67,7 +67,7 @@ ALLOWED = {
     "mmcls_checkpoint": set(),
     "export": {"folders", "modeling", "opening", "students"},
     "convert": {"export", "folders", "mmcls_checkpoint", "modeling", "students"},
-    "evaluation": {"data", "export", "images", "labels", "metrics", "students", "transforms"},
+    "evaluation": {"data", "images", "labels", "metrics", "opening", "students", "transforms"},
     "recipe_args": {"features", "losses", "students"},
     "plan_costs": {"modeling", "optimization", "training_args"},
     "plan_models": {"architectures", "data", "opening", "preprocessing", "recipe_args"},

@@ -23,7 +23,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.datasets import load_digits
-from tiny import digits, native_resnet, timm_cnn, timm_deit
+from tiny import digits, native_resnet, native_vit, timm_cnn, timm_deit
 from transformers import ViTImageProcessor, pipeline
 
 from nkd_hf import create_student, load_image_processor
@@ -237,11 +237,17 @@ def test_models_that_are_missing_or_not_to_be_trusted(models, tmp_path):
     student = create_student("resnet18_cifar", num_labels=10, model_args={"layers": [1, 1, 1, 1]})
     student.save_pretrained(custom)
     load_image_processor(student).save_pretrained(custom)
+    adapter, headless = tmp_path / "adapter", tmp_path / "headless"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(models / "teacher")}))
+    native_vit().vit.save_pretrained(headless)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(headless)
     cases = [
         {"TEACHER": str(models / "teacher")},
         {"STUDENT": str(pickled)},
         {"STUDENT": str(models / "student"), "TEACHER": str(custom)},
         {"STUDENT": str(models / "student"), "TEACHER": str(custom), "TRUST_REMOTE_CODE": "1"},
+        {"STUDENT": str(models / "student"), "BASELINE": str(adapter), "TEACHER": str(headless)},
     ]
     done = subprocess.run(
         [PYTHON, "-c", PAGES, SPACE, json.dumps(cases)],
@@ -261,6 +267,9 @@ def test_models_that_are_missing_or_not_to_be_trusted(models, tmp_path):
     assert "If you trust that, set TRUST_REMOTE_CODE to 1." in pages[2]["notes"]
     assert {"student-labels", "teacher-labels"} <= set(pages[3])
     assert "teacher" not in pages[3]["notes"]
+    assert {"student-labels"} == {key for key in pages[4] if key.endswith("-labels")}
+    assert "it has an adapter_config.json: merge the adapter into its model" in pages[4]["notes"]
+    assert "it is no whole image classifier: 2 weights are missing, classifier.bias first" in pages[4]["notes"]
     names = json.loads(
         next(line for line in done.stdout.splitlines() if line.startswith("NAMES ")).removeprefix("NAMES ")
     )

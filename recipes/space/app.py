@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ImageClassificationPipeline, pipeline
 from transformers.image_utils import load_image
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
 
 ROLES = ("student", "baseline", "teacher")
 TIMED_RUNS = 3
@@ -25,11 +26,17 @@ MAX_ASPECT_RATIO = 50
 def open_model(name: str) -> ImageClassificationPipeline:
     """The model of a Hub id or a folder, and its own preprocessing."""
     trust = os.environ.get("TRUST_REMOTE_CODE") == "1"
-    model = AutoModelForImageClassification.from_pretrained(
+    # transformers would open the model that the file names, whatever that is.
+    if cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False):
+        raise ValueError(f"it has an {ADAPTER_CONFIG_NAME}: merge the adapter into its model, and give that.")
+    model, loaded = AutoModelForImageClassification.from_pretrained(
         name,
         use_safetensors=True,  # A pickle can run code when it is opened.
         trust_remote_code=trust,
+        output_loading_info=True,
     )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"it is no whole image classifier: {len(missing)} weights are missing, {missing[0]} first.")
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust)
     classifier = pipeline("image-classification", model=model, image_processor=processor)
     classifier(Image.new("RGB", (224, 224)))  # A model that cannot answer should say so before the page is there.
