@@ -306,7 +306,7 @@ def soft_labels(
     handle = loss.head.register_forward_hook(lambda module, inputs, output: mid_logits.append(output))
     model = trainer.model.eval()
     with torch.no_grad():
-        student_logits = model(pixels, labels)["logits"]
+        student_logits = model(pixels, labels, {})["logits"]
     handle.remove()
     target, others = uskd_labels(mid_logits[0], student_logits, labels, True, True, "official")
     teacher = store.dense(store.read(0, range(len(order)))).softmax(-1)

@@ -27,6 +27,7 @@ from .checkpoints import (
     checkpoints,
     fault_of,
     is_model_only,
+    is_of_trainer,
     last_whole_checkpoint,
     put_aside,
     remove_unfinished,
@@ -39,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 # What was summed up for the log since its last entry, a list with an entry per process.
 _SUMS = "sums_since_log.json"
+_OF_TRAINER = (
+    "saved by transformers.Trainer, whose checkpoints this trainer does not resume. Pass its model "
+    "(AutoModelForImageClassification.from_pretrained of that folder) as model, and train without resume_from_checkpoint."
+)
 _MODEL_ONLY = (
     "cannot be resumed: saved with save_only_model, which leaves the optimiser's state out. Train anew without "
     "resume_from_checkpoint, and without save_only_model if it is to be resumed later"
@@ -117,8 +122,12 @@ class CheckpointTrainer(HubTrainer):
             wanted = self.last_checkpoint()
             if wanted is None and any(map(is_model_only, checkpoints(folder))):
                 raise ValueError(f"the checkpoints in {folder} {_MODEL_ONLY}")
+            if wanted is None and any(map(is_of_trainer, checkpoints(folder))):
+                raise ValueError(f"the checkpoints in {folder} cannot be resumed: {_OF_TRAINER}")
             if wanted is None:
                 raise ValueError(f"{folder} holds no whole checkpoint: train without resume_from_checkpoint")
+        elif wanted and is_of_trainer(str(wanted)):
+            raise ValueError(f"the checkpoint {wanted} cannot be resumed: {_OF_TRAINER}")
         elif wanted and (fault := fault_of(str(wanted))):
             raise ValueError(f"the checkpoint {wanted} is not whole: {fault}. Resume from another one")
         elif wanted and is_model_only(str(wanted)):

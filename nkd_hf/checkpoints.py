@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 # A checkpoint is written here, inside of `output_dir`, and takes its place when all of it is there.
 UNFINISHED = ".nkd_hf-unfinished"
@@ -37,6 +37,8 @@ def fault_of(folder: str) -> str | None:
     """
     if not os.path.isdir(folder):
         return "there is no such folder"
+    if is_of_trainer(folder):
+        return "transformers.Trainer saved it, whose checkpoints are not resumed here"
     try:
         records = {
             name: json.loads(Path(folder, name).read_text(encoding="utf-8")) for name in (FILES, TRAINER_STATE_NAME)
@@ -57,6 +59,11 @@ def fault_of(folder: str) -> str | None:
     return None
 
 
+def is_of_trainer(folder: str) -> bool:
+    """Whether `transformers.Trainer` saved the checkpoint: it pickles its arguments, and keeps no record of the files."""
+    return os.path.isfile(os.path.join(folder, TRAINING_ARGS_NAME)) and not os.path.exists(os.path.join(folder, FILES))
+
+
 def is_model_only(folder: str) -> bool:
     """Whether a checkpoint was saved with `save_only_model`: training cannot go on from it.
 
@@ -68,10 +75,12 @@ def is_model_only(folder: str) -> bool:
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
     """The checkpoint with the most steps that is whole, and the faults of those with more steps, by folder.
 
-    One that holds the model only is neither.
+    One that holds the model only is neither, and so is one of `transformers.Trainer`.
     """
     faults = {}
     for folder in checkpoints(output_dir)[::-1]:
+        if is_of_trainer(folder):
+            continue
         fault = fault_of(folder)
         if fault is not None:
             faults[folder] = fault

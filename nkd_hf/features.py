@@ -11,10 +11,12 @@
 import difflib
 import functools
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def _pool_nchw(output: Tensor) -> Tensor:
@@ -149,6 +151,13 @@ class FeatureTap:
             )
         self.layer = ", ".join(layers)
         self._outputs = [_Output(modules[name]) for name in layers]
+        # The model may outlive the tap.
+        weakref.finalize(self, _remove_hooks, [output.hook for output in self._outputs]).atexit = False
+
+    def listen(self, on: bool = True) -> None:
+        """Keeps outputs from now on, as a new tap does, or ignores them, so that other users of the model leave none here."""
+        for output in self._outputs:
+            output.listening = on
 
     def take(self) -> Tensor:
         """Hands over the feature of the forward pass that just ran, and lets go of it.
@@ -171,22 +180,18 @@ class FeatureTap:
         features = [output if output.ndim == 2 else self._to_feature(output) for output in outputs]
         return features[0] if len(features) == 1 else torch.stack(features, dim=1)
 
-    def clear(self) -> None:
-        """Lets go of a feature that nobody asked for."""
-        for output in self._outputs:
-            output.take()
-
     def remove(self) -> None:
         """Takes the hooks off the model."""
-        self.clear()
         for output in self._outputs:
-            output.hook.remove()
+            output.take()
+        _remove_hooks([output.hook for output in self._outputs])
 
 
 class _Output:
     """The last output of one module."""
 
     def __init__(self, module: nn.Module):
+        self.listening = True
         self._value: Tensor | None = None
         # Its last part stands for a Sequential, which timm's gradient checkpointing takes apart without calling it.
         while isinstance(module, nn.Sequential) and len(module):
@@ -194,11 +199,17 @@ class _Output:
         self.hook = module.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        self._value = output if isinstance(output, Tensor) else output[0]
+        if self.listening:
+            self._value = output if isinstance(output, Tensor) else output[0]
 
     def take(self) -> Tensor | None:
         value, self._value = self._value, None
         return value
+
+
+def _remove_hooks(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = None, kind: str = "mid") -> torch.Size:

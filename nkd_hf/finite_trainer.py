@@ -45,6 +45,8 @@ class FiniteTrainer(CheckpointTrainer):
         return self._skipped_in_a_row > 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if not self.is_in_train:  # called by hand: there is no step to stop at or to undo
+            return super().training_step(model, inputs, *args, **kwargs)
         # In a step of accumulation, the first micro-batch's state is what the step is undone to.
         if self.args.on_non_finite_loss == "skip" and self._before_step is None:
             self._before_step = self._state()

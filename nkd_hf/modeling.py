@@ -4,12 +4,16 @@ import copy
 import inspect
 import math
 import os
+from dataclasses import dataclass, fields
+from typing import Any
 
 import safetensors.torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import ModelOutput
 
 from .features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 
@@ -18,9 +22,25 @@ _LOSS_INPUTS = {
     "student_logits", "teacher_logits", "labels", "label_smoothing", *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD
 }  # fmt: skip
 _STACKS = (nn.Sequential, nn.ModuleList)
+# Public attributes of a student that DistillationModel does not lend: Trainer would not move a model with a device map, so that
+# the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
+_NOT_LENT = {"hf_device_map", "push_to_hub"}
 _LOSSES_FILE = "distillation_losses.safetensors"
 # Of a checkpoint with a moving average, whose model.safetensors is the average.
 _UNAVERAGED_FILE = "unaveraged_student.safetensors"
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """The output of a training step's forward pass.
+
+    Args:
+        logits (`Tensor`): [B, C] of the student.
+        losses (`dict[str, Tensor]`): scalars by name, `task` (weighted cross-entropy) first.
+    """
+
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class DistillationModel(nn.Module):
@@ -28,6 +48,9 @@ class DistillationModel(nn.Module):
 
     What a loss trains (USKD's auxiliary head) must be in the module that `Trainer` trains: its `zero_grad`, gradient
     clipping, DDP / FSDP and checkpoints cover that module alone. The teacher is not in it.
+
+    The module lends the student's public attributes: `config`, `device`, `dtype`, `get_input_embeddings` and submodules such
+    as `classifier` read as they do on the student. The names of its parameters begin with `student.`.
 
     Args:
         student (`PreTrainedModel`): any `*ForImageClassification`.
@@ -78,11 +101,32 @@ class DistillationModel(nn.Module):
             for name, kind in STUDENT_FEATURES.items()
             if self.needs(name)
         }
-        # FSDP shards these blocks one by one; callbacks log the configuration, a push writes the tags.
+        # The features are for the losses: other calls of the student keep none.
+        for tap in self.taps.values():
+            tap.listen(False)
+        # FSDP shards these blocks one by one.
         self._no_split_modules = _block_classes(student)
-        self.config = student.config
-        self.main_input_name = student.main_input_name
-        self.model_tags = student.model_tags
+        self.columns, self._takes_options = _forward_columns(student)
+
+    # Trainer would count the labels of a batch for a forward that takes **kwargs.
+    accepts_loss_kwargs = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None or name.startswith("_") or name in _NOT_LENT:
+                raise
+            return getattr(student, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        student = self.__dict__.get("_modules", {}).get("student")
+        # A head that is replaced (`trainer.model.classifier = ...`) would otherwise be a module beside the student.
+        if isinstance(value, nn.Module) and student is not None and name in student._modules:
+            setattr(student, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def needs(self, name: str, of: str | None = None) -> bool:
         """Whether a loss, or the one of that name, asks for this input."""
@@ -93,44 +137,61 @@ class DistillationModel(nn.Module):
         """Where `mid_feature` is read."""
         return self.taps.get("mid_feature")
 
-    def clear_features(self) -> None:
-        """Lets go of features that nobody asked for."""
-        for tap in self.taps.values():
-            tap.clear()
-
     @property
     def teacher_inputs(self) -> list[str]:
         """What the losses ask of a teacher: none of it, and there must be no teacher."""
         return [name for name in ("teacher_logits", *TEACHER_FEATURES, *TEACHER_HEAD) if self.needs(name)]
+
+    def select_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the columns of a batch that the student's forward names."""
+        return {name: inputs[name] for name in self.columns if name in inputs}
 
     def forward(
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
         teacher_outputs: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor | dict[str, Tensor]]:
+        **kwargs: Any,
+    ) -> ModelOutput:
         """Runs the student once and, for training, its losses.
+
+        The labels are never passed to the student: rows [B, C] would turn it to binary cross-entropy for good.
 
         Args:
             pixel_values (`Tensor`): [B, 3, H, W] float.
-            labels (`Tensor`, *optional*): [B] int64 class indices, or [B, C] float rows that sum to 1. None gives the
-                logits alone.
+            labels (`Tensor`, *optional*): [B] int64 class indices, or [B, C] float rows that sum to 1.
             teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
-                `teacher_logits` [B, C] float.
+                `teacher_logits` [B, C] float. The dict, which may be empty, asks for the losses, and needs labels.
+            **kwargs: what the student's forward takes, such as `interpolate_pos_encoding` or `output_hidden_states`. Other
+                columns of a batch (`index`, `position`, `path`, ...) are ignored.
 
         Returns:
-            `dict`: `logits` [B, C] and, with labels, `losses`: scalars by name, `task` (weighted cross-entropy) first.
+            `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]; without, what the student returns, in evaluation
+            mode the averaged one where there is an average, and with labels its `loss`: the cross-entropy, in training mode
+            with the label smoothing.
         """
-        student = self.evaluated_student if labels is None else self.student
-        logits = student(pixel_values).logits
-        if labels is not None and not labels.is_floating_point():
-            labels = labels.long()
+        options = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+        columns = self.select_columns(kwargs) | (options if self._takes_options else {})
+        if teacher_outputs is not None:
+            return self._training_output(pixel_values, labels, teacher_outputs, columns)
+        output = _run(self.student if self.training else self.evaluated_student, pixel_values, columns)
         if labels is None:
-            self.clear_features()
-            return {"logits": logits}
-        available = {"student_logits": logits, "labels": labels, **(teacher_outputs or {})}
-        available |= {name: tap.take() for name, tap in self.taps.items()}
-        # The labels are never handed to the student: rows [B, C] would turn it to binary cross-entropy for good.
+            return output
+        loss = _cross_entropy(output.logits, labels, self.label_smoothing if self.training else 0.0)
+        return output if loss is None else _with_loss(output, loss)
+
+    def _training_output(
+        self, pixel_values: Tensor, labels: Tensor, teacher_outputs: dict[str, Tensor], columns: dict[str, Any]
+    ) -> DistillationOutput:
+        for tap in self.taps.values():
+            tap.listen()
+        logits = _run(self.student, pixel_values, columns).logits
+        if not labels.is_floating_point():
+            labels = labels.long()
+        available = {"student_logits": logits, "labels": labels, **teacher_outputs}
+        for name, tap in self.taps.items():
+            available[name] = tap.take()
+            tap.listen(False)
         losses = {"task": None}  # the first, whoever computes it
         for name, loss in self.losses.items():
             # The first loss that asks for the label smoothing shares the softmax it takes with the task loss.
@@ -144,7 +205,7 @@ class DistillationModel(nn.Module):
             losses["task"] = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         if self.task_weight != 1:
             losses["task"] = self.task_weight * losses["task"]
-        return {"logits": logits, "losses": losses}
+        return DistillationOutput(logits=logits, losses=losses)
 
     @property
     def evaluated_student(self) -> PreTrainedModel:
@@ -158,17 +219,19 @@ class DistillationModel(nn.Module):
         """
         self.average.update(self.student, step=step + 1)
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts the student's parameters: what callbacks report."""
-        return self.student.num_parameters(only_trainable, exclude_embeddings)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Writes the student alone, with `ema_decay` the averaged one, as [`save_student`] does.
 
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """Turns gradient checkpointing of the student on."""
-        self.student.gradient_checkpointing_enable(**kwargs)
-
-    def activation_checkpointing_enable(self, **kwargs) -> None:
-        """Turns activation checkpointing of the student on."""
-        self.student.activation_checkpointing_enable(**kwargs)
+        Args:
+            save_directory: the folder.
+            state_dict: of this module, gathered when it is sharded.
+            **kwargs: those of `PreTrainedModel.save_pretrained`.
+        """
+        if state_dict is not None:
+            state_dict = _under("student." if self.average is None else "average.module.", state_dict)
+        save_student(self.evaluated_student, str(save_directory), state_dict, **kwargs)
 
     def save(self, folder: str, state_dict: dict[str, Tensor], with_losses: bool) -> None:
         """Writes the student and, into a checkpoint, what the losses train.
@@ -178,13 +241,11 @@ class DistillationModel(nn.Module):
             state_dict: of this module, gathered when it is sharded.
             with_losses: whether the folder is a checkpoint.
         """
-        unaveraged = _under("student.", state_dict)
-        averaged = unaveraged if self.average is None else _under("average.module.", state_dict)
-        save_student(self.evaluated_student, folder, averaged)
+        self.save_pretrained(folder, state_dict)
         if with_losses:
             _save_tensors(_under("losses.", state_dict), os.path.join(folder, _LOSSES_FILE))
             if self.average is not None:
-                _save_tensors(unaveraged, os.path.join(folder, _UNAVERAGED_FILE))
+                _save_tensors(_under("student.", state_dict), os.path.join(folder, _UNAVERAGED_FILE))
 
     def load(self, folder: str) -> None:
         """Reads student, losses and the moving average from a checkpoint.
@@ -213,13 +274,16 @@ class DistillationModel(nn.Module):
             raise ValueError(f"{folder} was saved by another student or other losses: {error}") from error
 
 
-def save_student(student: PreTrainedModel, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
+def save_student(
+    student: PreTrainedModel, folder: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+) -> None:
     """Writes a student so that transformers and, if it is a timm model, timm open the folder with equal logits.
 
     Args:
         student: any `*ForImageClassification`.
         folder: where `model.safetensors` and `config.json` go.
         state_dict: its gathered weights, when the student is sharded.
+        **kwargs: those of `PreTrainedModel.save_pretrained`.
     """
     state_dict = student.state_dict() if state_dict is None else state_dict
     if isinstance(student, TimmWrapperForImageClassification):
@@ -227,7 +291,41 @@ def save_student(student: PreTrainedModel, folder: str, state_dict: dict[str, Te
         state_dict = _under("timm_model.", state_dict)
         # A config that came from a file holds its file's names, which would be written before those of id2label.
         student.config.__dict__.pop("label_names", None)
-    student.save_pretrained(folder, state_dict=state_dict)
+    student.save_pretrained(folder, state_dict=state_dict, **kwargs)
+
+
+def _forward_columns(student: PreTrainedModel) -> tuple[list[str], bool]:
+    """The arguments that the student's forward names beside pixels and labels, and whether it takes others of transformers."""
+    parameters = inspect.signature(student.forward).parameters.values()
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    # The output is a ModelOutput whatever the batch says.
+    return [name for name in named if name not in ("pixel_values", "labels", "return_dict")], open_ended
+
+
+def _run(student: PreTrainedModel, pixel_values: Tensor, columns: dict[str, Any]) -> ModelOutput:
+    output = student(pixel_values, **columns)
+    # With return_dict=False in its configuration a student returns a tuple.
+    return ImageClassifierOutput(logits=output[0]) if isinstance(output, tuple) else output
+
+
+def _with_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
+    """The output with the loss in its first place."""
+    if "loss" in {field.name for field in fields(output)}:
+        return type(output)(**{**output, "loss": loss})
+    others = {name: output[name] for name in ("hidden_states", "attentions") if name in output}
+    return ImageClassifierOutput(loss=loss, logits=output.logits, **others)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor | None:
+    """None for labels that are neither class indices nor rows of probabilities, of which a loss of one's own may be made."""
+    if labels.is_floating_point() and labels.shape != logits.shape:
+        return None
+    if not labels.is_floating_point():
+        if labels.shape != logits.shape[:1]:
+            return None
+        labels = labels.long()
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def _block_classes(student: PreTrainedModel) -> set[str]:

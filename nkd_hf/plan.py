@@ -119,6 +119,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         losses = losses if isinstance(losses, dict) else {"distillation": losses}
         # Without the moving average, which is counted as the copy of the student that it is.
         model = DistillationModel(student, losses, training.feature_layer, training.label_smoothing_factor)
+    for tap in model.taps.values():
+        tap.listen()
     student_plan = _describe(recipe.student, student, pixels)
     runs_teacher = recipe.needs_teacher and recipe.teacher_logits is None
     teacher_plan = _describe(recipe.teacher, teacher, teacher_pixels) if runs_teacher else None
@@ -131,6 +133,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         name: {"module": tap.layer, "channels": tap.take().shape[1 if name == "student_map" else -1]}
         for name, tap in model.taps.items()
     }
+    for tap in model.taps.values():
+        tap.listen(False)
 
     trains_teacher = runs_teacher and is_architecture(recipe.teacher)
     runs = {"teacher": DistillationModel(teacher, {})} if trains_teacher else {}

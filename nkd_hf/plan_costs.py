@@ -99,13 +99,14 @@ def disk_bytes(
     else:
         saved = {"no": 0, "epoch": math.ceil(steps["epochs"] - 1e-9), "best": 1}[strategy]
     # A new checkpoint is written before the oldest goes.
-    at_once = saved if training.save_total_limit is None else min(saved, training.save_total_limit + 1)
+    limit = training.save_total_limit or saved  # None and 0 keep all
+    at_once = min(saved, limit + 1)
     checkpoints = {}
     for name, model in runs.items():
         num_students = 1 if training.ema_decay is None else 2
         optimizer_state = 0 if training.save_only_model else optimizer_states[name] or 0
         checkpoints[name] = num_students * _bytes(model.student) + _bytes(model.losses) + optimizer_state
-    kept = at_once if training.save_total_limit is None else min(saved, training.save_total_limit)
+    kept = min(saved, limit)
     sizes = {
         "checkpoints": kept * sum(checkpoints.values()) + (at_once - kept) * max(checkpoints.values()),
         "models": sum(_bytes(model.student) for model in runs.values()),
@@ -145,7 +146,6 @@ def memory_bytes(
     activations = None
     if with_activations:
         activations = activation_bytes(model.student, pixel_values, 2 if training.bf16 or training.fp16 else 4)
-        model.clear_features()
     teacher_bytes = 0 if teacher is None else _bytes(teacher)
     sizes = {
         "weights": _bytes(model),

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Teacher(nn.Module):
     """A frozen classifier that answers to the student's pixels in the student's order of labels.
 
-    It stays in eval mode whatever is asked of it, and its parameters take no gradient.
+    It stays in eval mode whatever is asked of it, and its parameters take no gradient. It shares the weights of the module that
+    it is made of, as they are in memory, and nothing else: that module keeps its mode, its `requires_grad`, its dtype, its
+    device and its hooks.
     Differs from cls_KD: there the training loop's `model.train()` reaches the teacher, whose batch statistics and drop
     path then vary with the batch.
 
@@ -43,7 +46,7 @@ class Teacher(nn.Module):
         name: str = "teacher",
     ):
         super().__init__()
-        self.model = model
+        self.model = _sharing_weights(model)
         self.preprocessing = preprocessing
         self.id2label = id2label
         self.name = name
@@ -97,7 +100,7 @@ class Teacher(nn.Module):
     def for_inference(
         self, dtype: str | None = None, *, channels_last: bool = False, compile: bool = False
     ) -> "Teacher":
-        """Sets how the model computes, a copy of it: the module that was handed in stays as it is.
+        """Sets how the model computes. The module that the teacher is made of stays as it is.
 
         To be called ahead of [`Teacher.tap`].
 
@@ -116,8 +119,8 @@ class Teacher(nn.Module):
                 raise ValueError(f"the teacher's dtype must be {', '.join(_DTYPES)}, got {dtype!r}")
             self.has_own_dtype = True
         own_dtype = self.dtype if dtype is None else _DTYPES[dtype]
-        if own_dtype != self.dtype or channels_last or compile:
-            self.model = copy.deepcopy(self.model).to(own_dtype)
+        if own_dtype != self.dtype:
+            self.model.to(own_dtype)
         self.dtype, self.channels_last = own_dtype, channels_last
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -142,10 +145,22 @@ class Teacher(nn.Module):
         for name in names:
             if name in TEACHER_FEATURES:
                 self._taps[name] = FeatureTap(self.model, kind=TEACHER_FEATURES[name])
+                self._taps[name].listen(False)
         self._hands_out_head = not set(TEACHER_HEAD).isdisjoint(names)
         if self._hands_out_head:
             classifier_head(self.model)  # for its error
         return self
+
+    def copy(self) -> "Teacher":
+        """Returns a teacher with the same weights in memory, and a preparation (pixels, labels, taps) of its own."""
+        clone = copy.copy(self)
+        clone._buffers = dict(self._buffers)
+        clone._modules = {name: _sharing_weights(module) for name, module in self._modules.items()}
+        clone._taps = {}
+        # The forward of a teacher that accelerate has prepared is the original's, in that accelerator's precision.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            clone.__dict__.pop(name, None)
+        return clone
 
     def take_features(self) -> dict[str, Tensor]:
         """Hands over the tapped features of the last call by name, without gradient; see [`FeatureTap.take`].
@@ -184,7 +199,11 @@ class Teacher(nn.Module):
                     pixel_values, self.preprocessing.size, mode=self.preprocessing.interpolation, antialias=True
                 )
             memory_format = torch.channels_last if self.channels_last else torch.preserve_format
+            for tap in self._taps.values():
+                tap.listen()
             output = self.model(pixel_values.to(self.dtype, memory_format=memory_format))
+            for tap in self._taps.values():
+                tap.listen(False)
             logits = output if isinstance(output, Tensor) else output.logits
             return logits if self.order is None else logits[:, self.order]
 
@@ -200,7 +219,8 @@ def load_teacher(
 
     Args:
         teacher (`str` or `nn.Module`): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
-            `*ForImageClassification` of transformers, or a timm model. A module is frozen and put in eval mode.
+            `*ForImageClassification` of transformers, or a timm model. The teacher shares a module's weights and leaves
+            its mode and `requires_grad` as they are.
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
             does not carry its preprocessing. None looks where the module came from; where nothing is found, the module
             gets the student's pixels, with a warning.
@@ -244,3 +264,31 @@ def load_teacher(
             f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote. {error}"
         ) from error
     return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
+
+
+def _sharing_weights(module: nn.Module) -> nn.Module:
+    """Returns a copy of the module, hooks included, with the same weights in memory.
+
+    A module that cannot be copied, since it holds a lock or a session for example, is returned itself.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            # Of another class may have a state beside its data, and deepcopy copies it whole.
+            if type(parameter) is nn.Parameter:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        for buffer in part.buffers(recurse=False):
+            if type(buffer) is Tensor:
+                memo[id(buffer)] = buffer.detach()
+        # deepcopy would copy the object that a hook is a method of, and its owner would see nothing.
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            memo |= {id(hook): hook for hook in hooks.values()}
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        logger.warning(
+            "%s cannot be copied (%s), so that the teacher is the module itself: it is frozen and put in eval mode.",
+            type(module).__name__,
+            error,
+        )
+        return module

@@ -20,17 +20,21 @@ from transformers import (
     TimmWrapperForImageClassification,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.utils import ModelOutput
 
 from .batch_norm import estimate_batch_norm
 from .batches import EpochDataset, EpochSampler, ImageCollator
+from .checkpoints import fault_of
 from .features import check_token_grids
 from .finite_trainer import FiniteTrainer
+from .image_losses import ImageLosses
 from .losses import NKDLoss
 from .model_card import CardInfo, write_card
 from .model_card.curves import OTHER_DATASET
-from .modeling import DistillationModel
+from .modeling import DistillationModel, DistillationOutput
 from .optimization import SCHEDULES, decayed_parameters, lr_factor
+from .optimizer_groups import check_no_group_is_empty
 from .preprocessing import read_preprocessing
 from .publishing import SETTINGS, publishable
 from .teacher import Teacher, load_teacher
@@ -38,6 +42,9 @@ from .teacher_logits import StoredTeacher, TeacherLogits
 from .training_args import DistillationTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# Of a sample or a batch, beside pixels and labels.
+OWN_COLUMNS = ("epoch", "index", "position", "teacher_logits")
 
 
 class DistillationTrainer(FiniteTrainer):
@@ -95,11 +102,17 @@ class DistillationTrainer(FiniteTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: BaseImageProcessor | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         teacher: str | nn.Module | Teacher | None = None,
         distillation_loss: nn.Module | dict[str, nn.Module] | None = None,
         card_info: CardInfo | None = None,
-        **kwargs,
     ):
         args = DistillationTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, DistillationTrainingArguments):
@@ -112,28 +125,38 @@ class DistillationTrainer(FiniteTrainer):
                 f"{started} processes were started, and each would train by itself, as one of {args.world_size}: on the "
                 "CPU, set use_cpu (--use_cpu true)"
             )
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "compute_loss_func would take the place of the distillation loss: hand it over as distillation_loss, or use "
-                "transformers.Trainer"
-            )
         losses = {} if distillation_loss is None else distillation_loss
-        losses = losses if isinstance(losses, dict) else {"distillation": losses}
+        losses = dict(losses) if isinstance(losses, dict) else {"distillation": losses}
         for loss in losses.values():
             if not isinstance(loss, nn.Module):
                 raise ValueError(
                     f"distillation_loss must be a module such as NKDLoss(), or a dict of them by name, got {loss!r}"
                 )
+        if losses and compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func must be None with a distillation_loss, which it would replace, got "
+                f"{compute_loss_func!r}. Pass a module as one more distillation_loss, or override compute_loss and add to "
+                "what super().compute_loss returns."
+            )
         self._distillation_losses = losses
         self.card_info = CardInfo() if card_info is None else card_info
         if model is not None:
             model = self._with_losses(model, losses, args)
         self._batch_norm_step: int | None = None
-        self._image_losses: list[Tensor] = []
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self._image_losses = ImageLosses()
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
+            compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+        )  # fmt: skip
+        if compute_loss_func is not None and not _overrides(self, "loss_is_scaled_for_ga"):
+            self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
+        self._check_label_names()
+        self.add_callback(_CheckParameterGroups(self))
+        if self.optimizer is not None:
+            check_no_group_is_empty(self.optimizer)
         # The smoothing is in the model's task loss, for both kinds of labels.
         self.label_smoother = None
-        # Set anew in each step of training; here for who calls compute_loss by hand.
+        # Trainer sets it in each step. compute_loss and training_step may be called by hand.
         self.current_gradient_accumulation_steps = 1
         self.teacher_logits = self._check_stored_logits()
         self.teacher = self._prepare_teacher(teacher)
@@ -149,6 +172,18 @@ class DistillationTrainer(FiniteTrainer):
                 'for a timm architecture give create_student("<its name>")'
             )
         return DistillationModel(model, losses, args.feature_layer, args.label_smoothing_factor, args.ema_decay)
+
+    def _check_label_names(self) -> None:
+        if "labels" not in self.label_names and self.compute_loss_func is None and not self._has_own_evaluation:
+            raise ValueError(
+                f"label_names must contain 'labels', the column that compute_loss reads, got {self.label_names}. Rename the "
+                "column, or override compute_loss."
+            )
+
+    @property
+    def _has_own_evaluation(self) -> bool:
+        """Whether a subclass, or a method that is set on the trainer, says what the loss of an evaluation is."""
+        return _overrides(self, "compute_loss") or _overrides(self, "prediction_step")
 
     def _check_stored_logits(self) -> TeacherLogits | None:
         """The store that the batches' teacher logits come from, if it serves the losses."""
@@ -207,7 +242,8 @@ class DistillationTrainer(FiniteTrainer):
             return None
         if teacher is model.student:
             raise ValueError("teacher and student are one and the same model: freezing the one would freeze the other")
-        teacher = load_teacher(teacher)
+        # A copy, since another trainer, or its owner, may use the teacher too.
+        teacher = load_teacher(teacher).copy()
         teacher.align(read_preprocessing(model.student, self.processing_class), model.config.id2label)
         args = self.args
         teacher.for_inference(
@@ -235,28 +271,31 @@ class DistillationTrainer(FiniteTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
         """Task loss plus distillation losses; under `torch.no_grad()`, as evaluation runs, the cross-entropy alone.
 
         Args:
             model: `trainer.model`, possibly wrapped.
             inputs: `pixel_values` [B, 3, H, W] float and `labels` [B] int64 or [B, C] float; with a store of teacher
-                logits, `teacher_logits`, too.
-            return_outputs: whether to return `{"logits": [B, C]}` too.
-            num_items_in_batch: ignored; the loss is a mean over the micro-batch.
+                logits, `teacher_logits`, too. Columns that the student's forward names reach it, others are ignored.
+            return_outputs: whether to return a `ModelOutput` with `logits` [B, C] and, in training, `losses` by name, too.
+            num_items_in_batch: ignored but by `compute_loss_func`; the loss is a mean over the micro-batch.
 
         Returns:
             `Tensor`: a float32 scalar.
         """
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs:
             raise ValueError(
                 f"the batch must hold pixel_values and labels, got {', '.join(inputs)}: see data_collator"
             )
         pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        columns = self.accelerator.unwrap_model(self.model).select_columns(inputs)
         if not torch.is_grad_enabled():
-            logits = model(pixel_values)["logits"]
-            loss = F.cross_entropy(logits.float(), labels if labels.is_floating_point() else labels.long())
-            return (loss, {"logits": logits}) if return_outputs else loss
+            outputs = DistillationOutput(logits=model(pixel_values, **columns)["logits"])
+            loss = F.cross_entropy(outputs.logits.float(), labels if labels.is_floating_point() else labels.long())
+            return (loss, outputs) if return_outputs else loss
         teacher_outputs = {}
         if self.teacher is not None:
             teacher_outputs["teacher_logits"] = self.teacher(pixel_values)
@@ -264,7 +303,7 @@ class DistillationTrainer(FiniteTrainer):
         elif self.teacher_logits is not None:
             stored = self.teacher_logits.dense(inputs["teacher_logits"], self._stored_temperature)
             teacher_outputs["teacher_logits"] = stored
-        outputs = model(pixel_values, labels, teacher_outputs)
+        outputs = model(pixel_values, labels, teacher_outputs, **columns)
         # DataParallel gives a vector, one entry per GPU.
         losses = {name: value.mean() for name, value in outputs["losses"].items()}
         share = 1 / self.current_gradient_accumulation_steps
@@ -277,7 +316,7 @@ class DistillationTrainer(FiniteTrainer):
             "teacher_logits": teacher_outputs.get("teacher_logits"),
         }
         loss = sum(losses.values())
-        return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs):
         self._batch_norm_step = None  # An interrupted run, or an attempt of auto_find_batch_size, may have left one.
@@ -372,6 +411,12 @@ class DistillationTrainer(FiniteTrainer):
             )
         return super()._get_train_sampler(train_dataset)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        # With remove_unused_columns, Trainer keeps what the forward of trainer.model names, which is not the student's.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += [*self.accelerator.unwrap_model(self.model).columns, *OWN_COLUMNS]
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         with self._for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
@@ -399,11 +444,17 @@ class DistillationTrainer(FiniteTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self._has_own_evaluation or self.compute_loss_func is not None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        only_logits = ignore_keys is None
+        if only_logits:
+            ignore_keys = [*getattr(self.student.config, "keys_to_ignore_at_inference", ["cache"]), "loss"]
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        if labels is not None:
-            targets = labels if labels.is_floating_point() else labels.long()
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
-            self._image_losses.append(self.gather_function(losses))
+        if only_logits and isinstance(logits, tuple):  # of a student with more outputs, from images without labels
+            logits = logits[0]
+        label = labels[self.label_names.index("labels")] if isinstance(labels, tuple) else labels
+        if isinstance(logits, Tensor) and isinstance(label, Tensor):
+            self._image_losses.add(logits, label, self.gather_function)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluation_loop(
@@ -417,12 +468,11 @@ class DistillationTrainer(FiniteTrainer):
         # BatchNorm's statistics are each process's own; the first one's are saved.
         for buffer in self.student.buffers():
             broadcast(buffer)
-        # The default's loss is a mean of batches, of which the last are filled up with images that were counted before.
-        self._image_losses = []
+        self._image_losses = ImageLosses()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._image_losses:
-            output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self._image_losses).mean().item()
-            self._image_losses = []
+        loss = self._image_losses.mean()
+        if loss is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
     @contextlib.contextmanager
@@ -447,7 +497,6 @@ class DistillationTrainer(FiniteTrainer):
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
             )
-        self.accelerator.unwrap_model(self.model).clear_features()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # The default would write the keys of the module that is trained, and a pickle of the arguments beside them.
@@ -511,10 +560,36 @@ class DistillationTrainer(FiniteTrainer):
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
+        elif fault := fault_of(self.state.best_model_checkpoint):
+            logger.warning(
+                "The best model could not be loaded from %s: %s. The model keeps the weights of the last step. If this is "
+                "one of several nodes, set save_on_each_node.",
+                self.state.best_model_checkpoint,
+                fault,
+            )
+            return
         else:
             self.accelerator.unwrap_model(self.model).load(self.state.best_model_checkpoint)
         # It was saved with the statistics that it was evaluated with.
         self._batch_norm_step = self.state.global_step
+
+
+def _overrides(trainer: DistillationTrainer, name: str) -> bool:
+    """Whether a subclass, or the trainer itself, has an attribute of its own in place of DistillationTrainer's."""
+    classes = type(trainer).__mro__[: type(trainer).__mro__.index(DistillationTrainer)]
+    return name in vars(trainer) or any(name in vars(kind) for kind in classes)
+
+
+class _CheckParameterGroups(TrainerCallback):
+    """Checks the groups of an optimizer that a subclass builds, before the first step."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        # Trainer's own group of what does not decay may be empty.
+        if _overrides(self.trainer, "create_optimizer"):
+            check_no_group_is_empty(optimizer)
 
 
 class _SetEpoch(TrainerCallback):

@@ -13,11 +13,12 @@ TEACHER_DTYPES = ("float32", "bf16", "fp16")
 # What transformers takes and no run can be made with.
 _POSITIVE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
-    *("base_batch_size", "precise_bn_images", "save_total_limit", "eval_accumulation_steps", "ddp_timeout"),
+    *("base_batch_size", "precise_bn_images", "eval_accumulation_steps", "ddp_timeout"),
 )
 _NOT_NEGATIVE = (
     *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "logging_steps", "eval_delay"),
-    *("eval_steps", "save_steps", "dataloader_num_workers", "seed", "data_seed"),
+    # save_total_limit=0 keeps all checkpoints, as None does.
+    *("eval_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "seed", "data_seed"),
 )
 _FRACTIONS = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 

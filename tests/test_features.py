@@ -116,7 +116,7 @@ def test_swin_normalises_the_tokens_before_it_averages_them():
     nn.init.normal_(loss.feature_norm.weight)
     heads = []
     loss.head.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
-    DistillationModel(student, {"uskd": loss})(torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))
+    DistillationModel(student, {"uskd": loss})(torch.randn(2, 3, 64, 64), torch.tensor([1, 2]), {})
     torch.testing.assert_close(heads[0], loss.feature_norm(outputs[0]).mean((1, 2)))
 
 
@@ -125,7 +125,7 @@ def test_compiled_whole_and_equal(student):
     model = DistillationModel(student(), {"uskd": USKDLoss(32, 10)}).train()
     pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    eager_losses, losses = model(pixels, labels)["losses"], compiled(pixels, labels)["losses"]
+    eager_losses, losses = model(pixels, labels, {})["losses"], compiled(pixels, labels, {})["losses"]
     torch.testing.assert_close(losses, eager_losses, rtol=1e-5, atol=1e-6)
     sum(losses.values()).backward()
     assert model.losses["uskd"].head.weight.grad.abs().sum() > 0

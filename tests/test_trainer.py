@@ -118,7 +118,7 @@ def test_evaluation_is_the_students_cross_entropy_alone(tmp_path, train, evaluat
 
 
 def test_teacher_is_frozen_in_eval_mode_and_untouched(tmp_path, train):
-    teacher = timm_cnn(seed=1)
+    teacher = timm_cnn(seed=1).train()
     before = snapshot(teacher)
     seen = []
     teacher.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
@@ -128,7 +128,12 @@ def test_teacher_is_frozen_in_eval_mode_and_untouched(tmp_path, train):
     trainer.train()
     assert seen == [(False, False)] * 4
     assert_equal(before, snapshot(teacher))
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
+    # The trainer's teacher is a copy that shares the weights.
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(module.training for module in teacher.modules())
+    shared = zip(teacher.parameters(), trainer.teacher.model.parameters(), strict=True)
+    assert all(theirs.data_ptr() == ours.data_ptr() for theirs, ours in shared)
     saved = safetensors.torch.load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     optimizer = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
     assert set(saved) == {key.removeprefix("timm_model.") for key in trainer.student.state_dict()}
