@@ -69,6 +69,9 @@ class DistillationModel(nn.Module):
         ValueError: a loss asks for something else, or for a feature that is not known for this student.
     """
 
+    # Trainer would count the labels of a batch for a forward that takes **kwargs.
+    accepts_loss_kwargs = False
+
     def __init__(
         self,
         student: PreTrainedModel,
@@ -107,9 +110,6 @@ class DistillationModel(nn.Module):
         # FSDP shards these blocks one by one.
         self._no_split_modules = _block_classes(student)
         self.columns, self._takes_options = _forward_columns(student)
-
-    # Trainer would count the labels of a batch for a forward that takes **kwargs.
-    accepts_loss_kwargs = False
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -71,8 +71,9 @@ class DistillationTrainer(FiniteTrainer):
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
-        ValueError: loss and teacher do not fit each other, the teacher's classes are not the student's, or no layer is
-            found for a loss that reads a mid feature.
+        ValueError: loss and teacher do not fit each other, the teacher's classes are not the student's, no layer is
+            found for a loss that reads a mid feature, `compute_loss_func` would replace a distillation loss,
+            `label_names` has no `labels`, or a group of `optimizers` is empty.
 
     Example:
 
@@ -151,7 +152,7 @@ class DistillationTrainer(FiniteTrainer):
         if compute_loss_func is not None and not _overrides(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         self._check_label_names()
-        self.add_callback(_CheckParameterGroups(self))
+        self.add_callback(_CheckOwnMethods(self))
         if self.optimizer is not None:
             check_no_group_is_empty(self.optimizer)
         # The smoothing is in the model's task loss, for both kinds of labels.
@@ -580,16 +581,30 @@ def _overrides(trainer: DistillationTrainer, name: str) -> bool:
     return name in vars(trainer) or any(name in vars(kind) for kind in classes)
 
 
-class _CheckParameterGroups(TrainerCallback):
-    """Checks the groups of an optimizer that a subclass builds, before the first step."""
+class _CheckOwnMethods(TrainerCallback):
+    """Checks what an overridden create_optimizer builds, and whether an overridden compute_loss distils."""
 
     def __init__(self, trainer: DistillationTrainer):
         self.trainer = trainer
+        self.is_first_step = True
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.is_first_step = True
         # Trainer's own group of what does not decay may be empty.
         if _overrides(self.trainer, "create_optimizer"):
             check_no_group_is_empty(optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        is_first_step, self.is_first_step = self.is_first_step, False
+        own_loss = trainer._distillation_losses and _overrides(trainer, "compute_loss")
+        if is_first_step and own_loss and not trainer._component_sums and not trainer.step_was_skipped:
+            logger.warning(
+                "compute_loss of %s returned a loss without the distillation losses (%s), which super().compute_loss "
+                "computes. Add its result, or pass no distillation_loss.",
+                type(trainer).__name__,
+                ", ".join(trainer._distillation_losses),
+            )
 
 
 class _SetEpoch(TrainerCallback):

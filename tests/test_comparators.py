@@ -527,7 +527,7 @@ def test_one_step_is_the_loss_of_the_models_outputs(tmp_path):
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)}
     torch.manual_seed(0)
     loss = trainer.compute_loss(trainer.model, batch)
-    bare, frozen = student.timm_model, teacher.timm_model
+    bare, frozen = student.timm_model, teacher.eval().timm_model
     with torch.no_grad():
         maps = bare.forward_features(batch["pixel_values"]), frozen.forward_features(batch["pixel_values"])
         torch.manual_seed(0)

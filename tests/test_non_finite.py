@@ -14,6 +14,7 @@ from nkd_hf import (
     ImageCollator,
     ImageDataset,
     NKDLoss,
+    USKDLoss,
     load_image_dataset,
     train_transform,
 )
@@ -228,8 +229,9 @@ def test_a_run_that_only_skips_is_given_up(tmp_path):
 
 
 def test_a_loss_that_would_be_ignored_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="hand it over as distillation_loss"):
-        DistillationTrainer(timm_cnn(), make_trainer(tmp_path, timm_cnn()).args, compute_loss_func=nn.MSELoss())
+    args = make_trainer(tmp_path, timm_cnn()).args
+    with pytest.raises(ValueError, match="Pass a module as one more distillation_loss, or override compute_loss"):
+        DistillationTrainer(timm_cnn(), args, compute_loss_func=nn.MSELoss(), distillation_loss=USKDLoss(32, 10))
 
 
 def test_the_setting_is_checked(tmp_path):

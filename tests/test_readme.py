@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -20,6 +21,19 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     row = names["data"]["validation"].cast_column("image", datasets.Image())[0]
     answer = names["classifier"](row["image"])
     assert {entry["label"] for entry in answer} <= set(names["id2label"].values())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_of_the_pages_run(tmp_path, monkeypatch, page):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_links_to_the_pages_lead_somewhere():
+    linked = set(re.findall(r"\]\((docs/[\w./-]+\.md)\)", README))
+    assert {str(page.relative_to(ROOT)) for page in PAGES} == linked
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,27 @@ def test_a_loss_of_ones_own_with_a_moving_average(tmp_path, train, evaluation):
     assert trainer.evaluate()["eval_loss"] != pytest.approx(weighted_mean(plain.student, evaluation), rel=1e-3)
 
 
+def test_a_loss_of_ones_own_that_does_not_distil_is_said(tmp_path, train, caplog):
+    distillation = {"teacher": timm_cnn(1), "distillation_loss": NKDLoss()}
+    ours(WeightedDistillation, tmp_path, timm_cnn(), train, trainer=distillation).train()
+    said = "compute_loss of WeightedDistillation returned a loss without the distillation losses (distillation)"
+    assert caplog.text.count(said) == 1
+
+    class OnTop(DistillationTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            loss = loss + outputs.logits.square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    caplog.clear()
+    trainer = ours(OnTop, tmp_path, timm_cnn(), train, train, trainer=distillation)
+    trainer.train()
+    assert "compute_loss of" not in caplog.text
+    logits = torch.tensor(trainer.predict(train).predictions)
+    expected = F.cross_entropy(logits, torch.tensor([s["labels"] for s in train])) + logits.square().mean()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_method_that_is_set_on_the_trainer_counts_as_overridden(tmp_path, train, evaluation):
     trainer = make_trainer(tmp_path, timm_cnn(), train, evaluation)
     trainer.prediction_step = lambda *args, **kwargs: (torch.tensor(5.0), None, None)
