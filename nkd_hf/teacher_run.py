@@ -16,17 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers import EvalPrediction
 
 from .architectures import is_architecture
 from .batches import ImageCollator, epoch_order
 from .data import DataArguments
 from .hub import PushError
 from .losses import NKDLoss
+from .metrics import compute_metrics, top5_indices
 from .model_card.facts import describe_teacher
 from .parser import parse_args
 from .preprocessing import read_preprocessing
@@ -287,13 +290,14 @@ def _accuracy(run: Recipe, teacher: Teacher, validation: torch.utils.data.Datase
     """Top-1 of the teacher on the student's pixels, over all processes."""
     training = run.training_args
     share = range(training.process_index, len(validation), training.world_size)
-    collator, hits = ImageCollator(len(run.id2label)), 0
+    collator, parts = ImageCollator(len(run.id2label)), []
     workers = training.dataloader_num_workers
     loader = DataLoader(Subset(validation, share), batch_size, collate_fn=collator, num_workers=workers)
     for batch in loader:
-        answer = teacher(batch["pixel_values"].to(training.device)).argmax(-1).cpu()
-        hits += (answer == batch["labels"]).sum().item()
-    return sum(gather_object([hits])) / len(validation)
+        answer = top5_indices(teacher(batch["pixel_values"].to(training.device))).cpu()
+        parts.append((answer.numpy(), batch["labels"].numpy()))
+    indices, labels = zip(*gather_object(parts), strict=True)
+    return compute_metrics(EvalPrediction(np.concatenate(indices), np.concatenate(labels)))["accuracy"]
 
 
 def _finish(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str | None:

@@ -80,6 +80,44 @@ def test_metric_refuses_logits():
         TopKAccuracy().compute(predictions=logits, references=[0] * 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [1, 2, 4, 5, 6, 1000])
+def test_ties_are_broken_as_argmax_breaks_them(dtype, num_classes):
+    # Few values, infinities and both zeros among them, so that nearly all ranks are tied.
+    values = torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1.0, torch.inf], dtype=dtype)
+    logits = values[torch.randint(len(values), (300, num_classes), generator=torch.Generator().manual_seed(0))]
+    logits[::4] = logits[::4].clamp(max=-1)
+    logits[0], logits[1], logits[2] = 0, -torch.inf, torch.inf
+    expected = np.argsort(-logits.double().numpy(), axis=1, kind="stable")[:, :5]
+    indices = top5_indices(logits)
+    assert indices.tolist() == expected.tolist()
+    assert torch.equal(indices[:, 0], logits.argmax(1))
+    labels = torch.zeros(300, dtype=torch.int64)
+    accuracy = compute_metrics(EvalPrediction(indices.numpy(), labels.numpy()))["accuracy"]
+    assert accuracy == (logits.argmax(1) == 0).double().mean().item()
+
+
+def test_a_row_with_nan_is_no_prediction_and_that_is_said(caplog):
+    logits = torch.eye(8, dtype=torch.float32)
+    labels = np.arange(8)
+    assert compute_metrics(EvalPrediction(logits.numpy(), labels))["accuracy"] == 1
+    assert not caplog.records
+    # argmax and topk take NaN for the largest: both rows would be hits.
+    logits[0, 0] = torch.nan
+    logits[3, 7] = torch.nan
+    logits[5] = torch.nan
+    assert top5_indices(logits)[[0, 3, 5]].eq(-1).all()
+    for predictions in (logits.numpy(), top5_indices(logits).numpy(), logits.numpy().astype(np.float16)):
+        caplog.clear()
+        result = compute_metrics(EvalPrediction(predictions, labels))
+        assert result == {"accuracy": 5 / 8, "top5_accuracy": 5 / 8}
+        assert "predicts nothing for 3 of 8 samples, since their logits are NaN" in caplog.text
+    result = TopKAccuracy().compute(predictions=top5_indices(logits), references=labels)
+    assert result == {"accuracy": 5 / 8, "top5_accuracy": 5 / 8}
+    nothing = top5_indices(torch.full((2, 8), torch.nan)).numpy()
+    assert compute_metrics(EvalPrediction(nothing, labels[:2])) == {"accuracy": 0, "top5_accuracy": 0}
+
+
 @pytest.mark.parametrize("logits", [torch.zeros(3), torch.zeros(2, 3, 4), (torch.zeros(2, 3),)])
 def test_top5_indices_refuses_other_shapes(logits):
     with pytest.raises(ValueError, match=r"logits must be a tensor \[N, C\]"):

@@ -27,7 +27,8 @@ def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> to
         labels: not used; the Trainer hands them in.
 
     Returns:
-        [N, min(5, C)] int64 class indices, best first.
+        [N, min(5, C)] int64 class indices, best first; of equal logits, the first class comes first, as with argmax. A row
+        with NaN is no prediction: all of its indices are -1, which are nobody's label.
 
     Raises:
         ValueError: when the logits are no [N, C] tensor.
@@ -39,7 +40,16 @@ def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> to
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ValueError(f"logits must be a tensor [N, C], got {got}: have the model return its logits alone")
-    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+    # topk's values are right, and so is their number, but on a tie its indices are any. A stable sort of all classes would
+    # take four times as long.
+    values = logits.topk(min(5, logits.shape[1]), dim=1).values
+    is_left = torch.ones_like(logits, dtype=torch.bool)
+    indices = []
+    for value in values.split(1, dim=1):
+        index = ((logits == value) & is_left).to(torch.uint8).argmax(dim=1, keepdim=True)
+        is_left.scatter_(1, index, False)
+        indices.append(index)
+    return torch.cat(indices, dim=1).masked_fill(logits.isnan().any(dim=1, keepdim=True), -1)
 
 
 def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
@@ -51,6 +61,8 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
 
     Returns:
         `{"accuracy": ..., "top5_accuracy": ...}`, fractions as Python floats.
+
+    A warning says how many rows are no prediction, since their logits are NaN; they count as wrong.
 
     Raises:
         ValueError: for other shapes, no samples or a negative label.

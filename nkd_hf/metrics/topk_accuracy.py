@@ -2,16 +2,20 @@
 
 # `evaluate.load` copies this file alone into its cache and reads its imports line by line: it imports nothing of the
 # package, and each import stands on a line of its own.
+import logging
+
 import datasets
 import evaluate
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "The fraction of samples whose class is the best, or among the five best, of the predicted classes."
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions ([N, K] int): class indices of each sample, best first, with K = min(5, number of classes) or more; only
-        the first five count.
+        the first five count. A row of -1 is no prediction, and counts as wrong.
     references ([N] int): class index of each sample.
 
 Returns:
@@ -31,7 +35,8 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
 
     Args:
         predictions: [N, K] int class indices, best first, with K = min(5, number of classes) or more; only the first
-            five count.
+            five count. A row of -1 alone is no prediction, as `top5_indices` makes it of logits that are NaN: it counts
+            as wrong, and a warning says how many there are.
         references: [N] int class indices.
 
     Returns:
@@ -64,11 +69,18 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
     top5 = predictions[:, :5]
     # evaluate cuts floats to integers, so that logits may come as integers too, but with some of them equal or negative.
     ranked = np.sort(top5, axis=1)
-    wrong = (ranked[:, 1:] == ranked[:, :-1]).any(axis=1) | (ranked[:, 0] < 0)
+    is_missing = (top5 == -1).all(axis=1)
+    wrong = ((ranked[:, 1:] == ranked[:, :-1]).any(axis=1) | (ranked[:, 0] < 0)) & ~is_missing
     if predictions.dtype.kind not in "iu" or wrong.any():
         raise ValueError(
             "each row of predictions must list different class indices (integers), best first, got "
             f"{top5[wrong.argmax()].tolist()}: {mend}"
+        )
+    if is_missing.any():
+        logger.warning(
+            "The model predicts nothing for %d of %d samples, since their logits are NaN; they count as wrong.",
+            is_missing.sum(),
+            len(is_missing),
         )
     hits = top5 == references[:, None]
     return {"accuracy": float(hits[:, 0].mean()), "top5_accuracy": float(hits.any(axis=1).mean())}
