@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .export import save_image_processor
 from .folders import new_folder
+from .labels import read_label_file
 from .mmcls_checkpoint import read_mmcls_checkpoint
 from .modeling import save_student
 from .students import create_student
@@ -98,7 +98,7 @@ def main(args: list[str] | None = None) -> None:
 
     id2label = None
     if args.labels is not None:
-        id2label = dict(enumerate(Path(args.labels).read_text(encoding="utf-8").splitlines()))
+        id2label = dict(enumerate(read_label_file(args.labels)))
     with new_folder(args.output, args.overwrite) as folder:
         student = create_official_student(read_mmcls_checkpoint(args.mmcls), args.architecture, id2label)
         save_student(student, folder)

@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import json
 import logging
 import operator
 import re
@@ -77,9 +78,53 @@ def normalize_id2label(
     return {number: str(names[number]) for number in range(len(names))}
 
 
+def check_classifier(config: Any, of: str) -> None:
+    """Checks that a model is trained with a softmax over two or more classes, as every loss of nkd_hf is.
+
+    Args:
+        config: the model's; an object without `problem_type` and `num_labels`, or None, passes.
+        of: what messages call the model.
+
+    Raises:
+        ValueError: it has one class, or `problem_type` says that it is for regression or several labels an image.
+    """
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"the problem_type of {of} must be single_label_classification, got {problem_type!r}. Distillation compares "
+            "softmaxes over classes: take a model that gives each image one class, or set config.problem_type if this is one"
+        )
+    if getattr(config, "num_labels", None) == 1:
+        raise ValueError(f"{of} must have two classes or more, got 1. A binary classifier has num_labels=2")
+
+
 def invert_labels(id2label: Mapping[int, str]) -> dict[str, int]:
     """The `label2id` that belongs to an `id2label`; of classes with one name, the last one counts, as in transformers."""
     return {name: number for number, name in id2label.items()}
+
+
+def check_class_order(folder: str | Path, id2label: Mapping[Any, str] | Sequence[str]) -> None:
+    """Checks that a saved model's logits stand in the order of the classes that it is to go on with.
+
+    Args:
+        folder: of the saved model. Its `config.json` alone is read; without one, or without names in it, it passes.
+        id2label: the classes of now.
+
+    Raises:
+        ValueError: the names are the same in another order.
+    """
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = config.get("id2label") or config.get("label_names")
+    if not names:
+        return
+    saved, now = (list(normalize_id2label(each).values()) for each in (names, id2label))
+    if saved != now and sorted(saved) == sorted(now):
+        first = next(i for i, (a, b) in enumerate(zip(saved, now, strict=True)) if a != b)
+        raise ValueError(
+            f"the classes must stand in the order in which {folder} was saved, got {now[first]!r} for class {first}, which "
+            f"is {saved[first]!r} there. Start this training from the beginning, in a new folder"
+        )
 
 
 def match_labels(
@@ -174,6 +219,17 @@ def whole_numbers(names: Sequence[str]) -> list[int] | None:
     return None
 
 
+def sort_by_number(names: Sequence[str]) -> list[str]:
+    """The names in the order of the numbers that they are, or as they stand if they are not all [`whole_numbers`].
+
+    Example:
+        >>> sort_by_number(["0", "1", "10", "2"]), sort_by_number(["dog", "cat"])
+        (['0', '1', '2', '10'], ['dog', 'cat'])
+    """
+    numbers = whole_numbers(names)
+    return list(names) if numbers is None else [name for _, name in sorted(zip(numbers, names, strict=True))]
+
+
 def class_numbers(names: Sequence[str], num_labels: int) -> list[int]:
     """The classes that named ones are among a model's `num_labels` where the model's names tell nothing.
 
@@ -189,12 +245,13 @@ def class_numbers(names: Sequence[str], num_labels: int) -> list[int]:
         ([0, 10, 2], [0, 1])
     """
     numbers = whole_numbers(names)
-    if numbers is None:
-        return list(range(len(names)))
-    if max(numbers, default=0) < num_labels:
+    positions = list(range(len(names)))
+    if numbers is None or numbers == positions:
+        return positions
+    if max(numbers) < num_labels:
         return numbers
     if sorted(numbers) == numbers and sorted(names) == list(names):
-        return list(range(len(names)))
+        return positions
     raise ValueError(
         f"class names that are numbers must be from 0 to {num_labels - 1} to be taken as the numbers of "
         f"{num_labels} classes, got {min(numbers)} to {max(numbers)}. Rename the classes to the numbers of the model, or "

@@ -16,11 +16,15 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 
 from .features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
+from .labels import check_class_order, invert_labels, normalize_id2label
+from .losses.normalized import check_labels
 
 # What a loss can ask for, by the names of its forward's arguments.
 _LOSS_INPUTS = {
     "student_logits", "teacher_logits", "labels", "label_smoothing", *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD
 }  # fmt: skip
+# As in torch.nn.functional.cross_entropy: the label of an image that has none.
+IGNORE_INDEX = -100
 _STACKS = (nn.Sequential, nn.ModuleList)
 # Public attributes of a student that DistillationModel does not lend: Trainer would not move a model with a device map, so that
 # the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
@@ -186,6 +190,8 @@ class DistillationModel(nn.Module):
         for tap in self.taps.values():
             tap.listen()
         logits = _run(self.student, pixel_values, columns).logits
+        # Once for all losses, those of one's own and the task loss among them, which ignores the index of unlabelled images.
+        check_labels(labels, logits.shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
         if not labels.is_floating_point():
             labels = labels.long()
         available = {"student_logits": logits, "labels": labels, **teacher_outputs}
@@ -251,10 +257,12 @@ class DistillationModel(nn.Module):
         """Reads student, losses and the moving average from a checkpoint.
 
         Raises:
-            ValueError: the folder is no checkpoint of this student with these losses and settings.
+            ValueError: the folder is no checkpoint of this student with these losses and settings, or the student's
+                classes stood in another order.
         """
         # Through from_pretrained, which turns the keys of the file into those of the installed version. The checkpoint may
         # come from anywhere: neither a pickle in it is read nor its config.json.
+        check_class_order(folder, self.config.id2label)
         saved, report = type(self.student).from_pretrained(
             folder, config=copy.deepcopy(self.student.config), use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -284,8 +292,14 @@ def save_student(
         folder: where `model.safetensors` and `config.json` go.
         state_dict: its gathered weights, when the student is sharded.
         **kwargs: those of `PreTrainedModel.save_pretrained`.
+
+    Raises:
+        ValueError: the names in its `config.id2label` are not those of the classes 0..n-1.
     """
     state_dict = student.state_dict() if state_dict is None else state_dict
+    # timm's wrapper writes the names in the order of the dict, not in that of the classes.
+    student.config.id2label = normalize_id2label(student.config.id2label, of="the student's id2label")
+    student.config.label2id = invert_labels(student.config.id2label)
     if isinstance(student, TimmWrapperForImageClassification):
         # timm knows its own keys alone; transformers opens both kinds.
         state_dict = _under("timm_model.", state_dict)

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import IntervalStrategy, PreTrainedModel, pipeline, set_seed
+from transformers import EvalPrediction, IntervalStrategy, PreTrainedModel, pipeline, set_seed
 
 from .architectures import is_architecture
 from .bad_images import BadImageReport
@@ -24,6 +24,7 @@ from .checkpoints import CheckpointError, checkpoints, fault_of, is_model_only
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
 from .hub import PushError, create_repo, push_student
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
+from .labels import check_class_order, class_numbers
 from .metrics import compute_metrics, top5_indices
 from .model_card import CardInfo, check_license, launch_line
 from .model_card.curves import OTHER_DATASET
@@ -89,6 +90,9 @@ class Recipe:
                 f"num_classes is {data.num_classes}, but {data.dataset_name!r} has {len(self.id2label)} classes: set it to "
                 "that, or leave it out"
             )
+        if recipe.ignore_label_names:
+            # Raises where the names are numbers that aren't the positions of a teacher's logits.
+            class_numbers(list(self.id2label.values()), len(self.id2label))
         self.steps_per_epoch: int | None = None
         if data.streaming:
             self._count_steps()
@@ -263,6 +267,7 @@ class Recipe:
         if history is not None:
             self._note(name, history)
             self._say(f"The {name} in {args.output_dir} is trained already")
+            check_class_order(args.output_dir, student.config.id2label)
             trained = open_classifier(args.output_dir, trust_remote_code=self.args.trust_remote_code)
             student.load_state_dict(trained.state_dict())
             return student.to(args.device)
@@ -448,13 +453,15 @@ class Recipe:
 
     def _teacher_accuracy(self, trainer: DistillationTrainer) -> float:
         """Top-1 of the teacher on the student's pixels: a wrong teacher shows before days of training."""
-        hits = []
+        indices, labels = [], []
         for batch in tqdm(
             trainer.get_eval_dataloader(), desc="Evaluating the teacher", disable=trainer.args.disable_tqdm
         ):
-            hit = trainer.teacher(batch["pixel_values"]).argmax(-1) == batch["labels"]
-            hits.append(trainer.accelerator.gather_for_metrics(hit).cpu())
-        return torch.cat(hits).float().mean().item()
+            answer = top5_indices(trainer.teacher(batch["pixel_values"]))
+            for gathered, part in ((indices, answer), (labels, batch["labels"])):
+                gathered.append(trainer.accelerator.gather_for_metrics(part).cpu())
+        prediction = EvalPrediction(torch.cat(indices).numpy(), torch.cat(labels).numpy())
+        return compute_metrics(prediction)["accuracy"]
 
     def _count_steps(self) -> None:
         """A stream has no length: epochs become steps."""

@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from .architectures import ARCHITECTURES, is_architecture
+from .labels import invert_labels, normalize_id2label
 from .opening import RefusedError, check_model_args, open_pretrained
 from .preprocessing import load_image_processor  # noqa: F401  (other modules import it from here)
 
@@ -23,7 +24,7 @@ def create_student(
     name: str,
     *,
     num_labels: int | None = None,
-    id2label: dict[int, str] | None = None,
+    id2label: dict[int, str] | Sequence[str] | None = None,
     model_args: dict[str, Any] | None = None,
     image_size: int | None = None,
     image_mean: Sequence[float] | None = None,
@@ -42,8 +43,8 @@ def create_student(
             that all arguments but the labels and the last two are for architectures only.
         num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for an architecture, 100
             (CIFAR-100) for `*_cifar`, and else the model's own. A model that has another number gets a new head.
-        id2label (`dict[int, str]`, *optional*): class names; they are saved with the student. Their number replaces
-            `num_labels`.
+        id2label (`dict[int, str]` or a list, *optional*): class names; they are saved with the student. Their number
+            replaces `num_labels`. Numbers may be text, as JSON has them; see [`normalize_id2label`].
         model_args (`dict`, *optional*): handed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. Of the
             three others: `stages_repeats` and `stages_out_channels`, or `layers`.
         image_size (`int`, *optional*): height and width of the input in pixels; None means 224, or 32 for `*_cifar`.
@@ -62,7 +63,8 @@ def create_student(
         `PreTrainedModel`: its forward maps `pixel_values` [B, 3, H, W] to `.logits` [B, C].
 
     Raises:
-        ValueError: `name` is neither an architecture nor a model that can be opened, or has no use for model_args.
+        ValueError: `name` is neither an architecture nor a model that can be opened, or has no use for model_args; its
+            names, or those in `id2label`, are not those of the classes 0..n-1.
 
     Example:
 
@@ -75,6 +77,7 @@ def create_student(
     ```
     """
     if id2label is not None:
+        id2label = normalize_id2label(id2label)
         num_labels = len(id2label)
     if timm.is_model(name) and "." in name:
         raise ValueError(
@@ -101,7 +104,7 @@ def create_student(
         num_labels = ARCHITECTURES[name].num_labels if name in ARCHITECTURES else 1000
     labels = {"num_labels": num_labels}
     if id2label is not None:
-        labels |= {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
+        labels |= {"id2label": id2label, "label2id": invert_labels(id2label)}
     model_args = dict(model_args or {})
     check_model_args(model_args)
     if name in ARCHITECTURES:
@@ -184,8 +187,6 @@ def _open_student(
         )
     if model_args:
         raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: leave them out")
-    if id2label is not None:
-        num_labels = len(id2label)
     labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
         # In float32 whatever the file has: half precision is autocast's business, not that of the weights that train.
@@ -201,7 +202,7 @@ def _open_student(
         raise ValueError(f"student {name!r} is not opened: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
-    if id2label is not None:
-        student.config.id2label = dict(id2label)
-        student.config.label2id = {label: i for i, label in id2label.items()}
+    if id2label is None:
+        id2label = normalize_id2label(student.config.id2label, of=f"the id2label of student {name!r}")
+    student.config.id2label, student.config.label2id = id2label, invert_labels(id2label)
     return student

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, classifier_head
-from .labels import match_labels
+from .labels import check_classifier, match_labels
 from .opening import RefusedError, open_pretrained
 from .preprocessing import Preprocessing, read_preprocessing
 
@@ -36,6 +36,9 @@ class Teacher(nn.Module):
         preprocessing (`Preprocessing`, *optional*): what the model expects of its pixels; None means the student's.
         id2label (`dict[int, str]`, *optional*): the model's class names.
         name (`str`): what messages call the teacher.
+
+    Raises:
+        ValueError: the model's configuration says that it is no classifier of one class an image.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Teacher(nn.Module):
         name: str = "teacher",
     ):
         super().__init__()
+        check_classifier(getattr(model, "config", None), f"the teacher ({name})")
         self.model = _sharing_weights(model)
         self.preprocessing = preprocessing
         self.id2label = id2label
@@ -232,7 +236,8 @@ def load_teacher(
         [`Teacher`]
 
     Raises:
-        ValueError: the id or folder cannot be opened, or has only what is not allowed.
+        ValueError: the id or folder cannot be opened, or has only what is not allowed; the model is for regression or for
+            several labels an image (`problem_type`).
 
     Example:
 

@@ -29,10 +29,13 @@ from .checkpoints import fault_of
 from .features import check_token_grids
 from .finite_trainer import FiniteTrainer
 from .image_losses import ImageLosses
+from .label_check import LabelCheck
+from .labels import check_classifier, normalize_id2label
 from .losses import NKDLoss
+from .losses.normalized import check_labels
 from .model_card import CardInfo, write_card
 from .model_card.curves import OTHER_DATASET
-from .modeling import DistillationModel, DistillationOutput
+from .modeling import IGNORE_INDEX, DistillationModel, DistillationOutput
 from .optimization import SCHEDULES, decayed_parameters, lr_factor
 from .optimizer_groups import check_no_group_is_empty
 from .preprocessing import read_preprocessing
@@ -73,7 +76,8 @@ class DistillationTrainer(FiniteTrainer):
     Raises:
         ValueError: loss and teacher do not fit each other, the teacher's classes are not the student's, no layer is
             found for a loss that reads a mid feature, `compute_loss_func` would replace a distillation loss,
-            `label_names` has no `labels`, or a group of `optimizers` is empty.
+            `label_names` has no `labels`, a group of `optimizers` is empty, or student or
+            teacher is for regression, for several labels an image (`problem_type`) or for one class.
 
     Example:
 
@@ -172,6 +176,8 @@ class DistillationTrainer(FiniteTrainer):
                 f"model must be a *ForImageClassification of transformers, got {type(model).__name__}: "
                 'for a timm architecture give create_student("<its name>")'
             )
+        check_classifier(model.config, "the student")
+        normalize_id2label(model.config.id2label, of="the student's id2label")
         return DistillationModel(model, losses, args.feature_layer, args.label_smoothing_factor, args.ema_decay)
 
     def _check_label_names(self) -> None:
@@ -295,6 +301,7 @@ class DistillationTrainer(FiniteTrainer):
         columns = self.accelerator.unwrap_model(self.model).select_columns(inputs)
         if not torch.is_grad_enabled():
             outputs = DistillationOutput(logits=model(pixel_values, **columns)["logits"])
+            check_labels(labels, outputs.logits.shape, IGNORE_INDEX)
             loss = F.cross_entropy(outputs.logits.float(), labels if labels.is_floating_point() else labels.long())
             return (loss, outputs) if return_outputs else loss
         teacher_outputs = {}
@@ -417,6 +424,19 @@ class DistillationTrainer(FiniteTrainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns += [*self.accelerator.unwrap_model(self.model).columns, *OWN_COLUMNS]
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> torch.utils.data.DataLoader:
+        # Trainer makes all of its loaders here. ImageCollator checks its labels, and another loss may take other ones.
+        collator = self.data_collator
+        is_own = _overrides(self, "compute_loss") if is_training else self._has_own_evaluation
+        if not (is_own or self.compute_loss_func is not None or isinstance(collator, ImageCollator)):
+            model: DistillationModel = self.accelerator.unwrap_model(self.model)
+            ignore_index = None if is_training and model.needs("labels") else IGNORE_INDEX
+            self.data_collator = LabelCheck(collator, model.config.num_labels, ignore_index)
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         with self._for_evaluation():

@@ -108,7 +108,8 @@ def test_architectures_without_logits_have_the_names_of_their_sisters(architectu
 def test_labels_of_a_file(tmp_path):
     weights = official_state_dict("resnet18-cifar100")
     weights["head.fc.weight"], weights["head.fc.bias"] = weights["head.fc.weight"][:3], weights["head.fc.bias"][:3]
-    (tmp_path / "names.txt").write_text("cat\ndog\ncow\n")
+    # As an editor of Windows writes it: a byte-order mark, and a blank line at the end.
+    (tmp_path / "names.txt").write_bytes("cat\r\ndog\r\ncow\r\n\r\n".encode("utf-8-sig"))
     args = ["--mmcls", save({"state_dict": weights}, tmp_path / "a.pth"), "--architecture", "resnet18-cifar100"]
     with pytest.raises(ValueError, match=r"with 100 classes: 2 of another shape: head.fc.weight \[3, 512\] instead"):
         convert([*args, "--output", str(tmp_path / "student")])
@@ -116,6 +117,10 @@ def test_labels_of_a_file(tmp_path):
     convert([*args, "--output", str(tmp_path / "student"), "--labels", str(tmp_path / "names.txt")])
     student = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
     assert student.config.id2label == {0: "cat", 1: "dog", 2: "cow"}
+    (tmp_path / "names.txt").write_bytes(b"cat\n\ncow\n")
+    with pytest.raises(ValueError, match="must hold a class name in each line, got a blank line 2"):
+        convert([*args, "--output", str(tmp_path / "other"), "--labels", str(tmp_path / "names.txt")])
+    assert not (tmp_path / "other").exists()
 
 
 def test_faults_are_listed_and_nothing_is_written(tmp_path):

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from nkd_hf.labels import class_numbers, match_labels, normalize_id2label, read_label_file, whole_numbers
+from nkd_hf.labels import (
+    check_class_order,
+    class_numbers,
+    match_labels,
+    normalize_id2label,
+    read_label_file,
+    whole_numbers,
+)
 
 TWELVE = {i: f"class {i}" for i in range(12)}
 
@@ -116,6 +123,18 @@ def test_numbers_of_classes():
     assert class_numbers(["1001", "1002", "2001"], 3) == [0, 1, 2]
     with pytest.raises(ValueError, match="got 2 to 10"):
         class_numbers(["2", "10"], 2)
+
+
+def test_an_order_of_classes_that_was_saved_is_kept(tmp_path):
+    check_class_order(tmp_path, TWELVE)  # no model, no names
+    for names in ({"id2label": {str(i): name for i, name in TWELVE.items()}}, {"label_names": list(TWELVE.values())}):
+        (tmp_path / "config.json").write_text(json.dumps(names, sort_keys=True))
+        check_class_order(tmp_path, TWELVE)
+        check_class_order(str(tmp_path), [f"other {i}" for i in range(12)])
+        with pytest.raises(ValueError, match="got 'class 10' for class 2, which is 'class 2' there"):
+            check_class_order(tmp_path, sorted(TWELVE.values()))
+    (tmp_path / "config.json").write_text("{}")
+    check_class_order(tmp_path, TWELVE)
 
 
 def test_different_numbers_of_classes_are_told_in_linear_time():

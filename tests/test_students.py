@@ -1,5 +1,6 @@
 """What is built, saved and opened again: by transformers, by a pipeline, by timm."""
 
+import json
 import re
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn, timm_deit
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from nkd_hf import USKDLoss, create_student, load_image_processor
 from nkd_hf.modeling import save_student
@@ -95,6 +103,63 @@ def test_timm_folder_opens_with_other_names(tmp_path, image, names):
     assert {entry["label"] for entry in answer} == set(names)
     if len(names) == 10:  # the head fits, and stays
         torch.testing.assert_close(student.state_dict(), timm_cnn().state_dict(), rtol=0, atol=0)
+
+
+def test_names_are_saved_in_the_order_of_the_classes(tmp_path, image):
+    names = {i: f"class {i:02d}" for i in range(12)}
+    as_text = json.loads(json.dumps(names, sort_keys=True))
+    config = ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                       intermediate_size=64, id2label={int(key): names[int(key)] for key in sorted(as_text)})  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "native")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "native")
+    written = json.loads((tmp_path / "native" / "config.json").read_text())
+    (tmp_path / "native" / "config.json").write_text(json.dumps(written, sort_keys=True))
+    native = AutoModelForImageClassification.from_pretrained(tmp_path / "native")
+    assert list(native.config.id2label)[:3] == [0, 1, 10]
+    assert list(create_student(str(tmp_path / "native")).config.id2label.items()) == list(names.items())
+    for number, given in enumerate((native.config.id2label, as_text, list(names.values()))):
+        students = [
+            create_student("resnet18", id2label=given, image_size=32, model_args={"channels": [8, 16, 32, 64]}),
+            create_student("resnet18_cifar", id2label=given, model_args={"layers": [1, 1, 1, 1]}),
+            create_student(str(tmp_path / "native"), id2label=given),
+        ]
+        # By hand, after it was built.
+        students.append(create_student("resnet18", num_labels=12, image_size=32, model_args={"channels": [8] * 4}))
+        students[-1].config.id2label = given
+        for kind, student in enumerate(students):
+            folder = str(tmp_path / f"{number}-{kind}")
+            head = [module for module in student.modules() if isinstance(module, torch.nn.Linear)][-1]
+            torch.nn.init.zeros_(head.weight)
+            head.bias.data = torch.arange(12.0)
+            save_student(student, folder)
+            load_image_processor(student).save_pretrained(folder)
+            assert list(student.config.id2label.items()) == list(names.items())
+            opened = AutoModelForImageClassification.from_pretrained(folder).config
+            assert list(opened.id2label.items()) == list(names.items())
+            assert opened.label2id == {name: i for i, name in names.items()}
+            assert pipeline("image-classification", model=folder, device="cpu")(image)[0]["label"] == "class 11"
+
+
+@pytest.mark.parametrize("names", [{1: "a", 2: "b"}, {"0": "a", 0: "b"}, {0: "a", 1: 1}, {}, "ab"])
+def test_names_that_are_no_classes_are_refused(tmp_path, names):
+    save_student(timm_cnn(), str(tmp_path / "timm"))
+    for name in ("resnet18", "resnet18_cifar", str(tmp_path / "timm")):
+        with pytest.raises(ValueError, match="id2label"):
+            create_student(name, id2label=names)
+    student = timm_cnn()
+    student.config.id2label = names
+    with pytest.raises(ValueError, match="student's id2label"):
+        save_student(student, str(tmp_path / "student"))
+    with pytest.raises(ValueError, match="student's id2label"):
+        make_trainer(tmp_path / "run", student, digits(0, 32))
+    assert not (tmp_path / "student").exists()
+    native_vit().save_pretrained(tmp_path / "native")
+    written = json.loads((tmp_path / "native" / "config.json").read_text())
+    written["id2label"] = {str(i + 1): "a" for i in range(10)}
+    (tmp_path / "native" / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="must number its 10 classes from 0 to 9, got the number 10"):
+        create_student(str(tmp_path / "native"))
+    assert create_student(str(tmp_path / "native"), id2label=DIGITS).config.id2label == DIGITS
 
 
 def test_student_from_a_half_precision_file_trains_in_float32(tmp_path):

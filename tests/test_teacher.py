@@ -1,5 +1,6 @@
 """The teacher: its pixels, its label order, how it is opened."""
 
+import json
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ from nkd_hf import NKDLoss, SRRLLoss, create_student, load_teacher
 from nkd_hf.data import describe_synsets
 from nkd_hf.labels import match_labels
 from nkd_hf.preprocessing import Preprocessing, read_preprocessing
+from nkd_hf.teacher import Teacher
 
 
 def test_pixels_are_renormalised_and_resized_for_the_teacher():
@@ -59,6 +61,24 @@ def test_logits_are_permuted_to_the_students_order(tmp_path):
     with torch.no_grad():
         expected = teacher.eval()(pixels).logits
     torch.testing.assert_close(trainer.teacher(pixels), expected.flip(1))
+
+
+def test_text_keys_permute_nothing(tmp_path):
+    names = {i: f"class {i}" for i in range(12)}
+    as_text = json.loads(json.dumps(names))
+
+    def model(**labels):
+        return create_student("resnet18", image_size=32, model_args={"channels": [8, 16, 32, 64]}, **labels)
+
+    by_hand, teacher_by_hand = model(num_labels=12), model(num_labels=12)
+    by_hand.config.id2label = teacher_by_hand.config.id2label = as_text
+    for student in (model(id2label=as_text), by_hand):
+        for teacher in (model(id2label=names), teacher_by_hand, Teacher(model(num_labels=12), id2label=as_text)):
+            trainer = make_trainer(tmp_path, student, digits(0, 32), teacher=teacher, distillation_loss=NKDLoss())
+            assert trainer.teacher.order is None
+    odd = Teacher(model(num_labels=12), id2label={i + 1: "" for i in names}, name="odd")
+    with pytest.raises(ValueError, match="odd's id2label must number its 12 classes from 0 to 11, got the number 12"):
+        make_trainer(tmp_path, by_hand, digits(0, 32), teacher=odd, distillation_loss=NKDLoss())
 
 
 def test_label_spaces(caplog):

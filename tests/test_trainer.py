@@ -220,6 +220,21 @@ def test_checkpoint_of_other_losses_is_refused(tmp_path, train):
         other.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("build", [timm_cnn, native_vit])
+def test_checkpoint_with_the_classes_in_another_order_is_refused(tmp_path, train, build):
+    make_trainer(tmp_path, build(), train, max_steps=1, save_strategy="steps", save_steps=1).train()
+    student = build()
+    student.config.id2label = dict(enumerate(sorted(map(str, range(10)), reverse=True)))
+    other = make_trainer(tmp_path, student, train)
+    with pytest.raises(
+        ValueError, match=r"the classes must stand in the order .* got '9' for class 0, which is '0' there"
+    ):
+        other.train(resume_from_checkpoint=True)
+    # Other names for them are no other order.
+    student.config.id2label = [f"digit {i}" for i in range(10)]
+    make_trainer(tmp_path, student, train, max_steps=2).train(resume_from_checkpoint=True)
+
+
 def test_best_model_is_loaded_with_its_head(tmp_path, train, evaluation):
     heads = {}
 

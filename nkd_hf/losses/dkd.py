@@ -113,7 +113,7 @@ def _components(
     check_student_logits(student_logits)
     batch_size, num_classes = student_logits.shape
     check_other_logits("teacher_logits", teacher_logits, student_logits, f"load a {num_classes}-class teacher")
-    check_labels(labels, student_logits)
+    check_labels(labels, student_logits.shape)
 
     target = labels.argmax(-1, keepdim=True) if labels.ndim == 2 else labels.long().unsqueeze(-1)
     is_target = torch.zeros_like(student_logits, dtype=torch.bool).scatter_(-1, target, True)

@@ -133,7 +133,7 @@ def _components(
     check_student_logits(student_logits)
     num_classes = student_logits.shape[1]
     check_other_logits("teacher_logits", teacher_logits, student_logits, f"load a {num_classes}-class teacher")
-    check_labels(labels, student_logits)
+    check_labels(labels, student_logits.shape)
 
     labels = labels if labels.ndim == 2 else labels.long()
     target = labels.argmax(-1, keepdim=True) if labels.ndim == 2 else labels.unsqueeze(-1)

@@ -6,6 +6,7 @@ to one there. NKD takes the soft labels from a teacher, USKD makes them from the
 """
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -254,19 +255,27 @@ def check_other_logits(name: str, logits: Tensor, student_logits: Tensor, mend: 
         raise ValueError(f"{name} must be floating point, got {logits.dtype}: hand in logits, not class indices")
 
 
-def check_labels(labels: Tensor, student_logits: Tensor) -> None:
-    """ValueError unless [B] integer classes below C or [B, C] float mixup labels, whose rows sum to one.
+def check_labels(labels: Tensor, shape: Sequence[int], ignore_index: int | None = None) -> None:
+    """Checks the labels of a batch, as every loss takes them.
 
     The values are looked at on the CPU alone, and not in a compiled graph: elsewhere it would make the device wait.
+
+    Args:
+        labels: [B] integer classes below C, or [B, C] float mixup labels, whose rows sum to one.
+        shape: B and C, the student's logits' shape.
+        ignore_index: a class index beyond C that is allowed, too.
+
+    Raises:
+        ValueError: they are something else, such as rows in which several classes are 1.
     """
     check_tensor("labels", labels)
-    batch_size, num_classes = student_logits.shape
-    shape = list(labels.shape)
+    batch_size, num_classes = shape
+    got = list(labels.shape)
     are_visible = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if shape == [batch_size, num_classes]:
+    if got == [batch_size, num_classes]:
         if not labels.is_floating_point():
             raise ValueError(
-                f"labels of shape {shape} must be floating point (mixup), got {labels.dtype}: "
+                f"labels of shape {got} must be floating point (mixup), got {labels.dtype}: "
                 f"hand in class indices [{batch_size}], or call .float() on one-hot labels"
             )
         if are_visible:
@@ -274,20 +283,23 @@ def check_labels(labels: Tensor, student_logits: Tensor) -> None:
             # written so that nan does not pass; half precision rounds the sum
             if not (smallest >= 0 and ((sums - 1).abs() < 0.02).all()):
                 raise ValueError(
-                    f"labels of shape {shape} must be rows of weights >= 0 that sum to 1, got a smallest weight of "
+                    f"labels of shape {got} must be rows of weights >= 0 that sum to 1, got a smallest weight of "
                     f"{smallest.item():g} and sums from {sums.min().item():g} to {sums.max().item():g}: hand in one-hot "
-                    "rows, or mixtures of them"
+                    "rows, or mixtures of them. Several labels an image can't be distilled with a softmax"
                 )
         return
-    if shape != [batch_size]:
+    if got != [batch_size]:
         raise ValueError(
-            f"labels must be class indices [{batch_size}] or mixup labels [{batch_size}, {num_classes}], got {shape}: "
+            f"labels must be class indices [{batch_size}] or mixup labels [{batch_size}, {num_classes}], got {got}: "
             "hand in one label per image of student_logits"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels of shape {shape} must be integer class indices, got {labels.dtype}: call .long()")
+        raise ValueError(f"labels of shape {got} must be integer class indices, got {labels.dtype}: call .long()")
     if are_visible:
-        smallest, largest = (int(bound) for bound in labels.long().aminmax())
+        classes = labels.long()
+        if ignore_index is not None:
+            classes = classes.where(classes != ignore_index, 0)
+        smallest, largest = (int(bound) for bound in classes.aminmax())
         if smallest < 0 or largest >= num_classes:
             raise ValueError(
                 f"labels must be in 0..{num_classes - 1}, got {smallest if smallest < 0 else largest}: "

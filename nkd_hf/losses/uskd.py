@@ -195,7 +195,7 @@ def _components(
     check_student_logits(student_logits)
     num_classes = student_logits.shape[1]
     check_other_logits("mid_logits", mid_logits, student_logits, f"give the auxiliary head num_classes={num_classes}")
-    check_labels(labels, student_logits)
+    check_labels(labels, student_logits.shape)
 
     dtype = compute_dtype(student_logits)
     labels = labels.to(dtype) if labels.ndim == 2 else labels.long()
