@@ -1,5 +1,6 @@
 """Opens image classification datasets with `datasets`, in one shape whatever they were."""
 
+import functools
 import io
 import logging
 import math
@@ -9,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -22,8 +24,11 @@ from sklearn.model_selection import train_test_split
 from timm.data import ImageNetInfo
 
 from .access import gate
+from .labels import sort_by_number
 
 logger = logging.getLogger(__name__)
+
+_Split = TypeVar("_Split", Dataset, IterableDataset)
 
 
 @dataclass
@@ -159,7 +164,8 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     Returns:
         The splits `train` and `validation` with the columns `image` (encoded: `datasets.Image(decode=False)`) and `label`
         (`ClassLabel`; text labels become the sorted names, plain integers `LABEL_0`, `LABEL_1`, ...), numbered alike in
-        both. In a stream, integers without names stay integers. A warning names the classes, and the folders of classes,
+        both. Where all names are whole numbers, as those of the folders `0` to `11`, they stand in the order of these. In
+        a stream, integers without names stay integers. A warning names the classes, and the folders of classes,
         that have no images in a split.
 
     Raises:
@@ -185,6 +191,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     if args.streaming:
         for name, split in splits.items():
             _check_stream(split, args, name)
+        splits = _in_order_of_numbers(splits)
         limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
         return IterableDatasetDict(
             {name: split.take(limits[name]) if limits[name] else split for name, split in splits.items()}
@@ -222,6 +229,7 @@ def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dat
     split = _pick_columns(_pick_split(loaded, wanted, [_EVALUATION_SPLITS[0]], "the split to evaluate on"), args)
     if args.streaming:
         _check_stream(split, args, wanted)
+        split = _in_order_of_numbers({wanted: split})[wanted]
         return wanted, split.take(args.max_eval_samples) if args.max_eval_samples else split
     # Text and plain integers get the classes that they had in training.
     train = _pick_columns(loaded["train"], args) if "train" in loaded else split
@@ -457,21 +465,53 @@ def _subset(split: Dataset, limit: int | None, seed: int) -> Dataset:
 
 
 def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Gives text and plain integer labels a `ClassLabel` that holds for all splits."""
+    """Gives text and plain integer labels a `ClassLabel` that holds for all splits; numbers are in order."""
     feature = splits["train"].features["label"]
     if isinstance(feature, datasets.ClassLabel):
-        return splits
+        return _in_order_of_numbers(splits)
     labels = set().union(*(split.unique("label") for split in splits.values())) - {None}
-    names = sorted(labels) if _is_text(feature) else [f"LABEL_{label}" for label in range(max(labels, default=-1) + 1)]
+    names = (
+        sort_by_number(sorted(labels))
+        if _is_text(feature)
+        else [f"LABEL_{label}" for label in range(max(labels, default=-1) + 1)]
+    )
     if not names:
         raise ValueError("the label column holds no label at all: set label_column_name")
     return {name: _cast_labels(split, datasets.ClassLabel(names=names)) for name, split in splits.items()}
 
 
+def _in_order_of_numbers(splits: dict[str, _Split]) -> dict[str, _Split]:
+    """Numbers the classes by their names where these are whole numbers: as text, 10 would come before 2."""
+    ordered = {}
+    for key, split in splits.items():
+        feature = split.features["label"]
+        names = sort_by_number(feature.names) if isinstance(feature, datasets.ClassLabel) else []
+        if not names or names == feature.names:
+            ordered[key] = split
+            continue
+        number = {feature.str2int(name): i for i, name in enumerate(names)}
+        features = datasets.Features(split.features | {"label": datasets.ClassLabel(names=names)})
+        if isinstance(split, IterableDataset):
+            renumber = functools.partial(_renumber, number=number)
+            ordered[key] = split.map(renumber, input_columns=["label"], features=features)
+        else:
+            labels = [number.get(label, label) for label in split["label"][:]]
+            labels = Dataset.from_dict({"label": labels}, features=datasets.Features(label=features["label"]))
+            ordered[key] = _with_labels(split, labels)
+    return ordered
+
+
+def _renumber(label: int | None, number: dict[int, int]) -> dict[str, int | None]:
+    return {"label": number.get(label, label)}
+
+
 def _cast_labels(split: Dataset, feature: datasets.Value | datasets.ClassLabel) -> Dataset:
     # The label column alone: casting the dataset would write all images to the cache once more.
-    images, labels = split.select_columns("image"), split.select_columns("label")
-    return datasets.concatenate_datasets([images, labels.cast_column("label", feature)], axis=1)
+    return _with_labels(split, split.select_columns("label").cast_column("label", feature))
+
+
+def _with_labels(split: Dataset, labels: Dataset) -> Dataset:
+    return datasets.concatenate_datasets([split.select_columns("image"), labels], split=split.split, axis=1)
 
 
 def _split_rows(labels: Sequence[int | None], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .data import DataArguments, describe_synsets, load_evaluation_split
 from .images import ImageDataset, StreamingImageDataset
-from .labels import match_labels
+from .labels import class_numbers, match_labels
 from .metrics import compute_metrics, top5_indices
 from .opening import open_classifier
 from .students import load_image_processor
@@ -42,11 +42,13 @@ def evaluate(
         batch_size: images of one forward pass.
         num_workers: processes that read and preprocess images.
         device: where the model runs, such as `cuda`.
-        match_names: whether classes are matched by their names; if not, by their numbers.
+        match_names: whether classes are matched by their names; if not, by their numbers: those that the names are, if
+            all of them are whole numbers, or else their positions.
 
     Returns:
         `dict`: `top1` and `top5` (fractions), `images`, `bad_images`, `images_per_second` (from file to prediction, the
-        first batch left out; None when there is no other), and what was evaluated on what.
+        first batch left out; None when there is no other), `no_predictions` (images for which the model's logits are NaN:
+        they count as wrong), and what was evaluated on what.
 
     Raises:
         ValueError: the dataset cannot be loaded, or its classes are not the model's.
@@ -55,7 +57,12 @@ def evaluate(
     split_name, split = load_evaluation_split(data)
     kind = StreamingImageDataset if data.streaming else ImageDataset
     images = kind(split, processor_transform(processor), on_bad_image=data.on_bad_image, training=False)
-    order = _order(split.features["label"], model, match_names)
+    label, order, numbers = split.features["label"], None, None
+    if isinstance(label, datasets.ClassLabel):
+        if match_names:
+            order = _order(label.names, model)
+        else:
+            numbers = torch.tensor(class_numbers(label.names, model.config.num_labels))
     model = model.to(device).eval()
 
     predictions, labels = [], []
@@ -72,10 +79,11 @@ def evaluate(
     if not labels:
         raise ValueError(f"the split {split_name!r} has no images that can be read: name another one")
     seconds = time.perf_counter() - start
-    labels = torch.cat(labels)
+    labels = torch.cat(labels) if numbers is None else numbers[torch.cat(labels)]
     if order is None and labels.max() >= logits.shape[1]:
         raise ValueError(f"the labels go up to {labels.max()}, but the model has {logits.shape[1]} classes")
-    metrics = compute_metrics(EvalPrediction(torch.cat(predictions).numpy(), labels.numpy()))
+    predictions = torch.cat(predictions)
+    metrics = compute_metrics(EvalPrediction(predictions.numpy(), labels.numpy()))
     return {
         "model": model.name_or_path,
         "dataset": data.dataset_name,
@@ -84,6 +92,7 @@ def evaluate(
         "bad_images": images.num_bad_images,
         "top1": metrics["accuracy"],
         "top5": metrics["top5_accuracy"],
+        "no_predictions": (predictions[:, 0] < 0).sum().item(),
         "images_per_second": (len(labels) - before) / seconds if len(labels) > before else None,
         "device": str(device),
         "batch_size": batch_size,
@@ -92,17 +101,15 @@ def evaluate(
     }
 
 
-def _order(label: Any, model: PreTrainedModel, match_names: bool) -> list[int] | None:
+def _order(names: list[str], model: PreTrainedModel) -> list[int] | None:
     """Where the dataset's classes stand among the model's logits; None when in the same order."""
-    if not match_names or not isinstance(label, datasets.ClassLabel):
-        return None
     num_classes = model.config.num_labels
-    names = describe_synsets(label.names)
+    names = describe_synsets(names)
     if names == [f"LABEL_{i}" for i in range(len(names))] and len(names) < num_classes:
         # Plain integers: nothing says that the highest one that occurs is the last class.
         names = [f"LABEL_{i}" for i in range(num_classes)]
     return match_labels(
-        dict(enumerate(names)),
+        names,
         model.config.id2label,
         "the model",
         roles=("dataset", "model"),
@@ -189,6 +196,8 @@ def main(args: list[str] | None = None) -> None:
     print("preprocessing  " + ", ".join(f"{key} {value}" for key, value in results["preprocessing"].items()))
     print(f"top-1          {100 * results['top1']:.2f} %")
     print(f"top-5          {100 * results['top5']:.2f} %")
+    if results["no_predictions"]:
+        print(f"no prediction  {results['no_predictions']} images, whose logits are NaN: they count as wrong")
     print(
         f"throughput     {f'{speed:.0f} images/s' if speed else 'not measured'} on {device}, batch {args.batch_size}, "
         f"{args.num_workers} workers ({measured})"

@@ -158,7 +158,11 @@ def test_classes_are_matched_by_name(tmp_path, student):
     parquet = save_parquet(tmp_path / "a.parquet", datasets.ClassLabel(names=shuffled), [0, 0, 1, 2])
     data = DataArguments(dataset_name=parquet, validation_split="train")
     assert evaluate(model, data)["top1"] == 0.5
-    assert evaluate(model, data, match_names=False)["top1"] == 0
+    # Names that are numbers are those of the classes; others count by their position.
+    assert evaluate(model, data, match_names=False)["top1"] == 0.5
+    parquet = save_parquet(tmp_path / "letters.parquet", datasets.ClassLabel(names=list("dcbajihgfe")), [0, 0, 0, 3])
+    data = DataArguments(dataset_name=parquet, validation_split="train")
+    assert evaluate(model, data, match_names=False)["top1"] == 0.25
     # Text labels and integers without names.
     text = [str(i) for i in (3, 3, *range(10))]
     parquet = save_parquet(tmp_path / "b.parquet", datasets.Value("string"), text)
@@ -180,6 +184,20 @@ def test_classes_are_matched_by_name(tmp_path, student):
         evaluate(model, DataArguments(dataset_name=parquet, validation_split="train"))
     with pytest.raises(ValueError, match=r"the labels go up to 12, but the model has 10 classes"):
         evaluate(model, DataArguments(dataset_name=parquet, validation_split="train"), match_names=False)
+
+
+def test_a_model_that_gives_nan_predicts_nothing(tmp_path, student, capsys, caplog):
+    model = AutoModelForImageClassification.from_pretrained(student)
+    with torch.no_grad():
+        model.timm_model.fc.bias[0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    code, out, _ = run(capsys, "evaluate", "--model", str(tmp_path / "nan"), "--dataset", "digits", "--max_samples",
+                         "50", "--num_workers", "0", "--device", "cpu", "--output", str(tmp_path / "out.json"))  # fmt: skip
+    assert code == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert (results["top1"], results["top5"], results["no_predictions"]) == (0, 0, 50)
+    assert "no prediction  50 images, whose logits are NaN: they count as wrong\n" in out
+    assert "predicts nothing for 50 of 50 samples" in caplog.text
 
 
 def test_a_dataset_of_one_split_and_bad_images(tmp_path, student, capsys):
