@@ -1,79 +1,18 @@
 """Reads what some layers of a model put out during its one forward pass, as the features that a loss asks for.
 
-- `mid`, for USKD's auxiliary head: the last stage but one of a CNN or a Swin, and the class token after the middle block
-  of a ViT or DeiT (arXiv 2303.13005, section 3.3, and the configurations of github.com/yzd-v/cls_KD).
-- `low` and `high`, for ViTKD: a ViT's patch tokens after its first two blocks, and after its last block and final norm
-  (arXiv 2209.02432; forward of the backbones `VisionTransformer` and `Deit_3` of github.com/yzd-v/cls_KD).
-- `map`, for MGD and SRRL: the last feature map, which the classifier of a CNN or a Swin averages over its places; of a ViT
-  its patch tokens after the final norm, laid out as they stood in the image.
+feature_layers.py says what the features are: `mid`, `low`, `high` and `map`.
 """
 
 import difflib
-import functools
 import math
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-
-def _pool_nchw(output: Tensor) -> Tensor:
-    return output.mean(dim=(2, 3))
-
-
-def _tokens(output: Tensor) -> Tensor:
-    # Left unpooled: Swin's official head normalises the tokens before it averages them, which is the loss's to do.
-    return output.flatten(1, -2)
-
-
-def _class_token(output: Tensor) -> Tensor:
-    return output[:, 0]
-
-
-def _patch_tokens(output: Tensor, num_prefix_tokens: int) -> Tensor:
-    return output[:, num_prefix_tokens:]
-
-
-def _nchw(output: Tensor) -> Tensor:
-    return output
-
-
-def _token_map(output: Tensor) -> Tensor:
-    """[B, H, W, D], or [B, P, D] of a square grid, to [B, D, H, W]."""
-    if output.ndim == 3:
-        side = math.isqrt(output.shape[1])
-        if side**2 != output.shape[1]:
-            raise ValueError(
-                f"the {output.shape[1]} tokens of the last layer are laid out as a feature map, and that is no square: "
-                "train on square images"
-            )
-        output = output.unflatten(1, (side, side))
-    return output.permute(0, 3, 1, 2)
-
-
-def _patch_map(output: Tensor, num_prefix_tokens: int) -> Tensor:
-    return _token_map(_patch_tokens(output, num_prefix_tokens))
-
-
-def _by_rank(output: Tensor) -> Tensor:
-    return _pool_nchw(output) if output.ndim == 4 else _tokens(output)
-
-
-def _vit(blocks: str, norm: str) -> dict[str, tuple]:
-    return {
-        "mid": (f"{blocks}.{{middle}}", _class_token),
-        "low": ((f"{blocks}.0", f"{blocks}.1"), _patch_tokens),
-        "high": (norm, _patch_tokens),
-        "map": (norm, _patch_map),
-    }
-
-
-def _pooled(mid: tuple[str, Callable], last: str, head: str, to_map: Callable = _nchw) -> dict[str, tuple | str]:
-    """Of a model whose classifier `head` averages what `last` puts out."""
-    return {"mid": mid, "map": (last, to_map), "head": head}
-
+from .feature_layers import Grid, classifier_name, describe, known_reading, timm_model
+from .feature_layout import Output, find_reading, input_size, run_once, unchanged
 
 # What a loss can ask for, by the names of its forward's arguments -> the kind of feature.
 STUDENT_FEATURES = {"mid_feature": "mid", "student_low": "low", "student_high": "high", "student_map": "map"}
@@ -81,95 +20,90 @@ TEACHER_FEATURES = {"teacher_low": "low", "teacher_high": "high", "teacher_map":
 # Parameters of the classifier that reads the average of the teacher's map, which is no feature of a batch.
 TEACHER_HEAD = ("teacher_head_weight", "teacher_head_bias")
 
-# Family -> kind of feature -> (layer or layers, how an output becomes a feature). Those of several layers are stacked on
-# dim 1. `{middle}` is the block at half of the depth, `{last}` the last. `head` is the classifier of the averaged map.
-_TIMM_LAYERS = {
-    "resnet": _pooled(("timm_model.layer3", _pool_nchw), "timm_model.layer4", "timm_model.fc"),
-    "mobilenetv1": _pooled(("timm_model.blocks.3", _pool_nchw), "timm_model.bn2", "timm_model.classifier"),
-    "mobilenetv2": _pooled(("timm_model.blocks.6", _pool_nchw), "timm_model.bn2", "timm_model.classifier"),
-    "regnet": _pooled(("timm_model.s3", _pool_nchw), "timm_model.final_conv", "timm_model.head.fc"),
-    "swin": _pooled(("timm_model.layers.2", _tokens), "timm_model.norm", "timm_model.head.fc", _token_map),
-    "deit": _vit("timm_model.blocks", "timm_model.norm"),
-    "vit": _vit("timm_model.blocks", "timm_model.norm"),
+# What is missing -> what the losses that read it need.
+_UNKNOWN = {
+    "map": (
+        "last feature map is",
+        "MGD and SRRL, which read it, need a ResNet, MobileNet, RegNet, ShuffleNetV2, Swin, ViT or DeiT, timm's or "
+        "transformers', as student and as teacher",
+    ),
+    "low": (
+        "low patch tokens are",
+        "ViTKD, which reads them, needs a ViT or DeiT, timm's or transformers', as student and as teacher",
+    ),
 }
-_TRANSFORMERS_LAYERS = {
-    "resnet": _pooled(("resnet.encoder.stages.2", _pool_nchw), "resnet.encoder.stages.3", "classifier.1"),
-    "mobilenet_v1": _pooled(("mobilenet_v1.layer.21", _pool_nchw), "mobilenet_v1.layer.25", "classifier"),
-    "mobilenet_v2": _pooled(("mobilenet_v2.layer.15", _pool_nchw), "mobilenet_v2.conv_1x1", "classifier"),
-    "regnet": _pooled(("regnet.encoder.stages.2", _pool_nchw), "regnet.encoder.stages.3", "classifier.1"),
-    # The stage itself returns its output after downsampling (768 channels); its last block does not.
-    "swin": _pooled(("swin.encoder.layers.2.blocks.{last}", _tokens), "swin.layernorm", "classifier", _token_map),
-    "vit": _vit("vit.layers", "vit.layernorm"),
-    "deit": _vit("deit.layers", "deit.layernorm"),
-    "nkd_shufflenet_v2": _pooled(("shufflenet.stage4", _pool_nchw), "shufflenet.conv5", "shufflenet.fc"),
-    "nkd_resnet_cifar": _pooled(("resnet.layer3", _pool_nchw), "resnet.layer4", "resnet.fc"),
-}
-_MAPPED = "a ResNet, MobileNet, RegNet, ShuffleNetV2, Swin, ViT or DeiT"
-# Class and distillation token; a timm model knows the number of its own.
-_TRANSFORMERS_PREFIX_TOKENS = {"vit": 1, "deit": 2}
+_UNKNOWN["high"] = ("high patch tokens are", _UNKNOWN["low"][1])
 
 
 class FeatureTap:
     """Keeps the output of named submodules of `model`, as a feature that a loss can read.
 
     The hooks are registered at construction, so build the tap before `torch.compile` sees the model: a hook that is
-    registered later never fires in the compiled graph.
+    registered later never fires in the compiled graph. All that can be known of the layers is found out at construction,
+    which runs the model on two images where `layer` is given.
 
     Args:
         model (`nn.Module`): a `*ForImageClassification` of transformers, timm models among them (`TimmWrapper*`), or a
             bare timm model.
-        layer (`str`, *optional*): the submodule's name in `model`. None finds the layers that the paper uses.
-        kind (`str`, defaults to `"mid"`): what is read, see the top of this file: `mid`, `low`, `high` or `map`.
+        layer (`str`, *optional*): the submodule's name in `model`, for the kind `mid`. None finds the layers that the paper
+            uses.
+        kind (`str`, defaults to `"mid"`): what is read, see the top of feature_layers.py: `mid`, `low`, `high` or `map`.
+
+    Attributes:
+        layer (`str`): the names of the submodules.
+        text (`str`): what is read from them, such as `class token` or `mean of the patch tokens`.
+        grid (`tuple[int, int]`, *optional*): height and width, in patches, of the images of the last forward pass, for
+            `low`, `high` and `map` of a ViT.
 
     Raises:
-        ValueError: no layer is known for this model, or the model has no submodule of that name.
+        ValueError: no layer is known for this model, the model has no submodule of that name, or the submodule's output is
+            no feature.
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, kind: str = "mid"):
-        layers, self._to_feature = _find(model, kind)
-        layers = layers if layer is None else (layer,)
-        if not layers and kind == "map":
+        modules = dict(model.named_modules())
+        if layer is not None and layer not in modules:
             raise ValueError(
-                f"no last feature map is known for {_describe(model)}: MGD and SRRL, which read it, need {_MAPPED}, timm's or "
-                "transformers', as student and as teacher"
+                f"feature_layer {layer!r} is not a submodule of {describe(model)}: "
+                f"choose one that is, for example {_candidates(model, near=layer)}"
             )
-        if not layers and kind != "mid":
+        reading = known_reading(model, kind) if layer is None else find_reading(model, layer)
+        if reading is None and kind in _UNKNOWN:
+            what, need = _UNKNOWN[kind]
+            raise ValueError(f"no {what} known for {describe(model)}: {need}")
+        if reading is None:
             raise ValueError(
-                f"no {kind} patch tokens are known for {_describe(model)}: ViTKD, which reads them, needs a ViT or DeiT, "
-                "timm's or transformers', as student and as teacher"
-            )
-        if not layers:
-            raise ValueError(
-                f"no mid layer is known for {_describe(model)}: set feature_layer (--feature_layer) to one of its "
+                f"no mid layer is known for {describe(model)}: set feature_layer (--feature_layer) to one of its "
                 f"submodules, for example {_candidates(model)}"
             )
-        modules = dict(model.named_modules())
-        if layers[0] not in modules:
-            raise ValueError(
-                f"feature_layer {layers[0]!r} is not a submodule of {_describe(model)}: "
-                f"choose one that is, for example {_candidates(model, near=layers[0])}"
-            )
-        self.layer = ", ".join(layers)
-        self._outputs = [_Output(modules[name]) for name in layers]
+        self.layer = ", ".join(reading.layers)
+        self.text = reading.text
+        self.grid: Grid | None = None
+        self._read = reading.read
+        self._outputs = [Output(modules[name]) for name in reading.layers]
+        grid_layers = [] if reading.grid_layer is None else [reading.grid_layer]
+        self._grids = [Output(modules[name], _grid_of) for name in grid_layers]
         # The model may outlive the tap.
-        weakref.finalize(self, _remove_hooks, [output.hook for output in self._outputs]).atexit = False
+        hooks = [output.hook for output in (*self._outputs, *self._grids)]
+        weakref.finalize(self, _remove_hooks, hooks).atexit = False
 
     def listen(self, on: bool = True) -> None:
         """Keeps outputs from now on, as a new tap does, or ignores them, so that other users of the model leave none here."""
-        for output in self._outputs:
+        for output in (*self._outputs, *self._grids):
             output.listening = on
 
     def take(self) -> Tensor:
-        """Hands over the feature of the forward pass that just ran, and lets go of it.
+        """Returns the feature of the forward pass that just ran, and forgets it.
 
         Returns:
             `Tensor`, in the dtype that the layer computed in. `mid`: [B, D] for CNNs (average-pooled) and for ViT / DeiT
-            (the class token), or [B, N, D] tokens for Swin. `low`: [B, 2, P, D] patch tokens, row by row, without class
-            tokens and their like; `high`: [B, P, D] of those. `map`: [B, D, H, W].
+            (the class token; the mean of the patch tokens where the classifier reads no class token), or [B, N, D] tokens
+            for Swin. `low`: [B, 2, P, D] patch tokens, row by row, without class tokens and their like; `high`: [B, P, D]
+            of those, normalised. `map`: [B, D, H, W].
 
         Raises:
             RuntimeError: the layer took no part in the forward pass.
-            ValueError: `map` of a ViT or Swin, whose tokens are no square grid.
+            ValueError: the tokens of a ViT are not those of all patches.
         """
         outputs = [output.take() for output in self._outputs]
         if any(output is None for output in outputs):
@@ -177,34 +111,20 @@ class FeatureTap:
                 f"{self.layer} took no part in the forward pass: choose a feature_layer that does, and hand in a model "
                 "that has not run compiled before"
             )
-        features = [output if output.ndim == 2 else self._to_feature(output) for output in outputs]
+        for output in self._grids:
+            self.grid = output.take()
+        features = [self._read(output, self.grid) for output in outputs]
         return features[0] if len(features) == 1 else torch.stack(features, dim=1)
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
-        for output in self._outputs:
+        for output in (*self._outputs, *self._grids):
             output.take()
-        _remove_hooks([output.hook for output in self._outputs])
+            output.hook.remove()
 
 
-class _Output:
-    """The last output of one module."""
-
-    def __init__(self, module: nn.Module):
-        self.listening = True
-        self._value: Tensor | None = None
-        # Its last part stands for a Sequential, which timm's gradient checkpointing takes apart without calling it.
-        while isinstance(module, nn.Sequential) and len(module):
-            module = module[-1]
-        self.hook = module.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        if self.listening:
-            self._value = output if isinstance(output, Tensor) else output[0]
-
-    def take(self) -> Tensor | None:
-        value, self._value = self._value, None
-        return value
+def _grid_of(output: Tensor) -> Grid:
+    return tuple(output.shape[-2:])
 
 
 def _remove_hooks(hooks: list[RemovableHandle]) -> None:
@@ -228,13 +148,11 @@ def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = No
         ValueError: as in [`FeatureTap`].
     """
     tap = FeatureTap(model, layer, kind)
-    was_training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(pixel_values)
+        with unchanged(model):
+            model(pixel_values)
         return tap.take().shape
     finally:
-        model.train(was_training)
         tap.remove()
 
 
@@ -247,14 +165,59 @@ def classifier_head(model: nn.Module) -> nn.Linear:
     Raises:
         ValueError: the model's classifier reads something else (a ViT's its class token), or none is known.
     """
-    head = _known(model).get("head", "")
-    head = dict(model.named_modules()).get(head.removeprefix("timm_model.") if _timm_model(model) is model else head)
+    name = classifier_name(model)
+    head = None if name is None else model.get_submodule(name)
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"no classifier of an averaged feature map is known for {_describe(model)}: SRRL, which feeds the student's to "
+            f"no classifier of an averaged feature map is known for {describe(model)}: SRRL, which feeds the student's to "
             "it, needs a ResNet, MobileNet, RegNet, ShuffleNetV2 or Swin, timm's or transformers', as teacher"
         )
     return head
+
+
+def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None) -> None:
+    """ValueError unless [`classifier_head`] of the averaged `map` gives the model's own logits, on random images.
+
+    A model on the meta device, which has no values, passes if its layers are known.
+
+    Args:
+        model (`nn.Module`): the teacher.
+        size (`tuple[int, int]`, *optional*): height and width of its images. Default: those that it was built for.
+    """
+    head, tap = classifier_head(model), FeatureTap(model, kind="map")
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+    try:
+        if head.weight.is_meta:
+            return
+        output = run_once(model, input_size(model) if size is None else size)
+        feature_map = tap.take()
+    finally:
+        hook.remove()
+        tap.remove()
+    logits = output if isinstance(output, Tensor) else output.logits
+    pooled = feature_map.mean((2, 3))
+    read, given = calls[-1]
+    for what, wanted, got in (
+        ("its classifier does not read the average of its last feature map", pooled, read),
+        ("its logits are not what its classifier gives", given, logits),
+    ):
+        difference = _relative_difference(wanted, got)
+        # Sums in half precision, taken in another order, differ in some of the last bits. NaN is no agreement.
+        if not difference <= max(1e-4, 4 * torch.finfo(wanted.dtype).eps):
+            raise ValueError(
+                f"SRRL's teacher must average its last feature map and classify that, got {describe(model)}: {what} (they "
+                f"differ by {difference:.1%} on random images). Choose a teacher with plain average pooling and one linear "
+                "layer after it"
+            )
+
+
+def _relative_difference(wanted: Tensor, got: Tensor) -> float:
+    """The largest difference, in units of the largest value; infinite for other shapes."""
+    if wanted.shape != got.shape:
+        return math.inf
+    wanted, got = wanted.double(), got.double()
+    return ((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-12)).item()
 
 
 def token_shape(model: nn.Module) -> tuple[int, int]:
@@ -278,78 +241,42 @@ def token_shape(model: nn.Module) -> tuple[int, int]:
 
     ```
     """
-    FeatureTap(model, kind="high").remove()
-    vit = _timm_model(model)
-    if vit is not None:
-        return vit.patch_embed.num_patches, vit.embed_dim
-    return model.base_model.embeddings.patch_embeddings.num_patches, model.config.hidden_size
+    height, width = _token_grid(model)
+    vit = timm_model(model)
+    return height * width, model.config.hidden_size if vit is None else vit.embed_dim
 
 
-def check_token_grids(student: nn.Module, teacher: nn.Module) -> None:
-    """ValueError unless both are ViTs that cut the images they were built for into as many patches."""
-    student_tokens, teacher_tokens = token_shape(student)[0], token_shape(teacher)[0]
-    if student_tokens != teacher_tokens:
+def check_token_grids(
+    student: nn.Module,
+    teacher: nn.Module,
+    student_size: tuple[int, int] | None = None,
+    teacher_size: tuple[int, int] | None = None,
+) -> None:
+    """ValueError unless both are ViTs that cut their images into the same grid of patches.
+
+    Args:
+        student (`nn.Module`): a ViT or DeiT.
+        teacher (`nn.Module`): a ViT or DeiT.
+        student_size (`tuple[int, int]`, *optional*): height and width of its images. Default: those that it was built for.
+        teacher_size (`tuple[int, int]`, *optional*): of the teacher's.
+    """
+    wanted, got = _token_grid(student, student_size), _token_grid(teacher, teacher_size)
+    if wanted != got:
         raise ValueError(
-            f"ViTKD needs as many patch tokens from the teacher as from the student's {student_tokens}, got "
-            f"{teacher_tokens} from {_describe(teacher)}: choose a teacher whose image size / patch size is the student's"
+            f"ViTKD needs patch tokens from the teacher in a grid like the student's {wanted[0]}x{wanted[1]}, got "
+            f"{got[0]}x{got[1]} from {describe(teacher)}: choose a teacher whose image size / patch size is the student's"
         )
 
 
-def _timm_model(model: nn.Module) -> nn.Module | None:
-    """The timm model that this is or wraps; None for those of transformers."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return model
-    return model.timm_model if config.model_type == "timm_wrapper" else None
-
-
-def _architecture(model: nn.Module) -> str | None:
-    """The name of a timm architecture."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        return getattr(config, "architecture", None)
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    # timm's class may have been called by hand.
-    return named or ("vit" if type(model).__name__.startswith("VisionTransformer") else None)
-
-
-def _known(model: nn.Module) -> dict[str, tuple | str]:
-    """What the tables above know of models of this kind."""
-    if _timm_model(model) is None:
-        return _TRANSFORMERS_LAYERS.get(model.config.model_type, {})
-    architecture = _architecture(model) or ""
-    return next((kinds for family, kinds in _TIMM_LAYERS.items() if architecture.startswith(family)), {})
-
-
-def _find(model: nn.Module, kind: str) -> tuple[tuple[str, ...], Callable[[Tensor], Tensor]]:
-    """The layers that the paper reads in models of this kind (none when unknown), and how outputs become a feature."""
-    timm_model, known = _timm_model(model), _known(model)
-    if kind not in known:
-        return (), _by_rank
-    layers, to_feature = known[kind]
-    layers = layers if isinstance(layers, tuple) else (layers,)
-    if timm_model is model:
-        layers = tuple(layer.removeprefix("timm_model.") for layer in layers)
-    modules = dict(model.named_modules())
-    if "{" in layers[0]:
-        blocks = modules.get(layers[0].rpartition(".")[0], ())
-        layers = (layers[0].format(middle=len(blocks) // 2 - 1, last=len(blocks) - 1),)
-    # timm has other networks whose names begin alike (resnet51q, resnetv2_50).
-    if not modules.keys() >= set(layers):
-        return (), _by_rank
-    if to_feature in (_patch_tokens, _patch_map):
-        count = (
-            _TRANSFORMERS_PREFIX_TOKENS[model.config.model_type]
-            if timm_model is None
-            else timm_model.num_prefix_tokens
-        )
-        to_feature = functools.partial(to_feature, num_prefix_tokens=count)
-    return layers, to_feature
-
-
-def _describe(model: nn.Module) -> str:
-    architecture = _architecture(model)
-    return f"{type(model).__name__} ({architecture})" if architecture else type(model).__name__
+def _token_grid(model: nn.Module, size: tuple[int, int] | None = None) -> Grid:
+    """Height and width in patches of an image of this size, or of the size that the model was built for."""
+    FeatureTap(model, kind="low").remove()  # for its error
+    vit = timm_model(model)
+    if vit is not None:
+        return tuple(vit.patch_embed.grid_size if size is None else vit.patch_embed.dynamic_feat_size(size))
+    patches = model.base_model.embeddings.patch_embeddings
+    size = patches.image_size if size is None else size
+    return tuple(side // patch for side, patch in zip(size, patches.patch_size, strict=True))
 
 
 def _candidates(model: nn.Module, near: str = "") -> str:

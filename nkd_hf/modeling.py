@@ -21,7 +21,8 @@ from .losses.normalized import check_labels
 
 # What a loss can ask for, by the names of its forward's arguments.
 _LOSS_INPUTS = {
-    "student_logits", "teacher_logits", "labels", "label_smoothing", *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD
+    "student_logits", "teacher_logits", "labels", "label_smoothing", "token_grid",
+    *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD,
 }  # fmt: skip
 # As in torch.nn.functional.cross_entropy: the label of an image that has none.
 IGNORE_INDEX = -100
@@ -62,7 +63,8 @@ class DistillationModel(nn.Module):
             `mid_feature` [B, D] or [B, N, D], and the patch tokens `student_low`, `teacher_low` [B, 2, P, D],
             `student_high` and `teacher_high` [B, P, D], the feature maps `student_map` and `teacher_map` [B, D, H, W], and
             the teacher's classifier `teacher_head_weight` [C, D] and `teacher_head_bias` [C], asked for by the names of its
-            forward's arguments, to a dict of weighted components. A loss that asks for `label_smoothing` is given it, and
+            forward's arguments, to a dict of weighted components. `token_grid` is the height and width, in patches, of the
+            images that the student's patch tokens come from. A loss that asks for `label_smoothing` is given it, and
             adds the task loss to its components as `task`, or None where there is a task loss already. The task loss is
             multiplied with the `task_weight` of each loss that has one (KD's is `1 - alpha`).
         feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
@@ -198,6 +200,7 @@ class DistillationModel(nn.Module):
         for name, tap in self.taps.items():
             available[name] = tap.take()
             tap.listen(False)
+        available["token_grid"] = next((tap.grid for tap in self.taps.values() if tap.grid is not None), None)
         losses = {"task": None}  # the first, whoever computes it
         for name, loss in self.losses.items():
             # The first loss that asks for the label smoothing shares the softmax it takes with the task loss.

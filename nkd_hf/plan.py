@@ -96,9 +96,10 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     Returns:
         `dict`, fit for JSON. `student` and `teacher` (None where there is none) with `parameters` and `gmacs`, of one
         image's forward pass (None for a teacher that is not known here); `tap`, what USKD's auxiliary head reads, with
-        `module` and `channels`, or None; `lr_by_epoch`, the rate of the first step of each epoch (None where it depends on
-        the evaluations); `steps_per_epoch`; `global_batch_size`; `decayed_parameters` and `undecayed_parameters`, student
-        and losses together; `disk` and `memory` in bytes: what is needed at the least. The rest says what it is.
+        `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
+        rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
+        `global_batch_size`; `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and
+        `memory` in bytes: what is needed at the least. The rest says what it is.
 
     Raises:
         ValueError: the arguments do not say enough, or do not fit the models.
@@ -130,7 +131,11 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
             f"{student_plan['num_classes']}: the run stops unless the dataset has as many as the teacher (set num_classes)"
         )
     taps = {
-        name: {"module": tap.layer, "channels": tap.take().shape[1 if name == "student_map" else -1]}
+        name: {
+            "module": tap.layer,
+            "channels": tap.take().shape[1 if name == "student_map" else -1],
+            "reads": tap.text,
+        }
         for name, tap in model.taps.items()
     }
     for tap in model.taps.values():

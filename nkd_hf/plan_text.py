@@ -18,7 +18,10 @@ def plan_text(plan: dict[str, Any]) -> str:
         ("student", f"{_model(plan['student'])}, {plan['student']['num_classes']} classes"),
         ("teacher", "none" if plan["teacher"] is None else _model(plan["teacher"])),
         ("loss", f"{plan['distillation_loss']}{loss_args and f' ({loss_args})'}{own}"),
-        *[(_TAPS[name], f"{tap['module']}: {tap['channels']} channels") for name, tap in plan["taps"].items()],
+        *[
+            (_TAPS[name], f"{tap['module']}: {tap['channels']} channels, {tap['reads']}")
+            for name, tap in plan["taps"].items()
+        ],
         ("trains", _RUNS[tuple(plan["runs"])]),
         None,
         ("global batch", _batch(plan)),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .features import check_token_grids, classifier_head, feature_shape, token_shape
+from .features import check_pooled_head, check_token_grids, feature_shape, token_shape
 from .losses import (
     DISTLoss,
     DKDLoss,
@@ -249,10 +249,10 @@ class RecipeArguments:
                 "feature_norm": feature_norm,
             }
         if "vitkd" in self.losses:
-            check_token_grids(student, teacher)
+            check_token_grids(student, teacher, image_size, teacher_image_size or image_size)
             shapes |= {"student_dim": token_shape(student)[1], "teacher_dim": token_shape(teacher)[1]}
         if "srrl" in self.losses:
-            classifier_head(teacher)  # for its error
+            check_pooled_head(teacher, teacher_image_size or image_size)
         if not {"mgd", "srrl"}.isdisjoint(self.losses):
             student_map = _map_shape(student, image_size)
             teacher_map = _map_shape(teacher, teacher_image_size or image_size)

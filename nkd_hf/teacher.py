@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, classifier_head
+from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, check_pooled_head, classifier_head
 from .labels import check_classifier, match_labels
 from .opening import RefusedError, open_pretrained
 from .preprocessing import Preprocessing, read_preprocessing
@@ -140,19 +140,20 @@ class Teacher(nn.Module):
                 `teacher_head_bias`, which are the classifier's. What is none of them (`teacher_logits`) is left out.
 
         Raises:
-            ValueError: no such feature is known for this model.
+            ValueError: no such feature is known for this model, or its classifier, which is asked for, does not read the
+                average of its last feature map.
         """
         for tap in self._taps.values():
             tap.remove()
         self._taps = {}
         names = list(names)
+        self._hands_out_head = not set(TEACHER_HEAD).isdisjoint(names)
+        if self._hands_out_head:
+            check_pooled_head(self.model, self.preprocessing and self.preprocessing.size)
         for name in names:
             if name in TEACHER_FEATURES:
                 self._taps[name] = FeatureTap(self.model, kind=TEACHER_FEATURES[name])
                 self._taps[name].listen(False)
-        self._hands_out_head = not set(TEACHER_HEAD).isdisjoint(names)
-        if self._hands_out_head:
-            classifier_head(self.model)  # for its error
         return self
 
     def copy(self) -> "Teacher":

@@ -258,7 +258,9 @@ class DistillationTrainer(FiniteTrainer):
         )
         teacher.tap(model.teacher_inputs)
         if model.needs("student_high") and model.needs("teacher_high"):
-            check_token_grids(model.student, teacher.model)
+            pixels = read_preprocessing(model.student, self.processing_class)
+            sizes = [wanted and wanted.size for wanted in (pixels, teacher.preprocessing or pixels)]
+            check_token_grids(model.student, teacher.model, *sizes)
         # Its device is said, since accelerate leaves it to FSDP, which does not see the teacher.
         return self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
 

@@ -442,9 +442,13 @@ def test_errors_of_models():
             ValueError, match=r"no classifier of an averaged feature map is known for .*SRRL.* as teacher"
         ):
             classifier_head(model)
-    tap = FeatureTap(timm_deit(), kind="map")
-    with pytest.raises(ValueError, match=r"the 12 tokens .* no square: train on square images"):
-        tap._to_feature(torch.zeros(1, 13, 8))
+    dropping = create_student("deit_tiny_patch16_224", num_labels=10, image_size=32, model_args={
+        "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_drop_rate": 0.25,
+    })  # fmt: skip
+    tap = FeatureTap(dropping, kind="map")
+    dropping.train()(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"a token of each of its 4x4 patches, got 12: set its patch_drop_rate to 0"):
+        tap.take()
 
 
 def test_teacher_hands_out_its_classifier_in_the_students_order():

@@ -18,7 +18,9 @@ MODULES = [module.name for module in pkgutil.walk_packages(nkd_hf.__path__, "nkd
 # What a module of the package may import of the package.
 ALLOWED = {
     "losses": {"losses"},
-    "features": set(),
+    "feature_layers": set(),
+    "feature_layout": {"feature_layers"},
+    "features": {"feature_layers", "feature_layout"},
     "preprocessing": {"opening"},
     "architectures": {"modeling_resnet_cifar", "modeling_shufflenet_v2"},
     "modeling_resnet_cifar": set(),

@@ -401,7 +401,9 @@ def test_vitkd(plan, error, tmp_path):
     student = {"student": "deit_tiny_patch16_224", "student_args": args, "distillation_loss": "nkd+vitkd"}
     figures = plan(teacher=str(tmp_path / "deit"), **student)
     assert figures["tap"] is None
-    assert figures["taps"]["student_high"] == {"module": "timm_model.norm", "channels": 16}
+    assert figures["taps"]["student_high"] == {
+        "module": "timm_model.norm", "channels": 16, "reads": "patch tokens after the final norm",
+    }  # fmt: skip
     assert figures["loss_parameters"] > 0
     assert "nkd+vitkd's parameters depend on the teacher" in error(teacher="nobody/nothing", **student)
 
@@ -410,14 +412,16 @@ def test_comparators_of_maps_and_the_teachers_precision(plan, error):
     small = {"student": "resnet18", "student_args": {"channels": [4, 8, 8, 12]}, "teacher": "resnet34"}
     small |= {"teacher_args": {"channels": [4, 8, 8, 16]}, "distillation_loss": "kd+mgd+srrl"}
     figures = plan(**small)
-    assert figures["taps"] == {"student_map": {"module": "timm_model.layer4", "channels": 12}}
+    assert figures["taps"] == {"student_map": {"module": "timm_model.layer4", "channels": 12, "reads": "feature map"}}
     # MGD's aligner and generator, SRRL's connector and its BatchNorm.
     assert figures["loss_parameters"] == (12 * 16 + 16) + 2 * (9 * 16 * 16 + 16) + (12 * 16 + 2 * 16)
     half = plan(**small, teacher_dtype="bf16")
     assert half["memory"]["teacher"] == figures["memory"]["teacher"] // 2
     assert half["disk"] == figures["disk"]
     assert "teacher, in bf16" in plan_text(half)
-    assert re.search(r"^tap, map +timm_model.layer4: 12 channels$", plan_text(figures), flags=re.MULTILINE)
+    assert re.search(
+        r"^tap, map +timm_model.layer4: 12 channels, feature map$", plan_text(figures), flags=re.MULTILINE
+    )
     vit = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     wrong = error(**small | {"teacher": "deit_tiny_patch16_224", "teacher_args": vit, "distillation_loss": "mgd"})
     assert "MGD's student map is 1x1, the teacher's 4x4" in wrong
@@ -434,7 +438,9 @@ def test_students_with_weights_of_their_own(plan, error, tmp_path):
     )
     figures = plan(student=str(tmp_path / "resnet"), student_args=None, num_classes=None)
     assert figures["student"]["parameters"] == sum(p.numel() for p in resnet.parameters())
-    assert figures["tap"] == {"module": "resnet.encoder.stages.2", "channels": 32}
+    assert figures["tap"] == {
+        "module": "resnet.encoder.stages.2", "channels": 32, "reads": "average over the places",
+    }  # fmt: skip
     assert "student 'nobody/nothing' is no architecture" in error(student="nobody/nothing")
 
 
@@ -453,7 +459,9 @@ def test_text(row, capsys):
     main(["plan", "--config", str(CONFIGS / f"{row}.yaml"), "--num_processes", "4"])
     text = capsys.readouterr().out
     assert "student         resnet18_cifar: 11.22 M parameters, 0.56 GMACs at 32x32, 100 classes\n" in text
-    assert ("tap             resnet.layer3: 256 channels\n" in text) == (row.startswith("uskd"))
+    assert ("tap             resnet.layer3: 256 channels, average over the places\n" in text) == (
+        row.startswith("uskd")
+    )
     assert "global batch    64 images: 4 GPUs x 16 x accumulation 1\n" in text
     assert "steps           156,400, 782 an epoch, 200 epochs of 50,000 images\n" in text
     assert "                epoch 60 to 119   0.01\n" in text

@@ -240,7 +240,9 @@ def test_errors_at_construction(tmp_path):
     with pytest.raises(ValueError, match=r"ViTKDLoss, which asks for a teacher"):
         make_trainer(tmp_path, timm_deit(), distillation_loss=loss)
     finer = timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, num_classes=10)
-    with pytest.raises(ValueError, match=r"the student's 16, got 64 from VisionTransformer \(deit_tiny_patch16_224\)"):
+    with pytest.raises(
+        ValueError, match=r"like the student's 4x4, got 8x8 from VisionTransformer \(deit_tiny_patch16_224\)"
+    ):
         make_trainer(tmp_path, timm_deit(), teacher=finer, distillation_loss=loss)
     check_token_grids(timm_deit(), native_vit())
 

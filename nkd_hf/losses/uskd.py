@@ -135,7 +135,9 @@ class USKDLoss(nn.Module):
         """Weighted components, each a scalar.
 
         Args:
-            mid_feature: [B, D] float, or, channels last, [B, ..., D] tokens or pixels, which are averaged.
+            mid_feature: [B, D] float, or, channels last, [B, ..., D] tokens or pixels, which are averaged. The paper takes a
+                CNN's last stage but one, averaged, and a ViT's class token after the middle block; a ViT whose classifier
+                does not read a class token gives the mean of its patch tokens there.
             student_logits: [B, C] float logits of the student.
             labels: [B] integer classes, or [B, C] float mixup / cutmix labels.
             label_smoothing: asks for the student's cross-entropy with the labels too, which comes first, as `task`: from

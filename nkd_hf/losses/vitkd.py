@@ -82,17 +82,23 @@ class ViTKDLoss(nn.Module):
         )
 
     def forward(
-        self, student_low: Tensor, student_high: Tensor, teacher_low: Tensor, teacher_high: Tensor
+        self,
+        student_low: Tensor,
+        student_high: Tensor,
+        teacher_low: Tensor,
+        teacher_high: Tensor,
+        token_grid: tuple[int, int] | None = None,
     ) -> dict[str, Tensor]:
         """Weighted components, each a scalar: float64 for float64 tokens, otherwise float32, autocast or not.
 
-        The P patch tokens are a square grid, row by row; class tokens and their like are left out.
+        The P patch tokens are a grid, row by row, without class tokens and their like.
 
         Args:
             student_low: [B, 2, P, student_dim] float tokens after the first and the second block.
             student_high: [B, P, student_dim] float tokens after the last block and the final norm.
             teacher_low: [B, 2, P, teacher_dim] float, as `student_low`; gets no gradient.
             teacher_high: [B, P, teacher_dim] float, as `student_high`; gets no gradient.
+            token_grid: height and width of the grid, whose product is P. Default: a square.
         """
         for name, tokens in (
             ("student_low", student_low),
@@ -101,16 +107,24 @@ class ViTKDLoss(nn.Module):
             ("teacher_high", teacher_high),
         ):
             check_tensor(name, tokens)
-        self._check(student_low, student_high, teacher_low, teacher_high)
+        self._check(student_low, student_high, teacher_low, teacher_high, token_grid)
+        side = math.isqrt(student_high.shape[1])
+        grid = (side, side) if token_grid is None else token_grid
         noise = torch.rand(student_high.shape[:2], device=student_high.device)
         masked = random_token_mask(noise, self.mask_ratio)
-        return self._components(student_low, student_high, teacher_low.detach(), teacher_high.detach(), masked)
+        return self._components(student_low, student_high, teacher_low.detach(), teacher_high.detach(), masked, grid)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, mask_ratio={self.mask_ratio}"
 
     def _components(
-        self, student_low: Tensor, student_high: Tensor, teacher_low: Tensor, teacher_high: Tensor, masked: Tensor
+        self,
+        student_low: Tensor,
+        student_high: Tensor,
+        teacher_low: Tensor,
+        teacher_high: Tensor,
+        masked: Tensor,
+        grid: tuple[int, int],
     ) -> dict[str, Tensor]:
         batch_size, dtype = student_high.shape[0], compute_dtype(student_high)
         # Sums over all tokens and channels need more than the half precision that autocast would choose.
@@ -125,8 +139,7 @@ class ViTKDLoss(nn.Module):
             # nan where a token is not finite, which the mask could hide
             overflow = (0 * student_high.detach()).sum(dtype=dtype)
             high = torch.where(masked, self.mask_token, high)
-            side = math.isqrt(high.shape[1])
-            generated = self.generator(high.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+            generated = self.generator(high.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
             generation = F.mse_loss(generated.to(dtype) * masked, teacher_high.to(dtype) * masked, reduction="sum")
             generation = generation + overflow
         return {
@@ -134,17 +147,29 @@ class ViTKDLoss(nn.Module):
             "vitkd_generation": self.beta / (batch_size * self.mask_ratio) * generation,
         }
 
-    def _check(self, student_low: Tensor, student_high: Tensor, teacher_low: Tensor, teacher_high: Tensor) -> None:
+    def _check(
+        self,
+        student_low: Tensor,
+        student_high: Tensor,
+        teacher_low: Tensor,
+        teacher_high: Tensor,
+        token_grid: tuple[int, int] | None,
+    ) -> None:
         shape = list(student_high.shape)
         if len(shape) != 3 or 0 in shape:
             raise ValueError(
                 f"student_high must be [B, P, {self.student_dim}], got {shape}: hand in the patch tokens of a ViT"
             )
         batch_size, num_tokens = shape[:2]
-        if math.isqrt(num_tokens) ** 2 != num_tokens:
+        if token_grid is None and math.isqrt(num_tokens) ** 2 != num_tokens:
             raise ValueError(
                 f"student_high must hold a square grid of patch tokens, got {num_tokens}, which is no square: leave class "
-                "tokens out, and train on square images"
+                "tokens out, and give token_grid for images that are not square"
+            )
+        if token_grid is not None and math.prod(token_grid) != num_tokens:
+            raise ValueError(
+                f"student_high must hold the {token_grid[0]}x{token_grid[1]} patch tokens of token_grid, got {num_tokens}: "
+                "leave class tokens out"
             )
         for name, tokens, layers, side in (
             ("student_low", student_low, (2,), "student"),

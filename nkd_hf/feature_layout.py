@@ -1,0 +1,199 @@
+"""Runs a model on random images, to see what cannot be read off it: how the output of a layer is laid out."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .feature_layers import (
+    Grid,
+    Reading,
+    describe,
+    keep_tokens,
+    known_reading,
+    pool_places,
+    prefix_tokens,
+    read_tokens,
+    timm_model,
+)
+
+# Two: a layer whose first axis does not follow the batch (Swin's windows, a table of positions) must show.
+_BATCH_SIZE = 2
+
+
+class Output:
+    """Keeps the last output of one module, or what `read` makes of it."""
+
+    def __init__(self, module: nn.Module, read: Callable[[Tensor], Any] | None = None):
+        self.listening = True
+        self._read = read
+        self._value: Any = None
+        # Its last part stands for a Sequential, which timm's gradient checkpointing takes apart without calling it.
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[-1]
+        self.hook = module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        if self.listening:
+            output = output if isinstance(output, Tensor) else output[0]
+            self._value = output if self._read is None else self._read(output)
+
+    def take(self) -> Any:
+        """Returns the output and forgets it."""
+        value, self._value = self._value, None
+        return value
+
+
+def input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that a model was built for; 224 x 224 where it does not say."""
+    timm, config = timm_model(model), getattr(model, "config", None)
+    size = getattr(getattr(timm, "patch_embed", None), "img_size", None)
+    if size is None:
+        cfg = getattr(config, "pretrained_cfg", None) or getattr(timm, "pretrained_cfg", None) or {}
+        size = cfg["input_size"][-2:] if cfg.get("input_size") else getattr(config, "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Lets a model run in eval mode without gradient; every module's mode and the random state are afterwards as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_once(model: nn.Module, size: tuple[int, int]) -> Any:
+    """What a model puts out for two random images, the same ones each time.
+
+    Args:
+        model: a `*ForImageClassification`, or a bare timm model.
+        size: height and width in pixels.
+    """
+    with unchanged(model):
+        # Not by __call__, which Module.compile compiles: hooks that are registered later would not be in the graph.
+        return model.forward(_random_images(model, size))
+
+
+def find_reading(model: nn.Module, layer: str) -> Reading:
+    """How the output of a submodule is read as `mid`.
+
+    The model is run on two sizes of images, without values where it can be: the axes that follow the size are places, and
+    the one that does not has the channels. In a model that takes one size alone, the map of a square image is square, and
+    channels are as many as some norm of the model has.
+
+    Raises:
+        ValueError: the output is no tensor of the batch, or does not show which of its axes has the channels.
+    """
+    patches = known_reading(model, "low") if prefix_tokens(model) is not None else None
+    size = input_size(model)
+    shape, *grid = _shapes(model, [layer] + ([patches.grid_layer] if patches else []), size)
+    if len(shape) == 2:
+        return Reading((layer,), _as_it_is, "output")
+    if patches and len(shape) == 3:
+        num_patches = grid[0][-2] * grid[0][-1]
+        if shape[1] == num_patches + prefix_tokens(model):
+            return Reading((layer,), *read_tokens(model))
+        if shape[1] == num_patches:
+            return Reading((layer,), _mean_of_tokens, "mean of the patch tokens")
+    axis = _channel_axis(model, layer, shape, size)
+    if axis == 1:
+        return Reading((layer,), pool_places, "average over the places")
+    return Reading((layer,), keep_tokens, "tokens")
+
+
+def _as_it_is(output: Tensor, grid: Grid | None) -> Tensor:
+    return output
+
+
+def _mean_of_tokens(output: Tensor, grid: Grid | None) -> Tensor:
+    return output.mean(1)
+
+
+def _random_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(_BATCH_SIZE, 3, *size, generator=generator, device="cpu")
+    return images.to(parameter.device, parameter.dtype)
+
+
+def _shapes(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[torch.Size]:
+    """The shapes that these submodules put out; the first is the one that the user named.
+
+    Raises:
+        ValueError: the model does not run, or the first of them puts out no tensor of the batch.
+    """
+    try:
+        values = _run_on_meta(model, layers, size)
+    except Exception:  # an operation that needs values, or a tensor that is neither parameter nor buffer
+        try:
+            values = _run(model, layers, size)
+        except Exception as error:
+            raise ValueError(
+                f"feature_layer {layers[0]!r} is tried on two images of {size[0]}x{size[1]}, and {describe(model)} "
+                f"does not run: {error}. Choose another layer"
+            ) from error
+    value = values[0]
+    if value is None:
+        raise ValueError(f"feature_layer {layers[0]!r} takes no part in the forward pass of {describe(model)}")
+    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor) or not 2 <= value.ndim <= 4 or len(value) != _BATCH_SIZE:
+        raise ValueError(
+            f"feature_layer must name a submodule whose output is [B, D], [B, N, D] or a map of the batch, got "
+            f"{got} for {_BATCH_SIZE} images from {layers[0]!r}. Choose another layer, such as a block or a stage"
+        )
+    return [value.shape for value in values]
+
+
+def _run(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any]:
+    """What these submodules put out, None for those that did not run."""
+    outputs = [Output(model.get_submodule(name)) for name in layers]
+    try:
+        run_once(model, size)
+        return [output.take() for output in outputs]
+    finally:
+        for output in outputs:
+            output.hook.remove()
+
+
+def _run_on_meta(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any]:
+    """As `_run`, in no time: of the tensors that take part, the shapes alone are computed."""
+    tensors = {
+        name: tensor.to("meta") for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+    }
+    outputs = [Output(model.get_submodule(name)) for name in layers]
+    try:
+        with unchanged(model):
+            torch.func.functional_call(model, tensors, (_random_images(model, size).to("meta"),))
+        return [output.take() for output in outputs]
+    finally:
+        for output in outputs:
+            output.hook.remove()
+
+
+def _channel_axis(model: nn.Module, layer: str, shape: torch.Size, size: tuple[int, int]) -> int:
+    axes = range(1, len(shape))
+    fits = [axis for axis in axes if shape[axis] > 1]
+    if len(fits) > 1:
+        # On the meta device or not at all: on a GPU, an index beyond a table of positions would end the process.
+        with contextlib.suppress(Exception):
+            other = _run_on_meta(model, [layer], (2 * size[0], 2 * size[1]))[0].shape
+            fits = [axis for axis in axes if len(other) == len(shape) and other[axis] == shape[axis]]
+    if len(fits) != 1 and len(shape) == 4 and size[0] == size[1]:
+        fits = [axis for axis, places in ((1, shape[2:]), (3, shape[1:3])) if places[0] == places[1] != shape[axis]]
+    if len(fits) != 1:
+        widths = {len(p) for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 1}
+        fits = [axis for axis in axes if shape[axis] in widths]
+    if len(fits) != 1 or fits[0] not in (1, len(shape) - 1):
+        raise ValueError(
+            f"feature_layer must name a submodule whose output shows which axis has the channels, got {list(shape)} for "
+            f"images of {size[0]}x{size[1]} from {layer!r} of {describe(model)}. Choose another layer"
+        )
+    return fits[0]
