@@ -115,7 +115,7 @@ def check_class_order(folder: str | Path, id2label: Mapping[Any, str] | Sequence
     """
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = config.get("id2label") or config.get("label_names")
+    names = isinstance(config, dict) and (config.get("id2label") or config.get("label_names"))
     if not names:
         return
     saved, now = (list(normalize_id2label(each).values()) for each in (names, id2label))

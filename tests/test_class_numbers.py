@@ -11,9 +11,18 @@ import torch
 from datasets import Dataset
 from tiny import timm_cnn
 
-from nkd_hf import DataArguments, create_student, load_image_dataset
+from nkd_hf import (
+    DataArguments,
+    DistillationTrainingArguments,
+    Recipe,
+    RecipeArguments,
+    create_student,
+    load_image_dataset,
+)
 from nkd_hf.data import label_names, load_evaluation_split
 from nkd_hf.evaluation import evaluate
+from nkd_hf.modeling import save_student
+from nkd_hf.non_finite import NonFiniteLossError
 
 
 def encoded_image() -> bytes:
@@ -149,3 +158,46 @@ def test_names_of_a_model_may_stand_in_any_order_under_any_keys(tmp_path):
     model.config.id2label = dict.fromkeys(range(12), 7)
     with pytest.raises(ValueError, match="the model's id2label must hold text, got 7"):
         evaluate(model, data)
+
+
+def recipe(folder, **arguments) -> Recipe:
+    small = {"channels": [8, 16, 32, 64]}
+    return Recipe(
+        RecipeArguments(distillation_loss="nkd", student="resnet18", student_args=small, image_size=32,
+                        compare_with_baseline=False, **arguments),
+        DataArguments(dataset_name=str(folder / "data")),
+        DistillationTrainingArguments(str(folder / "run"), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
+                                      per_device_train_batch_size=4, resume_from_checkpoint="false"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [10, None])
+@pytest.mark.parametrize("ignore_label_names", [False, True])
+def test_a_teacher_without_names_knows_the_classes_by_their_numbers(tmp_path, ignore_label_names, answer, caplog):
+    names = list(map(str, range(12)))
+    for split in ("train", "val"):
+        write_numbers(tmp_path / "data" / split, names, {"10": 9})
+    teacher = create_student("resnet18", num_labels=12, image_size=32, model_args={"channels": [8, 16, 32, 64]})
+    with torch.no_grad():
+        if answer is None:
+            teacher.timm_model.fc.bias[0] = torch.nan  # which argmax takes for the largest: class 0 would be right
+        else:
+            teacher.timm_model.fc.bias[answer] += 1e6
+    save_student(teacher, str(tmp_path / "teacher"))
+    run = recipe(tmp_path, teacher=str(tmp_path / "teacher"), ignore_label_names=ignore_label_names)
+    assert list(run.id2label.values()) == names
+    if answer is None:
+        with pytest.raises(NonFiniteLossError):
+            run.train_student()
+        assert "predicts nothing for 20 of 20 samples, since their logits are NaN" in caplog.text
+    else:
+        run.train_student()
+    assert run.results["teacher"] == (0 if answer is None else 9 / 20)
+
+
+def test_a_recipe_refuses_numbers_that_are_no_classes(tmp_path):
+    for split in ("train", "val"):
+        write_numbers(tmp_path / "data" / split, list(map(str, range(1, 12))), {})
+    assert list(recipe(tmp_path, teacher="resnet34").id2label.values()) == list(map(str, range(1, 12)))
+    with pytest.raises(ValueError, match="must be from 0 to 10 to be taken as the numbers of 11 classes, got 1 to 11"):
+        recipe(tmp_path, teacher="resnet34", ignore_label_names=True)
