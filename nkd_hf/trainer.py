@@ -247,8 +247,15 @@ class DistillationTrainer(FiniteTrainer):
             if self.processing_class is not None:
                 read_preprocessing(model.student, self.processing_class)  # for its errors
             return None
-        if teacher is model.student:
-            raise ValueError("teacher and student are one and the same model: freezing the one would freeze the other")
+        if isinstance(teacher, nn.Module):
+            # Another trainer may have compiled its teacher.
+            inner = self.accelerator.unwrap_model(teacher, keep_torch_compile=False)
+            teacher = inner if isinstance(inner, Teacher) else teacher
+            if teacher is model.student or _have_same_weights(teacher, model.student):
+                raise ValueError(
+                    "teacher and student must be two models, got one and the same model, which changes while it teaches. "
+                    "Pass copy.deepcopy(student) as teacher."
+                )
         # A copy, since another trainer, or its owner, may use the teacher too.
         teacher = load_teacher(teacher).copy()
         teacher.align(read_preprocessing(model.student, self.processing_class), model.config.id2label)
@@ -595,6 +602,12 @@ class DistillationTrainer(FiniteTrainer):
             self.accelerator.unwrap_model(self.model).load(self.state.best_model_checkpoint)
         # It was saved with the statistics that it was evaluated with.
         self._batch_norm_step = self.state.global_step
+
+
+def _have_same_weights(teacher: nn.Module, student: nn.Module) -> bool:
+    """Whether the student's parameters, in memory, are the teacher's."""
+    ours, theirs = ({p.data_ptr() for p in model.parameters()} for model in (student, teacher))
+    return ours == theirs != set()
 
 
 def _overrides(trainer: DistillationTrainer, name: str) -> bool:

@@ -1,6 +1,7 @@
 """What transformers.Trainer promises, on the trainer: its loss, its model, its arguments, and what it leaves unchanged."""
 
 import copy
+import functools
 import gc
 import inspect
 import pickle
@@ -19,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from nkd_hf import DistillationTrainer, DistillationTrainingArguments, NKDLoss, SRRLLoss, USKDLoss, load_teacher
 
+assert_close = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 WEIGHTS = torch.arange(1.0, 11.0)
 
 
@@ -85,7 +87,7 @@ def test_a_loss_of_ones_own_trains_saves_and_evaluates_as_in_trainer(tmp_path, t
     assert own.evaluate()["eval_loss"] == pytest.approx(weighted_mean(own.student, evaluation), rel=1e-5)
     own.save_model(tmp_path / "student")
     saved = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
-    torch.testing.assert_close(saved.state_dict(), own.student.state_dict(), rtol=0, atol=0)
+    assert_close(saved.state_dict(), own.student.state_dict())
 
 
 def test_a_loss_of_ones_own_with_a_moving_average(tmp_path, train, evaluation):
@@ -370,7 +372,7 @@ def test_the_model_lends_what_is_the_students(tmp_path, train):
     assert seen["embeddings"] is student.get_input_embeddings()
     assert seen["parameters"] == student.num_parameters()
     saved = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
-    torch.testing.assert_close(saved.state_dict(), trainer.student.state_dict(), rtol=0, atol=0)
+    assert_close(saved.state_dict(), trainer.student.state_dict())
     assert not hasattr(trainer.model, "hf_device_map")
     assert not hasattr(trainer.model, "push_to_hub")
     assert not hasattr(trainer.model, "no_such_attribute")
@@ -382,7 +384,7 @@ def test_the_model_lends_what_is_the_students(tmp_path, train):
 def test_the_model_can_be_copied_and_pickled(tmp_path):
     model = make_trainer(tmp_path, timm_cnn(), distillation_loss=USKDLoss(32, 10)).model
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+        assert_close(other.state_dict(), model.state_dict())
         assert other.config.num_labels == 10
         assert other.student is not model.student
 
@@ -415,7 +417,7 @@ def test_a_group_that_is_empty_is_said(tmp_path, train):
     before = snapshot(trainer.student)
     with pytest.raises(ValueError, match=said):
         trainer.train()
-    torch.testing.assert_close(trainer.student.state_dict(), before, rtol=0, atol=0)
+    assert_close(trainer.student.state_dict(), before)
     student = native_vit()
     optimizer = torch.optim.SGD([{"params": [], "lr": 0.1}, {"params": student.parameters()}], lr=0.01)
     with pytest.raises(ValueError, match=said):
@@ -445,7 +447,7 @@ def test_a_teacher_is_prepared_for_each_trainer_anew(tmp_path, train):
         tmp_path, other, train, **kwargs | {"teacher": second.teacher, "distillation_loss": NKDLoss()}
     )
     assert torch.equal(first.teacher(pixels), before)
-    torch.testing.assert_close(first.teacher.take_features(), features, rtol=0, atol=0)
+    assert_close(first.teacher.take_features(), features)
     assert second.teacher.order.tolist() == [*range(9, -1, -1)]
     assert not torch.equal(second.teacher.scale, first.teacher.scale)
     assert third.teacher(pixels).dtype == torch.bfloat16
@@ -461,6 +463,32 @@ def test_a_prepared_teacher_computes_in_the_precision_of_its_own_trainer(tmp_pat
     pixels = torch.rand(2, 3, 32, 32)
     assert torch.equal(again.teacher(pixels), whole.teacher(pixels))
     assert not torch.equal(again.teacher(pixels), half.teacher(pixels))
+
+
+def test_a_compiled_teacher_serves_another_trainer(tmp_path, train):
+    kwargs = {"teacher": timm_cnn(1, image_mean=[0.1] * 3), "distillation_loss": NKDLoss()}
+    compiled = make_trainer(tmp_path, timm_cnn(), train, torch_compile=True, torch_compile_backend="eager", **kwargs)
+    other = timm_cnn(image_mean=[0.5] * 3)
+    again = make_trainer(tmp_path, other, train, **kwargs | {"teacher": compiled.teacher})
+    expected = make_trainer(tmp_path, other, train, **kwargs)
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again.teacher(pixels), expected.teacher(pixels))
+
+
+def test_a_student_is_not_its_own_teacher_and_its_copy_is(tmp_path, train):
+    student = timm_cnn()
+    for teacher in (student, load_teacher(student)):
+        with pytest.raises(ValueError, match="must be two models, got one and the same model"):
+            make_trainer(tmp_path, student, train, teacher=teacher, distillation_loss=NKDLoss())
+    first = make_trainer(tmp_path, student, train, max_steps=1)
+    first.train()
+    before = snapshot(student)
+    born_again = make_trainer(tmp_path, timm_cnn(2), train, teacher=student, distillation_loss=NKDLoss())
+    born_again.train()
+    assert_close(student.state_dict(), before)
+    first.train()  # The student trains on.
+    assert not torch.equal(student.timm_model.fc.weight, before["timm_model.fc.weight"])
+    assert not born_again.teacher.model.training
 
 
 def test_hooks_of_the_teacher_fire_where_they_are(tmp_path, train):
