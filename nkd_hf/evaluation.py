@@ -57,12 +57,14 @@ def evaluate(
     split_name, split = load_evaluation_split(data)
     kind = StreamingImageDataset if data.streaming else ImageDataset
     images = kind(split, processor_transform(processor), on_bad_image=data.on_bad_image, training=False)
-    label, order, numbers = split.features["label"], None, None
-    if isinstance(label, datasets.ClassLabel):
-        if match_names:
-            order = _order(label.names, model)
-        else:
-            numbers = torch.tensor(class_numbers(label.names, model.config.num_labels))
+    order = numbers = None
+    label, num_classes = split.features["label"], model.config.num_labels
+    # Only a stream of plain integers has no names; see load_image_dataset.
+    names = label.names if isinstance(label, datasets.ClassLabel) else [f"LABEL_{i}" for i in range(num_classes)]
+    if match_names:
+        order = _order(names, model)
+    elif isinstance(label, datasets.ClassLabel):
+        numbers = torch.tensor(class_numbers(names, num_classes))
     model = model.to(device).eval()
 
     predictions, labels = [], []
@@ -80,7 +82,7 @@ def evaluate(
         raise ValueError(f"the split {split_name!r} has no images that can be read: name another one")
     seconds = time.perf_counter() - start
     labels = torch.cat(labels) if numbers is None else numbers[torch.cat(labels)]
-    if order is None and labels.max() >= logits.shape[1]:
+    if labels.max() >= logits.shape[1]:
         raise ValueError(f"the labels go up to {labels.max()}, but the model has {logits.shape[1]} classes")
     predictions = torch.cat(predictions)
     metrics = compute_metrics(EvalPrediction(predictions.numpy(), labels.numpy()))

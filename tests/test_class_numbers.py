@@ -132,6 +132,26 @@ def test_folders_that_are_numbers_are_the_numbers_of_the_classes(tmp_path, patte
         assert evaluate(unnamed, data)["top1"] == 1 / 20
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_integers_are_the_numbers_that_a_model_has_for_names(tmp_path, streaming, caplog):
+    rows = {"image": [{"bytes": PNG, "path": None}] * 20, "label": [*range(12), *[10] * 8]}
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    data = DataArguments(dataset_name=str(tmp_path), streaming=streaming)
+    model = create_student("resnet18", num_labels=12, image_size=32, model_args={"channels": [8, 16, 32, 64]})
+    with torch.no_grad():
+        model.timm_model.fc.bias[2] += 1e6
+    # As a folder of images names them: its class 2 is called 10.
+    model.config.id2label = sorted(map(str, range(12)))
+    assert evaluate(model, data)["top1"] == 9 / 20
+    assert evaluate(model, data, match_names=False)["top1"] == 1 / 20
+    small = create_student("resnet18", num_labels=10, image_size=32, model_args={"channels": [8, 16, 32, 64]})
+    with pytest.raises(ValueError, match="the labels go up to 11, but the model has 10 classes"):
+        evaluate(small, data, match_names=False)
+    with pytest.raises(ValueError, match=r"the labels go up to 11, but|has 10 classes and the dataset 12"):
+        evaluate(small, data)
+
+
 def test_numbers_of_some_classes_are_theirs_and_others_are_refused(tmp_path):
     model = timm_cnn()
     with torch.no_grad():
