@@ -36,9 +36,10 @@ class Output:
             module = module[-1]
         self.hook = module.register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple | dict) -> None:
         if self.listening:
-            output = output if isinstance(output, Tensor) else output[0]
+            if not isinstance(output, Tensor):
+                output = next(iter(output.values())) if isinstance(output, dict) else output[0]
             self._value = output if self._read is None else self._read(output)
 
     def take(self) -> Any:

@@ -277,23 +277,24 @@ def test_srrl_needs_a_classifier_of_the_averaged_map(tmp_path):
 
 
 class Tokens(nn.Module):
-    """Features as [B, D, N], as a pair, by name, for one image at a time, and unused."""
+    """Features as [B, D, N], as a pair, by name, of one image alone, as a number, and unused."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 8, stride=8)
-        self.flat, self.pair, self.named, self.table = (nn.Module() for _ in range(4))
+        self.flat, self.pair, self.named, self.table, self.number = (nn.Module() for _ in range(5))
         self.flat.forward = lambda x: x.flatten(2)
         self.pair.forward = lambda x: (x, None)
         self.named.forward = lambda x: {"x": x}
         self.table.forward = lambda x: x[:1]
+        self.number.forward = lambda x: (len(x),)
         self.unused = nn.Linear(3, 3)
         self.head = nn.Linear(6, 10)
 
     def forward(self, x):
         x = self.conv(x)
-        self.table(x)
-        self.pair(x)
+        for module in (self.table, self.pair, self.named, self.number):
+            module(x)
         return self.head(self.flat(x).mean(2))
 
 
@@ -320,6 +321,7 @@ class Tokens(nn.Module):
         ("vit_base_patch16_siglip_224", "attn_pool", 32, lambda x: x),
         ("tokens", "flat", 32, lambda x: x.mean(2)),
         ("tokens", "pair", 32, lambda x: x[0].mean((2, 3))),
+        ("tokens", "named", 32, lambda x: x["x"].mean((2, 3))),
     ],
 )
 def test_layout_of_any_layer(build, layer, size, pool):
@@ -355,7 +357,7 @@ def test_layout_of_any_layer(build, layer, size, pool):
         # Windows stand on the first axis; one row serves all images; places and channels are as many.
         (lambda: timm_swin((1, 1, 2, 1)), "layers.0.blocks.0.attn", r"got \[\d+, 4, 8\] for 2 images from 'layers.0"),
         (Tokens, "table", r"a map of the batch, got \[1, 6, 28, 28\] for 2 images from 'table'. Choose another"),
-        (Tokens, "named", "'named' takes no part in the forward pass of Tokens"),
+        (Tokens, "number", r"a map of the batch, got int for 2 images from 'number'. Choose another"),
         (Tokens, "unused", "'unused' takes no part in the forward pass of Tokens"),
         (
             lambda: timm_swin((1, 1, 2, 1)),

@@ -408,6 +408,12 @@ def test_vitkd(plan, error, tmp_path):
     assert "nkd+vitkd's parameters depend on the teacher" in error(teacher="nobody/nothing", **student)
 
 
+def test_tap_of_a_vit_without_a_class_token(plan):
+    figures = plan(student="vit_base_patch16_siglip_224", student_args={"depth": 4}, distillation_loss="uskd")
+    assert figures["tap"] == {"module": "timm_model.blocks.1", "channels": 768, "reads": "mean of the patch tokens"}
+    assert "timm_model.blocks.1: 768 channels, mean of the patch tokens\n" in plan_text(figures)
+
+
 def test_comparators_of_maps_and_the_teachers_precision(plan, error):
     small = {"student": "resnet18", "student_args": {"channels": [4, 8, 8, 12]}, "teacher": "resnet34"}
     small |= {"teacher_args": {"channels": [4, 8, 8, 16]}, "distillation_loss": "kd+mgd+srrl"}
