@@ -8,7 +8,7 @@ import re
 import sys
 import types
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -27,6 +27,7 @@ def parse_args(
     *,
     default_config: str | Path | None = None,
     default_config_unless: Sequence[str] = ("dataset_name",),
+    default_config_keeps: Sequence[Sequence[str]] = (),
     args: Sequence[str] | None = None,
 ) -> tuple[Any, ...]:
     """Fills dataclasses from a YAML file (`--config FILE`) and from the command line, which wins.
@@ -48,6 +49,8 @@ def parse_args(
         default_config: the YAML that is used when the command line names no `--config`.
         default_config_unless: fields that, when given on the command line, switch `default_config` off: a run on
             another data set should not inherit the settings of a demo.
+        default_config_keeps: keys of `default_config` that hold even then, in groups. On the command line, the first field of
+            a group switches the others of its group off: another loss does not inherit the arguments of the first one.
         args: the command line; None takes `sys.argv[1:]`.
 
     Returns:
@@ -73,11 +76,18 @@ def parse_args(
         (ModelArguments(student='deit_tiny_patch16_224', gamma=1.0, student_args={'drop_path_rate': 0.1}),)
     """
     parser = _Parser(dataclass_types)
+    if default_config is not None:
+        parser.describe_default(Path(default_config), default_config_unless, default_config_keeps)
     args = list(sys.argv[1:] if args is None else args)
     try:
-        config = _config_path(parser.prog, args, default_config, default_config_unless)
+        config, given = _read_options(parser.prog, args)
         if config is not None:
             parser.set_config(config)
+        elif default_config is not None and not given & set(default_config_unless):
+            parser.set_config(default_config)
+        elif default_config is not None:
+            kept = {key for first, *others in default_config_keeps for key in (first, *others) if first not in given}
+            parser.set_config(default_config, kept)
         return parser.parse_into_dataclasses(args)
     except ConfigError as error:
         parser.error(str(error))
@@ -104,10 +114,21 @@ class _Parser(HfArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
 
-    def set_config(self, path: str | Path) -> None:
-        """Makes the values of a YAML file the defaults."""
+    def describe_default(self, path: Path, unless: Sequence[str], keeps: Sequence[Sequence[str]]) -> None:
+        """Says in --help what holds without --config."""
+        self.description += f" Without --config, those of {path.name} are"
+        if unless:
+            options = " or ".join(f"--{name}" for name in unless)
+            kept = ", ".join(key for group in keeps for key in group)
+            self.description += f"; with {options} {f'its {kept} alone' if kept else 'none of them'}"
+        self.description += "."
+
+    def set_config(self, path: str | Path, keys: Collection[str] | None = None) -> None:
+        """Makes the values of a YAML file, or those of some of its keys, the defaults."""
         actions = {action.dest: action for action in self._actions}
         for key, (value, file) in read_config(Path(path)).items():
+            if keys is not None and key not in keys:
+                continue
             if key not in self.type_hints:
                 raise ConfigError(f"{file}: unknown key {key!r}{_closest(str(key), self.type_hints)}")
             value = _check(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
@@ -181,15 +202,14 @@ def _type_hints(dataclass_types: list[type]) -> dict[str, Any]:
     return type_hints
 
 
-def _config_path(
-    prog: str, args: list[str], default_config: str | Path | None, unless: Sequence[str]
-) -> str | Path | None:
+def _read_options(prog: str, args: list[str]) -> tuple[str | None, set[str]]:
+    """The file of --config, and the fields that the command line sets."""
     # A parser of its own: the full one would miss the required arguments that the YAML is yet to give.
     parser = ArgumentParser(prog=prog, usage=SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     config = parser.parse_known_args(args)[0].config
     given = {token.split("=", 1)[0].lstrip("-").replace("-", "_") for token in args if token.startswith("--")}
-    return default_config if config is None and not given & set(unless) else config
+    return config, given
 
 
 def _check(value: Any, type_hint: Any, choices: Iterable[str] | None, where: str) -> Any:

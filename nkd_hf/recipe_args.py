@@ -163,7 +163,7 @@ class RecipeArguments:
         if self.needs_teacher and self.teacher is None and self.teacher_logits is None:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} needs a teacher: set teacher to a Hub id, a folder or an "
-                "architecture"
+                "architecture, or distillation_loss to uskd, which has none"
             )
         if losses and not self.needs_teacher and self.teacher is not None:
             raise ValueError(
