@@ -3,43 +3,55 @@
 import contextlib
 import copy
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import matplotlib.figure
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, release_memory
 from safetensors import SafetensorError
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import EvalPrediction, IntervalStrategy, PreTrainedModel, pipeline, set_seed
+from transformers import BaseImageProcessor, IntervalStrategy, PreTrainedModel, pipeline, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from .architectures import is_architecture
 from .bad_images import BadImageReport
 from .batches import ImageCollator
 from .checkpoints import CheckpointError, checkpoints, fault_of, is_model_only
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
+from .errors import reason
+from .folders import path_fault
 from .hub import PushError, create_repo, push_student
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
 from .labels import check_class_order, class_numbers
 from .metrics import compute_metrics, top5_indices
 from .model_card import CardInfo, check_license, launch_line
 from .model_card.curves import OTHER_DATASET
+from .modeling import hidden_progress_bars
 from .opening import open_classifier
-from .preprocessing import read_preprocessing
+from .preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from .recipe_args import RecipeArguments
 from .run_folder import RESULTS, begin, finish, hold, is_trained, settings_of, stage_history, write_results
 from .store_fingerprint import check_fingerprint, run_fingerprint
 from .store_hub import find_store
-from .students import load_image_processor
+from .students import describe_start
 from .teacher import Teacher, load_teacher
+from .teacher_accuracy import ON_STUDENT_PIXELS, differences, has_same_pixels, teacher_metrics
 from .teacher_logits import TeacherLogits
 from .trainer import DistillationTrainer
 from .training_args import DistillationTrainingArguments
 from .transforms import processor_transform, train_transform
+
+logger = logging.getLogger(__name__)
+
+# A larger difference of the teacher's two accuracies, a fraction, is a warning.
+_MOST_LOST = 0.01
 
 
 class Recipe:
@@ -70,14 +82,22 @@ class Recipe:
             )
         self.args, self.data_args, self.training_args = recipe, data, training
         self.folder = Path(training.output_dir)
-        self.results: dict[str, float | None] = {"teacher": None, "baseline": None, "distilled": None}
+        self.results: dict[str, float | None] = dict.fromkeys(("teacher", ON_STUDENT_PIXELS, "baseline", "distilled"))
         self.accuracies: dict[str, dict[str, float]] = {}
         self.curves: dict[str, list[tuple[float, float]]] = {}
-        self.teacher: str | PreTrainedModel | Teacher | None = None
+        self.teacher: PreTrainedModel | Teacher | None = None
         self.to_push: DistillationTrainer | None = None
         if training.push_to_hub and training.process_index == 0:
             self._check_hub()
+        if not is_trained(self.folder):
+            self._check_names()  # before what is in the folder is cleared away
         self.goes_on, self.is_trained = self._begin()
+        self._is_checked = self.is_trained
+        if not self.is_trained:
+            self._open_named_teacher()  # before the data, which are the longer download
+        if training.disable_tqdm:
+            datasets.disable_progress_bars()
+            disable_progress_bar()
         if training.device.type == "cpu":
             # Workers and PyTorch's threads share the cores; threads that wait for each other make steps several times
             # slower than fewer of them.
@@ -85,6 +105,11 @@ class Recipe:
         with training.main_process_first(desc="loading the data"):
             self.data = load_image_dataset(data, training.seed)
         self.id2label = dict(enumerate(label_names(self.data)))
+        if len(self.id2label) < 2:
+            raise ValueError(
+                f"{data.dataset_name!r} must have two classes at least, got {list(self.id2label.values())}. Set "
+                "label_column_name, or name another dataset"
+            )
         if data.num_classes not in (None, len(self.id2label)):
             raise ValueError(
                 f"num_classes is {data.num_classes}, but {data.dataset_name!r} has {len(self.id2label)} classes: set it to "
@@ -99,39 +124,164 @@ class Recipe:
         self.teacher_logits = None if recipe.teacher_logits is None else self._open_teacher_logits()
 
     def train_teacher(self) -> None:
-        """Trains the teacher, if it is named by an architecture and the loss wants one whose logits are not stored."""
-        if self.is_trained or not self.args.needs_teacher or self.teacher_logits is not None:
+        """Trains the teacher, if it is named by an architecture and the loss wants one whose logits are not stored.
+
+        Raises:
+            ValueError: data, models, loss or stored logits do not fit each other. The first of the three trainings checks
+                all of them before its first step.
+        """
+        self._check()
+        if self.is_trained or not self._runs_teacher or not is_architecture(self.args.teacher):
             return
-        self.teacher = self.args.teacher
-        if is_architecture(self.args.teacher):
-            if self.args.needs_teacher_layers:  # Its errors should come before the teacher is trained.
-                student = self.create(self.args.student, self.args.student_args)
-                self._loss_shapes(student, load_teacher(self.create(self.args.teacher, self.args.teacher_args)))
-            self.teacher = self._train("teacher", self.create(self.args.teacher, self.args.teacher_args))
+        self.teacher = self._train("teacher", self.create(self.args.teacher, self.args.teacher_args))
 
     def train_baseline(self) -> None:
         """Trains the student without the distillation loss, if that is asked for."""
+        self._check()
         if not self.is_trained and (self.args.compare_with_baseline or self.args.distillation_loss == "none"):
+            self.measure_teacher()
             self._train("baseline", self.create(self.args.student, self.args.student_args))
 
     def train_student(self) -> None:
         """Trains the student with the distillation loss, from the seed and with the data of the baseline."""
+        self._check()
         if not self.is_trained and self.args.distillation_loss != "none":
             if self.teacher is None:
                 self.train_teacher()
+            self.measure_teacher()
             student = self.create(self.args.student, self.args.student_args)
-            self.open_teacher()
-            loss = self._loss(student)
-            self._train("student", student, loss, self.teacher)
+            # Opened here for the shapes of its layers.
+            teacher = None if self.teacher is None else load_teacher(self.teacher)
+            loss = self.args.build_loss(**self._loss_shapes(student, teacher))
+            self._train("student", student, loss, teacher)
+
+    @property
+    def _runs_teacher(self) -> bool:
+        return self.args.needs_teacher and self.args.teacher_logits is None
 
     def open_teacher(self) -> None:
-        """Opens a teacher that is named by its id or folder."""
-        if isinstance(self.teacher, str):
+        """Opens a teacher that is named by its id or folder.
+
+        Raises:
+            ValueError: it cannot be opened, or has another number of classes than the data.
+        """
+        self._open_named_teacher()
+        if isinstance(self.teacher, Teacher) and self.args.ignore_label_names:
+            self._take_classes_by_number(self.teacher)
+
+    def _open_named_teacher(self) -> None:
+        if self.teacher is None and self._runs_teacher and not is_architecture(self.args.teacher):
             self.teacher = load_teacher(
-                self.teacher, allow_pickle=self.args.allow_pickle, trust_remote_code=self.args.trust_remote_code
+                self.args.teacher, allow_pickle=self.args.allow_pickle, trust_remote_code=self.args.trust_remote_code
             )
-        if self.args.ignore_label_names and isinstance(self.teacher, Teacher):
-            self.teacher.id2label = None
+            self._say(f"The teacher {self.args.teacher}: {_count(self.teacher.model)} parameters, pretrained")
+
+    def _take_classes_by_number(self, teacher: Teacher) -> None:
+        num_classes = teacher.model.config.num_labels
+        if num_classes != len(self.id2label):
+            raise ValueError(
+                f"teacher must have {len(self.id2label)} classes, as {self.data_args.dataset_name!r} has, got "
+                f"{num_classes} of {self.args.teacher}. ignore_label_names takes them by their numbers, so these must be "
+                "the same: load a teacher that was trained on these classes"
+            )
+        teacher.id2label = None
+
+    def measure_teacher(self) -> None:
+        """Measures the teacher's top-1 with its own preprocessing, and on the student's pixels where they differ.
+
+        A wrong teacher, and one that the student's settings make worse, shows here, before days of training.
+        """
+        self.open_teacher()
+        if self.teacher is None or self.results[ON_STUDENT_PIXELS] is not None:
+            return
+        student = self.create(self.args.student, self.args.student_args)
+        own, given = load_image_processor(load_teacher(self.teacher).model), load_image_processor(student)
+        trainer = self._trainer(self.folder, student, dataloader_persistent_workers=False)
+        teacher = self._evaluated_teacher(read_preprocessing(student, given))
+        if has_same_pixels(teacher, own, given):
+            # The one that was trained here was measured at the end of its training.
+            measured = self.accuracies.get("teacher") or self._teacher_metrics(trainer, teacher, given)
+            self.accuracies["teacher"] = measured
+        else:
+            measured = self._teacher_metrics(trainer, teacher, given)
+            if "teacher" not in self.accuracies:
+                teacher = self._evaluated_teacher(load_teacher(self.teacher).preprocessing)
+                self.accuracies["teacher"] = self._teacher_metrics(trainer, teacher, own)
+            self.accuracies[ON_STUDENT_PIXELS] = measured
+        self.results["teacher"] = self.accuracies["teacher"]["accuracy"]
+        self.results[ON_STUDENT_PIXELS] = measured["accuracy"]
+        self._say_teacher_accuracy(differences(own, given))
+        del trainer, teacher
+        release_memory()
+
+    def _evaluated_teacher(self, pixels: Preprocessing) -> Teacher:
+        """The teacher as it computes in training, for these pixels; the one that is trained with stays as it is."""
+        args, teacher = self.training_args, load_teacher(self.teacher).copy()
+        teacher.align(pixels, self.id2label)
+        return teacher.for_inference(args.teacher_dtype, channels_last=args.teacher_channels_last).to(args.device)
+
+    def _teacher_metrics(
+        self, trainer: DistillationTrainer, teacher: Teacher, processor: BaseImageProcessor
+    ) -> dict[str, float]:
+        loader = trainer.get_test_dataloader(self._evaluation_images(processor))
+        return teacher_metrics(teacher, loader, trainer.accelerator, self.training_args.disable_tqdm)
+
+    def _say_teacher_accuracy(self, different: list[str]) -> None:
+        own, given = self.results["teacher"], self.results[ON_STUDENT_PIXELS]
+        if ON_STUDENT_PIXELS not in self.accuracies:
+            self._say(f"The teacher's top-1: {own:.2%}, on pixels that are the student's as well")
+            return
+        self._say(
+            f"The teacher's top-1: {own:.2%} with its own preprocessing, {given:.2%} on the student's pixels, which it is "
+            f"distilled on"
+        )
+        if abs(own - given) > _MOST_LOST and self.training_args.process_index == 0:
+            logger.warning(
+                "The teacher's top-1 is %.2f %% on the student's pixels and %.2f %% with its own preprocessing: %s. Set these "
+                "for the student as the teacher has them, where the student should learn from the better one.",
+                100 * given,
+                100 * own,
+                ", ".join(different) or "their image processors differ",
+            )
+
+    def _check_names(self) -> None:
+        """Looks for folders of student and teacher, the first and cheapest check of them."""
+        names = {"student": self.args.student}
+        if self._runs_teacher:
+            names["teacher"] = self.args.teacher
+        for role, name in names.items():
+            if not is_architecture(name) and (fault := path_fault(name)):
+                raise ValueError(f"{role} {name!r} is not opened: {fault}")
+
+    def _check(self) -> None:
+        """Builds all that the run needs and sends one image through it, before anything is trained."""
+        if self._is_checked:
+            return
+        self.open_teacher()
+        student = self.create(self.args.student, self.args.student_args)
+        train, validation = self.datasets(student)
+        sample = next(iter(validation)) if self.data_args.streaming else validation[0]
+        if not self.data_args.streaming:  # A stream fills a buffer first.
+            train[0]
+        if self.args.distillation_loss != "none":
+            teacher = self.teacher
+            if self._runs_teacher and teacher is None:
+                teacher = load_teacher(self.create(self.args.teacher, self.args.teacher_args))
+            loss = self.args.build_loss(**self._loss_shapes(student, teacher))
+            trainer = self._trainer(self.folder, student, loss, teacher, teacher_compile=False)
+            if self.teacher_logits is None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                self._try_step(trainer, sample)
+            del trainer, teacher, loss
+        del student
+        release_memory()
+        self._is_checked = True
+
+    def _try_step(self, trainer: DistillationTrainer, sample: dict[str, Any]) -> None:
+        """Computes the loss of one image, twice since BatchNorm wants more than one value."""
+        batch = self.collator().without_mixing()([sample, sample])
+        batch = {name: value.to(self.training_args.device) for name, value in batch.items()}
+        with trainer.accelerator.autocast():
+            trainer.compute_loss(trainer.model.train(), batch)
 
     def report(self) -> None:
         """Prints the table, writes `results.json` and `accuracy.png`, pushes the student, and shows how it is opened.
@@ -167,14 +317,16 @@ class Recipe:
         return "baseline" if self.args.distillation_loss == "none" else "student"
 
     def _print_table(self) -> None:
+        teacher = self.args.teacher or (self.args.teacher_logits and f"of {self.args.teacher_logits}")
         names = {
-            "teacher": f"teacher ({self.args.teacher or (self.args.teacher_logits and 'of ' + self.args.teacher_logits)})",
+            "teacher": f"teacher ({teacher})",
+            ON_STUDENT_PIXELS: "teacher, on the student's pixels",
             "baseline": f"baseline ({self.args.student})",
             "distilled": f"distilled ({self.args.distillation_loss.upper()})",
         }
         print(f"\n{'':<44}top-1 accuracy")
         for name, value in self.results.items():
-            if value is not None:
+            if value is not None and not (name == ON_STUDENT_PIXELS and value == self.results["teacher"]):
                 print(f"{names[name]:<44}{value:14.2%}")
         print(f"\nFigures: {self.folder / RESULTS}, curves: {self.folder / 'accuracy.png'}")
 
@@ -194,9 +346,14 @@ class Recipe:
         fingerprint = self.fingerprint(self.create(args.student, args.student_args))
         check_fingerprint(store.folder, store.info, args, fingerprint, training.teacher_dtype)
         store.check_complete(epochs)
-        if store.info.teacher_accuracy is not None:
-            self.results["teacher"] = store.info.teacher_accuracy
-            self.accuracies["teacher"] = {"accuracy": store.info.teacher_accuracy}
+        for name, value in (
+            ("teacher", store.info.teacher_own_accuracy),
+            (ON_STUDENT_PIXELS, store.info.teacher_accuracy),
+        ):
+            if value is not None:
+                self.results[name] = value
+                if name == "teacher" or value != store.info.teacher_own_accuracy:
+                    self.accuracies[name] = {"accuracy": value}
         return store
 
     def fingerprint(self, student: PreTrainedModel) -> dict:
@@ -223,13 +380,7 @@ class Recipe:
         set_seed(self.training_args.seed)
         return self.args.create(name, model_args, id2label=self.id2label)
 
-    def _loss(self, student: PreTrainedModel) -> nn.Module | dict[str, nn.Module] | None:
-        if self.args.needs_teacher_layers:
-            # Opened here for its shapes, and handed on.
-            self.teacher = load_teacher(self.teacher)
-        return self.args.build_loss(**self._loss_shapes(student, self.teacher))
-
-    def _loss_shapes(self, student: PreTrainedModel, teacher: str | PreTrainedModel | Teacher | None) -> dict:
+    def _loss_shapes(self, student: PreTrainedModel, teacher: Teacher | None) -> dict:
         size = read_preprocessing(student, load_image_processor(student)).size
         model = teacher_size = None
         if self.args.needs_teacher_layers:
@@ -246,38 +397,32 @@ class Recipe:
         )
         kind = StreamingImageDataset if args.streaming else ImageDataset
         train = kind(self.data["train"], transform, seed, args.on_bad_image)
-        validation = kind(
-            self.data["validation"], processor_transform(processor), seed, args.on_bad_image, training=False
-        )
-        return train, validation
+        return train, self._evaluation_images(processor)
 
-    def _train(
+    def _evaluation_images(self, processor: BaseImageProcessor) -> torch.utils.data.Dataset:
+        args, seed = self.data_args, self.training_args.seed
+        kind = StreamingImageDataset if args.streaming else ImageDataset
+        transform = processor_transform(processor)
+        return kind(self.data["validation"], transform, seed, args.on_bad_image, training=False)
+
+    def _trainer(
         self,
-        name: str,
+        folder: Path,
         student: PreTrainedModel,
         loss: nn.Module | dict[str, nn.Module] | None = None,
-        teacher: str | PreTrainedModel | Teacher | None = None,
-    ) -> PreTrainedModel:
-        """Trains one model into its own folder, notes its accuracy and returns it."""
+        teacher: PreTrainedModel | Teacher | None = None,
+        **changes,
+    ) -> DistillationTrainer:
+        """Makes the trainer of one model, with the run's arguments but for `changes`."""
         args = copy.copy(self.training_args)
-        args.output_dir = str(self.folder / name)
-        # What is pushed, and what is resumed, is the recipe's result.
-        is_result = name == self._result
-        history = stage_history(self.folder / name) if self.goes_on and not is_result else None
-        if history is not None:
-            self._note(name, history)
-            self._say(f"The {name} in {args.output_dir} is trained already")
-            check_class_order(args.output_dir, student.config.id2label)
-            trained = open_classifier(args.output_dir, trust_remote_code=self.args.trust_remote_code)
-            student.load_state_dict(trained.state_dict())
-            return student.to(args.device)
-        args.push_to_hub = args.push_to_hub and is_result
+        for argument, value in {"output_dir": str(folder), "push_to_hub": False, **changes}.items():
+            setattr(args, argument, value)
         args.hub_model_id = args.hub_model_id or self.folder.name
         if loss is None:
             args.feature_layer = args.teacher_dtype = None
             args.teacher_channels_last = args.teacher_compile = False
         train, validation = self.datasets(student)
-        trainer = DistillationTrainer(
+        return DistillationTrainer(
             model=student,
             teacher=teacher,
             distillation_loss=loss,
@@ -290,22 +435,41 @@ class Recipe:
             preprocess_logits_for_metrics=top5_indices,
             callbacks=[BadImageReport(self.steps_per_epoch)],
         )
-        # One that was not trained here has yet to be measured.
-        if teacher is not None and self.results["teacher"] is None:
-            self.results["teacher"] = self._teacher_accuracy(trainer)
-            self.accuracies["teacher"] = {"accuracy": self.results["teacher"]}
-            self._say(f"The teacher's top-1 on the student's pixels: {self.results['teacher']:.2%}")
+
+    def _train(
+        self,
+        name: str,
+        student: PreTrainedModel,
+        loss: nn.Module | dict[str, nn.Module] | None = None,
+        teacher: PreTrainedModel | Teacher | None = None,
+    ) -> PreTrainedModel:
+        """Trains one model into its own folder, notes its accuracy and returns it."""
+        folder = self.folder / name
+        # What is pushed, and what is resumed, is the recipe's result.
+        is_result = name == self._result
+        history = stage_history(folder) if self.goes_on and not is_result else None
+        if history is not None:
+            self._note(name, history)
+            self._say(f"The {name} in {folder} is trained already")
+            check_class_order(str(folder), student.config.id2label)
+            trained = open_classifier(str(folder), trust_remote_code=self.args.trust_remote_code)
+            student.load_state_dict(trained.state_dict())
+            return student.to(self.training_args.device)
+        push = self.training_args.push_to_hub and is_result
+        trainer = self._trainer(folder, student, loss, teacher, push_to_hub=push)
+        args = trainer.args
         trainer.card_info = self._card_info()
-        self._say(f"Training the {name} ({_count(student)} parameters); it goes to {args.output_dir}")
+        start = describe_start(student)
+        self._say(f"Training the {name} ({_count(student)} parameters, {start}); it goes to {folder}")
         try:
             trainer.train(resume_from_checkpoint=self._checkpoint(trainer, is_result))
         except CheckpointError as error:
             raise SystemExit(f"error: {error}") from error
         # As an internal call, which does not push: report() does, when the figures are written down.
-        with self._writes(f"the {name}", args.output_dir):
+        with self._writes(f"the {name}", folder):
             trainer.save_model(_internal_call=True)
         trainer.evaluate()
-        with self._writes(f"the {name}", args.output_dir):
+        with self._writes(f"the {name}", folder):
             if args.precise_bn_images is not None:
                 trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
             trainer.save_state()
@@ -336,7 +500,7 @@ class Recipe:
                 answer = f"error: {error}"
             except OSError as error:
                 answer = (
-                    f"error: the folder {self.folder} cannot be written to ({type(error).__name__}: {error}): make "
+                    f"error: the folder {self.folder} cannot be written to ({type(error).__name__}: {reason(error)}): make "
                     "that possible, or choose another --output_dir"
                 )
         [answer] = broadcast_object_list([answer])
@@ -393,7 +557,7 @@ class Recipe:
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise SystemExit(
-                f"error: {what} could not be written to {folder} ({type(error).__name__}: {error}; {free / 2**30:.1f} "
+                f"error: {what} could not be written to {folder} ({type(error).__name__}: {reason(error)}; {free / 2**30:.1f} "
                 "GiB are free there). The checkpoints are as they were: make room, and start the run again"
             ) from error
 
@@ -445,23 +609,12 @@ class Recipe:
             num_train_images=None if data.streaming else len(self.data["train"]),
             num_eval_images=None if data.streaming else len(self.data["validation"]),
             teacher=self.accuracies.get("teacher"),
+            teacher_on_student_pixels=self.accuracies.get(ON_STUDENT_PIXELS),
             baseline=self.accuracies.get("baseline"),
             augmentation=", ".join(f"{name}={value}" for name in (crop, *others) if (value := getattr(data, name))),
             launch=launch_line(),
             license=self.args.license,
         )
-
-    def _teacher_accuracy(self, trainer: DistillationTrainer) -> float:
-        """Top-1 of the teacher on the student's pixels: a wrong teacher shows before days of training."""
-        indices, labels = [], []
-        for batch in tqdm(
-            trainer.get_eval_dataloader(), desc="Evaluating the teacher", disable=trainer.args.disable_tqdm
-        ):
-            answer = top5_indices(trainer.teacher(batch["pixel_values"]))
-            for gathered, part in ((indices, answer), (labels, batch["labels"])):
-                gathered.append(trainer.accelerator.gather_for_metrics(part).cpu())
-        prediction = EvalPrediction(torch.cat(indices).numpy(), torch.cat(labels).numpy())
-        return compute_metrics(prediction)["accuracy"]
 
     def _count_steps(self) -> None:
         """A stream has no length: epochs become steps."""
@@ -481,8 +634,11 @@ class Recipe:
     def _plot(self, path: Path) -> None:
         figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        if self.results["teacher"] is not None:
-            axes.axhline(100 * self.results["teacher"], color="0.4", linestyle="--", label="teacher")
+        own, given = self.results["teacher"], self.results[ON_STUDENT_PIXELS]
+        if own is not None:
+            axes.axhline(100 * own, color="0.4", linestyle="--", label="teacher")
+        if given not in (None, own):
+            axes.axhline(100 * given, color="0.6", linestyle=":", label="teacher, on the student's pixels")
         for name in ("baseline", "distilled"):
             if name in self.curves:
                 epochs, values = zip(*self.curves[name], strict=True)
@@ -502,8 +658,11 @@ class Recipe:
         with self._writes("the example", self.folder):
             image.save(example)
         folder = self.folder / name
-        trust = self.args.trust_remote_code
-        classifier = pipeline("image-classification", model=str(folder), device="cpu", trust_remote_code=trust)
+        with hidden_progress_bars():
+            student = open_classifier(str(folder), trust_remote_code=self.args.trust_remote_code)
+        # pipeline() looks for the processor by another way, which warns that timm's has no torchvision backend.
+        processor = load_image_processor(student)
+        classifier = pipeline("image-classification", model=student, image_processor=processor, device="cpu")
         answer = classifier(str(example), top_k=3)
         print(f"\nThe student opens anywhere; {example} is a held-out image of class {self.id2label[label]!r}:\n")
         print(">>> from transformers import pipeline")

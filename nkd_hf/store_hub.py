@@ -8,6 +8,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .access import gate
+from .errors import reason
+from .folders import path_fault
 from .hub import failures
 from .teacher_logits import STORE, StoreInfo, TeacherLogits, unfinished
 
@@ -27,13 +29,14 @@ def find_store(name: str, epochs: int) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if fault := path_fault(name):
+        raise ValueError(f"teacher_logits={name!r} cannot be opened: {fault}")
     patterns = [STORE, *(f"epoch-{epoch:04d}/*" for epoch in range(epochs))]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         how = gate(error, name, "dataset") or (
-            f"it is no folder, and no dataset of the Hub that could be reached ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Is there a network, and is HF_HUB_OFFLINE unset?"
+            f"it is no folder, and no dataset of the Hub that could be reached ({type(error).__name__}: {reason(error)}). Is there a network, and is HF_HUB_OFFLINE unset?"
         )
         raise ValueError(f"teacher_logits={name!r} cannot be opened: {how}") from error
 
@@ -82,9 +85,12 @@ def store_card(info: StoreInfo, name: str) -> str:
         name: of the dataset.
     """
     teacher = info.teacher
-    accuracy = (
-        "" if info.teacher_accuracy is None else f", top-1 {100 * info.teacher_accuracy:.2f} % on the validation split"
-    )
+    measured = {
+        "with its own preprocessing": info.teacher_own_accuracy,
+        "on the student's pixels": info.teacher_accuracy,
+    }
+    measured = [f"{100 * value:.2f} % {where}" for where, value in measured.items() if value is not None]
+    accuracy = f", top-1 on the validation split {' and '.join(measured)}" if measured else ""
     kept = (
         "all logits, float32" if info.top_k is None else f"the {info.top_k} largest logits but the target's, float16"
     )

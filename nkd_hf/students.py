@@ -206,3 +206,12 @@ def _open_student(
         id2label = normalize_id2label(student.config.id2label, of=f"the id2label of student {name!r}")
     student.config.id2label, student.config.label2id = id2label, invert_labels(id2label)
     return student
+
+
+def describe_start(student: PreTrainedModel) -> str:
+    """Says what a student of [`create_student`] starts from: `random weights`, or `pretrained`, maybe with a new head."""
+    if not student.name_or_path:
+        return "random weights"
+    if student.starts_with_new_head:
+        return f"pretrained, new head of {student.config.num_labels} classes"
+    return "pretrained"

@@ -67,9 +67,11 @@ class StoreInfo:
         shard_size (`int`): samples in a shard; the last of an epoch may have fewer.
         fingerprint (`dict`): what the logits are a function of; a run must have the same.
         teacher (`StoredTeacher`)
-        teacher_accuracy (`float`, *optional*): its top-1 on the validation split, once it is measured.
+        teacher_accuracy (`float`, *optional*): its top-1 on the student's pixels of the validation split, once it is
+            measured.
         versions (`dict[str, str]`): of the libraries that made the pixels.
         format (`int`): of the files.
+        teacher_own_accuracy (`float`, *optional*): its top-1 with its own preprocessing; None in older stores.
     """
 
     num_classes: int
@@ -83,6 +85,7 @@ class StoreInfo:
     teacher_accuracy: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    teacher_own_accuracy: float | None = None
 
     @property
     def num_shards(self) -> int:
@@ -109,6 +112,8 @@ class StoreInfo:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{folder / STORE} cannot be read ({error}): {advice}") from error
         known = {name.name for name in dataclasses.fields(cls)}
+        if isinstance(values, dict):
+            values.setdefault("teacher_own_accuracy", None)  # a store from before it was measured
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != known:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"{folder} is a store of format {found}, expected {FORMAT}: {advice}")

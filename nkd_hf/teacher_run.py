@@ -16,20 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader, Subset
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import EvalPrediction
 
 from .architectures import is_architecture
-from .batches import ImageCollator, epoch_order
+from .batches import epoch_order
 from .data import DataArguments
 from .hub import PushError
 from .losses import NKDLoss
-from .metrics import compute_metrics, top5_indices
 from .model_card.facts import describe_teacher
 from .parser import parse_args
 from .preprocessing import read_preprocessing
@@ -39,6 +36,7 @@ from .store_fingerprint import fingerprint_differences, library_versions, public
 from .store_hub import push_store
 from .students import load_image_processor
 from .teacher import Teacher, load_teacher
+from .teacher_accuracy import ON_STUDENT_PIXELS
 from .teacher_logits import STORE, StoreInfo, shard_path, sparse_logits, unfinished, write_shard
 from .training_args import DistillationTrainingArguments
 
@@ -90,10 +88,11 @@ def write_store(args: list[str] | None = None) -> str | None:
 
     folder = Path(options.output)
     info = _begin(folder, info, training.process_index)
-    train, validation = run.datasets(student)
+    train, _ = run.datasets(student)
     _write_shards(folder, info, run, teacher, train, options.batch_size)
-    if info.teacher_accuracy is None:
-        info.teacher_accuracy = _accuracy(run, teacher, validation, options.batch_size)
+    if info.teacher_accuracy is None or info.teacher_own_accuracy is None:
+        run.measure_teacher()
+        info.teacher_accuracy, info.teacher_own_accuracy = run.results[ON_STUDENT_PIXELS], run.results["teacher"]
     PartialState().wait_for_everyone()
     return _finish(folder, info, options) if training.process_index == 0 else None
 
@@ -209,7 +208,7 @@ def _opened(folder: Path, info: StoreInfo) -> StoreInfo:
             raise ValueError(
                 f"{folder} holds another store ({differences}): set another --output, or the arguments as they were"
             )
-        info.teacher_accuracy = earlier.teacher_accuracy
+        info.teacher_accuracy, info.teacher_own_accuracy = earlier.teacher_accuracy, earlier.teacher_own_accuracy
         if earlier.epochs > info.epochs:
             logger.warning(
                 "%s is a store of %d epochs, not %d, and goes on as one", folder, earlier.epochs, info.epochs
@@ -286,20 +285,6 @@ def _check_finite(logits: torch.Tensor, epoch: int, positions: range) -> None:
         )
 
 
-def _accuracy(run: Recipe, teacher: Teacher, validation: torch.utils.data.Dataset, batch_size: int) -> float:
-    """Top-1 of the teacher on the student's pixels, over all processes."""
-    training = run.training_args
-    share = range(training.process_index, len(validation), training.world_size)
-    collator, parts = ImageCollator(len(run.id2label)), []
-    workers = training.dataloader_num_workers
-    loader = DataLoader(Subset(validation, share), batch_size, collate_fn=collator, num_workers=workers)
-    for batch in loader:
-        answer = top5_indices(teacher(batch["pixel_values"].to(training.device))).cpu()
-        parts.append((answer.numpy(), batch["labels"].numpy()))
-    indices, labels = zip(*gather_object(parts), strict=True)
-    return compute_metrics(EvalPrediction(np.concatenate(indices), np.concatenate(labels)))["accuracy"]
-
-
 def _finish(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str | None:
     """Says what there is, and pushes it; what came in the way is returned."""
     info.write(folder)
@@ -308,7 +293,10 @@ def _finish(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str |
         return f"{len(missing)} shards are not in {folder}: copy those of the other machines into it"
     size = sum(path.stat().st_size for path in folder.glob("epoch-*/shard-*.safetensors"))
     samples = info.epochs * info.num_samples
-    print(f"\nThe teacher's top-1 accuracy is {info.teacher_accuracy:.2%}.")
+    print(
+        f"\nThe teacher's top-1 accuracy is {info.teacher_own_accuracy:.2%} with its own preprocessing, "
+        f"{info.teacher_accuracy:.2%} on the student's pixels."
+    )
     print(
         f"{folder}: {info.epochs} epochs of {info.num_samples} images, {size / 1e6:.1f} MB, {size / samples:.0f} bytes each."
     )

@@ -50,7 +50,11 @@ def write_card(
         Whether the card was written: one that a person wrote or edited is left as it is, with a warning.
     """
     path, info = Path(folder, "README.md"), info or CardInfo()
-    levels = {"teacher": info.teacher, "baseline": info.baseline}
+    levels = {
+        "teacher": info.teacher,
+        "teacher on the student's pixels": info.teacher_on_student_pixels,
+        "baseline": info.baseline,
+    }
     curves = plot_curves(
         state.log_history,
         path.with_name(CURVES_FILE),

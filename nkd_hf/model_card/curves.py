@@ -122,7 +122,7 @@ def plot_curves(
     _plot_lines(axes[0], accuracies)
     for (name, value), colour in zip((levels or {}).items(), ("0.25", "0.55", "0.75"), strict=False):
         axes[0].axhline(
-            100 * value, color=colour, linestyle="--", linewidth=1.2, label=f"{name}'s top-1, {100 * value:.2f}"
+            100 * value, color=colour, linestyle="--", linewidth=1.2, label=f"{name}, top-1 {100 * value:.2f}"
         )
     axes[0].set(title="Accuracy on held-out images", xlabel=x_axis, ylabel="accuracy (%)")
     if losses:

@@ -26,7 +26,7 @@ class CardInfo:
         dataset_config, dataset_split (`str`, *optional*): configuration, and the split of the evaluation.
         num_train_images, num_eval_images (`int`, *optional*): how many images training and evaluation had.
         teacher (`dict[str, float]`, *optional*): `accuracy` and, where it was measured, `top5_accuracy` of the teacher on
-            the same images, as fractions.
+            the same images with its own preprocessing, as fractions.
         baseline (`dict[str, float]`, *optional*): the same of the student when it is trained in the same way without the
             distillation loss.
         augmentation (`str`, *optional*): in words.
@@ -37,6 +37,8 @@ class CardInfo:
         finetuned_from (`str`, *optional*): Hub id of the weights that the student started from. None takes what the
             student was opened from.
         tags (`list[str]`): added to the card's own.
+        teacher_on_student_pixels (`dict[str, float]`, *optional*): the teacher's accuracies on the pixels that the student
+            gets, where they differ from those of its own preprocessing.
 
     Raises:
         ValueError: an accuracy is missing or is no fraction, or the Hub knows no such licence.
@@ -55,10 +57,11 @@ class CardInfo:
     language: str | list[str] | None = None
     finetuned_from: str | None = None
     tags: list[str] = field(default_factory=list)
+    teacher_on_student_pixels: dict[str, float] | None = None
 
     def __post_init__(self):
         check_license(self.license)
-        for name in ("teacher", "baseline"):
+        for name in ("teacher", "teacher_on_student_pixels", "baseline"):
             values = getattr(self, name)
             if values is not None and not ("accuracy" in values and all(0 <= value <= 1 for value in values.values())):
                 raise ValueError(

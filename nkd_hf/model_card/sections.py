@@ -64,6 +64,9 @@ def results(run: Run) -> str:
         student = _architecture(run.student)
         if run.info.teacher and run.teacher is not None:
             lines.append(_row(f"the teacher, {code(run.stored_teacher.architecture)}", run.info.teacher))
+        if run.info.teacher_on_student_pixels and run.teacher is not None:
+            name = f"the teacher, {code(run.stored_teacher.architecture)}, on the student's pixels"
+            lines.append(_row(name, run.info.teacher_on_student_pixels))
         if run.info.baseline and run.losses:
             lines.append(_row(f"{student}, trained in the same way without distillation", run.info.baseline))
         for part, values in run.results.items():
