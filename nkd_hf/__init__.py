@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .batches import ImageCollator
     from .checkpoints import CheckpointError
     from .data import DataArguments, load_image_dataset
+    from .errors import one_line_errors
     from .features import token_shape
     from .hub import PushError, push_student
     from .images import ImageDataset, StreamingImageDataset
@@ -78,6 +79,7 @@ _MODULE_OF = {
     "load_image_processor": "students",
     "load_teacher": "teacher",
     "nkd_loss": "losses",
+    "one_line_errors": "errors",
     "parse_args": "parser",
     "processor_transform": "transforms",
     "push_student": "hub",

@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from . import __version__
+from .errors import one_line_errors
 
 # Command -> the module whose `main` runs it, imported when it is called, and what it does.
 _COMMANDS = {
@@ -20,7 +21,7 @@ _COMMANDS = {
 def main(args: list[str] | None = None) -> None:
     """Runs a command.
 
-    What is wrong with its input (a ValueError or an OSError) is said in a line, without a traceback.
+    Wrong input is said in one line, without a traceback (see [`~nkd_hf.errors.one_line_errors`]).
 
     Args:
         args: the command and its arguments; None takes `sys.argv[1:]`.
@@ -29,6 +30,12 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: with code 2, after a message on stderr, for an unknown command or wrong input.
     """
     args = list(sys.argv[1:] if args is None else args)
+    command = f" {args[0]}" if args and args[0] in _COMMANDS else ""
+    with one_line_errors(f"nkd-hf{command}: ", code=2):
+        _run(args)
+
+
+def _run(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print("usage: nkd-hf COMMAND [--NAME VALUE ...]\n")
         print("\n".join(f"  {name:14} {purpose}" for name, (_, purpose) in _COMMANDS.items()))
@@ -42,11 +49,7 @@ def main(args: list[str] | None = None) -> None:
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f": did you mean {near[0]!r}?" if near else ""
         _exit(f"nkd-hf: error: unknown command {command!r}{hint} (nkd-hf --help lists the commands)")
-    module = importlib.import_module(f"nkd_hf.{_COMMANDS[command][0]}")
-    try:
-        module.main(args)
-    except (ValueError, OSError) as error:
-        _exit(f"nkd-hf {command}: error: {error}")
+    importlib.import_module(f"nkd_hf.{_COMMANDS[command][0]}").main(args)
 
 
 def _exit(message: str) -> None:

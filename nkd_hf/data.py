@@ -24,6 +24,8 @@ from sklearn.model_selection import train_test_split
 from timm.data import ImageNetInfo
 
 from .access import gate
+from .errors import reason
+from .folders import path_fault
 from .labels import sort_by_number
 
 logger = logging.getLogger(__name__)
@@ -301,8 +303,11 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         if args.streaming:
             return IterableDatasetDict({key: split.to_iterable_dataset(num_shards=4) for key, split in digits.items()})
         return digits
+    is_parquet = name.endswith(".parquet") or any(character in name for character in "*?[")
+    if not is_parquet and (fault := path_fault(args.dataset_name)):
+        raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {fault}. {_EXPECTED}")
     try:
-        if name.endswith(".parquet") or any(character in name for character in "*?["):
+        if is_parquet:
             return datasets.load_dataset("parquet", data_files=name, streaming=args.streaming)
         return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
     except (
@@ -314,17 +319,19 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         if any(text in str(cause) for text in _EMPTY_SPLIT):
             raise ValueError(
-                f"dataset_name={args.dataset_name!r} could not be loaded: one of its splits has no rows ({cause}). Remove its "
+                f"dataset_name={args.dataset_name!r} could not be loaded: one of its splits has no rows ({reason(cause)}). Remove its "
                 "file, or put images in it"
             ) from error
         raise ValueError(
-            f"dataset_name={args.dataset_name!r} could not be loaded ({type(cause).__name__}: {cause}). Expected a "
-            "dataset of the Hub (check its name and dataset_config_name; if it is gated, accept its terms on its page and "
-            "run `hf auth login`; with no network, only one that was loaded before), an existing folder of images or "
-            "parquet files, a parquet file or glob, or digits"
+            f"dataset_name={args.dataset_name!r} could not be loaded ({type(cause).__name__}: {reason(cause)}). {_EXPECTED}"
         ) from error
 
 
+_EXPECTED = (
+    "Expected an existing folder of images or of parquet files, a parquet file or a quoted glob, digits, or a dataset of the "
+    "Hub (check its name and dataset_config_name; if it is gated, accept its terms on its page and run `hf auth login`; with "
+    "no network, only one that was loaded before)"
+)
 # What `datasets` says where a split has no rows: a file with none, or none in all of its files.
 _EMPTY_SPLIT = ("BatchSize must be greater than 0", "corresponds to no data")
 
@@ -401,7 +408,7 @@ def _pick_columns(split, args: DataArguments):
             split = _cast_labels(split, datasets.Value("int64"))
         except pa.ArrowInvalid as error:
             raise ValueError(
-                f"the label column holds fractions ({error}), expected one integer or name a row: set label_column_name"
+                f"the label column holds fractions ({reason(error)}), expected one integer or name a row: set label_column_name"
             ) from error
         label = split.features["label"]
     if not (isinstance(label, datasets.ClassLabel) or _is_text(label) or label in map(datasets.Value, INTEGER_DTYPES)):

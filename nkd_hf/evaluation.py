@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from .data import DataArguments, describe_synsets, load_evaluation_split
+from .errors import reason
 from .images import ImageDataset, StreamingImageDataset
 from .labels import class_numbers, match_labels
 from .metrics import compute_metrics, top5_indices
 from .opening import open_classifier
-from .students import load_image_processor
+from .preprocessing import load_image_processor
 from .transforms import processor_transform
 
 
@@ -126,6 +128,33 @@ def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None and key != "image_processor_type"}
 
 
+def _check_output(path: Path) -> None:
+    """Writes and removes a file beside the results, or opens the one that they replace, before hours of evaluation."""
+    if path.is_dir():
+        raise ValueError(
+            f"--output must be a file, got the folder {path}. Name a file in it, such as {path / 'top1.json'}"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--output {path}: there is no such folder, make it first")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written ({error.strerror}). Name another file") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device).item()  # A tensor on meta has no value.
+    except (RuntimeError, AssertionError) as error:
+        # Of a device that torch was built without, it would list the dispatch table, in 59 lines.
+        unknown = isinstance(error, NotImplementedError)
+        fault = "this build of torch has no such device" if unknown else reason(error).partition(". ")[0]
+        raise ValueError(f"device {device!r} cannot be used: {fault}. Set --device cpu, cuda or cuda:1") from error
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs `nkd-hf evaluate`."""
     parser = argparse.ArgumentParser(prog="nkd-hf evaluate", description=__doc__, allow_abbrev=False)
@@ -152,8 +181,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--allow_pickle", action="store_true", help="open weights that are a pickle, tensors alone")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
     args = parser.parse_args(args)
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no such folder, make it first")
+    if args.output is not None:
+        _check_output(Path(args.output))
     if args.batch_size < 1 or args.num_workers < 0:
         raise ValueError(
             f"batch_size must be positive and num_workers not negative, got {args.batch_size} and {args.num_workers}"
@@ -170,10 +199,7 @@ def main(args: list[str] | None = None) -> None:
         on_bad_image=args.on_bad_image,
     )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    _check_device(device)
     model = open_classifier(
         args.model,
         dtype=torch.float32,

@@ -1,5 +1,6 @@
-"""Writes a folder as a whole or not at all."""
+"""Writes a folder as a whole or not at all, and says what is wrong with a path."""
 
+import difflib
 import os
 import re
 import tempfile
@@ -12,6 +13,41 @@ _STUDENT_FILES = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json|modeling_\w+\.py"
     r"|README\.md|training_curves\.png|training_args\.yaml"
 )
+
+
+def path_fault(name: str) -> str | None:
+    """Says what is wrong with a path of this machine where a folder is expected.
+
+    Args:
+        name: a path, or the name of a repository of the Hub (`owner/name`).
+
+    Returns:
+        A part of a sentence; None for a folder, and for what may be on the Hub.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.folders import path_fault
+    >>> path_fault("timm/resnet34.tv_in1k"), path_fault("./nowhere")
+    (None, "there is no folder './nowhere'")
+
+    ```
+    """
+    path = os.path.abspath(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return None
+    if os.path.exists(path):
+        return f"{name!r} is a file, and a folder is expected"
+    is_path = re.match(r"[./~\\]|[A-Za-z]:", name) or name.count("/") > 1 or "\\" in name
+    return f"there is no folder {name!r}{_nearest_folder(path)}" if is_path else None
+
+
+def _nearest_folder(path: str) -> str:
+    parent, missing = os.path.split(path)
+    if not os.path.isdir(parent) or not os.access(parent, os.R_OK):
+        return ""
+    near = difflib.get_close_matches(missing, [entry.name for entry in os.scandir(parent) if entry.is_dir()], n=1)
+    return f", did you mean {os.path.join(parent, near[0])!r}?" if near else ""
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch.utils.data import get_worker_info
 from torchcodec.decoders import decode_jpeg
 
 from .batches import EpochDataset, derived_seeds, seeded
+from .errors import reason
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +291,7 @@ def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.I
     except PIL.UnidentifiedImageError as error:
         raise BadSampleError(f"{name} cannot be decoded (it is no image of a format that Pillow knows)") from error
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, DecompressionBombError
-        raise BadSampleError(f"{name} cannot be decoded ({type(error).__name__}: {error})") from error
+        raise BadSampleError(f"{name} cannot be decoded ({type(error).__name__}: {reason(error)})") from error
 
 
 def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:

@@ -1,9 +1,11 @@
 """The module that is trained: a student and whatever its losses train."""
 
+import contextlib
 import copy
 import inspect
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 from .labels import check_class_order, invert_labels, normalize_id2label
@@ -308,7 +310,18 @@ def save_student(
         state_dict = _under("timm_model.", state_dict)
         # A config that came from a file holds its file's names, which would be written before those of id2label.
         student.config.__dict__.pop("label_names", None)
-    student.save_pretrained(folder, state_dict=state_dict, **kwargs)
+    with hidden_progress_bars():  # of one file, in the midst of the training's own bar
+        student.save_pretrained(folder, state_dict=state_dict, **kwargs)
+
+
+@contextlib.contextmanager
+def hidden_progress_bars() -> Iterator[None]:
+    """Hides the progress bars of transformers' reading and writing of weights."""
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _forward_columns(student: PreTrainedModel) -> tuple[list[str], bool]:

@@ -26,6 +26,8 @@ from transformers.utils import (
 
 from . import architectures  # noqa: F401  (so that their folders open without trust_remote_code)
 from .access import gate
+from .errors import reason
+from .folders import path_fault
 
 # Weights that classify nothing: counters, tables that models compute for themselves, heads of training.
 _WITHOUT_EFFECT = re.compile(
@@ -68,6 +70,8 @@ def open_pretrained(
 ) -> PreTrainedModel:
     """`AutoModelForImageClassification.from_pretrained`, which opens pickles and fills missing weights with random ones.
 
+    The model gets the attribute `starts_with_new_head`: whether its classifier is not that of the file.
+
     Args:
         name: a folder or a Hub id.
         new_head: whether the classifier may start from random weights, as that of a student that trains it. All other
@@ -78,11 +82,14 @@ def open_pretrained(
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        RefusedError: the weights are a pickle, or the repo is gated; its files lead to others, or cannot be read; weights
+        RefusedError: the folder does not exist; the weights are a pickle, or the repo is gated; its files lead to others, or cannot be read; weights
             are missing.
         ValueError: the code is not trusted.
         OSError: there is no such model, or it is not in the cache and cannot be reached.
     """
+    if fault := path_fault(name):
+        raise RefusedError(fault)
+    name = os.path.expanduser(name)
     _check_files(name, trust_remote_code, {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs})
     try:
         with _without_conversion():
@@ -98,9 +105,7 @@ def open_pretrained(
     except SafetensorError as error:
         raise RefusedError(f"its safetensors cannot be read, they are damaged or cut short: {error}") from error
     except pickle.UnpicklingError as error:
-        raise RefusedError(
-            f"its pickle holds more than tensors, and is not opened: {str(error).splitlines()[0]}"
-        ) from error
+        raise RefusedError(f"its pickle holds more than tensors, and is not opened: {reason(error)}") from error
     except (OSError, ValueError) as error:
         if how := gate(error, name):
             raise RefusedError(how) from error
@@ -112,9 +117,11 @@ def open_pretrained(
         raise
     except Exception as error:  # transformers raises nearly anything on an odd configuration
         raise RefusedError(
-            f"its configuration and weights are not of a model that can be built ({type(error).__name__}: {error})"
+            f"its configuration and weights are not of a model that can be built ({type(error).__name__}: {reason(error)})"
         ) from error
     check_weights(model, loaded, new_head)
+    random = [key for keys in ("missing_keys", "mismatched_keys") for key in map(str, loaded[keys])]
+    model.starts_with_new_head = any(not _WITHOUT_EFFECT.fullmatch(key) for key in random)
     return model
 
 
@@ -222,7 +229,7 @@ def _check_files(name: str, trust_remote_code: bool, where: dict[str, Any]) -> N
     except OSError:
         pass
     except (TypeError, KeyError, AttributeError) as error:
-        raise RefusedError(f"its config.json is no mapping ({type(error).__name__}: {error})") from error
+        raise RefusedError(f"its config.json is no mapping ({type(error).__name__}: {reason(error)})") from error
     for file in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         path = _cached(name, file, where)
         if path is None:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
+from .errors import reason
 from .modeling import DistillationModel
 from .optimization import decayed_parameters
 from .training_args import DistillationTrainingArguments
@@ -64,7 +65,7 @@ def optimizer_state_bytes(model: nn.Module, training: DistillationTrainingArgume
         optimizer = optimizer_class(parameters, **{key: value for key, value in kwargs.items() if key != "fused"})
         optimizer.step()
     except Exception as error:  # whatever a library for optimisers, or its absence, comes up with
-        note = f"the state of optim={training.optim.value} is not counted: {str(error).splitlines()[0]}"
+        note = f"the state of optim={training.optim.value} is not counted: {reason(error)}"
         if note not in notes:
             notes.append(note)
         return None

@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from .architectures import is_architecture
 from .data import DataArguments
+from .errors import reason
+from .folders import path_fault
 from .opening import check_settings
 from .preprocessing import Preprocessing, read_preprocessing
 from .recipe_args import RecipeArguments
@@ -22,12 +24,14 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
     # What is neither, create_student has an answer to.
     if is_architecture(recipe.student) or not ("/" in recipe.student or os.path.isdir(recipe.student)):
         return _create(recipe, data, recipe.student, recipe.student_args)
+    if fault := path_fault(recipe.student):
+        raise ValueError(f"student {recipe.student!r} is not opened: {fault}")
     try:
         return _open_config(recipe.student, data.num_classes, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"student {recipe.student!r} is no architecture, and cannot be read without a network: download it first "
-            f"({str(error).splitlines()[0]})"
+            f"({reason(error)})"
         ) from error
 
 
@@ -42,6 +46,8 @@ def open_teacher(
         return None, None
     if is_architecture(recipe.teacher):
         return _create(recipe, data, recipe.teacher, recipe.teacher_args)
+    if fault := path_fault(recipe.teacher):
+        raise ValueError(f"teacher {recipe.teacher!r} is not opened: {fault}")
     name = recipe.teacher.removeprefix("timm/")
     try:
         if name != recipe.teacher and timm.is_model(name):
@@ -51,7 +57,7 @@ def open_teacher(
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
         notes.append(
             f"teacher {recipe.teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "
-            f"{str(error).splitlines()[0]}"
+            f"{reason(error)}"
         )
         return None, None
 

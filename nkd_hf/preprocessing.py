@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
+from .errors import reason
 from .opening import comes_with_code
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def _read_timm(model: nn.Module, pretrained_cfg: Any) -> Preprocessing:
             processor = TimmWrapperImageProcessor(dict(pretrained_cfg))
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"the pretrained_cfg of {type(model).__name__} describes no preprocessing ({type(error).__name__}: {error})"
+                f"the pretrained_cfg of {type(model).__name__} describes no preprocessing ({type(error).__name__}: {reason(error)})"
             ) from error
     own = read_processor(processor)
     patch_embed = getattr(model, "patch_embed", None)

@@ -261,7 +261,9 @@ def load_teacher(
             teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
         )
         if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
-            processing_class = AutoImageProcessor.from_pretrained(teacher, trust_remote_code=trust_remote_code)
+            processing_class = AutoImageProcessor.from_pretrained(
+                model.name_or_path, trust_remote_code=trust_remote_code
+            )
     except RefusedError as error:
         raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
     except (OSError, ValueError) as error:

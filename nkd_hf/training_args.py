@@ -127,6 +127,8 @@ class DistillationTrainingArguments(TrainingArguments):
         if name in SCHEDULES:
             self.lr_scheduler_type = "constant"
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch would warn of it at each loader
         kwargs = self.lr_scheduler_kwargs or {}
         if isinstance(kwargs, str):
             try:

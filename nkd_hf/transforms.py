@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .data import DataArguments
+from .errors import reason
 
 # Raised with every change of the code that makes other training pixels of the same image, seed and arguments: in images.py
 # (decoding), in batches.py (order, draws, mixing) and here. Stores of teacher logits from before are then refused.
@@ -84,7 +85,7 @@ def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], int
             )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(
-            f"auto_augment={policy!r} is not in timm's syntax ({type(error).__name__}: {error}): write for example "
+            f"auto_augment={policy!r} is not in timm's syntax ({type(error).__name__}: {reason(error)}): write for example "
             "rand-m9-n2-mstd0.5-inc1"
         ) from error
     return augment.transforms

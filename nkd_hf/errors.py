@@ -1,0 +1,77 @@
+"""Says in one line what is wrong with the input of a command or a recipe, and leaves a bug its traceback."""
+
+import contextlib
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+
+# Their ValueErrors speak to the user of a command. That of another library (torch, numpy, timm) is a bug or unforeseen.
+_FOR_USERS = {"nkd_hf", "transformers", "accelerate", "datasets", "huggingface_hub"}
+# 128 + SIGPIPE, the status of a Unix tool whose reader has gone.
+_NO_READER = 141
+
+
+def reason(error: BaseException) -> str:
+    """Gives the text of an error as a part of a sentence: one line, not too long, no full stop at its end, and never empty.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.errors import reason
+    >>> reason(ValueError("It is no folder.\\n")), reason(KeyError())
+    ('It is no folder', 'KeyError')
+
+    ```
+    """
+    text = textwrap.shorten(_own_text(error), 400, placeholder=" ...")
+    return re.sub(r"(?<!\.)\.$", "", text).rstrip(" :") or type(error).__name__
+
+
+@contextlib.contextmanager
+def one_line_errors(prefix: str = "", code: int = 1) -> Iterator[None]:
+    """Ends the process with `error: ...` on stderr where the input is wrong, and without a word where nobody reads stdout.
+
+    Wrong input is an exception of this package's own classes, an OSError, or a ValueError that this package or a library of
+    Hugging Face has raised. Anything else is a bug and keeps its traceback.
+
+    Args:
+        prefix: what stands before `error:`, such as `nkd-hf plan: `.
+        code: of the exit.
+
+    Raises:
+        SystemExit: with `code`; with 141 where stdout was closed, as in `nkd-hf plan ... | head -1`.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # As in the documentation of Python's signal module: Python's own flush at exit must find an open file.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_NO_READER)
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        print(f"{prefix}error: {' '.join(_own_text(error).split())}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _is_expected(error: Exception) -> bool:
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] == "nkd_hf":
+        return True
+    traceback = error.__traceback__
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    raised_by = traceback.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return isinstance(error, ValueError) and raised_by in _FOR_USERS
+
+
+def _own_text(error: BaseException) -> str:
+    """The text without the traceback of a DataLoader's worker, which torch puts before it."""
+    text = str(error)
+    if not re.match(r"Caught \w+ in DataLoader worker process", text):
+        return text
+    return re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
