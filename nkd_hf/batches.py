@@ -81,10 +81,12 @@ def _python_and_numpy_seeded(python_seed: int, numpy_seed: int) -> Iterator[None
 
 
 class EpochDataset(Dataset):
-    """A map-style dataset whose items are asked for as `(epoch, index)`, or `(epoch, index, position)`.
+    """A map-style dataset whose items are asked for as `(epoch, index)`, `(epoch, index, position)` or `(epoch, index,
+    position, draw)`.
 
     Subclasses define `__len__` and `get_sample(epoch, index)`, whose result should be a pure function of the two. A plain
-    index means epoch 0, so that the dataset also works with any other sampler. A position is handed on in the sample.
+    index means epoch 0, or what `plain_key` makes of it. A position goes into the sample. A draw that is not 0 is another
+    sample of the same row in the same epoch: `get_sample(epoch, index, draw)`.
     """
 
     def __len__(self) -> int:
@@ -94,12 +96,22 @@ class EpochDataset(Dataset):
         """The sample at `index` (0 <= index < len(self)) as it is in `epoch`."""
         raise NotImplementedError
 
-    def __getitem__(self, key: int | tuple[int, int] | tuple[int, int, int]) -> dict:
-        epoch, index, *position = key if isinstance(key, tuple) else (0, key)
+    def plain_key(self, index: int) -> tuple[int, int]:
+        """The epoch and the draw of the sample that a plain index (0 <= index < len(self)) asks for."""
+        return 0, 0
+
+    def __getitem__(
+        self, key: int | tuple[int, int] | tuple[int, int, int] | tuple[int, int, int | None, int]
+    ) -> dict:
+        epoch, index, position, draw = (*key, None, 0)[:4] if isinstance(key, tuple) else (None, key, None, 0)
+        draw = draw or 0
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for a dataset of {len(self)} samples")
-        sample = self.get_sample(epoch, index % len(self))
-        return sample | {"position": position[0]} if position else sample
+        index = index % len(self)
+        if epoch is None:
+            epoch, draw = self.plain_key(index)
+        sample = self.get_sample(epoch, index, draw) if draw else self.get_sample(epoch, index)
+        return sample if position is None else sample | {"position": position}
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
@@ -268,6 +280,7 @@ class ImageCollator:
         elif self._mix is not None:
             if known:
                 key = [part for sample in samples for part in (sample["epoch"], sample["index"])]
+                key += [sample["draw"] for sample in samples if "draw" in sample]
                 with seeded(self.seed, *key):
                     pixel_values, labels = self._mix(pixel_values, labels)
             else:

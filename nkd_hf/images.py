@@ -38,7 +38,12 @@ class ImageDataset(EpochDataset):
     """Samples of a dataset that fits on disk, decoded and transformed when asked for.
 
     The transform of a sample is a pure function of `(seed, epoch, index)`, whatever the number of workers: ask for
-    `dataset[(epoch, index)]`, as [`~nkd_hf.batches.EpochSampler`] does. Images are read as [`read_sample`] says.
+    `dataset[(epoch, index)]`, as [`~nkd_hf.batches.EpochSampler`] does, and [`~nkd_hf.DistillationTrainer`] with any other
+    sampler. Images are read as [`read_sample`] says.
+
+    A plain `dataset[index]`, as all other loaders and wrapped datasets ask for it, knows no epoch: in training, the requests
+    for a row are counted over all workers, and the first one gets epoch 0, the next one epoch 1. Each process counts for
+    itself, and a new process, such as that of a resumed run, starts at 0.
 
     Args:
         dataset: a `datasets.Dataset` with the columns `image` and `label`, such as a split of [`~nkd_hf.data.load_image_dataset`].
@@ -49,7 +54,8 @@ class ImageDataset(EpochDataset):
             N / M at the most. [`~nkd_hf.bad_images.BadImageReport`] says which rows they are.
         training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
 
-    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch` and `index`.
+    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch` and `index`, and with `draw`
+    where it isn't the row's first one in this epoch.
 
     Raises:
         ValueError: the dataset is empty, lacks a column or has labels that are no integers; on access: a bad row, with
@@ -84,6 +90,7 @@ class ImageDataset(EpochDataset):
         self.training = training
         # One flag a row, in memory that workers share: setting it twice is harmless, so it needs no lock.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
 
     @property
     def num_bad_images(self) -> int:
@@ -105,7 +112,15 @@ class ImageDataset(EpochDataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def get_sample(self, epoch: int, index: int) -> dict:
+    def plain_key(self, index: int) -> tuple[int, int]:
+        if not self.training:
+            return 0, 0
+        epoch = int(self._requests[index])
+        self._requests[index] += 1
+        # In the next epoch another process may get the row, for which it is the first request: its draw is another one.
+        return epoch, -int(os.environ.get("RANK", 0))
+
+    def get_sample(self, epoch: int, index: int, draw: int = 0) -> dict:
         for row in itertools.chain(range(index, len(self)), range(index)):
             if self._bad[row]:
                 continue
@@ -118,9 +133,12 @@ class ImageDataset(EpochDataset):
                 self._bad[row] = True
                 logger.warning("%s. The next good row takes its place.", error)
                 continue
-            with seeded(self.seed, epoch, row, torch_only=draws_from_torch(self.transform)):
+            key = (self.seed, epoch, row, draw) if draw else (self.seed, epoch, row)
+            with seeded(*key, torch_only=draws_from_torch(self.transform)):
                 result = {"pixel_values": self.transform(image), "labels": label}
-            return result | {"epoch": epoch, "index": row} if self.training else result
+            if self.training:
+                result |= {"epoch": epoch, "index": row} | ({"draw": draw} if draw else {})
+            return result
         raise ValueError(f"all {len(self)} rows are bad: see the warnings above, or set on_bad_image to error")
 
 

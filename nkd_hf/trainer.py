@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ from .optimization import SCHEDULES, decayed_parameters, lr_factor
 from .optimizer_groups import check_no_group_is_empty
 from .preprocessing import read_preprocessing
 from .publishing import SETTINGS, publishable
+from .sampler import EpochIndices, training_sampler
 from .teacher import Teacher, load_teacher
 from .teacher_logits import StoredTeacher, TeacherLogits
 from .training_args import DistillationTrainingArguments
@@ -410,21 +412,22 @@ class DistillationTrainer(FiniteTrainer):
         # (epoch, index) pairs make the augmentation a function of both in every worker; set_epoch would not reach them.
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(train_dataset, EpochDataset):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            shuffle = self.args.train_sampling_strategy != "sequential"
+            if (strategy := self.args.train_sampling_strategy) not in ("random", "sequential"):
+                raise ValueError(
+                    f"train_sampling_strategy must be random or sequential, got {strategy}. Images have no length: set one "
+                    "of the two"
+                )
             collator = self.data_collator if isinstance(self.data_collator, ImageCollator) else None
             pairs = collator is not None and collator.mix_pairs
-            positions = pairs or (collator is not None and collator.teacher_logits is not None)
-            sampler = EpochSampler(len(train_dataset), seed, shuffle=shuffle, positions=positions, pairs=pairs)
-            self.pop_callback(_SetEpoch)
-            self.add_callback(_SetEpoch(sampler))
-            return sampler
-        parts = train_dataset.datasets if isinstance(train_dataset, ConcatDataset) else [train_dataset]
-        parts = [part.dataset if isinstance(part, Subset) else part for part in parts]
-        if any(isinstance(part, EpochDataset) for part in parts):
+            shuffle = self.args.train_sampling_strategy == "random"
+            return EpochSampler(
+                len(train_dataset), self._data_seed, shuffle=shuffle, positions=self._needs_positions, pairs=pairs
+            )
+        if _holds_an_epoch_dataset(train_dataset):
             raise ValueError(
-                f"a {type(train_dataset).__name__} of an ImageDataset would see the augmentation of epoch 0 in all epochs: "
-                "select or concatenate the rows of the datasets.Dataset, and make an ImageDataset of the result"
+                f"train_dataset must be an ImageDataset itself, got a {type(train_dataset).__name__} of one. It passes row "
+                "numbers without the epoch, so that a resumed run would see the augmentation of epoch 0 again: select or "
+                "concatenate the rows of the datasets.Dataset, and make an ImageDataset of the result"
             )
         return super()._get_train_sampler(train_dataset)
 
@@ -434,7 +437,16 @@ class DistillationTrainer(FiniteTrainer):
             super()._set_signature_columns_if_needed()
             self._signature_columns += [*self.accelerator.unwrap_model(self.model).columns, *OWN_COLUMNS]
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> torch.utils.data.DataLoader:
+    def _get_dataloader(
+        self,
+        *args: Any,
+        sampler_fn: Callable[[Any], torch.utils.data.Sampler | None] | None = None,
+        is_training: bool = False,
+        **kwargs: Any,
+    ) -> torch.utils.data.DataLoader:
+        # All samplers of training pass here, those of an overridden _get_train_sampler too.
+        if is_training and sampler_fn is not None:
+            sampler_fn = functools.partial(self._training_sampler, sampler_fn)
         # Trainer makes all of its loaders here. ImageCollator checks its labels, and another loss may take other ones.
         collator = self.data_collator
         is_own = _overrides(self, "compute_loss") if is_training else self._has_own_evaluation
@@ -443,9 +455,31 @@ class DistillationTrainer(FiniteTrainer):
             ignore_index = None if is_training and model.needs("labels") else IGNORE_INDEX
             self.data_collator = LabelCheck(collator, model.config.num_labels, ignore_index)
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(*args, sampler_fn=sampler_fn, is_training=is_training, **kwargs)
         finally:
             self.data_collator = collator
+
+    def _training_sampler(self, sampler_fn: Callable, dataset: Any) -> torch.utils.data.Sampler | None:
+        sampler = training_sampler(sampler_fn(dataset), dataset, self._data_seed, self.args.world_size)
+        if isinstance(dataset, EpochDataset) and self._needs_positions and not getattr(sampler, "positions", False):
+            given = sampler.sampler if isinstance(sampler, EpochIndices) else sampler
+            raise ValueError(
+                "mixing in pairs and stored teacher logits need the order of EpochSampler with positions, got "
+                f"{type(given).__name__}. Leave _get_train_sampler as it is, or set mix_pairs to false and a teacher"
+            )
+        self.pop_callback(_SetEpoch)
+        if isinstance(sampler, EpochSampler | EpochIndices):
+            self.add_callback(_SetEpoch(sampler))
+        return sampler
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    @property
+    def _needs_positions(self) -> bool:
+        collator = self.data_collator
+        return isinstance(collator, ImageCollator) and (collator.mix_pairs or collator.teacher_logits is not None)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         with self._for_evaluation():
@@ -645,7 +679,7 @@ class _CheckOwnMethods(TrainerCallback):
 class _SetEpoch(TrainerCallback):
     """Tells the sampler its epoch: on resume, the Trainer's own call stops short of it when there are several processes."""
 
-    def __init__(self, sampler: EpochSampler):
+    def __init__(self, sampler: EpochSampler | EpochIndices):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
@@ -661,3 +695,12 @@ class _UpdateAverage(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         if not self.trainer.step_was_skipped:
             model.update_average(state.global_step)
+
+
+def _holds_an_epoch_dataset(dataset: Any) -> bool:
+    """Whether it is a `Subset` or `ConcatDataset`, however deep, of an [`EpochDataset`]."""
+    if isinstance(dataset, ConcatDataset):
+        return any(isinstance(part, EpochDataset) or _holds_an_epoch_dataset(part) for part in dataset.datasets)
+    if isinstance(dataset, Subset):
+        return isinstance(dataset.dataset, EpochDataset) or _holds_an_epoch_dataset(dataset.dataset)
+    return False
