@@ -1,14 +1,16 @@
-"""BatchNorm statistics estimated anew before an evaluation ("precise BN"), as pycls and the official RegNet configs do."""
+"""BatchNorm: statistics estimated before an evaluation ("precise BN", as pycls and the official RegNet configs do), and the
+batch of one image that it cannot train on."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import EpochDataset, EpochSampler, seeded
 
@@ -61,3 +63,43 @@ def estimate_batch_norm(
         for norm in norms:
             norm.running_mean.copy_(accelerator.reduce(norm.running_mean, "mean"))
             norm.running_var.copy_(accelerator.reduce(norm.running_var, "mean"))
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a module normalises by the statistics of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def smallest_batch(loader: DataLoader, num_devices: int = 1) -> int | None:
+    """How many images the smallest batch of an epoch has on a device, over all processes.
+
+    Args:
+        loader: as accelerate returns it, or any other.
+        num_devices: among which `DataParallel` divides each batch.
+
+    Returns:
+        The number, or None where the loader doesn't tell: a stream, or batches of a sampler of its own.
+    """
+    batches = None if isinstance(loader.dataset, IterableDataset) else loader.batch_sampler
+    sizes = _batch_sizes(batches)
+    # DataParallel gives each device the same number, rounded up, and the last one what is left.
+    return min((_smallest_chunk(size, num_devices) for size in sizes), default=None)
+
+
+def _batch_sizes(batches: BatchSampler | BatchSamplerShard | None) -> set[int]:
+    inner = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+    if type(inner) is not BatchSampler:
+        return set()
+    num_images, size, rest = len(inner.sampler), inner.batch_size, len(inner.sampler) % inner.batch_size
+    rest = 0 if inner.drop_last else rest
+    if not isinstance(batches, BatchSamplerShard):
+        return {size} & {min(size, num_images)} | ({rest} if rest else set())
+    share = size // batches.num_processes if batches.split_batches else size
+    if batches.even_batches or not rest:  # filled up with the first images
+        return {share}
+    return {share, rest % share or share} if batches.split_batches else {share, rest}
+
+
+def _smallest_chunk(size: int, num_devices: int) -> int:
+    chunk = math.ceil(size / num_devices)
+    return size - chunk * (math.ceil(size / chunk) - 1)

@@ -98,9 +98,20 @@ EpochSchedule = ExplicitEnum("EpochSchedule", {name.upper(): name for name in SC
 
 # What may be kept from weight decay. The official configurations name these embeddings (DeiT, Swin).
 NO_DECAY_KINDS = ("norm", "bias", "embedding")
+# Names of parameters, after the last dot, in timm and transformers: cls_token_0, reg_token, class_embedding, pos_embed1,
+# position_embeddings, rel_pos_h, patch_pos, height_rel, relative_position_bias_table, attention_biases, probe.
 _EMBEDDING = re.compile(
-    r"(^|\.)(cls_token|dist_token|distillation_token|pos_embed|position_embeddings|relative_position_bias_table)$"
+    r"""(^|_)tokens?(_?\d+)?$
+    | ^class_embeddings?$
+    | ^(\w+_)?pos(ition|itional)?(_?(emb|enc)\w*)?(_?\d+|_[a-z])?$
+    | ^(height|width)_rel$
+    | ^(rel(ative)?_pos(ition)?_bias_table|relative_position_bias|attention_bias(es)?)$
+    | ^(probe|latents?|query_tokens|queries)$""",
+    re.VERBOSE,
 )
+# bias, q_bias, in_proj_bias, bias_hh_l0.
+_BIAS = re.compile(r"bias$|^bias_")
+_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> list[str]:
@@ -108,8 +119,10 @@ def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> li
 
     Args:
         model (`nn.Module`)
-        no_weight_decay (`Collection[str]`): some of `norm` (all parameters of normalisation layers), `bias`, and
-            `embedding` (class and distillation tokens, position embeddings, relative position biases).
+        no_weight_decay (`Collection[str]`): some of `norm` (all parameters of normalisation layers, and scales such as
+            those of LayerScale: parameters with one dimension that are no bias), `bias`, and `embedding` (class and
+            distillation tokens, position embeddings, relative position biases, and what timm's model keeps from decay
+            by its `no_weight_decay()`).
 
     Example:
 
@@ -121,14 +134,54 @@ def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> li
 
     ```
     """
+    kept = _kept_by_the_model(model)
     names = []
     for module_name, module in model.named_modules():
-        is_norm = "norm" in type(module).__name__.lower()
-        for name, _ in module.named_parameters(module_name, recurse=False):
-            kinds = {"norm": is_norm, "bias": name.endswith("bias"), "embedding": bool(_EMBEDDING.search(name))}
-            if not any(kinds[kind] for kind in no_weight_decay):
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            kinds = {"embedding"} if name in kept else _kinds(module, name.rpartition(".")[2], parameter)
+            if not kinds & set(no_weight_decay):
                 names.append(name)
     return names
+
+
+def _kept_by_the_model(model: nn.Module) -> set[str]:
+    """The names that a timm model in `model` lists itself, by full name."""
+    kept = set()
+    for prefix, module in model.named_modules():
+        if callable(getattr(module, "no_weight_decay", None)):
+            kept |= {f"{prefix}.{name}".lstrip(".") for name in module.no_weight_decay()}
+    return kept
+
+
+def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
+    """The kinds of a parameter of this very module."""
+    is_norm = "norm" in type(module).__name__.lower()
+    if isinstance(module, nn.Embedding) or _EMBEDDING.search(name):
+        return {"embedding"}
+    if _BIAS.search(name):
+        return {"bias", "norm"} if is_norm else {"bias"}
+    # [C], or [C, 1, 1] and the like, but for the weights of convolutions.
+    is_scale = parameter.ndim < 2 or (
+        parameter.ndim > 2 and parameter.numel() == max(parameter.shape) and not isinstance(module, _MATRICES)
+    )
+    return {"norm"} if is_norm or is_scale else set()
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module, losses: nn.Module) -> None:
+    """Raises ValueError where an optimiser would leave the layers of a loss, or all of the student, as they are."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # GaLore and its like, by layers, have an optimiser for each parameter.
+    trained |= {id(parameter) for parameter in getattr(optimizer, "optimizer_dict", {})}
+    left_out = [
+        name for name, p in losses.named_parameters(prefix="losses") if p.requires_grad and id(p) not in trained
+    ]
+    advice = "Build it over the parameters of student and losses, or set optim, optim_args and learning_rate instead"
+    if left_out:
+        names = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+        raise ValueError(f"the optimizer must train the loss's own layers, got one without {names}. {advice}")
+    of_student = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if of_student and not any(id(parameter) in trained for parameter in of_student):
+        raise ValueError(f"the optimizer must train the student, got one with parameters of another model. {advice}")
 
 
 def lr_factor(

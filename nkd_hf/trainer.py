@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
@@ -21,11 +21,11 @@ from transformers import (
     TimmWrapperForImageClassification,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, has_length
 from transformers.utils import ModelOutput
 
-from .batch_norm import estimate_batch_norm
-from .batches import EpochDataset, EpochSampler, ImageCollator
+from .batch_norm import estimate_batch_norm, has_batch_norm, smallest_batch
+from .batches import EpochDataset, EpochSampler, ImageCollator, derived_seeds, seeded
 from .checkpoints import fault_of
 from .features import check_token_grids
 from .finite_trainer import FiniteTrainer
@@ -37,7 +37,7 @@ from .losses.normalized import check_labels
 from .model_card import CardInfo, write_card
 from .model_card.curves import OTHER_DATASET
 from .modeling import IGNORE_INDEX, DistillationModel, DistillationOutput
-from .optimization import SCHEDULES, decayed_parameters, lr_factor
+from .optimization import SCHEDULES, check_optimizer, decayed_parameters, lr_factor
 from .optimizer_groups import check_no_group_is_empty
 from .preprocessing import read_preprocessing
 from .publishing import SETTINGS, publishable
@@ -167,6 +167,9 @@ class DistillationTrainer(FiniteTrainer):
         self.current_gradient_accumulation_steps = 1
         self.teacher_logits = self._check_stored_logits()
         self.teacher = self._prepare_teacher(teacher)
+        if self.optimizer is not None:
+            self._check_optimizer(self.optimizer)
+        self.add_callback(_PrepareTraining(self))
         if args.ema_decay is not None:
             self.add_callback(_UpdateAverage(self))
 
@@ -408,6 +411,74 @@ class DistillationTrainer(FiniteTrainer):
                 entry[OTHER_DATASET] = True
         return metrics
 
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        check_optimizer(optimizer, model.student, model.losses)
+        scheduled = _without_accelerate(getattr(self.lr_scheduler, "optimizer", optimizer))
+        if scheduled is not optimizer and not self._created_lr_scheduler:
+            raise ValueError(
+                "the scheduler must be one of the optimizer that trains, got one of another optimizer, whose rates it would "
+                "set. Pass both in optimizers, or neither"
+            )
+
+    def _check_batches(self, loader: torch.utils.data.DataLoader, max_steps: int) -> None:
+        """Raises ValueError where a batch of one image would end training in BatchNorm."""
+        args = self.args
+        num_devices = max(1, args.n_gpu)
+        every_batch = self._train_batch_size <= num_devices
+        last_is_reached = max_steps * args.gradient_accumulation_steps >= len(loader)
+        if not (every_batch or last_is_reached) or smallest_batch(loader, num_devices) != 1:
+            return
+        if not has_batch_norm(self.model) or not self._one_image_fails(loader):
+            return
+        if every_batch:
+            raise ValueError(
+                "per_device_train_batch_size must be at least 2 for this model, got 1. BatchNorm has no statistics of one "
+                "value: set a larger one"
+            )
+        raise ValueError(
+            f"the last batch of an epoch must have at least 2 images, got 1: {len(loader.dataset)} images in batches of "
+            f"{self._train_batch_size}. BatchNorm has no statistics of one value: set dataloader_drop_last "
+            "(--dataloader_drop_last true), or another per_device_train_batch_size"
+        )
+
+    def _one_image_fails(self, loader: torch.utils.data.DataLoader) -> bool:
+        """Whether a step with one image ends in BatchNorm, which takes it where the maps have more than one pixel."""
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler).sampler
+        key = next(iter(sampler)) if isinstance(sampler, EpochSampler) else 0
+        key = (0, key) if isinstance(loader.dataset, EpochDataset) and not isinstance(key, tuple) else key
+        sums, buffers = (self._component_sums, self._component_steps), [b.clone() for b in model.buffers()]
+        modes = {module: module.training for module in model.modules()}
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        self._component_sums = {}
+        try:
+            with seeded(0), torch.random.fork_rng(devices), self.compute_loss_context_manager():
+                self.compute_loss(model.train(), self._prepare_inputs(loader.collate_fn([loader.dataset[key]])))
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                return True
+            raise
+        finally:
+            self._watched = None
+            self._component_sums, self._component_steps = sums
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            for module, mode in modes.items():
+                module.training = mode
+        return False
+
+    def _give_own_stream(self) -> None:
+        """Gives every process but the first a stream of random numbers of its own.
+
+        All processes are seeded alike, so that they build the same weights; then all would draw the same masks, dropout
+        and drop path. What they draw in common does not come from this stream: see `_training_sampler`. A run that is
+        resumed gets its streams from its checkpoint.
+        """
+        if self.args.process_index > 0:
+            common = int(torch.empty((), dtype=torch.int64).random_())
+            set_seed(derived_seeds(common, self.args.process_index)[0] >> 32)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         # (epoch, index) pairs make the augmentation a function of both in every worker; set_epoch would not reach them.
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -447,6 +518,10 @@ class DistillationTrainer(FiniteTrainer):
         # All samplers of training pass here, those of an overridden _get_train_sampler too.
         if is_training and sampler_fn is not None:
             sampler_fn = functools.partial(self._training_sampler, sampler_fn)
+        config = self.accelerator.dataloader_config
+        if is_training and self.args.world_size > 1 and config.data_seed is None:
+            # accelerate seeds a RandomSampler by torch's initial seed, which the processes have in common until they train.
+            config.data_seed = torch.initial_seed()
         # Trainer makes all of its loaders here. ImageCollator checks its labels, and another loss may take other ones.
         collator = self.data_collator
         is_own = _overrides(self, "compute_loss") if is_training else self._has_own_evaluation
@@ -686,6 +761,22 @@ class _SetEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
+class _PrepareTraining(TrainerCallback):
+    """Checks what is known when all is made and no step is done, in every attempt of `auto_find_batch_size`."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs) -> None:
+        trainer = self.trainer
+        # Sharding puts parameters of its own in the place of the model's.
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer._check_optimizer(_without_accelerate(optimizer))
+            if has_length(train_dataloader):
+                trainer._check_batches(train_dataloader, state.max_steps)
+        trainer._give_own_stream()
+
+
 class _UpdateAverage(TrainerCallback):
     """Updates the moving average of the student's weights after each optimiser step."""
 
@@ -704,3 +795,7 @@ def _holds_an_epoch_dataset(dataset: Any) -> bool:
     if isinstance(dataset, Subset):
         return isinstance(dataset.dataset, EpochDataset) or _holds_an_epoch_dataset(dataset.dataset)
     return False
+
+
+def _without_accelerate(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)

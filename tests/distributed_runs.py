@@ -2,18 +2,20 @@
 
 import json
 import os
+import random
 import signal
 import types
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from accelerate import PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn, timm_deit
 from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Sampler
 from transformers import TrainerCallback
 
 from nkd_hf import (
@@ -157,6 +159,56 @@ def statistics(folder: Path) -> dict:
     }
 
 
+class Draws(TrainerCallback):
+    """The first numbers that a process draws in training."""
+
+    def __init__(self):
+        self.drawn = None
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.drawn is None:
+            self.drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+class Permutation(Sampler):
+    """An order from the generator of the process, as samplers of one's own draw it."""
+
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        return iter(torch.randperm(64).tolist())
+
+
+def streams(folder: Path) -> dict:
+    """What each process draws for itself, and the rows that each gets in two epochs of two trainings."""
+    result, collator = {}, ImageCollator(10)
+    for name, sampler in (("own sampler", Permutation()), ("random", None)):
+        rows, draws = [], Draws()
+
+        def collate(samples: list[dict], rows: list = rows) -> dict:
+            rows.append([sample["row"] for sample in samples])
+            return collator(samples)
+
+        samples = [sample | {"row": row} for row, sample in enumerate(digits(0, 64))]
+        trainer = make_trainer(
+            folder, timm_deit(drop_path=0.3), samples, distillation_loss=USKDLoss(32, 10), data_collator=collate,
+            per_device_train_batch_size=8, max_steps=8, callbacks=[draws],
+        )  # fmt: skip
+        if sampler is not None:
+            trainer._get_train_sampler = lambda dataset=None, sampler=sampler: sampler
+        equal = equal_everywhere(trainer, trainer.model.parameters())
+        trainer.train()
+        trainer.train()
+        result[name] = {
+            "equal_at_start": equal,
+            "equal_at_end": equal_everywhere(trainer, trainer.model.parameters()),
+            "draws": gather_object([draws.drawn]),
+            "rows": gather_object([rows]),
+        }
+    return result
+
+
 class Terminate(TrainerCallback):
     """Sends SIGTERM to the first process, at the nth call of one event."""
 
@@ -241,7 +293,7 @@ def run(folder: Path) -> None:
         for case in STUDENTS:
             results[f"{case} {batch} x {accumulation}"] = train(case, folder, batch, accumulation)
     if world_size == 2:
-        results |= {part.__name__: part(folder) for part in (resume, statistics, sigterm, shard)}
+        results |= {part.__name__: part(folder) for part in (resume, statistics, streams, sigterm, shard)}
     if world_size < 3:
         results["teacher_logits"] = teacher_logits(folder)
     if state.is_main_process:

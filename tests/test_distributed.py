@@ -125,6 +125,24 @@ def test_two_processes_share_statistics_average_and_a_scaled_rate(runs):
     assert result["learning_rate"] == pytest.approx(0.05 * 16 / 32)
 
 
+@pytest.mark.parametrize("sampler", ["random", "own sampler"])
+def test_each_process_draws_for_itself_from_rows_that_are_shared(runs, sampler):
+    result = read(runs, 2, "streams")[sampler]
+    assert result["equal_at_start"]
+    assert result["equal_at_end"]
+    for generator, (one, other) in zip(("random", "numpy", "torch"), zip(*result["draws"], strict=True), strict=True):
+        assert one != other, generator
+    # Two trainings of two epochs, of four batches of eight for each process.
+    assert [len(batches) for batches in result["rows"]] == [16, 16]
+    orders = []
+    for start in (0, 4, 8, 12):
+        shares = [[row for batch in batches[start : start + 4] for row in batch] for batches in result["rows"]]
+        assert sorted(shares[0] + shares[1]) == list(range(64))
+        orders.append(shares)
+    assert orders[0] != orders[1]
+    assert orders[:2] == orders[2:]
+
+
 @pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate", "on_save"])
 def test_sigterm_to_one_process_as_training_ends_is_noted_by_both(runs, event):
     assert read(runs, 2, "sigterm")[event] == {"codes": [143, 143], "steps": 4, "fault": None}

@@ -7,13 +7,24 @@ import math
 import pytest
 import timm
 import torch
+from accelerate.data_loader import prepare_data_loader
 from timm.optim import param_groups_weight_decay
 from tiny import digits, make_trainer, native_vit, timm_cnn, timm_deit
-from transformers import AutoModelForImageClassification, SchedulerType, TrainerCallback
+from transformers import (
+    AutoModelForImageClassification,
+    CLIPConfig,
+    DeiTConfig,
+    Dinov2Config,
+    LevitConfig,
+    SchedulerType,
+    SiglipConfig,
+    Swinv2Config,
+    TrainerCallback,
+)
 
-from nkd_hf import DistillationTrainingArguments, NKDLoss, USKDLoss
-from nkd_hf.batch_norm import estimate_batch_norm
-from nkd_hf.optimization import decayed_parameters, lr_factor
+from nkd_hf import DistillationTrainer, DistillationTrainingArguments, NKDLoss, USKDLoss
+from nkd_hf.batch_norm import estimate_batch_norm, smallest_batch
+from nkd_hf.optimization import NO_DECAY_KINDS, decayed_parameters, lr_factor
 
 IMAGENET = 1281167
 
@@ -397,6 +408,96 @@ def test_weight_decay_of_swin_spares_what_timm_names():
     assert {id(parameters[name]) for name in decayed} == {id(p) for p in expected[1]["params"]}
 
 
+# Names in models of timm.
+EMBEDDINGS = {
+    "crossvit_tiny_240": ["cls_token_0", "pos_embed_1"],
+    "tnt_s_patch16_224": ["cls_token", "patch_pos", "pixel_pos"],
+    "visformer_tiny": ["pos_embed1", "pos_embed2", "pos_embed3"],
+    "coat_tiny": ["cls_token1", "cls_token4"],
+    "levit_128s": ["stages.0.blocks.0.attn.attention_biases"],
+    "tiny_vit_5m_224": ["stages.1.blocks.0.attn.attention_biases"],
+    "samvit_base_patch16_224": ["blocks.0.attn.rel_pos_h", "blocks.0.attn.rel_pos_w"],
+    "sequencer2d_s": [
+        "stages.0.blocks.0.rnn_tokens.rnn_v.bias_hh_l0",
+        "stages.0.blocks.0.rnn_tokens.rnn_v.bias_ih_l0_reverse",
+    ],
+    "botnet26t_256": ["stages.2.1.self_attn.pos_embed.height_rel"],
+    "vit_base_patch16_siglip_224": ["pos_embed", "attn_pool.latent"],
+    "vit_relpos_small_patch16_224": ["blocks.0.attn.rel_pos.mlp.fc1.bias", "blocks.0.ls1.gamma"],
+    "swinv2_tiny_window8_256": ["layers.0.blocks.0.attn.logit_scale", "layers.0.blocks.0.attn.cpb_mlp.0.weight"],
+    "cait_xxs24_224": ["cls_token", "pos_embed", "blocks.0.gamma_1"],
+    "resmlp_12_224": ["blocks.0.norm1.alpha", "blocks.0.ls1"],
+    "convnextv2_atto": ["stages.0.blocks.0.mlp.grn.weight"],
+    "beit_base_patch16_224": ["cls_token", "blocks.0.attn.q_bias", "blocks.0.attn.relative_position_bias_table"],
+    "twins_svt_small": ["pos_block.0.proj.0.weight"],
+}
+# What a model keeps from decay, and which of its parameters are matrices all the same.
+KEPT_MATRICES = ("cpb_mlp", "pos_block")
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_weight_decay_spares_what_timms_models_learn_beside_matrices(name):
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    parameters = dict(network.named_parameters())
+    decayed = set(decayed_parameters(network, ["norm", "bias", "embedding"]))
+    assert set(EMBEDDINGS[name]) <= parameters.keys() - decayed
+    matrices = (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.LSTM)
+    expected = {
+        f"{module_name}.{leaf}"
+        for module_name, module in network.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, matrices)
+        and "bias" not in leaf
+        and not any(kept in module_name for kept in KEPT_MATRICES)
+    }
+    assert decayed == expected
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "spared"),
+    [
+        (CLIPConfig(vision_config=TINY), ["class_embedding", "position_embedding.weight"]),
+        (SiglipConfig(vision_config=TINY), ["position_embedding.weight", "probe"]),
+        (Dinov2Config(**TINY), ["cls_token", "mask_token", "position_embeddings", "layer_scale1.lambda1"]),
+        (
+            DeiTConfig(**TINY, architectures=["DeiTForImageClassificationWithTeacher"]),
+            ["cls_token", "distillation_token", "position_embeddings"],
+        ),
+        (
+            LevitConfig(hidden_sizes=[16, 32, 64], architectures=["LevitForImageClassification"]),
+            ["attention_biases"],
+        ),
+        (Swinv2Config(embed_dim=16, depths=[1, 1], num_heads=[2, 2]), ["logit_scale"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_weight_decay_spares_what_transformers_models_learn_beside_matrices(config, spared):
+    network = AutoModelForImageClassification.from_config(config)
+    decayed = decayed_parameters(network, ["norm", "bias", "embedding"])
+    for ending in spared:
+        names = [name for name, _ in network.named_parameters() if name.endswith(ending)]
+        assert names
+        assert not set(names) & set(decayed), ending
+    parameters = dict(network.named_parameters())
+    assert {parameters[name].ndim for name in decayed} <= {2, 4}
+    assert sum(parameters[name].numel() for name in decayed) > 0.5 * sum(p.numel() for p in parameters.values())
+
+
+def test_weight_decay_of_one_kind_spares_no_other():
+    with torch.device("meta"):
+        network = timm.create_model("cait_xxs24_224")
+    parameters = dict(network.named_parameters())
+    spared = {kind: parameters.keys() - set(decayed_parameters(network, [kind])) for kind in NO_DECAY_KINDS}
+    assert spared["embedding"] == {"cls_token", "pos_embed"}
+    assert all(name.endswith("bias") for name in spared["bias"])
+    assert {name.rpartition(".")[2] for name in spared["norm"]} == {"weight", "bias", "gamma_1", "gamma_2"}
+    assert spared["norm"] & spared["bias"] == {name for name in spared["bias"] if "norm" in name}
+
+
 def test_weight_decay_of_norms_alone_and_of_everything(tmp_path):
     model = timm_cnn()
     num_norms = sum(2 for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
@@ -475,3 +576,143 @@ def test_the_floor_is_scaled_with_the_rate(tmp_path):
     assert seen.rates == sorted(seen.rates, reverse=True)
     assert seen.rates[0] == pytest.approx(1e-5)
     assert 1e-6 < seen.rates[-1] < 2e-6
+
+
+def by_hand(parameters):
+    return torch.optim.SGD(parameters, lr=1e-2)
+
+
+def test_an_optimizer_without_the_layers_of_the_loss_is_refused(tmp_path):
+    student, loss = timm_cnn(), USKDLoss(32, 10)
+    args = make_trainer(tmp_path, timm_cnn()).args
+    kwargs = {"distillation_loss": loss, "args": args, "train_dataset": digits(0, 32)}
+    message = (
+        r"must train the loss's own layers, got one without losses.distillation.head.weight, losses.distillation.head"
+    )
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(student, optimizers=(by_hand(student.parameters()), None), **kwargs)
+    with pytest.raises(ValueError, match="must train the student, got one with parameters of another model"):
+        DistillationTrainer(
+            student, optimizers=(by_hand([*timm_cnn().parameters(), *loss.parameters()]), None), **kwargs
+        )
+
+    whole = [*student.parameters(), *loss.parameters()]
+    scheduler = torch.optim.lr_scheduler.StepLR(by_hand(whole), 1)
+    with pytest.raises(ValueError, match="scheduler must be one of the optimizer that trains"):
+        DistillationTrainer(student, optimizers=(by_hand(whole), scheduler), **kwargs)
+    with pytest.raises(ValueError, match="scheduler must be one of the optimizer that trains"):
+        DistillationTrainer(student, optimizers=(None, scheduler), **kwargs).train()
+
+    class Own(DistillationTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = by_hand(self.student.parameters())
+            return self.optimizer
+
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=message):
+        Own(student, **kwargs).train()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_an_optimizer_by_hand_that_has_all_trains_all(tmp_path):
+    student, loss = timm_cnn(), USKDLoss(32, 10)
+    for parameter in student.timm_model.conv1.parameters():
+        parameter.requires_grad_(False)
+    frozen, head = student.timm_model.conv1.weight.clone(), loss.head.weight.clone()
+    last = student.timm_model.fc.weight.clone()
+    args = make_trainer(tmp_path, timm_cnn()).args
+    kwargs = {"distillation_loss": loss, "args": args, "train_dataset": digits(0, 64)}
+    # A layer that a user left out is frozen, as by requires_grad.
+    parameters = [*student.timm_model.fc.parameters(), *loss.parameters()]
+    optimizer = by_hand(parameters)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    DistillationTrainer(student, optimizers=(optimizer, scheduler), **kwargs).train()
+    assert optimizer.param_groups[0]["lr"] < 1e-5
+    assert not torch.equal(loss.head.weight, head)
+    assert not torch.equal(student.timm_model.fc.weight, last)
+    head = loss.head.weight.clone()
+    DistillationTrainer(student, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), **kwargs).train()
+    assert not torch.equal(loss.head.weight, head)
+    assert torch.equal(student.timm_model.conv1.weight, frozen)
+
+
+def test_a_last_batch_of_one_image_is_refused_before_training(tmp_path):
+    student = timm_cnn()
+    before = copy.deepcopy(student.state_dict())
+    message = (
+        "last batch of an epoch must have at least 2 images, got 1: 33 images in batches of 16.*dataloader_drop_last"
+    )
+    trainer = make_trainer(tmp_path, student, digits(0, 33))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be at least 2 for this model, got 1"):
+        make_trainer(tmp_path, timm_cnn(), digits(0, 32), per_device_train_batch_size=1).train()
+    # Of the loss, not of the student.
+    loss = USKDLoss(32, 10, feature_norm=torch.nn.BatchNorm1d(32))
+    trainer = make_trainer(tmp_path, timm_deit(), digits(0, 33), distillation_loss=loss)
+    with pytest.raises(ValueError, match="33 images in batches of 16"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("student", "samples", "arguments"),
+    [
+        (timm_cnn, 33, {"dataloader_drop_last": True}),
+        (timm_cnn, 33, {"max_steps": 2}),  # the last batch isn't reached
+        (timm_cnn, 34, {}),
+        (timm_deit, 33, {}),
+        (timm_deit, 32, {"per_device_train_batch_size": 1}),
+    ],
+)
+def test_batches_that_can_be_trained_on_are_trained_on(tmp_path, student, samples, arguments):
+    trainer = make_trainer(tmp_path, student(), digits(0, samples), **arguments)
+    trainer.train()
+    assert trainer.state.global_step == arguments.get("max_steps", 4)
+
+
+def test_one_image_whose_maps_have_more_pixels_is_trained_on_as_if_nothing_had_been_tried(tmp_path):
+    """BatchNorm has statistics of one image where the maps are larger than one pixel."""
+
+    def run(monkeypatched=False):
+        images = [
+            sample | {"pixel_values": torch.nn.functional.interpolate(sample["pixel_values"][None], 64)[0]}
+            for sample in digits(0, 17)
+        ]
+        trainer = make_trainer(tmp_path, timm_cnn(), images, max_steps=4)
+        if monkeypatched:
+            trainer._check_batches = lambda *args: None
+        trainer.train()
+        return trainer
+
+    trained, untried = run(), run(monkeypatched=True)
+    assert trained.state.log_history[0]["loss"] == untried.state.log_history[0]["loss"]
+    for name, value in untried.model.state_dict().items():
+        assert torch.equal(trained.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("num_images", "processes", "arguments", "num_devices", "expected"),
+    [
+        (33, 1, {}, 1, 1),
+        (33, 1, {"drop_last": True}, 1, 16),
+        (32, 1, {}, 1, 16),
+        (5, 1, {}, 1, 5),
+        (33, 2, {}, 1, 16),  # filled up with the first images
+        (33, 2, {"even_batches": False}, 1, 1),
+        (33, 2, {"split_batches": True}, 1, 8),
+        (41, 2, {"even_batches": False, "split_batches": True}, 1, 1),
+        (32 + 5, 1, {}, 4, 1),  # DataParallel: 2, 2, 1
+        (32 + 8, 1, {}, 4, 2),
+    ],
+)
+def test_the_smallest_batch_is_that_of_the_loader(num_images, processes, arguments, num_devices, expected):
+    drop_last = arguments.pop("drop_last", False) if (arguments := dict(arguments)) else False
+    loader = torch.utils.data.DataLoader(range(num_images), 16, drop_last=drop_last)
+    loaders = [
+        prepare_data_loader(loader, num_processes=processes, process_index=rank, **arguments)
+        for rank in range(processes)
+    ]
+    assert {smallest_batch(loader, num_devices) for loader in loaders} == {expected}
+    batches = [chunk for loader in loaders for batch in loader for chunk in batch.chunk(num_devices)]
+    assert min(map(len, batches)) == expected
