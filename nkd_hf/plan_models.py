@@ -11,8 +11,9 @@ from .data import DataArguments
 from .errors import reason
 from .folders import path_fault
 from .opening import check_settings
-from .preprocessing import Preprocessing, read_preprocessing
+from .preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from .recipe_args import RecipeArguments
+from .student_preprocessing import change_preprocessing
 
 
 def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Module, Preprocessing]:
@@ -27,12 +28,20 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
     if fault := path_fault(recipe.student):
         raise ValueError(f"student {recipe.student!r} is not opened: {fault}")
     try:
-        return _open_config(recipe.student, data.num_classes, trust_remote_code=recipe.trust_remote_code)
+        model, pixels = _open_config(recipe.student, data.num_classes, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"student {recipe.student!r} is no architecture, and cannot be read without a network: download it first "
             f"({reason(error)})"
         ) from error
+    if any(value is not None for value in recipe.preprocessing.values()):
+        processor = None
+        if getattr(model.config, "pretrained_cfg", None) is None:
+            local = {"local_files_only": True, "trust_remote_code": recipe.trust_remote_code}
+            processor = AutoImageProcessor.from_pretrained(recipe.student, **local)
+        change_preprocessing(model, **recipe.preprocessing, processor=processor)
+        pixels = read_preprocessing(model, load_image_processor(model))
+    return model, pixels
 
 
 def open_teacher(

@@ -25,6 +25,8 @@ from .opening import comes_with_code
 logger = logging.getLogger(__name__)
 
 RGB = (0, 1, 2)
+# Attribute of a student whose image processor is not that of the folder it came from.
+IMAGE_PROCESSOR = "_nkd_hf_image_processor"
 # Training and the teacher resize by one of two kernels. These are the nearest to the others.
 _NEAREST_KERNEL = {"lanczos": "bicubic", "lanczos3": "bicubic", "hamming": "bilinear", "box": "bilinear"}
 _NEAREST_KERNEL |= {"nearest": "bilinear", "nearest-exact": "bilinear"}
@@ -131,6 +133,19 @@ def read_processor(processor: BaseImageProcessor) -> Preprocessing:
     return Preprocessing(*_exact(exact, mean, std), size, kernel(resample, name), order)
 
 
+def read_crop_pct(processor: BaseImageProcessor) -> float:
+    """Which part of a square image's side the output shows: below 1 where its borders are cropped."""
+    with torch.device("cpu"):
+        ramp = np.broadcast_to((np.arange(512) // 2).astype(np.uint8)[None, :, None], (512, 512, 3))
+        [row] = _run(processor, [PIL.Image.fromarray(np.ascontiguousarray(ramp))])
+        colours = read_processor(processor)
+        first = colours.channel_order.index(0)
+        shades = row[first, row.shape[1] // 2].double() * colours.std[0] + colours.mean[0]
+        left, right = len(shades) // 4, len(shades) - 1 - len(shades) // 4
+        slope = (shades[right] - shades[left]).item() / max(right - left, 1)
+    return slope * len(shades) * 255 / 256
+
+
 def kernel(name: str, of: str) -> str:
     """`bilinear` or `bicubic`, whichever is nearer to a way of resizing; a warning tells where it is neither."""
     if name in ("bilinear", "bicubic"):
@@ -160,8 +175,11 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
     Returns:
         `BaseImageProcessor`: `processor(image, return_tensors="pt")["pixel_values"]` is [1, 3, H, W] float32.
     """
+    if (changed := getattr(student, IMAGE_PROCESSOR, None)) is not None:
+        return changed
     if isinstance(student, TimmWrapperForImageClassification):
-        return TimmWrapperImageProcessor(student.config.pretrained_cfg, architecture=student.config.architecture)
+        with torch.device("cpu"):  # `nkd-hf plan` opens students on the meta device
+            return TimmWrapperImageProcessor(student.config.pretrained_cfg, architecture=student.config.architecture)
     if pretrained_cfg := getattr(student.config, "pretrained_cfg", None):
         size = pretrained_cfg["input_size"][-1]
         # Its crop is torchvision's, but for half a pixel that it rounds down where torchvision rounds to even.

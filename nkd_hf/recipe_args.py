@@ -111,25 +111,38 @@ class RecipeArguments:
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Height and width of the student's input, in pixels. Default: 224; 32 for *_cifar."},
+        metadata={
+            "help": "Height and width of the student's input, in pixels. Default: the architecture's own where timm fixes "
+            "it, else 224; 32 for *_cifar; its own for a student that is opened from a folder or the Hub."
+        },
     )
     image_mean: list[float] | None = field(
         default=None,
-        metadata={"help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar."},
+        metadata={
+            "help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar; its own for a student "
+            "that is opened."
+        },
     )
     image_std: list[float] | None = field(
         default=None,
-        metadata={"help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar."},
+        metadata={
+            "help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar; its own for a student "
+            "that is opened."
+        },
     )
     crop_pct: float | None = field(
         default=None,
         metadata={
-            "help": "Evaluation resizes the short side to image_size / crop_pct, then crops. Default: 0.875; 1 for *_cifar."
+            "help": "Evaluation resizes the short side to image_size / crop_pct, then crops. Default: 0.875; 1 for *_cifar; its "
+            "own for a student that is opened."
         },
     )
     interpolation: str | None = field(
         default=None,
-        metadata={"help": "bilinear or bicubic. Default: bicubic for DeiT, ViT and Swin, bilinear for CNNs."},
+        metadata={
+            "help": "bilinear or bicubic. Default: bicubic for DeiT, ViT and Swin, bilinear for CNNs; its own for a student that "
+            "is opened."
+        },
     )
 
     allow_pickle: bool = field(
@@ -195,6 +208,12 @@ class RecipeArguments:
         """Whether [`RecipeArguments.loss_shapes`] must be given the teacher."""
         return not _OF_TEACHER_LAYERS.isdisjoint(self.losses)
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Those arguments of [`create_student`] that say how its pixels are made."""
+        names = ("image_size", "image_mean", "image_std", "crop_pct", "interpolation")
+        return {name: getattr(self, name) for name in names}
+
     def create(self, name: str, model_args: dict[str, Any] | None = None, **labels) -> PreTrainedModel:
         """Builds a student or teacher by its name, with this recipe's preprocessing; see [`create_student`].
 
@@ -206,11 +225,7 @@ class RecipeArguments:
         return create_student(
             name,
             model_args=model_args,
-            image_size=self.image_size,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            crop_pct=self.crop_pct,
-            interpolation=self.interpolation,
+            **self.preprocessing,
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
             **labels,

@@ -1,5 +1,6 @@
 """Builds a student: an architecture from scratch, or a model from the Hub or a folder."""
 
+import contextlib
 import difflib
 import math
 import os
@@ -12,10 +13,22 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from .architectures import ARCHITECTURES, is_architecture
+from .image_sizes import (
+    describe_fault,
+    image_size_advice,
+    image_size_fault,
+    is_of_the_meta_device,
+    own_image_size,
+    run_fault,
+    takes_img_size,
+)
 from .labels import invert_labels, normalize_id2label
 from .opening import RefusedError, check_model_args, open_pretrained
 from .preprocessing import load_image_processor  # noqa: F401  (other modules import it from here)
+from .student_preprocessing import change_preprocessing, check_opened_size
 
+# What timm raises on arguments or sizes that an architecture doesn't take.
+_BUILD_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
 
@@ -39,15 +52,16 @@ def create_student(
     Args:
         name (`str`): the name of an architecture, which starts from random weights: one of timm's
             (`"deit_tiny_patch16_224"`), `"shufflenet_v2_x1_0"`, `"resnet18_cifar"` or `"resnet34_cifar"`; or a Hub id or
-            a folder (`"microsoft/resnet-18"`), which starts from its own weights and keeps its own preprocessing, so
-            that all arguments but the labels and the last two are for architectures only.
+            a folder (`"microsoft/resnet-18"`), which starts from its own weights, and keeps its own preprocessing where
+            the arguments from `image_size` to `interpolation` are None.
         num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for an architecture, 100
             (CIFAR-100) for `*_cifar`, and else the model's own. A model that has another number gets a new head.
         id2label (`dict[int, str]` or a list, *optional*): class names; they are saved with the student. Their number
             replaces `num_labels`. Numbers may be text, as JSON has them; see [`normalize_id2label`].
         model_args (`dict`, *optional*): handed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. Of the
             three others: `stages_repeats` and `stages_out_channels`, or `layers`.
-        image_size (`int`, *optional*): height and width of the input in pixels; None means 224, or 32 for `*_cifar`.
+        image_size (`int`, *optional*): height and width of the input in pixels; None means the
+            architecture's own where timm fixes it (336 for `eva_large_patch14_336`), 32 for `*_cifar`, and else 224.
         image_mean, image_std (`Sequence[float]`, *optional*): per channel, in units of [0, 1]; None means ImageNet's,
             or CIFAR-100's for `*_cifar`.
         crop_pct (`float`, *optional*): evaluation resizes the short side to `image_size / crop_pct` before the central
@@ -63,8 +77,9 @@ def create_student(
         `PreTrainedModel`: its forward maps `pixel_values` [B, 3, H, W] to `.logits` [B, C].
 
     Raises:
-        ValueError: `name` is neither an architecture nor a model that can be opened, or has no use for model_args; its
-            names, or those in `id2label`, are not those of the classes 0..n-1.
+        ValueError: `name` is neither an architecture nor a model that can be opened, or does not take one of the arguments;
+            for an `image_size` that it does not take, the message names sizes that it does. Or its names, or those in
+            `id2label`, are not those of the classes 0..n-1.
 
     Example:
 
@@ -85,9 +100,25 @@ def create_student(
             f"{name.partition('.')[0]!r} for the architecture with random weights"
         )
     if not is_architecture(name):
-        return _open_student(name, num_labels, id2label, model_args, allow_pickle, trust_remote_code)
+        student = _open_student(name, num_labels, id2label, model_args, allow_pickle, trust_remote_code)
+        check_preprocessing(image_size, image_mean, image_std, crop_pct, interpolation)
+        if any(value is not None for value in (image_size, image_mean, image_std, crop_pct, interpolation)):
+            change_preprocessing(
+                student,
+                image_size=image_size,
+                image_mean=image_mean,
+                image_std=image_std,
+                crop_pct=crop_pct,
+                interpolation=interpolation,
+            )
+        else:
+            check_opened_size(student)
+        return student
+    model_args = dict(model_args or {})
+    check_model_args(model_args)
     default = _default_preprocessing(name)
-    image_size = default["input_size"][-1] if image_size is None else image_size
+    if image_size is None:
+        image_size = _square(model_args.get("img_size")) or default["input_size"][-1]
     image_mean = default["mean"] if image_mean is None else image_mean
     image_std = default["std"] if image_std is None else image_std
     crop_pct = default["crop_pct"] if crop_pct is None else crop_pct
@@ -105,23 +136,46 @@ def create_student(
     labels = {"num_labels": num_labels}
     if id2label is not None:
         labels |= {"id2label": id2label, "label2id": invert_labels(id2label)}
-    model_args = dict(model_args or {})
-    check_model_args(model_args)
+    return _build(name, model_args, image_size, default["input_size"][-1], pretrained_cfg=pretrained_cfg, **labels)
+
+
+def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int, **config) -> PreTrainedModel:
+    """Builds an architecture, once it is known to take the size and the arguments."""
+
+    def build(size: int) -> PreTrainedModel:
+        config["pretrained_cfg"] = config["pretrained_cfg"] | {"input_size": [3, size, size]}
+        if name in ARCHITECTURES:
+            return _create_from_config(name, model_args, **config)
+        args = ({"img_size": size} if takes_img_size(name) else {}) | model_args
+        return TimmWrapperForImageClassification(
+            TimmWrapperConfig(architecture=name, model_args=args or None, **config)
+        )
+
+    fault = image_size_fault(build, image_size)
+    student = None
+    if fault is not None and is_of_the_meta_device(fault):
+        with contextlib.suppress(*_BUILD_ERRORS):
+            student = build(image_size)
+            fault = run_fault(student, image_size)
+    if fault is None:
+        return build(image_size) if student is None else student
+    if advice := image_size_advice(build, image_size, own_size):
+        raise ValueError(
+            f"image_size must be a size that {name} takes, got {image_size} ({describe_fault(fault)}). {advice}"
+        ) from fault
     if name in ARCHITECTURES:
-        return _create_from_config(name, model_args, pretrained_cfg=pretrained_cfg, **labels)
-    # Transformers are built for one input size; CNNs do not know the argument.
-    if name.startswith(_BICUBIC_FAMILIES):
-        model_args.setdefault("img_size", image_size)
-    config = TimmWrapperConfig(
-        architecture=name,
-        model_args=model_args or None,
-        pretrained_cfg=pretrained_cfg,
-        **labels,
-    )
-    try:
-        return TimmWrapperForImageClassification(config)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"timm's {name} does not take model_args={model_args}: {error}") from error
+        raise fault
+    if not model_args:
+        raise ValueError(
+            f"timm's {name} can't be trained here: {describe_fault(fault)}. Take another student"
+        ) from fault
+    raise ValueError(f"timm's {name} does not take model_args={model_args}: {fault}") from fault
+
+
+def _square(img_size: Any) -> int | None:
+    """The side of timm's `img_size`, where it is one."""
+    sides = set(img_size) if isinstance(img_size, (tuple, list)) else {img_size}
+    return next(iter(sides)) if len(sides) == 1 and isinstance(next(iter(sides)), int) else None
 
 
 def check_preprocessing(
@@ -148,8 +202,9 @@ def check_preprocessing(
 def _default_preprocessing(name: str) -> dict[str, Any]:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name].model_class.config_class().pretrained_cfg
+    size = own_image_size(name)
     return {
-        "input_size": [3, 224, 224],
+        "input_size": [3, size, size],
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "crop_pct": 0.875,

@@ -1,0 +1,89 @@
+"""Which input sizes a model takes: tried on the meta device, where nothing is computed."""
+
+from collections.abc import Callable, Iterator
+
+import timm
+import torch
+from transformers import PreTrainedModel
+
+# Patches and strides of most architectures divide these.
+_STEPS = (32, 14, 48)
+
+
+def own_image_size(architecture: str, otherwise: int = 224) -> int:
+    """Height and width that one of timm's architectures is built for; `otherwise` where timm doesn't fix it."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    return cfg.input_size[-1] if cfg is not None and cfg.fixed_input_size else otherwise
+
+
+def takes_img_size(architecture: str) -> bool:
+    """Whether one of timm's architectures has an argument `img_size`, which is saved with its student.
+
+    timm passes `img_size` itself to those of a fixed input size (`_update_default_model_kwargs` of timm/models/_builder.py).
+    """
+    cfg = timm.get_pretrained_cfg(architecture)
+    return cfg is not None and bool(cfg.fixed_input_size)
+
+
+def image_size_fault(build: Callable[[int], PreTrainedModel], image_size: int) -> Exception | None:
+    """Builds a model and runs it on one image, without weights or pixels.
+
+    Args:
+        build: makes the model of an input size.
+        image_size: height and width.
+
+    Returns:
+        What the model raised, or None if it gave its logits.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return run_fault(build(image_size), image_size)
+    except Exception as error:  # from anywhere in timm or in a model's own code
+        return error
+
+
+def run_fault(model: PreTrainedModel, image_size: int) -> Exception | None:
+    """What a model raises on one image of a size, or None if it gives its logits. The model stays as it is."""
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            output = model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+            logits = output if isinstance(output, torch.Tensor) else output.logits
+            if tuple(logits.shape) != (1, model.config.num_labels):
+                return ValueError(f"its output is {list(logits.shape)}, not [1, {model.config.num_labels}]")
+    except Exception as error:
+        return error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return None
+
+
+def is_of_the_meta_device(error: Exception) -> bool:
+    """Whether an error tells of the meta device, and nothing of the model."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+
+
+def image_size_advice(build: Callable[[int], PreTrainedModel], image_size: int, own: int) -> str:
+    """Names up to three sizes that a model takes, its own and those nearest; an empty text if none is found."""
+    fits = []
+    for size in _near(image_size, own):
+        if image_size_fault(build, size) is None:
+            fits.append(size)
+        if len(fits) == 3:
+            break
+    return f"Set image_size to {' or '.join(map(str, sorted(fits)))}" if fits else ""
+
+
+def _near(image_size: int, own: int) -> Iterator[int]:
+    sizes = {own, 224, 256}
+    for step in _STEPS:
+        below = image_size - image_size % step
+        sizes |= {below, below + step}
+    yield from sorted(sizes - {0, image_size}, key=lambda size: (size != own, abs(size - image_size)))
+
+
+def describe_fault(error: Exception) -> str:
+    """The first line of an error; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
