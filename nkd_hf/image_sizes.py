@@ -25,7 +25,9 @@ def takes_img_size(architecture: str) -> bool:
     return cfg is not None and bool(cfg.fixed_input_size)
 
 
-def image_size_fault(build: Callable[[int], PreTrainedModel], image_size: int) -> Exception | None:
+def try_image_size(
+    build: Callable[[int], PreTrainedModel], image_size: int
+) -> tuple[PreTrainedModel | None, Exception | None]:
     """Builds a model and runs it on one image, without weights or pixels.
 
     Args:
@@ -33,13 +35,15 @@ def image_size_fault(build: Callable[[int], PreTrainedModel], image_size: int) -
         image_size: height and width.
 
     Returns:
-        What the model raised, or None if it gave its logits.
+        The model on the meta device, or None if it couldn't be built; and what it raised, or None if it gave its logits.
     """
+    model = None
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return run_fault(build(image_size), image_size)
+            model = build(image_size)
+            return model, run_fault(model, image_size)
     except Exception as error:  # from anywhere in timm or in a model's own code
-        return error
+        return model, error
 
 
 def run_fault(model: PreTrainedModel, image_size: int) -> Exception | None:
@@ -69,7 +73,7 @@ def image_size_advice(build: Callable[[int], PreTrainedModel], image_size: int, 
     """Names up to three sizes that a model takes, its own and those nearest; an empty text if none is found."""
     fits = []
     for size in _near(image_size, own):
-        if image_size_fault(build, size) is None:
+        if try_image_size(build, size)[1] is None:
             fits.append(size)
         if len(fits) == 3:
             break

@@ -12,11 +12,11 @@ from transformers.image_utils import PILImageResampling
 from .image_sizes import (
     describe_fault,
     image_size_advice,
-    image_size_fault,
     is_of_the_meta_device,
     own_image_size,
     run_fault,
     takes_img_size,
+    try_image_size,
 )
 from .preprocessing import IMAGE_PROCESSOR, load_image_processor, read_crop_pct, read_processor
 
@@ -163,7 +163,7 @@ def _check_size(student: PreTrainedModel, image_size: int) -> None:
             return type(student)(config)
         return type(student)(student.config)
 
-    fault = image_size_fault(build, image_size)
+    _, fault = try_image_size(build, image_size)
     if fault is not None and (is_of_the_meta_device(fault) or not _is_known(student)):
         fault = run_fault(student, image_size)
     if fault is not None:

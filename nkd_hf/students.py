@@ -16,11 +16,11 @@ from .architectures import ARCHITECTURES, is_architecture
 from .image_sizes import (
     describe_fault,
     image_size_advice,
-    image_size_fault,
     is_of_the_meta_device,
     own_image_size,
     run_fault,
     takes_img_size,
+    try_image_size,
 )
 from .labels import invert_labels, normalize_id2label
 from .opening import RefusedError, check_model_args, open_pretrained
@@ -151,8 +151,9 @@ def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int
             TimmWrapperConfig(architecture=name, model_args=args or None, **config)
         )
 
-    fault = image_size_fault(build, image_size)
-    student = None
+    student, fault = try_image_size(build, image_size)
+    if torch.get_default_device().type != "meta":
+        student = None
     if fault is not None and is_of_the_meta_device(fault):
         with contextlib.suppress(*_BUILD_ERRORS):
             student = build(image_size)
@@ -174,8 +175,8 @@ def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int
 
 def _square(img_size: Any) -> int | None:
     """The side of timm's `img_size`, where it is one."""
-    sides = set(img_size) if isinstance(img_size, (tuple, list)) else {img_size}
-    return next(iter(sides)) if len(sides) == 1 and isinstance(next(iter(sides)), int) else None
+    sides = list(img_size) if isinstance(img_size, (tuple, list)) else [img_size]
+    return sides[0] if sides and isinstance(sides[0], int) and all(side == sides[0] for side in sides) else None
 
 
 def check_preprocessing(
