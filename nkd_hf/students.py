@@ -188,7 +188,9 @@ def check_preprocessing(
 ) -> None:
     """ValueError unless these arguments of [`create_student`] are in their range, or None."""
     if image_size is not None and not 1 <= image_size <= 2**14:
-        raise ValueError(f"image_size must be from 1 to {2**14} pixels, got {image_size}: leave it out for the architecture's own")
+        raise ValueError(
+            f"image_size must be from 1 to {2**14} pixels, got {image_size}: leave it out for the architecture's own"
+        )
     for name, values in (("image_mean", image_mean), ("image_std", image_std)):
         if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
             raise ValueError(f"{name} must be three finite numbers, one per channel, got {list(values)}")
