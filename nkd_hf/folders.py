@@ -15,7 +15,7 @@ _STUDENT_FILES = re.compile(
 )
 
 
-def path_fault(name: str) -> str | None:
+def path_fault(name: str | os.PathLike) -> str | None:
     """Says what is wrong with a path of this machine where a folder is expected.
 
     Args:
@@ -33,6 +33,7 @@ def path_fault(name: str) -> str | None:
 
     ```
     """
+    name = os.fspath(name)
     path = os.path.abspath(os.path.expanduser(name))
     if os.path.isdir(path):
         return None

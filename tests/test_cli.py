@@ -122,14 +122,22 @@ def test_evaluate_command_agrees_with_a_pipeline(tmp_path, student):
     assert "images/s on cpu, batch 32, 1 workers (reading, preprocessing and forward pass" in done.stdout
 
 
-def test_results_are_printed_though_they_cannot_be_written(tmp_path, student, capsys):
+def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(tmp_path, student, capsys):
     arguments = ["evaluate", "--model", student, "--dataset", "digits", "--max_samples", "20", "--num_workers", "0"]
-    code, _, err = run(capsys, *arguments, "--output", str(tmp_path / "no" / "x.json"))
-    assert code == 2
-    assert "there is no such folder" in err
-    code, out, _ = run(capsys, *arguments, "--output", str(tmp_path))
-    assert code == 2
-    assert "top-1" in out
+    for output, message in (
+        (tmp_path / "no" / "x.json", "there is no such folder"),
+        (tmp_path, "--output must be a file, got the folder"),
+        ("/proc/x.json", "cannot be written"),
+    ):
+        code, out, err = run(capsys, *arguments, "--output", str(output))
+        assert code == 2
+        assert message in err
+        assert "top-1" not in out
+    # One that is there is replaced, and stays as it is until then.
+    (tmp_path / "x.json").write_text("earlier")
+    assert run(capsys, *arguments, "--device", "warp", "--output", str(tmp_path / "x.json"))[0] == 2
+    assert (tmp_path / "x.json").read_text() == "earlier"
+    assert sorted(os.listdir(tmp_path)) == ["x.json"]
 
 
 def test_one_batch_is_not_timed(student, capsys):

@@ -245,7 +245,7 @@ def test_max_samples_draws_from_all_classes(folder, parquet):
 def test_what_cannot_be_loaded_is_said(tmp_path, folder):
     with pytest.raises(ValueError, match=r"dataset_name='nobody/nothing' .*gated.*hf auth login.*no network"):
         load("nobody/nothing")
-    with pytest.raises(ValueError, match=r"could not be loaded .*existing folder"):
+    with pytest.raises(ValueError, match=r"could not be loaded: there is no folder .*existing folder"):
         load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"could not be loaded .*doesn't contain any data files"):
