@@ -22,6 +22,7 @@ from nkd_hf import recipe as recipe_module
 from nkd_hf.evaluation import evaluate
 from nkd_hf.modeling import save_student
 from nkd_hf.store_hub import store_card
+from nkd_hf.students import describe_start
 from nkd_hf.teacher_logits import StoredTeacher, StoreInfo
 
 TYPES = (RecipeArguments, DataArguments, DistillationTrainingArguments)
@@ -228,3 +229,10 @@ def test_a_store_without_the_teachers_own_accuracy_opens_and_says_which_it_has(t
     info.teacher_own_accuracy = 0.75
     said = "75.00 % with its own preprocessing and 50.00 % on the student's pixels"
     assert said in store_card(info, "store")
+
+
+def test_what_weights_a_student_starts_from(tmp_path):
+    folder = save(tmp_path / "student")
+    assert describe_start(create_student("resnet18", num_labels=10, image_size=32)) == "random weights"
+    assert describe_start(create_student(folder, id2label=DIGITS)) == "pretrained"
+    assert describe_start(create_student(folder, num_labels=7)) == "pretrained, new head of 7 classes"
