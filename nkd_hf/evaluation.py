@@ -21,6 +21,7 @@ from .images import ImageDataset, StreamingImageDataset
 from .labels import class_numbers, match_labels
 from .metrics import compute_metrics, top5_indices
 from .opening import open_classifier
+from .outputs import check_inputs, read_logits
 from .preprocessing import load_image_processor
 from .transforms import processor_transform
 
@@ -55,6 +56,7 @@ def evaluate(
     Raises:
         ValueError: the dataset cannot be loaded, or its classes are not the model's.
     """
+    check_inputs(model, "the model")
     processor = load_image_processor(model)
     split_name, split = load_evaluation_split(data)
     kind = StreamingImageDataset if data.streaming else ImageDataset
@@ -74,7 +76,8 @@ def evaluate(
     loader = DataLoader(images, batch_size, num_workers=num_workers, pin_memory=torch.device(device).type == "cuda")
     with torch.inference_mode():
         for batch in tqdm(loader, desc="Evaluating", disable=None):
-            logits = model(batch["pixel_values"].to(device, non_blocking=True)).logits
+            output = model(batch["pixel_values"].to(device, non_blocking=True))
+            logits = read_logits(output, "the model", len(batch["labels"]), model.config.num_labels)
             # To the CPU at once: a time that is taken here then includes the device's work.
             predictions.append(top5_indices(logits if order is None else logits[:, order]).cpu())
             labels.append(batch["labels"])

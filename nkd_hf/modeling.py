@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, logging
 from .features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 from .labels import check_class_order, invert_labels, normalize_id2label
 from .losses.normalized import check_labels
+from .outputs import check_inputs, read_logits
 
 # What a loss can ask for, by the names of its forward's arguments.
 _LOSS_INPUTS = {
@@ -89,6 +90,7 @@ class DistillationModel(nn.Module):
         ema_decay: float | None = None,
     ):
         super().__init__()
+        check_inputs(student, "the student")
         self.student = student
         # Made before a hook is on the student, which would be copied too. Buffers are copied, not averaged, as in mmengine.
         self.average = None if ema_decay is None else ModelEmaV3(student, ema_decay, exclude_buffers=True)
@@ -193,7 +195,8 @@ class DistillationModel(nn.Module):
     ) -> DistillationOutput:
         for tap in self.taps.values():
             tap.listen()
-        logits = _run(self.student, pixel_values, columns).logits
+        output = _run(self.student, pixel_values, columns)
+        logits = read_logits(output, "the student", len(pixel_values), self.student.config.num_labels)
         # Once for all losses, those of one's own and the task loss among them, which ignores the index of unlabelled images.
         check_labels(labels, logits.shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
         if not labels.is_floating_point():
@@ -310,6 +313,9 @@ def save_student(
         state_dict = _under("timm_model.", state_dict)
         # A config that came from a file holds its file's names, which would be written before those of id2label.
         student.config.__dict__.pop("label_names", None)
+        if student.config.model_args is None:
+            # timm 1.0.31 can't open a folder whose model_args are null (AttributeError in _parse_model_cfg).
+            student.config.model_args = {}
     with hidden_progress_bars():  # of one file, in the midst of the training's own bar
         student.save_pretrained(folder, state_dict=state_dict, **kwargs)
 

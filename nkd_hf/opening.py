@@ -1,45 +1,48 @@
 """Opens a classifier of the Hub or of a folder; what could run foreign code is refused unless it is asked for."""
 
 import contextlib
-import json
 import os
 import pickle
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import (
+    AutoImageProcessor,
     AutoModelForImageClassification,
-    PreTrainedConfig,
+    BaseImageProcessor,
     PreTrainedModel,
+    TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
     has_file,
 )
 
 from . import architectures  # noqa: F401  (so that their folders open without trust_remote_code)
 from .access import gate
+from .build_limit import build_limit, measure_weights
 from .errors import reason
 from .folders import path_fault
+from .model_config import RefusedError, check_image_processor, find_file, is_timm_config, read_config, read_json
+from .outputs import check_inputs
 
+# Of weights without a configuration, by their endings.
+_TIMM_FILES = (".pth.tar", ".pth", ".pt", ".safetensors")
 # Weights that classify nothing: counters, tables that models compute for themselves, heads of training.
 _WITHOUT_EFFECT = re.compile(
     r"(.*\.)?(num_batches_tracked|relative_position_index|attn_mask|position_ids|mask_token)"
     r"|(timm_model\.)?(AuxLogits|aux_classifier|aux_head|aux[12])\..*"
 )
-# Arguments of timm.create_model that open files or download: a configuration has no use for them.
-_OPENING_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-
-
-class RefusedError(ValueError):
-    """A model that is not opened for a reason of its own; the message says what to do."""
 
 
 def open_classifier(name: str, **kwargs) -> PreTrainedModel:
@@ -87,12 +90,24 @@ def open_pretrained(
         ValueError: the code is not trusted.
         OSError: there is no such model, or it is not in the cache and cannot be reached.
     """
+    name = os.path.expanduser(name)
+    _check_no_checkpoint(name)
     if fault := path_fault(name):
         raise RefusedError(fault)
-    name = os.path.expanduser(name)
-    _check_files(name, trust_remote_code, {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs})
+    where = {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs}
+    if find_file(name, ADAPTER_CONFIG_NAME, **where):
+        raise RefusedError(
+            f"it has an {ADAPTER_CONFIG_NAME}, so its weights are an adapter of another model that the file names. Merge "
+            "the adapter into its model (merge_and_unload of peft), save that, and open the folder"
+        )
+    config = read_config(name, trust_remote_code, **where) or {}
+    num_new_classes = kwargs.get("num_labels", 0)
     try:
-        with _without_conversion():
+        size = measure_weights(_find_weights(name, config, allow_pickle, where))
+        if is_timm_config(config):
+            labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
+            kwargs["config"] = TimmWrapperConfig.from_dict(config, **labels)
+        with _without_conversion(), build_limit(size, num_new_classes):
             model, loaded = AutoModelForImageClassification.from_pretrained(
                 name,
                 use_safetensors=None if allow_pickle else True,
@@ -122,7 +137,48 @@ def open_pretrained(
     check_weights(model, loaded, new_head)
     random = [key for keys in ("missing_keys", "mismatched_keys") for key in map(str, loaded[keys])]
     model.starts_with_new_head = any(not _WITHOUT_EFFECT.fullmatch(key) for key in random)
+    model.config.return_dict = True  # A file that says otherwise makes forward return tuples.
+    try:
+        check_inputs(model, "the model")
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
     return model
+
+
+def _check_no_checkpoint(name: str) -> None:
+    """RefusedError for a file of weights, or a folder of such files without a configuration, as timm's training writes."""
+    files = [Path(name)] if os.path.isfile(name) else []
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, CONFIG_NAME)):
+        files = [path for path in sorted(Path(name).iterdir()) if path.name.endswith(_TIMM_FILES)]
+        # The best one, which timm writes beside those of the last epochs.
+        files.sort(key=lambda path: not path.name.startswith("model_best"))
+    if files and not os.path.exists(os.path.join(name, ADAPTER_CONFIG_NAME)):
+        raise RefusedError(
+            f"it must be a folder with a {CONFIG_NAME} or a Hub id, got weights alone. Convert a checkpoint of timm with "
+            f"`nkd-hf convert --timm {shlex.quote(str(files[0]))} --architecture NAME --output DIR`, and open DIR"
+        )
+
+
+def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs) -> BaseImageProcessor:
+    """`AutoImageProcessor.from_pretrained`, with a look at sizes, scales and what the processor makes of an image.
+
+    Args:
+        name: a folder or a Hub id.
+        trust_remote_code: whether code beside the model may run.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        RefusedError: the values are not those of an image, or the processor's model needs more than pixels.
+        OSError: there is no preprocessing.
+    """
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    check_image_processor(processor.to_dict())
+    if more := [key for key in processor.model_input_names if key != "pixel_values"]:
+        raise RefusedError(
+            f"its image processor must make pixel_values alone, got {type(processor).__name__}, which also makes "
+            f"{', '.join(more)}. Take another model"
+        )
+    return processor
 
 
 def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool = False) -> None:
@@ -185,74 +241,41 @@ def _head_of(model: PreTrainedModel) -> Callable[[str], bool]:
     return is_head
 
 
-def check_settings(config: dict[str, Any], trust_remote_code: bool = False) -> None:
-    """Looks at a configuration before a model is built from it.
-
-    Args:
-        config: what stands in `config.json`.
-        trust_remote_code: whether code may run that is downloaded.
-
-    Raises:
-        RefusedError: it makes timm or transformers open further files: weights by a path, a repo, a kernel.
-    """
-    check_model_args(config.get("model_args"))
-    if ":" in str(config.get("architecture")):
-        raise RefusedError(
-            f"its architecture {config['architecture']!r} leads to another folder or repo: name that one itself"
-        )
-    for key in ("_attn_implementation", "attn_implementation"):
-        if "/" in str(config.get(key)) and not trust_remote_code:
-            raise RefusedError(
-                f"its {key} {config[key]!r} is code of a repo: remove it from config.json, or set trust_remote_code"
-            )
-
-
-def check_model_args(model_args: dict[str, Any] | None) -> None:
-    """ValueError where arguments of timm's architecture are those that make `timm.create_model` open a file."""
-    if isinstance(model_args, dict) and (opening := [key for key in _OPENING_ARGS if key in model_args]):
-        raise RefusedError(
-            f"its model_args hold {', '.join(opening)}, by which timm would open other weights: leave that out, and give "
-            "the id or folder of the model instead"
-        )
-
-
-def _check_files(name: str, trust_remote_code: bool, where: dict[str, Any]) -> None:
-    """What `config.json` and the index of the weights lead to; whether they are there is `from_pretrained`'s to say."""
-    if _cached(name, ADAPTER_CONFIG_NAME, where):
-        raise RefusedError(
-            f"it has an {ADAPTER_CONFIG_NAME}, so its weights are an adapter of another model that the file names. Merge "
-            "the adapter into its model (merge_and_unload of peft), save that, and open the folder"
-        )
+def _read_index(file: str, path: str) -> list[str]:
+    """The shards that an index names, which must lie beside it."""
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name, **where)
-        check_settings(config, trust_remote_code)
-    except OSError:
-        pass
-    except (TypeError, KeyError, AttributeError) as error:
-        raise RefusedError(f"its config.json is no mapping ({type(error).__name__}: {reason(error)})") from error
-    for file in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        path = _cached(name, file, where)
-        if path is None:
-            continue
-        try:
-            with open(path, encoding="utf-8") as index:
-                shards = set(json.load(index)["weight_map"].values())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RefusedError(f"its {file} is no index of weights: {type(error).__name__}: {error}") from error
-        ending = ".safetensors" if file == SAFE_WEIGHTS_INDEX_NAME else ".bin"
-        for shard in shards:
-            if os.path.basename(str(shard)) != shard or "\\" in shard or not shard.endswith(ending):
-                raise RefusedError(
-                    f"its {file} names {shard!r}, expected the names of {ending} files beside it: take the model from its "
-                    "author again"
-                )
+        weight_map = read_json(path, file).get("weight_map")
+    except RefusedError as error:
+        raise RefusedError(f"its {file} is no index of weights: {error}") from error
+    if not isinstance(weight_map, dict):
+        raise RefusedError(f"its {file} is no index of weights: weight_map must be a mapping, got {weight_map!r}")
+    ending = ".safetensors" if file == SAFE_WEIGHTS_INDEX_NAME else ".bin"
+    shards = {str(shard): shard for shard in weight_map.values()}
+    for shard in shards.values():
+        is_text = isinstance(shard, str)
+        if not is_text or os.path.basename(shard) != shard or "\\" in shard or not shard.endswith(ending):
+            raise RefusedError(
+                f"its {file} names {shard!r}, expected the names of {ending} files beside it: take the model from its "
+                "author again"
+            )
+    return sorted(shards)
 
 
-def _cached(name: str, file: str, where: dict[str, Any]) -> str | None:
-    """The path of a file of a model, which is downloaded if it must be; None where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where)
-    return None
+def _find_weights(name: str, config: dict[str, Any], allow_pickle: bool, where: dict[str, Any]) -> list[str]:
+    """The paths of the files that `from_pretrained` will read; of which there are none, it says."""
+    kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
+    shards = {}
+    for _, index in kinds:
+        if path := find_file(name, index, **where):
+            shards[index] = _read_index(index, path)
+    if config.get("transformers_weights"):
+        kinds = [(config["transformers_weights"], ""), *kinds]
+    for whole, index in kinds if allow_pickle else kinds[:-1]:
+        if path := find_file(name, whole, **where):
+            return [path]
+        if paths := [find_file(name, shard, **where) for shard in shards.get(index, ())]:
+            return [path for path in paths if path is not None]
+    return []
 
 
 def comes_with_code(model: PreTrainedModel) -> bool:

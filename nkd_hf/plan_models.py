@@ -4,13 +4,15 @@ import os
 
 import timm
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, TimmWrapperConfig
 
 from .architectures import is_architecture
+from .build_limit import build_limit
 from .data import DataArguments
 from .errors import reason
 from .folders import path_fault
-from .opening import check_settings
+from .model_config import is_timm_config, read_config
+from .opening import open_image_processor
 from .preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from .recipe_args import RecipeArguments
 from .student_preprocessing import change_preprocessing
@@ -38,7 +40,7 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
         processor = None
         if getattr(model.config, "pretrained_cfg", None) is None:
             local = {"local_files_only": True, "trust_remote_code": recipe.trust_remote_code}
-            processor = AutoImageProcessor.from_pretrained(recipe.student, **local)
+            processor = open_image_processor(recipe.student, **local)
         change_preprocessing(model, **recipe.preprocessing, processor=processor)
         pixels = read_preprocessing(model, load_image_processor(model))
     return model, pixels
@@ -87,13 +89,17 @@ def _open_config(
     """The model of a folder, or of a Hub id in the cache, by its configuration: no weights are read."""
     labels = {} if num_classes is None else {"num_labels": num_classes}
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(name, **local, **labels)
-    check_settings(config.to_dict(), trust_remote_code)
-    model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    settings = read_config(name, trust_remote_code, local_files_only=True) or {}
+    if is_timm_config(settings):
+        config = TimmWrapperConfig.from_dict(settings, **labels)
+    else:
+        config = AutoConfig.from_pretrained(name, **local, **labels)
+    with build_limit():
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
     if getattr(config, "pretrained_cfg", None) is not None:
         return model, read_preprocessing(model)
     try:
-        return model, read_preprocessing(model, AutoImageProcessor.from_pretrained(name, **local))
+        return model, read_preprocessing(model, open_image_processor(name, **local))
     except (OSError, ValueError):
         if default is None:
             raise

@@ -10,7 +10,6 @@ import torch
 from timm.layers import PatchEmbed
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     BaseImageProcessor,
     BitImageProcessor,
     PreTrainedModel,
@@ -20,7 +19,8 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from .errors import reason
-from .opening import comes_with_code
+from .model_config import RefusedError
+from .opening import comes_with_code, open_image_processor
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,9 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
         return own
     if processor is None and config is not None and config.name_or_path:
         try:
-            processor = AutoImageProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
+            processor = open_image_processor(config.name_or_path)
+        except RefusedError:
+            raise
         except (OSError, ValueError):
             return None
     return None if processor is None else read_processor(processor)
@@ -174,6 +176,11 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
 
     Returns:
         `BaseImageProcessor`: `processor(image, return_tensors="pt")["pixel_values"]` is [1, 3, H, W] float32.
+
+    Raises:
+        ValueError: the student was built from a configuration, which tells no preprocessing; or its image processor is of
+            a model that needs more than pixels.
+        OSError: the student came from a folder without an image processor.
     """
     if (changed := getattr(student, IMAGE_PROCESSOR, None)) is not None:
         return changed
@@ -190,7 +197,13 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
             image_mean=pretrained_cfg["mean"],
             image_std=pretrained_cfg["std"],
         )
-    return AutoImageProcessor.from_pretrained(student.name_or_path, trust_remote_code=comes_with_code(student))
+    if not student.name_or_path:
+        raise ValueError(
+            f"student must come from a folder or the Hub, got a {type(student).__name__} that was built here, whose "
+            "preprocessing is not known. Save the model and its image processor into a folder (save_pretrained of both), and "
+            "open the folder"
+        )
+    return open_image_processor(student.name_or_path, trust_remote_code=comes_with_code(student))
 
 
 def _read_timm(model: nn.Module, pretrained_cfg: Any) -> Preprocessing:

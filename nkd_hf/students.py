@@ -23,7 +23,8 @@ from .image_sizes import (
     try_image_size,
 )
 from .labels import invert_labels, normalize_id2label
-from .opening import RefusedError, check_model_args, open_pretrained
+from .model_config import RefusedError, check_model_args
+from .opening import open_pretrained
 from .preprocessing import load_image_processor  # noqa: F401  (other modules import it from here)
 from .student_preprocessing import change_preprocessing, check_opened_size
 
@@ -148,7 +149,8 @@ def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int
             return _create_from_config(name, model_args, **config)
         args = ({"img_size": size} if takes_img_size(name) else {}) | model_args
         return TimmWrapperForImageClassification(
-            TimmWrapperConfig(architecture=name, model_args=args or None, **config)
+            # timm can't open a folder whose model_args are null.
+            TimmWrapperConfig(architecture=name, model_args=args, **config)
         )
 
     student, fault = try_image_size(build, image_size)
@@ -235,7 +237,7 @@ def _open_student(
     allow_pickle: bool,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    if "/" not in name and not os.path.isdir(name):
+    if "/" not in name and not os.path.exists(name):
         names = [*ARCHITECTURES, *timm.list_models()]
         near = (
             ", ".join(difflib.get_close_matches(name, names, n=5)) or f"see timm.list_models() and {[*ARCHITECTURES]}"

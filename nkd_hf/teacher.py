@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, check_pooled_head, classifier_head
 from .labels import check_classifier, match_labels
-from .opening import RefusedError, open_pretrained
+from .model_config import RefusedError
+from .opening import open_image_processor, open_pretrained
+from .outputs import check_inputs, read_logits
 from .preprocessing import Preprocessing, read_preprocessing
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         check_classifier(getattr(model, "config", None), f"the teacher ({name})")
+        check_inputs(model, f"teacher {name}")
         self.model = _sharing_weights(model)
         self.preprocessing = preprocessing
         self.id2label = id2label
@@ -209,7 +212,8 @@ class Teacher(nn.Module):
             output = self.model(pixel_values.to(self.dtype, memory_format=memory_format))
             for tap in self._taps.values():
                 tap.listen(False)
-            logits = output if isinstance(output, Tensor) else output.logits
+            num_classes = None if self.id2label is None else len(self.id2label)
+            logits = read_logits(output, f"teacher {self.name}", len(pixel_values), num_classes)
             return logits if self.order is None else logits[:, self.order]
 
 
@@ -261,9 +265,7 @@ def load_teacher(
             teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
         )
         if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
-            processing_class = AutoImageProcessor.from_pretrained(
-                model.name_or_path, trust_remote_code=trust_remote_code
-            )
+            processing_class = open_image_processor(model.name_or_path, trust_remote_code=trust_remote_code)
     except RefusedError as error:
         raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
     except (OSError, ValueError) as error:

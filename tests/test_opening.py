@@ -236,6 +236,7 @@ def test_a_backbone_is_no_teacher_but_starts_a_student(tmp_path, model):
         with pytest.raises(ValueError, match=r"a whole image classifier, got 2 missing keys of \d+, .*bias first"):
             opened()
     student = create_student(str(tmp_path / "model"), num_labels=3)
+    assert student.starts_with_new_head
     expected = {key: value for key, value in whole.state_dict().items() if not key.split(".", 1)[1].startswith(heads)}
     expected = {key: value for key, value in expected.items() if not key.startswith(heads)}
     assert len(expected) == len(whole.state_dict()) - 2
