@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from .modeling import hidden_progress_bars
 from .opening import open_classifier
 from .preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from .recipe_args import RecipeArguments
-from .run_folder import RESULTS, begin, finish, hold, is_trained, settings_of, stage_history, write_results
+from .run_folder import RESULTS, clear, continues, finish, hold, is_trained, settings_of, stage_history, write_results
 from .store_fingerprint import check_fingerprint, run_fingerprint
 from .store_hub import find_store
 from .students import describe_start
@@ -82,6 +82,7 @@ class Recipe:
             )
         self.args, self.data_args, self.training_args = recipe, data, training
         self.folder = Path(training.output_dir)
+        self._settings = settings_of(recipe, data, training)  # as they were given: a stream's steps are set later
         self.results: dict[str, float | None] = dict.fromkeys(("teacher", ON_STUDENT_PIXELS, "baseline", "distilled"))
         self.accuracies: dict[str, dict[str, float]] = {}
         self.curves: dict[str, list[tuple[float, float]]] = {}
@@ -90,8 +91,8 @@ class Recipe:
         if training.push_to_hub and training.process_index == 0:
             self._check_hub()
         if not is_trained(self.folder):
-            self._check_names()  # before what is in the folder is cleared away
-        self.goes_on, self.is_trained = self._begin()
+            self._check_names()
+        self.goes_on, self.is_trained = self._in_folder(self._find_run)
         self._is_checked = self.is_trained
         if not self.is_trained:
             self._open_named_teacher()  # before the data, which are the longer download
@@ -271,9 +272,15 @@ class Recipe:
             trainer = self._trainer(self.folder, student, loss, teacher, teacher_compile=False)
             if self.teacher_logits is None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
                 self._try_step(trainer, sample)
-            del trainer, teacher, loss
+            loader = trainer.get_train_dataloader()
+            *_, max_steps = trainer.set_initial_training_values(trainer.args, loader)
+            trainer.check_batches(loader, max_steps)
+            del trainer, loader, teacher, loss
         del student
         release_memory()
+        if not self.goes_on:
+            # Only now, so that input that is refused leaves the results of an earlier run.
+            self._in_folder(lambda: clear(self.folder, self._settings))
         self._is_checked = True
 
     def _try_step(self, trainer: DistillationTrainer, sample: dict[str, Any]) -> None:
@@ -490,12 +497,12 @@ class Recipe:
         epochs = self.training_args.num_train_epochs if self.data_args.streaming else 1
         self.curves[key] = [(entry["epoch"] * epochs, entry["eval_accuracy"]) for entry in entries]
 
-    def _begin(self) -> tuple[bool, bool]:
-        """Whether the run in the folder goes on, and whether all is trained there. One that was stopped does."""
+    def _in_folder(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns in the first process, for all of them; an error ends the run with a message."""
         answer = None
         if self.training_args.process_index == 0:
             try:
-                answer = self._begin_in_folder()
+                answer = action()
             except ValueError as error:
                 answer = f"error: {error}"
             except OSError as error:
@@ -508,7 +515,8 @@ class Recipe:
             raise SystemExit(answer)
         return answer
 
-    def _begin_in_folder(self) -> tuple[bool, bool]:
+    def _find_run(self) -> tuple[bool, bool]:
+        """Whether the run in the folder goes on, and whether all is trained there. One that was stopped does."""
         checkpoint = self._named_checkpoint
         if checkpoint is not None:  # Who names one knows what it is of.
             fault = fault_of(checkpoint)
@@ -522,9 +530,8 @@ class Recipe:
         hold(self.folder)
         if checkpoint is not None:
             return True, False
-        settings = settings_of(self.args, self.data_args, self.training_args)
         afresh = str(self.training_args.resume_from_checkpoint).lower() == "false"
-        goes_on = begin(self.folder, settings, afresh)
+        goes_on = continues(self.folder, self._settings, afresh)
         return goes_on, goes_on and is_trained(self.folder)
 
     @property

@@ -103,11 +103,11 @@ def settings_of(
     return json.loads(json.dumps(settings | {"world_size": training.world_size}, default=str))
 
 
-def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
-    """Prepares the folder of a run; whether the run in it goes on.
+def continues(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
+    """Whether the run in the folder goes on; the folder stays as it is.
 
-    A run that was stopped goes on, also one that [`is_trained`]; one that is finished, or any if `afresh`, is cleared
-    away.
+    A run that was stopped goes on, also one that [`is_trained`]. A finished one does not, and none does if `afresh`:
+    [`clear`] makes room for the next one.
 
     Args:
         folder: `output_dir` of the recipe.
@@ -116,30 +116,43 @@ def begin(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
 
     Raises:
         ValueError: the folder holds a run with other settings, or with a record of them that cannot be read.
-        OSError: the folder cannot be written to.
     """
-    stages = [folder / name for name in STAGES]
-    state = [folder / RESULTS, *(stage / TRAINER_STATE_NAME for stage in stages)]
-    has_run = any(path.exists() for path in state) or any(checkpoints(str(stage)) for stage in stages)
-    record = folder / _SETTINGS
-    if has_run and not afresh and (differences := _differences(record, settings)):
+    has_run = _has_run(folder)
+    if has_run and not afresh and (differences := _differences(folder / _SETTINGS, settings)):
         raise ValueError(
             f"{folder} holds a run with other settings ({differences}): set another output_dir, "
             "or start anew in its place with --resume_from_checkpoint false"
         )
-    goes_on = has_run and not afresh and (is_trained(folder) or not (folder / RESULTS).is_file())
-    if not goes_on:
-        (folder / _UNREPORTED).unlink(missing_ok=True)
-        # Where there is no run yet, the trainer says what a first save that was killed has left.
-        for stage in stages if has_run else ():
-            remove_unfinished(str(stage))
-            for checkpoint in checkpoints(str(stage)):
-                shutil.rmtree(checkpoint)
-        for path in reversed(state):  # The results last: until then the run counts as finished.
-            path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(record, yaml.safe_dump(settings, sort_keys=False))
-    return goes_on
+    return has_run and not afresh and (is_trained(folder) or not (folder / RESULTS).is_file())
+
+
+def clear(folder: Path, settings: dict[str, Any]) -> None:
+    """Removes the run in the folder, if there is one, and records the settings of the next one.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    (folder / _UNREPORTED).unlink(missing_ok=True)
+    # Where there is no run yet, the trainer says what a first save that was killed has left.
+    for stage in STAGES if _has_run(folder) else ():
+        remove_unfinished(str(folder / stage))
+        for checkpoint in checkpoints(str(folder / stage)):
+            shutil.rmtree(checkpoint)
+    for path in reversed(_state_files(folder)):  # The results last: until then the run counts as finished.
+        path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
+
+
+def _has_run(folder: Path) -> bool:
+    return any(path.exists() for path in _state_files(folder)) or any(
+        checkpoints(str(folder / stage)) for stage in STAGES
+    )
+
+
+def _state_files(folder: Path) -> list[Path]:
+    """The files by which a run is known, the results first."""
+    return [folder / RESULTS, *(folder / stage / TRAINER_STATE_NAME for stage in STAGES)]
 
 
 def is_trained(folder: Path) -> bool:

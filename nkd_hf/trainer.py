@@ -421,8 +421,15 @@ class DistillationTrainer(FiniteTrainer):
                 "set. Pass both in optimizers, or neither"
             )
 
-    def _check_batches(self, loader: torch.utils.data.DataLoader, max_steps: int) -> None:
-        """Raises ValueError where a batch of one image would end training in BatchNorm."""
+    def check_batches(self, loader: torch.utils.data.DataLoader, max_steps: int) -> None:
+        """Raises ValueError where a batch of one image would end training in BatchNorm.
+
+        Args:
+            loader: of the training images. One without a length passes.
+            max_steps: optimiser steps of the run.
+        """
+        if not has_length(loader) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
         args = self.args
         num_devices = max(1, args.n_gpu)
         every_batch = self._train_batch_size <= num_devices
@@ -772,8 +779,7 @@ class _PrepareTraining(TrainerCallback):
         # Sharding puts parameters of its own in the place of the model's.
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer._check_optimizer(_without_accelerate(optimizer))
-            if has_length(train_dataloader):
-                trainer._check_batches(train_dataloader, state.max_steps)
+        trainer.check_batches(train_dataloader, state.max_steps)
         trainer._give_own_stream()
 
 

@@ -681,7 +681,7 @@ def test_one_image_whose_maps_have_more_pixels_is_trained_on_as_if_nothing_had_b
         ]
         trainer = make_trainer(tmp_path, timm_cnn(), images, max_steps=4)
         if monkeypatched:
-            trainer._check_batches = lambda *args: None
+            trainer.check_batches = lambda *args: None
         trainer.train()
         return trainer
 

@@ -104,6 +104,15 @@ def test_a_dataset_of_one_class_is_refused(tmp_path):
     refused(tmp_path, r"must have two classes at least, got \['cat'\]", "--dataset_name", str(tmp_path / "folder"))
 
 
+def test_a_last_batch_of_one_image_is_refused_before_a_teacher_without_batch_norm_is_trained(tmp_path):
+    vit = '{"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}'
+    message = "the last batch of an epoch must have at least 2 images, got 1: 33 images in batches of 16"
+    refused(
+        tmp_path, message, "--teacher", "deit_tiny_patch16_224", "--teacher_args", vit, "--max_train_samples", "33",
+        "--per_device_train_batch_size", "16",
+    )  # fmt: skip
+
+
 def test_the_check_changes_no_training(tmp_path, monkeypatch):
     """Student, losses with parameters of their own and data are those of a run without it."""
     teacher = save(tmp_path / "teacher", "resnet34")

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from hub_server import Failure
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, parse_args, run_folder
 from nkd_hf.checkpoints import UNFINISHED, fault_of, remove_unfinished
-from nkd_hf.run_folder import begin, finish, hold, is_trained, release, stage_history, write_results
+from nkd_hf.run_folder import clear, continues, finish, hold, is_trained, release, stage_history, write_results
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "configs" / "digits_distill_cnn.yaml"
 SETTINGS = {"learning_rate": 0.1, "teacher": "resnet34"}
@@ -50,6 +51,14 @@ def run(folder: Path, **settings: str) -> Recipe:
     recipe.train_baseline()
     recipe.report()
     return recipe
+
+
+def begin(folder: Path, settings: dict, afresh: bool = False) -> bool:
+    """As a recipe does whose checks pass: whether the run in the folder goes on."""
+    goes_on = continues(folder, settings, afresh)
+    if not goes_on:
+        clear(folder, settings)
+    return goes_on
 
 
 def stopped_run(folder: Path) -> None:
@@ -228,6 +237,21 @@ def test_a_recipe_whose_push_failed_pushes_when_it_is_started_again(hub, tmp_pat
     assert {"model.safetensors", "config.json", "training_curves.png"} <= set(files)
     assert files["README.md"].decode() == card
     assert not is_trained(tmp_path)
+
+
+def test_a_start_that_is_refused_leaves_the_finished_run(tmp_path):
+    images, folder = tmp_path / "images", tmp_path / "run"
+    for name in ("cat", "dog"):
+        (images / name).mkdir(parents=True)
+        for i in range(12):
+            PIL.Image.new("RGB", (32, 32), (20 * i, 90, 0)).save(images / name / f"{i}.png")
+    run(folder, dataset_name=str(images), train_val_split="0.5")
+    left = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for image in images.rglob("*.png"):
+        image.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        run(folder, dataset_name=str(images), train_val_split="0.5")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == left
 
 
 # What is said
