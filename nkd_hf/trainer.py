@@ -155,6 +155,11 @@ class DistillationTrainer(FiniteTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
             compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
         )  # fmt: skip
+        config = self.accelerator.dataloader_config
+        if args.world_size > 1 and config.data_seed is None:
+            # accelerate would seed a RandomSampler by torch's initial seed, which the processes have in common until one of
+            # their trainers has trained.
+            config.data_seed = args.seed
         if compute_loss_func is not None and not _overrides(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         self._check_label_names()
@@ -525,10 +530,6 @@ class DistillationTrainer(FiniteTrainer):
         # All samplers of training pass here, those of an overridden _get_train_sampler too.
         if is_training and sampler_fn is not None:
             sampler_fn = functools.partial(self._training_sampler, sampler_fn)
-        config = self.accelerator.dataloader_config
-        if is_training and self.args.world_size > 1 and config.data_seed is None:
-            # accelerate seeds a RandomSampler by torch's initial seed, which the processes have in common until they train.
-            config.data_seed = torch.initial_seed()
         # Trainer makes all of its loaders here. ImageCollator checks its labels, and another loss may take other ones.
         collator = self.data_collator
         is_own = _overrides(self, "compute_loss") if is_training else self._has_own_evaluation

@@ -1,5 +1,6 @@
 """What test_distributed.py compares, as it runs in one, two and three real processes."""
 
+import functools
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn, timm_deit
 from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainerCallback
 
 from nkd_hf import (
@@ -180,10 +181,20 @@ class Permutation(Sampler):
         return iter(torch.randperm(64).tolist())
 
 
+def own_loader(trainer):
+    """A loader that the user makes, as an overridden get_train_dataloader returns it."""
+    return trainer.accelerator.prepare(
+        DataLoader(trainer.train_dataset, 8, shuffle=True, collate_fn=trainer.data_collator)
+    )
+
+
 def streams(folder: Path) -> dict:
-    """What each process draws for itself, and the rows that each gets in two epochs of two trainings."""
-    result, collator = {}, ImageCollator(10)
-    for name, sampler in (("own sampler", Permutation()), ("random", None)):
+    """What each process draws for itself, and the rows that each gets in two epochs of two trainings.
+
+    All trainers are made before the first of them trains.
+    """
+    collator, made = ImageCollator(10), {}
+    for name in ("own sampler", "random", "own loader"):
         rows, draws = [], Draws()
 
         def collate(samples: list[dict], rows: list = rows) -> dict:
@@ -195,8 +206,13 @@ def streams(folder: Path) -> dict:
             folder, timm_deit(drop_path=0.3), samples, distillation_loss=USKDLoss(32, 10), data_collator=collate,
             per_device_train_batch_size=8, max_steps=8, callbacks=[draws],
         )  # fmt: skip
-        if sampler is not None:
-            trainer._get_train_sampler = lambda dataset=None, sampler=sampler: sampler
+        if name == "own sampler":
+            trainer._get_train_sampler = lambda dataset=None: Permutation()
+        elif name == "own loader":
+            trainer.get_train_dataloader = functools.partial(own_loader, trainer)
+        made[name] = trainer, rows, draws
+    result = {}
+    for name, (trainer, rows, draws) in made.items():
         equal = equal_everywhere(trainer, trainer.model.parameters())
         trainer.train()
         trainer.train()

@@ -125,7 +125,7 @@ def test_two_processes_share_statistics_average_and_a_scaled_rate(runs):
     assert result["learning_rate"] == pytest.approx(0.05 * 16 / 32)
 
 
-@pytest.mark.parametrize("sampler", ["random", "own sampler"])
+@pytest.mark.parametrize("sampler", ["own sampler", "random", "own loader"])
 def test_each_process_draws_for_itself_from_rows_that_are_shared(runs, sampler):
     result = read(runs, 2, "streams")[sampler]
     assert result["equal_at_start"]
