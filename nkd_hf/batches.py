@@ -280,7 +280,7 @@ class ImageCollator:
         elif self._mix is not None:
             if known:
                 key = [part for sample in samples for part in (sample["epoch"], sample["index"])]
-                key += [sample["draw"] for sample in samples if "draw" in sample]
+                key += [sample["draw"] for sample in samples if sample.get("draw")]
                 with seeded(self.seed, *key):
                     pixel_values, labels = self._mix(pixel_values, labels)
             else:

@@ -54,8 +54,8 @@ class ImageDataset(EpochDataset):
             N / M at the most. [`~nkd_hf.bad_images.BadImageReport`] says which rows they are.
         training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
 
-    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch` and `index`, and with `draw`
-    where it isn't the row's first one in this epoch.
+    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch`, `index` and `draw`, which is 0
+    where it is the row's first one in this epoch.
 
     Raises:
         ValueError: the dataset is empty, lacks a column or has labels that are no integers; on access: a bad row, with
@@ -91,6 +91,12 @@ class ImageDataset(EpochDataset):
         # One flag a row, in memory that workers share: setting it twice is harmless, so it needs no lock.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
+
+    def __setstate__(self, state: dict):
+        # deepcopy and plain pickle copy into memory that workers don't share.
+        self.__dict__.update(state)
+        self._bad.share_memory_()
+        self._requests.share_memory_()
 
     @property
     def num_bad_images(self) -> int:
@@ -137,7 +143,7 @@ class ImageDataset(EpochDataset):
             with seeded(*key, torch_only=draws_from_torch(self.transform)):
                 result = {"pixel_values": self.transform(image), "labels": label}
             if self.training:
-                result |= {"epoch": epoch, "index": row} | ({"draw": draw} if draw else {})
+                result |= {"epoch": epoch, "index": row, "draw": draw}
             return result
         raise ValueError(f"all {len(self)} rows are bad: see the warnings above, or set on_bad_image to error")
 
@@ -161,7 +167,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         on_bad_image: `error`, or `skip`: a bad sample is left out, and the stream goes on with the next good one.
         training: whether to shuffle, to go on for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
 
-    Samples are those of [`ImageDataset`].
+    Samples are those of [`ImageDataset`], without `draw`.
 
     Raises:
         ValueError: the dataset lacks a column or has labels that are no integers; on iteration: a bad image, with its

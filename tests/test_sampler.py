@@ -1,12 +1,14 @@
 """The epoch of augmentation, whatever the sampler, the loader and the wrapper of the dataset."""
 
+import copy
 import doctest
+import pickle
 
 import pytest
 import torch
 from tiny import make_trainer, timm_cnn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, Subset, WeightedRandomSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 import nkd_hf.sampler
 from nkd_hf import (
@@ -87,10 +89,17 @@ def test_a_row_that_is_drawn_twice_gets_two_views(rows, workers):
     assert views([again, again]) == epochs
 
 
+def test_a_collator_that_stacks_every_column_takes_rows_that_are_drawn_twice(rows):
+    trainer = weighted(rows)
+    trainer.data_collator = default_data_collator
+    draws = torch.cat([batch["draw"] for batch in trainer.get_train_dataloader()])
+    assert {0, 1} <= set(draws.tolist())
+
+
 def test_training_tells_the_sampler_its_epoch_when_it_resumes(rows, tmp_path):
     class Seen(ImageCollator):
         def __call__(self, samples):
-            keys.append([(sample["epoch"], sample["index"], sample.get("draw", 0)) for sample in samples])
+            keys.append([(sample["epoch"], sample["index"], sample["draw"]) for sample in samples])
             return super().__call__(samples)
 
     def run(resume=None):
@@ -116,6 +125,12 @@ def test_a_loader_that_knows_no_epoch_gets_fresh_views(rows, keywords):
     # The first request for a row is that of epoch 0.
     sampler = EpochSampler(40, seed=3)
     assert views([DataLoader(images(rows), 8, sampler=sampler, collate_fn=ImageCollator(10))])[0] == epochs[0]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+def test_the_workers_of_a_copy_count_together(rows, copied):
+    loader = DataLoader(copied(images(rows)), batch_size=8, collate_fn=ImageCollator(10), num_workers=2)
+    assert_fresh(views([loader, loader]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
