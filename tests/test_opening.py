@@ -12,7 +12,12 @@ from datasets.exceptions import DatasetNotFoundError
 from hub_server import OTHERS_TOKEN
 from test_cli import run
 from tiny import DIGITS, native_resnet, native_vit, timm_cnn, timm_deit
-from transformers import AutoModelForImageClassification, BitImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    LevitConfig,
+    LevitForImageClassification,
+)
 
 from nkd_hf import DataArguments, RecipeArguments, create_student, load_image_dataset, load_teacher
 from nkd_hf.export import export
@@ -279,3 +284,17 @@ def test_a_teacher_with_more_layers_than_its_configuration_is_refused(tmp_path):
 def change_config(folder, **settings):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_tables_of_an_old_file_that_the_model_computes_for_itself_are_ignored(tmp_path):
+    sizes = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    model = LevitForImageClassification(LevitConfig(image_size=64, **sizes, id2label=DIGITS)).eval()
+    model.save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(tmp_path)
+    tables = {name: table for name, table in model.named_buffers() if name.endswith("attention_bias_idxs")}
+    file, pixels = tmp_path / "model.safetensors", torch.randn(2, 3, 64, 64)
+    state = safetensors.torch.load_file(file)
+    assert tables
+    assert not tables.keys() & state.keys()
+    safetensors.torch.save_file(state | tables, file, metadata={"format": "pt"})
+    torch.testing.assert_close(load_teacher(str(tmp_path))(pixels), model(pixels).logits)
