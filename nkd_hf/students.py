@@ -263,7 +263,11 @@ def _open_student(
     except (OSError, ValueError) as error:
         raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
     if id2label is None:
-        id2label = normalize_id2label(student.config.id2label, of=f"the id2label of student {name!r}")
+        names, num_classes = student.config.id2label, student.config.num_labels
+        # PVT's configuration counts its classes apart from their names, which may be of another number, or none.
+        if not names or (num_labels is not None and len(names) != num_classes):
+            names = [f"LABEL_{i}" for i in range(num_classes)]
+        id2label = normalize_id2label(names, num_classes, of=f"the id2label of student {name!r}")
     student.config.id2label, student.config.label2id = id2label, invert_labels(id2label)
     return student
 

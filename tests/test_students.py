@@ -12,6 +12,9 @@ from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn, timm_deit
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PvtConfig,
+    PvtForImageClassification,
+    PvtImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -180,3 +183,14 @@ def test_student_from_a_half_precision_file_trains_in_float32(tmp_path):
 def test_arguments_out_of_range_are_errors(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         create_student(**({"name": "resnet18", "num_labels": 10} | arguments))
+
+
+@pytest.mark.parametrize("names", [None, {0: "a", 1: "b", 2: "c"}])
+def test_a_new_head_where_the_configuration_counts_classes_apart_from_their_names(tmp_path, names):
+    config = PvtConfig(depths=[1, 1, 1, 1], image_size=32, num_labels=3, id2label=names)
+    PvtForImageClassification(config).save_pretrained(tmp_path)
+    PvtImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    same, student = create_student(str(tmp_path)), create_student(str(tmp_path), num_labels=5)
+    assert same.config.id2label == (names or {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
+    assert student.config.id2label == {i: f"LABEL_{i}" for i in range(5)}
+    assert student(torch.randn(1, 3, 32, 32)).logits.shape == (1, 5)
