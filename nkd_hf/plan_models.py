@@ -57,10 +57,11 @@ def open_teacher(
         return None, None
     if is_architecture(recipe.teacher):
         return _create(recipe, data, recipe.teacher, recipe.teacher_args)
-    if fault := path_fault(recipe.teacher):
-        raise ValueError(f"teacher {recipe.teacher!r} is not opened: {fault}")
     name = recipe.teacher.removeprefix("timm/")
     try:
+        # The run itself may start on another machine, where the folder is.
+        if fault := path_fault(recipe.teacher):
+            raise ValueError(fault)
         if name != recipe.teacher and timm.is_model(name):
             teacher = timm.create_model(name)
             return teacher, read_preprocessing(teacher)

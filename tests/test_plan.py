@@ -393,6 +393,9 @@ def test_teachers(plan, tmp_path):
         found, figures = teacher(name)
         assert found == {"name": str(name)} | dict.fromkeys(("parameters", "gmacs", "image_size", "num_classes"))
         assert "is not on this machine" in figures["notes"][0]
+    (tmp_path / "deit").rename(tmp_path / "deit-nkd")
+    _, figures = teacher(tmp_path / "deit-kd")
+    assert figures["notes"][0].endswith(f"did you mean '{tmp_path / 'deit-nkd'}'?")
 
 
 def test_vitkd(plan, error, tmp_path):
@@ -440,7 +443,7 @@ def test_students_with_weights_of_their_own(plan, error, tmp_path):
     assert "is no architecture, and cannot be read without a network" in message
     assert "image processor" in message
     (tmp_path / "resnet" / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "ConvNextImageProcessor", "size": {"height": 32, "width": 32}})
+        json.dumps({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}})
     )
     figures = plan(student=str(tmp_path / "resnet"), student_args=None, num_classes=None)
     assert figures["student"]["parameters"] == sum(p.numel() for p in resnet.parameters())
