@@ -31,7 +31,10 @@ def check_inputs(model: nn.Module, of: str) -> None:
 
     ```
     """
-    parameters = inspect.signature(model.forward).parameters.values()
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except ValueError:  # a forward that TorchScript traced, which does not tell
+        return
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [parameter.name for parameter in parameters if parameter.kind in kinds]
     needed = [

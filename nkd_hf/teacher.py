@@ -279,7 +279,7 @@ def load_teacher(
 def _sharing_weights(module: nn.Module) -> nn.Module:
     """Returns a copy of the module, hooks included, with the same weights in memory.
 
-    A module that cannot be copied, since it holds a lock or a session for example, is returned itself.
+    A module that cannot be copied so, since it holds a lock or a session or is TorchScript's for example, is returned itself.
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
@@ -294,6 +294,8 @@ def _sharing_weights(module: nn.Module) -> nn.Module:
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             memo |= {id(hook): hook for hook in hooks.values()}
     try:
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+            raise TypeError("copies of a TorchScript module have weights of their own")
         return copy.deepcopy(module, memo)
     except Exception as error:
         logger.warning(

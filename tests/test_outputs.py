@@ -1,6 +1,7 @@
 """Models that need more than pixels, and models that return no logits, are refused with a message."""
 
 import pytest
+import timm
 import torch
 from test_opening import change_config
 from tiny import DIGITS, digits, make_trainer, native_resnet, native_vit, timm_cnn
@@ -135,3 +136,12 @@ def test_a_folder_whose_model_returns_tuples(tmp_path):
     expected = model.eval()(pixels).logits
     for opened in (load_teacher(str(tmp_path)).model, open_classifier(str(tmp_path)), create_student(str(tmp_path))):
         torch.testing.assert_close(opened.eval()(pixels).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "compile_", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 3, 32, 32))]
+)
+def test_a_teacher_of_torchscript(compile_):
+    model, pixels = timm.create_model("resnet18", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(load_teacher(compile_(model))(pixels), model(pixels))
