@@ -50,7 +50,8 @@ def parse_args(
         default_config_unless: fields that, when given on the command line, switch `default_config` off: a run on
             another data set should not inherit the settings of a demo.
         default_config_keeps: keys of `default_config` that hold even then, in groups. On the command line, the first field of
-            a group switches the others of its group off: another loss does not inherit the arguments of the first one.
+            a group, with another value than the file's, switches the others of its group off: another loss does not inherit
+            the arguments of the first one.
         args: the command line; None takes `sys.argv[1:]`.
 
     Returns:
@@ -83,10 +84,15 @@ def parse_args(
         config, given = _read_options(parser.prog, args)
         if config is not None:
             parser.set_config(config)
-        elif default_config is not None and not given & set(default_config_unless):
+        elif default_config is not None and not given.keys() & set(default_config_unless):
             parser.set_config(default_config)
         elif default_config is not None:
-            kept = {key for first, *others in default_config_keeps for key in (first, *others) if first not in given}
+            values = read_config(Path(default_config))
+            kept = set()
+            for group in default_config_keeps:
+                # What is given as the file has it is no other choice.
+                if group[0] not in given or (group[0] in values and given[group[0]] == str(values[group[0]][0])):
+                    kept |= set(group)
             parser.set_config(default_config, kept)
         return parser.parse_into_dataclasses(args)
     except ConfigError as error:
@@ -202,13 +208,17 @@ def _type_hints(dataclass_types: list[type]) -> dict[str, Any]:
     return type_hints
 
 
-def _read_options(prog: str, args: list[str]) -> tuple[str | None, set[str]]:
-    """The file of --config, and the fields that the command line sets."""
+def _read_options(prog: str, args: list[str]) -> tuple[str | None, dict[str, str]]:
+    """The file of --config, and the fields that the command line sets, with the text that follows them."""
     # A parser of its own: the full one would miss the required arguments that the YAML is yet to give.
     parser = ArgumentParser(prog=prog, usage=SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     config = parser.parse_known_args(args)[0].config
-    given = {token.split("=", 1)[0].lstrip("-").replace("-", "_") for token in args if token.startswith("--")}
+    given = {}
+    for token, following in zip(args, [*args, ""][1:], strict=True):
+        if token.startswith("--"):
+            option, _, value = token.partition("=")
+            given[option.lstrip("-").replace("-", "_")] = value or following
     return config, given
 
 

@@ -157,6 +157,10 @@ def test_own_data_keep_the_method_and_none_of_the_digits_settings(monkeypatch, r
     assert (training.num_train_epochs, training.learning_rate, training.eval_strategy.value) == (3, 5e-5, "no")
     args, *_ = parse("--compare_with_baseline", "false", "--loss_args", "{}")
     assert (args.distillation_loss, args.loss_args, args.compare_with_baseline) == (loss, {}, False)
+    # The recipe's own loss, by its name, is no other one.
+    for given in (["--distillation_loss", loss], [f"--distillation_loss={loss}"]):
+        args, *_ = parse(*given)
+        assert (args.distillation_loss, args.loss_args) == (loss, loss_args)
     # Another loss has other arguments.
     other = "none" if recipe == "self_distill" else "kd"
     args, *_ = parse("--distillation_loss", other)
