@@ -411,6 +411,11 @@ def _pick_columns(split, args: DataArguments):
                 f"the label column holds fractions ({reason(error)}), expected one integer or name a row: set label_column_name"
             ) from error
         label = split.features["label"]
+    if isinstance(label, datasets.List):
+        raise ValueError(
+            f"the label column is {label}, expected one integer or name a row. Several labels an image are not supported: "
+            "give each image one class, or set label_column_name to another column"
+        )
     if not (isinstance(label, datasets.ClassLabel) or _is_text(label) or label in map(datasets.Value, INTEGER_DTYPES)):
         raise ValueError(f"the label column is {label}, expected one integer or name a row: set label_column_name")
     return split.cast_column("image", datasets.Image(decode=False))

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput, logging
 
 from .features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 from .labels import check_class_order, invert_labels, normalize_id2label
@@ -270,6 +270,9 @@ class DistillationModel(nn.Module):
         """
         # Through from_pretrained, which turns the keys of the file into those of the installed version. The checkpoint may
         # come from anywhere: neither a pickle in it is read nor its config.json.
+        if os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
+            # With peft, from_pretrained would read the weights of the model that the file names.
+            raise ValueError(f"a checkpoint must hold no {ADAPTER_CONFIG_NAME}, got one in {folder}. Remove the file")
         check_class_order(folder, self.config.id2label)
         saved, report = type(self.student).from_pretrained(
             folder, config=copy.deepcopy(self.student.config), use_safetensors=True, output_loading_info=True,

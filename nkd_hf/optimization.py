@@ -155,6 +155,8 @@ def _kept_by_the_model(model: nn.Module) -> set[str]:
 
 def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
     """The kinds of a parameter of this very module."""
+    if name == "mask_token":
+        return set()  # Of ViTKD. The optimiser of cls_KD's configurations decays it.
     is_norm = "norm" in type(module).__name__.lower()
     if isinstance(module, nn.Embedding) or _EMBEDDING.search(name):
         return {"embedding"}

@@ -37,10 +37,21 @@ from .modeling import hidden_progress_bars
 from .opening import open_classifier
 from .preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from .recipe_args import RecipeArguments
-from .run_folder import RESULTS, clear, continues, finish, hold, is_trained, settings_of, stage_history, write_results
+from .run_folder import (
+    RESULTS,
+    clear,
+    continues,
+    finish,
+    has_run,
+    hold,
+    is_trained,
+    settings_of,
+    stage_history,
+    write_results,
+)
 from .store_fingerprint import check_fingerprint, run_fingerprint
 from .store_hub import find_store
-from .students import describe_start
+from .students import check_name, describe_start
 from .teacher import Teacher, load_teacher
 from .teacher_accuracy import ON_STUDENT_PIXELS, differences, has_same_pixels, teacher_metrics
 from .teacher_logits import TeacherLogits
@@ -251,7 +262,10 @@ class Recipe:
         if self._runs_teacher:
             names["teacher"] = self.args.teacher
         for role, name in names.items():
-            if not is_architecture(name) and (fault := path_fault(name)):
+            if is_architecture(name):
+                continue
+            check_name(name)
+            if fault := path_fault(name):
                 raise ValueError(f"{role} {name!r} is not opened: {fault}")
 
     def _check(self) -> None:
@@ -532,6 +546,10 @@ class Recipe:
             return True, False
         afresh = str(self.training_args.resume_from_checkpoint).lower() == "false"
         goes_on = continues(self.folder, self._settings, afresh)
+        if not has_run(self.folder):
+            clear(
+                self.folder, self._settings
+            )  # There is nothing to lose, and a folder that is read-only is told here.
         return goes_on, goes_on and is_trained(self.folder)
 
     @property

@@ -117,13 +117,13 @@ def continues(folder: Path, settings: dict[str, Any], afresh: bool = False) -> b
     Raises:
         ValueError: the folder holds a run with other settings, or with a record of them that cannot be read.
     """
-    has_run = _has_run(folder)
-    if has_run and not afresh and (differences := _differences(folder / _SETTINGS, settings)):
+    is_next = has_run(folder) and not afresh
+    if is_next and (differences := _differences(folder / _SETTINGS, settings)):
         raise ValueError(
             f"{folder} holds a run with other settings ({differences}): set another output_dir, "
             "or start anew in its place with --resume_from_checkpoint false"
         )
-    return has_run and not afresh and (is_trained(folder) or not (folder / RESULTS).is_file())
+    return is_next and (is_trained(folder) or not (folder / RESULTS).is_file())
 
 
 def clear(folder: Path, settings: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def clear(folder: Path, settings: dict[str, Any]) -> None:
     """
     (folder / _UNREPORTED).unlink(missing_ok=True)
     # Where there is no run yet, the trainer says what a first save that was killed has left.
-    for stage in STAGES if _has_run(folder) else ():
+    for stage in STAGES if has_run(folder) else ():
         remove_unfinished(str(folder / stage))
         for checkpoint in checkpoints(str(folder / stage)):
             shutil.rmtree(checkpoint)
@@ -144,7 +144,8 @@ def clear(folder: Path, settings: dict[str, Any]) -> None:
     write_text(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
 
 
-def _has_run(folder: Path) -> bool:
+def has_run(folder: Path) -> bool:
+    """Whether a run, finished or not, has left something in the folder."""
     return any(path.exists() for path in _state_files(folder)) or any(
         checkpoints(str(folder / stage)) for stage in STAGES
     )

@@ -229,6 +229,17 @@ def _create_from_config(name: str, model_args: dict[str, Any], **kwargs) -> PreT
         raise ValueError(f"{name} does not take model_args={model_args}: {error}") from error
 
 
+def check_name(name: str) -> None:
+    """ValueError where a name can be neither an architecture nor a folder nor a Hub id; the message has names like it."""
+    if is_architecture(name) or "/" in name or os.path.exists(name):
+        return
+    names = [*ARCHITECTURES, *timm.list_models()]
+    near = ", ".join(difflib.get_close_matches(name, names, n=5)) or f"see timm.list_models() and {[*ARCHITECTURES]}"
+    raise ValueError(
+        f"{name!r} is neither a timm architecture (near: {near}) nor a folder, and a Hub id has a slash (owner/name)"
+    )
+
+
 def _open_student(
     name: str,
     num_labels: int | None,
@@ -237,14 +248,7 @@ def _open_student(
     allow_pickle: bool,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    if "/" not in name and not os.path.exists(name):
-        names = [*ARCHITECTURES, *timm.list_models()]
-        near = (
-            ", ".join(difflib.get_close_matches(name, names, n=5)) or f"see timm.list_models() and {[*ARCHITECTURES]}"
-        )
-        raise ValueError(
-            f"{name!r} is neither a timm architecture (near: {near}) nor a folder, and a Hub id has a slash (owner/name)"
-        )
+    check_name(name)
     if model_args:
         raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: leave them out")
     labels = {} if num_labels is None else {"num_labels": num_labels}

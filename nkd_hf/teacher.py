@@ -83,10 +83,13 @@ class Teacher(nn.Module):
         self.scale = self.shift = self.channels = None
         if (self.preprocessing is None) != (preprocessing is None):
             logger.warning(
-                "The %s's preprocessing is not known: the pixels reach %s as the student gets them. Hand in its image "
-                "processor (processing_class) so that they are normalised and resized as each of them wants.",
-                "student" if preprocessing is None else "teacher",
-                self.name,
+                "The %s's preprocessing is not known: the pixels reach %s as the student gets them. Pass the %s, so that "
+                "they are normalised and resized as each of the two wants.",
+                *(
+                    ("student", self.name, "student's image processor as the trainer's processing_class")
+                    if preprocessing is None
+                    else ("teacher", self.name, "teacher as load_teacher(model, processing_class=its_image_processor)")
+                ),
             )
         if self.preprocessing and preprocessing and preprocessing.colours != self.preprocessing.colours:
             order = list(self.preprocessing.channel_order)

@@ -265,6 +265,9 @@ def test_what_cannot_be_loaded_is_said(tmp_path, folder):
         load(path, label_column_name="tag")
     with pytest.raises(ValueError, match=r"image column is Value\('int64'\), expected images"):
         load(path)
+    path = write_parquet(tmp_path / "c.parquet", image=[encoded(digit(0))] * 2, label=[[0, 1], [1, 1]])
+    with pytest.raises(ValueError, match=r"expected one integer or name a row\. Several labels an image are not supp"):
+        load(path)
     path = write_parquet(tmp_path / "b.parquet", image=[encoded(digit(0))] * 2, label=[0.5, 1.5], kind=[0, 1])
     with pytest.raises(ValueError, match=r"label column holds fractions .*, expected one integer or name"):
         load(path)

@@ -27,12 +27,12 @@ import transformers.trainer
 import yaml
 from test_opening import Malicious
 from tiny import digits, make_trainer, native_resnet, timm_cnn
-from transformers import BitImageProcessor
+from transformers import AutoModelForImageClassification, BitImageProcessor
 
 from nkd_hf import DataArguments, RecipeArguments, create_student, load_image_dataset, load_teacher, parse_args
 from nkd_hf.export import export
 from nkd_hf.hub import PushError, push_student
-from nkd_hf.modeling import save_student
+from nkd_hf.modeling import DistillationModel, save_student
 from nkd_hf.students import load_image_processor
 
 
@@ -180,6 +180,15 @@ def test_an_adapter_that_leads_to_another_model(native, folder, tmp_path, marker
     message = "it has an adapter_config.json, so its weights are an adapter of another model"
     refused(native, message)
     refused(native, message, allow_pickle=True, trust_remote_code=True)
+
+
+def test_a_checkpoint_with_an_adapter(native, tmp_path):
+    model = DistillationModel(AutoModelForImageClassification.from_pretrained(native), {})
+    model.save(str(tmp_path / "checkpoint"), model.state_dict(), with_losses=True)
+    model.load(str(tmp_path / "checkpoint"))
+    (tmp_path / "checkpoint" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(native)}))
+    with pytest.raises(ValueError, match=r"a checkpoint must hold no adapter_config\.json"):
+        model.load(str(tmp_path / "checkpoint"))
 
 
 # ---- the YAML of a recipe

@@ -55,6 +55,7 @@ def test_a_mistyped_teacher_is_refused_before_the_data_are_loaded(tmp_path, monk
     )
     refused(tmp_path, message, "--teacher", str(wrong))
     refused(tmp_path, "student '~/no/such' is not opened: there is no folder", "--student", "~/no/such")
+    refused(tmp_path, r"'resnet51' is neither a timm architecture \(near: resnet5.*", "--teacher", "resnet51")
 
 
 @pytest.mark.parametrize("by_number", ["true", "false"])

@@ -27,6 +27,7 @@ from nkd_hf import (
     load_image_processor,
     parse_args,
 )
+from nkd_hf import recipe as recipe_module
 from nkd_hf.optimization import lr_factor
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
@@ -154,18 +155,25 @@ def untrained_teacher(name, **kwargs):
 
 
 @pytest.fixture
-def row(request, photographs, tmp_path):
+def row(request, photographs, tmp_path, monkeypatch):
     """The row's recipe, and a trainer of its student with its loss that has not begun."""
+    open_teacher = recipe_module.load_teacher
+
+    def load_teacher(teacher, **kwargs):
+        if isinstance(teacher, str):
+            # Its width and its patches are what matters here, and DeiT III-Large takes long to fill with random weights.
+            shallow = {"model_args": {"depth": 2}} if "deit" in teacher else {}
+            teacher = untrained_teacher(teacher, num_labels=100 if "cifar" in teacher else 1000, **shallow)
+        return open_teacher(teacher)
+
+    monkeypatch.setattr(recipe_module, "load_teacher", load_teacher)
     recipe = Recipe(*arguments_of(request.param, photographs, tmp_path))
     student = recipe.create(recipe.args.student, recipe.args.student_args)
-    recipe.teacher = None
-    if recipe.args.needs_teacher:
-        # Its width and its patches are what matters here, and DeiT III-Large takes long to fill with random weights.
-        shallow = {"model_args": {"depth": 2}} if "deit" in recipe.args.teacher else {}
-        recipe.teacher = untrained_teacher(recipe.args.teacher, num_labels=student.config.num_labels, **shallow)
+    teacher = load_teacher(recipe.teacher or recipe.args.teacher) if recipe.args.needs_teacher else None
+    loss = recipe.args.build_loss(**recipe._loss_shapes(student, teacher))
     train, validation = recipe.datasets(student)
     trainer = DistillationTrainer(
-        model=student, teacher=recipe.teacher, distillation_loss=recipe._loss(student), args=recipe.training_args,
+        model=student, teacher=teacher, distillation_loss=loss, args=recipe.training_args,
         train_dataset=train, eval_dataset=validation, processing_class=load_image_processor(student),
     )  # fmt: skip
     return request.param, recipe, trainer

@@ -139,6 +139,7 @@ def test_unknown_preprocessing_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         load_teacher(native_vit()).align(read_preprocessing(timm_cnn()), None)
     assert "The teacher's preprocessing is not known" in caplog.text
+    assert "Pass the teacher as load_teacher(model, processing_class=its_image_processor)" in caplog.text
 
 
 def test_half_precision_teacher(tmp_path):
