@@ -17,6 +17,8 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.utils import ExplicitEnum
 
+from .losses import ViTKDLoss
+
 # What `get_scheduler` passes to the schedules of transformers itself.
 _PASSED = ("optimizer", "num_warmup_steps", "num_training_steps")
 # `get_scheduler` ignores the kwargs of the first two, and passes those of the others to the class that it names.
@@ -155,8 +157,8 @@ def _kept_by_the_model(model: nn.Module) -> set[str]:
 
 def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
     """The kinds of a parameter of this very module."""
-    if name == "mask_token":
-        return set()  # Of ViTKD. The optimiser of cls_KD's configurations decays it.
+    if name == "mask_token" and isinstance(module, ViTKDLoss):
+        return set()  # The optimiser of cls_KD's configurations decays it.
     is_norm = "norm" in type(module).__name__.lower()
     if isinstance(module, nn.Embedding) or _EMBEDDING.search(name):
         return {"embedding"}

@@ -37,7 +37,7 @@ ALLOWED = {
     "sampler": {"batches"},
     "bad_images": {"images"},
     "transforms": {"data", "errors"},
-    "optimization": set(),
+    "optimization": {"losses"},
     "batch_norm": {"batches"},
     "training_args": {"optimization"},
     "config_file": set(),
