@@ -45,6 +45,7 @@ from .sampler import EpochIndices, training_sampler
 from .teacher import Teacher, load_teacher
 from .teacher_logits import StoredTeacher, TeacherLogits
 from .training_args import DistillationTrainingArguments
+from .transforms import check_colours
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ class DistillationTrainer(FiniteTrainer):
         if compute_loss_func is not None and not _overrides(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         self._check_label_names()
+        self._check_pixels()
         self.add_callback(_CheckOwnMethods(self))
         if self.optimizer is not None:
             check_no_group_is_empty(self.optimizer)
@@ -196,6 +198,14 @@ class DistillationTrainer(FiniteTrainer):
                 f"label_names must contain 'labels', the column that compute_loss reads, got {self.label_names}. Rename the "
                 "column, or override compute_loss."
             )
+
+    def _check_pixels(self) -> None:
+        """Raises ValueError where training can't preprocess as processing_class does, or does not."""
+        if self.processing_class is None:
+            return
+        pixels = read_preprocessing(self.accelerator.unwrap_model(self.model).student, self.processing_class)
+        if pixels is not None:
+            check_colours(getattr(self.train_dataset, "transform", None), *pixels.colours)
 
     @property
     def _has_own_evaluation(self) -> bool:
@@ -254,8 +264,6 @@ class DistillationTrainer(FiniteTrainer):
         if teacher is None:
             if self.teacher_logits is None and (unused := self.args.teacher_settings):
                 raise ValueError(f"{', '.join(unused)} set how a teacher computes, and there is none: leave them out")
-            if self.processing_class is not None:
-                read_preprocessing(model.student, self.processing_class)  # for its errors
             return None
         if isinstance(teacher, nn.Module):
             # Another trainer may have compiled its teacher.

@@ -70,6 +70,34 @@ def train_transform(
     return _TrainTransform(crop, args.horizontal_flip, augment, lighting, mean, std, order, erase)
 
 
+def check_colours(
+    transform: Callable, mean: Sequence[float], std: Sequence[float], channel_order: Sequence[int] = (0, 1, 2)
+) -> None:
+    """Checks that training gets the colours that evaluation gets. Transforms of one's own are not looked into.
+
+    Args:
+        transform: of the training images.
+        mean, std, channel_order: of the student, as in [`train_transform`].
+
+    Raises:
+        ValueError: it is a [`train_transform`] with another normalisation, by more than a step of 8 bits, or channel order.
+    """
+    if not isinstance(transform, _TrainTransform):
+        return
+    order = transform.order or [0, 1, 2]
+    for name, got, wanted in (
+        ("mean", transform.mean.flatten().tolist(), mean),
+        ("std", transform.std.flatten().tolist(), std),
+        ("channel_order", order, channel_order),
+    ):
+        if max(abs(a - b) for a, b in zip(got, wanted, strict=True)) > 1 / 255:
+            raise ValueError(
+                f"the {name} of the train_dataset's transform must be that of processing_class, {list(wanted)}, got "
+                f"{[round(value, 4) for value in got]}. Pass train_transform the mean, std and channel_order of "
+                "nkd_hf.preprocessing.read_preprocessing(student, processing_class)"
+            )
+
+
 def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> list[Callable]:
     """timm's steps between crop and normalisation."""
     try:

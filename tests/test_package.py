@@ -149,6 +149,7 @@ ALLOWED = {
         "teacher",
         "teacher_logits",
         "training_args",
+        "transforms",
     },
 }
 

@@ -17,8 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from nkd_hf import (
     DataArguments,
     DistillationTrainer,
+    DistillationTrainingArguments,
+    ImageDataset,
     NKDLoss,
     create_student,
+    load_image_dataset,
     load_teacher,
     processor_transform,
     train_transform,
@@ -295,3 +298,33 @@ def test_channel_order_is_in_a_stores_fingerprint():
     assert fingerprint_differences({"channel_order": [2, 1, 0]}, {}) == "channel_order: store [2, 1, 0], run None"
     assert fingerprint_differences({}, {"channel_order": [2, 1, 0]}) == "channel_order: store None, run [2, 1, 0]"
     assert fingerprint_differences({"seed": 1}, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("colours", "wrong"),
+    [
+        (((0.0,) * 3, (1.0,) * 3, (2, 1, 0)), None),
+        (((0.001,) * 3, (1.0,) * 3, (2, 1, 0)), None),
+        (((0.0,) * 3, (1.0,) * 3), "channel_order"),
+        (((0.5,) * 3, (1.0,) * 3, (2, 1, 0)), "mean"),
+        (((0.0,) * 3, (0.5,) * 3, (2, 1, 0)), "std"),
+    ],
+)
+def test_training_and_evaluation_of_a_trainer_see_the_same_colours(tmp_path, colours, wrong):
+    data = load_image_dataset(DataArguments(max_train_samples=8))["train"]
+    mean, std, *order = colours
+    dataset = ImageDataset(data, train_transform(DataArguments(), 32, mean, std, "bilinear", *order))
+    size = {"height": 32, "width": 32}
+    arguments = {
+        "model": native_vit(),
+        "args": DistillationTrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+        "train_dataset": dataset,
+        "processing_class": transformers.MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size=size),
+    }
+    if wrong is None:
+        DistillationTrainer(**arguments)
+        return
+    with pytest.raises(
+        ValueError, match=f"the {wrong} of the train_dataset's transform must be that of processing_class"
+    ):
+        DistillationTrainer(**arguments)
