@@ -155,7 +155,7 @@ class KeptImages(EpochDataset):
 
     def get_sample(self, epoch: int, index: int) -> dict:
         pixels = _normalized(self.pixels[epoch, index])
-        return {"pixel_values": pixels, "labels": self.labels[index], "epoch": epoch, "index": index}
+        return {"pixel_values": pixels, "labels": self.labels[index], "epoch": epoch, "index": index, "draw": 0}
 
 
 def _to_bytes(pixels: torch.Tensor) -> np.ndarray:
