@@ -294,7 +294,7 @@ class Recipe:
         release_memory()
         if not self.goes_on:
             # Only now, so that input that is refused leaves the results of an earlier run.
-            self._in_folder(lambda: clear(self.folder, self._settings))
+            self._in_folder(self._clear_earlier_run)
         self._is_checked = True
 
     def _try_step(self, trainer: DistillationTrainer, sample: dict[str, Any]) -> None:
@@ -551,6 +551,10 @@ class Recipe:
                 self.folder, self._settings
             )  # There is nothing to lose, and a folder that is read-only is told here.
         return goes_on, goes_on and is_trained(self.folder)
+
+    def _clear_earlier_run(self) -> None:
+        if has_run(self.folder):
+            clear(self.folder, self._settings)
 
     @property
     def _named_checkpoint(self) -> str | None:
