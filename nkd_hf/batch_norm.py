@@ -65,6 +65,11 @@ def estimate_batch_norm(
             norm.running_var.copy_(accelerator.reduce(norm.running_var, "mean"))
 
 
+def wants_more_values(error: ValueError) -> bool:
+    """Whether BatchNorm raised an error because a channel had one value, which has no variance."""
+    return "more than 1 value per channel" in str(error)
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a module normalises by the statistics of its batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import wants_more_values
 from .checkpoint_trainer import CheckpointTrainer
 from .non_finite import LossWatch, NonFiniteLossError
 
@@ -50,7 +51,16 @@ class FiniteTrainer(CheckpointTrainer):
         # In a step of accumulation, the first micro-batch's state is what the step is undone to.
         if self.args.on_non_finite_loss == "skip" and self._before_step is None:
             self._before_step = self._state()
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except ValueError as error:  # check_batches does not see the batches of a stream
+            if not wants_more_values(error):
+                raise
+            raise ValueError(
+                f"the batch of step {self.state.global_step + 1} must have at least 2 images, got 1. BatchNorm has no "
+                "statistics of one value: set another per_device_train_batch_size. dataloader_drop_last has no effect on "
+                "streams"
+            ) from error
         # A compute_loss of one's own may tell nothing, or add to what it tells.
         watched = self._watched or {"losses": {}, "student_logits": None, "teacher_logits": None}
         watched["losses"] = watched["losses"] | {"loss": loss * self.current_gradient_accumulation_steps}

@@ -39,7 +39,7 @@ class LossWatch:
     >>> watch.close_step(grad_norm=float("nan"), scaled=False)
     >>> print(watch.fault())
     the loss of step 7 is not finite (task=nan, learning_rate=0.1, grad_norm=nan). The student's logits are not finite \
-for 1 of 2 samples (2), and no teacher is: it diverges; lower learning_rate, warm up for longer, or clip with max_grad_norm. \
+for 1 of 2 samples (2): it diverges; lower learning_rate, warm up for longer, or clip with max_grad_norm. \
 Samples of the batch, by their index in the data: 4, 2
 
     ```
@@ -151,9 +151,9 @@ def _cause(batch: _MicroBatch) -> str:
             "teacher's weights, and its precision (fp16 overflows where bf16 and float32 do not)"
         )
     if student.any():
-        of_teacher = "no teacher is" if batch.teacher_rows is None else "the teacher's are"
+        of_teacher = "" if batch.teacher_rows is None else ", while the teacher's are"
         return (
-            f"The student's logits are not finite for {_count(student, batch)}, and {of_teacher}: it diverges; lower "
+            f"The student's logits are not finite for {_count(student, batch)}{of_teacher}: it diverges; lower "
             "learning_rate, warm up for longer, or clip with max_grad_norm"
         )
     return "The logits are finite, so that the loss itself overflows: lower its weight or its temperature"

@@ -41,18 +41,30 @@ _COLOURS = np.array(
 )
 
 
+class ChannelMeans(tuple):
+    """The mean of red, green and blue, with the order of the model's channels.
+
+    [`train_transform`] reads the order from it, so that training gets the right channels from size, mean and std alone.
+
+    Attributes:
+        channel_order (`tuple[int, ...]`): see [`Preprocessing`].
+    """
+
+    channel_order: tuple[int, ...] = RGB
+
+
 class Preprocessing(NamedTuple):
     """How pixels in [0, 1] become a model's input.
 
     Attributes:
-        mean (`tuple[float, ...]`): of red, green and blue, in units of [0, 1].
+        mean ([`ChannelMeans`]): of red, green and blue, in units of [0, 1].
         std (`tuple[float, ...]`): of red, green and blue, in units of [0, 1].
         size (`tuple[int, int]`): height and width in pixels.
         interpolation (`str`): `bilinear` or `bicubic`.
         channel_order (`tuple[int, ...]`): which of red (0), green (1) and blue (2) each channel of the input is.
     """
 
-    mean: tuple[float, ...]
+    mean: ChannelMeans
     std: tuple[float, ...]
     size: tuple[int, int]
     interpolation: str
@@ -132,7 +144,10 @@ def read_processor(processor: BaseImageProcessor) -> Preprocessing:
         pictures = _run(processor, [_picture(colours, (512, 512)) for colours in _COLOURS])
         mean, std, order = _read_colours(pictures, name)
         size = _read_size(processor, tuple(pictures[0].shape[1:]), stated)
-    return Preprocessing(*_exact(exact, mean, std), size, kernel(resample, name), order)
+    mean, std = _exact(exact, mean, std)
+    mean = ChannelMeans(mean)
+    mean.channel_order = order
+    return Preprocessing(mean, std, size, kernel(resample, name), order)
 
 
 def read_crop_pct(processor: BaseImageProcessor) -> float:

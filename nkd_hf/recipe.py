@@ -142,21 +142,21 @@ class Recipe:
             ValueError: data, models, loss or stored logits do not fit each other. The first of the three trainings checks
                 all of them before its first step.
         """
-        self._check()
+        self.check()
         if self.is_trained or not self._runs_teacher or not is_architecture(self.args.teacher):
             return
         self.teacher = self._train("teacher", self.create(self.args.teacher, self.args.teacher_args))
 
     def train_baseline(self) -> None:
         """Trains the student without the distillation loss, if that is asked for."""
-        self._check()
+        self.check()
         if not self.is_trained and (self.args.compare_with_baseline or self.args.distillation_loss == "none"):
             self.measure_teacher()
             self._train("baseline", self.create(self.args.student, self.args.student_args))
 
     def train_student(self) -> None:
         """Trains the student with the distillation loss, from the seed and with the data of the baseline."""
-        self._check()
+        self.check()
         if not self.is_trained and self.args.distillation_loss != "none":
             if self.teacher is None:
                 self.train_teacher()
@@ -268,8 +268,12 @@ class Recipe:
             if fault := path_fault(name):
                 raise ValueError(f"{role} {name!r} is not opened: {fault}")
 
-    def _check(self) -> None:
-        """Builds all that the run needs and sends one image through it, before anything is trained."""
+    def check(self, trains_student: bool = True) -> None:
+        """Builds all that the run needs and sends one image through it, before anything is trained.
+
+        Args:
+            trains_student: whether to check the sizes of the student's batches, too.
+        """
         if self._is_checked:
             return
         self.open_teacher()
@@ -286,10 +290,12 @@ class Recipe:
             trainer = self._trainer(self.folder, student, loss, teacher, teacher_compile=False)
             if self.teacher_logits is None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
                 self._try_step(trainer, sample)
-            loader = trainer.get_train_dataloader()
-            *_, max_steps = trainer.set_initial_training_values(trainer.args, loader)
-            trainer.check_batches(loader, max_steps)
-            del trainer, loader, teacher, loss
+            if trains_student:
+                loader = trainer.get_train_dataloader()
+                *_, max_steps = trainer.set_initial_training_values(trainer.args, loader)
+                trainer.check_batches(loader, max_steps)
+                del loader
+            del trainer, teacher, loss
         del student
         release_memory()
         if not self.goes_on:

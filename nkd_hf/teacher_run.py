@@ -73,6 +73,7 @@ def write_store(args: list[str] | None = None) -> str | None:
     recipe = dataclasses.replace(recipe, teacher_logits=None)
 
     run = Recipe(recipe, data, training)
+    run.check(trains_student=False)
     run.train_teacher()
     run.open_teacher()
     run.data_args = dataclasses.replace(data, mix_pairs=True)

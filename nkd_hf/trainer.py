@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, has_length
 from transformers.utils import ModelOutput
 
-from .batch_norm import estimate_batch_norm, has_batch_norm, smallest_batch
+from .batch_norm import estimate_batch_norm, has_batch_norm, smallest_batch, wants_more_values
 from .batches import EpochDataset, EpochSampler, ImageCollator, derived_seeds, seeded
 from .checkpoints import fault_of
 from .features import check_token_grids
@@ -45,7 +45,7 @@ from .sampler import EpochIndices, training_sampler
 from .teacher import Teacher, load_teacher
 from .teacher_logits import StoredTeacher, TeacherLogits
 from .training_args import DistillationTrainingArguments
-from .transforms import check_colours
+from .transforms import check_colours, is_train_transform
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +185,8 @@ class DistillationTrainer(FiniteTrainer):
     ) -> DistillationModel:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
-                f"model must be a *ForImageClassification of transformers, got {type(model).__name__}: "
-                'for a timm architecture give create_student("<its name>")'
+                f"model must be a *ForImageClassification of transformers, got {type(model).__name__}. Pass "
+                'create_student("<name>") for an architecture of timm, and load weights into its timm_model'
             )
         check_classifier(model.config, "the student")
         normalize_id2label(model.config.id2label, of="the student's id2label")
@@ -200,12 +200,26 @@ class DistillationTrainer(FiniteTrainer):
             )
 
     def _check_pixels(self) -> None:
-        """Raises ValueError where training can't preprocess as processing_class does, or does not."""
-        if self.processing_class is None:
+        """Raises ValueError where training can't preprocess as processing_class does, or does not.
+
+        Without processing_class, the student's own configuration says what `pipeline` will do with the saved student.
+        """
+        transform = getattr(self.train_dataset, "transform", None)
+        is_known = is_train_transform(transform)
+        if self.processing_class is None and not is_known:
             return
         pixels = read_preprocessing(self.accelerator.unwrap_model(self.model).student, self.processing_class)
-        if pixels is not None:
-            check_colours(getattr(self.train_dataset, "transform", None), *pixels.colours)
+        if pixels is None or not is_known:
+            return
+        if self.processing_class is not None:
+            check_colours(transform, *pixels.colours)
+            return
+        order = pixels.channel_order
+        check_colours(transform, transform.mean.flatten(), transform.std.flatten(), order, of="the student")
+        try:
+            check_colours(transform, *pixels.colours, of="the student")
+        except ValueError as error:
+            logger.warning("pipeline() will give the saved student other pixels than training does: %s.", error)
 
     @property
     def _has_own_evaluation(self) -> bool:
@@ -435,15 +449,20 @@ class DistillationTrainer(FiniteTrainer):
             )
 
     def check_batches(self, loader: torch.utils.data.DataLoader, max_steps: int) -> None:
-        """Raises ValueError where a batch of one image would end training in BatchNorm.
+        """Raises ValueError where a batch of one image would end training in BatchNorm, or an odd one can't be paired.
 
         Args:
             loader: of the training images. One without a length passes.
             max_steps: optimiser steps of the run.
         """
+        args, collator = self.args, self.data_collator
+        if isinstance(collator, ImageCollator) and collator.mix_pairs and self._train_batch_size % 2:
+            raise ValueError(
+                f"per_device_train_batch_size must be even with mix_pairs, got {self._train_batch_size}. Two images that "
+                "follow each other are mixed: set an even one, or mix_pairs to false"
+            )
         if not has_length(loader) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        args = self.args
         num_devices = max(1, args.n_gpu)
         every_batch = self._train_batch_size <= num_devices
         last_is_reached = max_steps * args.gradient_accumulation_steps >= len(loader)
@@ -476,7 +495,7 @@ class DistillationTrainer(FiniteTrainer):
             with seeded(0), torch.random.fork_rng(devices), self.compute_loss_context_manager():
                 self.compute_loss(model.train(), self._prepare_inputs(loader.collate_fn([loader.dataset[key]])))
         except ValueError as error:
-            if "more than 1 value per channel" in str(error):
+            if wants_more_values(error):
                 return True
             raise
         finally:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import PIL.Image
@@ -30,7 +31,7 @@ def train_transform(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str = "bilinear",
-    channel_order: Sequence[int] = (0, 1, 2),
+    channel_order: Sequence[int] | None = None,
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
     """The augmentation of training images, up to normalisation.
 
@@ -44,7 +45,8 @@ def train_transform(
         mean: of red, green and blue, for pixels in 0..1.
         std: of red, green and blue, for pixels in 0..1.
         interpolation: `bilinear` or `bicubic`.
-        channel_order: which of red (0), green (1) and blue (2) each channel of the result is.
+        channel_order: which of red (0), green (1) and blue (2) each channel of the result is. None means the order that
+            `mean` has, where it comes from [`~nkd_hf.preprocessing.read_preprocessing`], else red, green and blue.
 
     Returns:
         A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. It also takes a tensor [3, H, W] uint8, and says so with
@@ -56,6 +58,8 @@ def train_transform(
     """
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    if channel_order is None:
+        channel_order = getattr(mean, "channel_order", (0, 1, 2))
     size = (size, size) if isinstance(size, int) else tuple(size)
     augment = _auto_augment(args.auto_augment, size, mean, interpolation) if args.auto_augment else []
     mode = v2.InterpolationMode(interpolation)
@@ -70,30 +74,38 @@ def train_transform(
     return _TrainTransform(crop, args.horizontal_flip, augment, lighting, mean, std, order, erase)
 
 
+def is_train_transform(transform: Any) -> bool:
+    """Whether [`train_transform`] made it."""
+    return isinstance(transform, _TrainTransform)
+
+
 def check_colours(
-    transform: Callable, mean: Sequence[float], std: Sequence[float], channel_order: Sequence[int] = (0, 1, 2)
+    transform: Callable,
+    mean: Sequence[float],
+    std: Sequence[float],
+    channel_order: Sequence[int] = (0, 1, 2),
+    of: str = "processing_class",
 ) -> None:
-    """Checks that training gets the colours that evaluation gets. Transforms of one's own are not looked into.
+    """Checks that training gets the colours that evaluation gets.
 
     Args:
-        transform: of the training images.
+        transform: of the training images, as [`train_transform`] returns it.
         mean, std, channel_order: of the student, as in [`train_transform`].
+        of: where the student's values come from, for the error.
 
     Raises:
-        ValueError: it is a [`train_transform`] with another normalisation, by more than a step of 8 bits, or channel order.
+        ValueError: the transform has another channel order, or a normalisation that differs by more than a step of 8 bits.
     """
-    if not isinstance(transform, _TrainTransform):
-        return
     order = transform.order or [0, 1, 2]
     for name, got, wanted in (
+        ("channel_order", order, channel_order),
         ("mean", transform.mean.flatten().tolist(), mean),
         ("std", transform.std.flatten().tolist(), std),
-        ("channel_order", order, channel_order),
     ):
         if max(abs(a - b) for a, b in zip(got, wanted, strict=True)) > 1 / 255:
             raise ValueError(
-                f"the {name} of the train_dataset's transform must be that of processing_class, {list(wanted)}, got "
-                f"{[round(value, 4) for value in got]}. Pass train_transform the mean, std and channel_order of "
+                f"the {name} of the train_dataset's transform must be that of {of}, {list(wanted)}, got "
+                f"{[round(value, 4) for value in got]}. Pass train_transform the mean and std of "
                 "nkd_hf.preprocessing.read_preprocessing(student, processing_class)"
             )
 

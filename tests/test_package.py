@@ -77,7 +77,7 @@ ALLOWED = {
     "hub": {"model_card", "publishing"},
     "checkpoint_trainer": {"batches", "checkpoints", "hub_trainer", "sigterm"},
     "checkpoints": set(),
-    "finite_trainer": {"checkpoint_trainer", "checkpoints", "non_finite"},
+    "finite_trainer": {"batch_norm", "checkpoint_trainer", "checkpoints", "non_finite"},
     "hub_trainer": {"hub", "publishing"},
     "optimizer_groups": set(),
     "image_losses": set(),

@@ -1,6 +1,7 @@
 """Training, the teacher and evaluation see the same pixels, whatever the image processor; or it is refused."""
 
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -138,9 +139,9 @@ def test_mobilevit_sees_red_where_evaluation_does():
     processor = transformers.MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     wanted = read_preprocessing(nn.Module(), processor)
     red = Image.new("RGB", (64, 64), (255, 0, 0))
-    transform = train_transform(
-        DataArguments(), wanted.size, wanted.mean, wanted.std, channel_order=wanted.channel_order
-    )
+    # Size, mean and std are what everybody passes. The order of the channels comes with the mean, to workers as well.
+    mean = pickle.loads(pickle.dumps(wanted)).mean
+    transform = train_transform(DataArguments(), wanted.size, mean, wanted.std)
     assert transform(red).mean((1, 2)).tolist() == processor_transform(processor)(red).mean((1, 2)).tolist()
     assert transform(red).mean((1, 2)).tolist() == [0.0, 0.0, 1.0]
 
@@ -328,3 +329,23 @@ def test_training_and_evaluation_of_a_trainer_see_the_same_colours(tmp_path, col
         ValueError, match=f"the {wrong} of the train_dataset's transform must be that of processing_class"
     ):
         DistillationTrainer(**arguments)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_timm_student_without_processing_class_says_itself_what_evaluation_sees(tmp_path, caplog, order):
+    data = load_image_dataset(DataArguments(max_train_samples=8))["train"]
+    student = timm_cnn()
+    pixels = read_preprocessing(student)
+
+    def make(mean, channel_order):
+        transform = train_transform(DataArguments(), 32, mean, pixels.std, channel_order=channel_order)
+        return make_trainer(tmp_path, student, ImageDataset(data, transform))
+
+    if order != pixels.channel_order:
+        with pytest.raises(ValueError, match=r"the channel_order of .* must be that of the student"):
+            make(pixels.mean, order)
+        return
+    make(pixels.mean, order)
+    assert "pipeline()" not in caplog.text
+    make([0.5] * 3, order)
+    assert "pipeline() will give the saved student other pixels than training does: the mean of" in caplog.text

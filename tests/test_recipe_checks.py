@@ -114,12 +114,19 @@ def test_a_last_batch_of_one_image_is_refused_before_a_teacher_without_batch_nor
     )  # fmt: skip
 
 
+def test_an_odd_batch_that_is_mixed_in_pairs_is_refused_before_the_baseline_is_trained(tmp_path):
+    refused(
+        tmp_path, "per_device_train_batch_size must be even with mix_pairs, got 15", "--mix_pairs", "true",
+        "--mixup_alpha", "0.2", "--per_device_train_batch_size", "15", "--teacher", save(tmp_path / "teacher", "resnet34"),
+    )  # fmt: skip
+
+
 def test_the_check_changes_no_training(tmp_path, monkeypatch):
     """Student, losses with parameters of their own and data are those of a run without it."""
     teacher = save(tmp_path / "teacher", "resnet34")
     arguments = ["--teacher", teacher, "--distillation_loss", "nkd+srrl", "--loss_args", "{}", "--max_steps", "3"]
     checked = run("distill_cnn", "--output_dir", str(tmp_path / "a"), *arguments)
-    monkeypatch.setattr(Recipe, "_check", Recipe.open_teacher)
+    monkeypatch.setattr(Recipe, "check", Recipe.open_teacher)
     monkeypatch.setattr(Recipe, "measure_teacher", lambda self: None)
     unchecked = run("distill_cnn", "--output_dir", str(tmp_path / "b"), *arguments)
     assert checked.results["distilled"] == unchecked.results["distilled"]

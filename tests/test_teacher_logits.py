@@ -353,6 +353,15 @@ def test_bytes_of_a_sample(stores):
     assert 34 <= size("top3") < 34 + header
 
 
+def test_a_store_of_images_that_leave_one_for_the_last_batch(teacher, tmp_path):
+    """BatchNorm of the student cannot train on that batch, and nothing is trained to write a store."""
+    images = ["--max_train_samples", "33", "--per_device_train_batch_size", "16"]
+    store = write(tmp_path / "store", teacher, "--epochs", "1", *images)
+    assert store.info.num_samples == 33
+    more = ["--teacher_logits", str(store.folder), "--num_train_epochs", "1", "--dataloader_drop_last", "true"]
+    train(tmp_path / "run", *arguments(None, *more, *images))
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(stores, teacher, tmp_path, monkeypatch):
     replace, calls = __import__("os").replace, []
 

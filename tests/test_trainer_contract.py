@@ -618,3 +618,19 @@ def test_a_checkpoint_of_trainer_is_named_as_one(tmp_path, train):
         with pytest.raises(ValueError, match=said):
             make_trainer(tmp_path, native_vit(), train).train(resume_from_checkpoint=wanted)
     assert (tmp_path / "checkpoint-3").is_dir()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Nine samples, and no length."""
+
+    def __iter__(self):
+        return iter(digits(0, 9))
+
+
+def test_a_last_batch_of_one_from_a_stream_without_length_is_said(tmp_path):
+    trainer = make_trainer(tmp_path, timm_cnn(), Stream(), per_device_train_batch_size=4)
+    with pytest.raises(
+        ValueError, match=r"the batch of step 3 must have at least 2 images, got 1. .* per_device_train_batch_size"
+    ):
+        trainer.train()
+    make_trainer(tmp_path, timm_cnn(), Stream(), per_device_train_batch_size=5).train()
