@@ -27,6 +27,7 @@ from .access import gate
 from .errors import reason
 from .folders import path_fault
 from .labels import sort_by_number
+from .repo_ids import read_repo_id
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        if not self._is_parquet:  # whose files may have addresses
+            self.dataset_name = read_repo_id(self.dataset_name, "dataset_name", "dataset")
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {self.on_bad_image!r}")
         if not 0 < self.train_val_split < 1:
@@ -153,6 +156,10 @@ class DataArguments:
             raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
         if self.mix_pairs and self.streaming:
             raise ValueError("mix_pairs needs streaming off: a stream has no order of which pairs could be a part")
+
+    @property
+    def _is_parquet(self) -> bool:
+        return self.dataset_name.endswith(".parquet") or any(character in self.dataset_name for character in "*?[")
 
 
 def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | IterableDatasetDict:
@@ -303,11 +310,10 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         if args.streaming:
             return IterableDatasetDict({key: split.to_iterable_dataset(num_shards=4) for key, split in digits.items()})
         return digits
-    is_parquet = name.endswith(".parquet") or any(character in name for character in "*?[")
-    if not is_parquet and (fault := path_fault(args.dataset_name)):
+    if not args._is_parquet and (fault := path_fault(args.dataset_name)):
         raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {fault}. {_EXPECTED}")
     try:
-        if is_parquet:
+        if args._is_parquet:
             return datasets.load_dataset("parquet", data_files=name, streaming=args.streaming)
         return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
     except (

@@ -26,11 +26,13 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.utils import build_hf_headers
 
 from .model_card import is_generated, with_repo_id
 from .model_card.card import CURVES_FILE, signed
 from .model_card.text import code, plain_name
 from .publishing import CARD, SETTINGS, TEXT, check_publishable, publishable, read_json, read_text, student_files
+from .repo_ids import read_repo_id
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,60 @@ class PushError(RuntimeError):
     """A push failed; the message says why, where the student is, and how to push it again."""
 
 
+class PushApi(HfApi):
+    """The client of a push, which goes on where the Hub, a mirror of it for example, does not judge model cards.
+
+    `HfApi` fails there, and so does `RepoCard.validate`, which also asks without the token.
+    """
+
+    def __init__(self, token: str | None = None):
+        super().__init__(token=token)
+        self._judged: set[str] = set()
+
+    def check_card(self, text: str, repo_type: str = "model") -> None:
+        """Asks the Hub whether it takes a card: it would refuse the commit, after all weights were sent.
+
+        Args:
+            text: of the card.
+            repo_type: `model` or `dataset`.
+
+        Raises:
+            PushError: the card is not valid.
+        """
+        if text in self._judged or not text.startswith("---"):
+            return
+        try:
+            RepoCard(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise PushError(f"its model card is not valid: {' '.join(str(error).split())}") from error
+        url = f"{self.endpoint}/api/validate-yaml"
+        said = "no answer"
+        try:
+            response = get_session().post(
+                url, json={"content": text, "repoType": repo_type}, headers=build_hf_headers(token=self.token)
+            )
+            said = f"status {response.status_code}"
+            answer = response.json() if response.status_code in (200, 400) else {}
+            errors, warnings = ([item["message"] for item in answer[key]] for key in ("errors", "warnings"))
+        except Exception as error:  # of httpx, of json, and of an answer in another form
+            logger.warning(
+                "The model card is pushed unchecked, since %s gave no verdict (%s, %s).",
+                url,
+                said,
+                type(error).__name__,
+            )
+        else:
+            if errors:
+                raise PushError(f"its model card is not valid: {' '.join('; '.join(errors).split())}")
+            if warnings:
+                logger.warning("The Hub warns of the model card: %s", "; ".join(warnings))
+        self._judged.add(text)
+
+    def _validate_yaml(self, content: str, *, repo_type: str | None = None, token: bool | str | None = None) -> None:
+        # create_commit and upload_folder call it, and have no public way around it.
+        self.check_card(content, repo_type or "model")
+
+
 def push_student(
     folder: str | os.PathLike,
     repo_id: str,
@@ -54,6 +110,7 @@ def push_student(
     token: str | None = None,
     commit_message: str = _MESSAGE,
     overwrite_card: bool = False,
+    create_pr: bool = False,
 ) -> CommitInfo:
     """Puts a saved student on the Hub, in one commit: all of it or nothing.
 
@@ -66,28 +123,35 @@ def push_student(
 
     Args:
         folder: of a saved student: `trainer.save_model()`, `nkd-hf export`.
-        repo_id: `owner/name`, or `name` for the token's owner; made if it does not exist.
+        repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; made if it does not exist.
         private: whether a repo that is made is private; None takes the owner's default.
         revision: a branch that exists; None means `main`.
         token: with the right to write; None takes `HF_TOKEN`, or that of `hf auth login`.
         commit_message: the commit's title.
         overwrite_card: whether a model card that a person has edited on the Hub is replaced.
+        create_pr: whether the commit becomes a pull request to `main`, which a token without the right to write there may
+            open too.
 
     Returns:
-        `CommitInfo`: of the commit, or of the last one when nothing has changed since.
+        `CommitInfo`: of the commit, or of the last one when nothing has changed since. Its `pr_url` is that of the pull
+        request.
 
     Raises:
-        ValueError: the folder holds no student, or one of its files a token or a path of this machine.
+        ValueError: the folder holds no student, or one of its files a token or a path of this machine; `repo_id` is the
+            address of something else; `create_pr` comes with another branch.
         PushError: the Hub was not reached, or refused it.
     """
     folder = Path(folder).expanduser()
+    repo_id = read_repo_id(repo_id, "repo_id")
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise ValueError(f"revision must be main with create_pr, got {revision!r}. Leave one of the two out.")
     files: dict[str, Path | bytes] = {name: folder / name for name in student_files(folder)}
     if CARD not in files:
         files[CARD] = _plain_card(folder, repo_id).encode()
     check_publishable(files, token)
-    again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
+    again = _command(folder, repo_id, private, revision, commit_message, overwrite_card, create_pr)
     with failures(folder, repo_id, revision, token, again):
-        api = HfApi(token=token)
+        api = PushApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         info = api.model_info(repo_id, revision=revision)
         if private:
@@ -104,10 +168,10 @@ def push_student(
                     repo_id,
                 )
                 del files[CARD]
-        if CARD in files:
-            _check_card(files[CARD].decode())
+        if CARD in files:  # before the weights are sent; create_commit asks only then
+            api.check_card(files[CARD].decode())
         stale = {name for name in held if _STALE.fullmatch(name) or name in (CURVES_FILE, SETTINGS)}
-        return _commit(api, info, files, stale, revision, commit_message)
+        return _commit(api, info, files, stale, revision, commit_message, create_pr)
 
 
 def push_checkpoint(
@@ -147,7 +211,7 @@ def push_checkpoint(
         files[state] = json.dumps(publishable(read_json(files[state])), indent=2).encode()
     check_publishable(files, token)
     with failures(name or folder, repo_id, revision, token):
-        api = HfApi(token=token)
+        api = PushApi(token=token)
         info = api.model_info(repo_id, revision=revision)
         stale = {file.rfilename for file in info.siblings if file.rfilename.startswith(f"{path_in_repo}/")}
         return _commit(api, info, files, stale, revision, commit_message)
@@ -176,11 +240,12 @@ def create_repo(
     Raises:
         PushError: the Hub was not reached, or refused it; there is no such branch.
     """
+    repo_id = read_repo_id(repo_id, "repo_id")
     again = None
     if folder is not None:
         again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
     with failures(folder, repo_id, revision, token, again):
-        api = HfApi(token=token)
+        api = PushApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private or revision:
             info = api.model_info(repo_id, revision=revision)
@@ -196,11 +261,13 @@ def _command(
     revision: str | None,
     commit_message: str | None,
     overwrite_card: bool,
+    create_pr: bool = False,
 ) -> str:
     options = ["--private"] if private else []
     options += ["--revision", revision] if revision else []
     options += ["--commit_message", commit_message] if commit_message not in (None, _MESSAGE) else []
     options += ["--overwrite_card"] if overwrite_card else []
+    options += ["--create_pr"] if create_pr else []
     return shlex.join(["nkd-hf", "push", str(folder), repo_id, *options])
 
 
@@ -209,28 +276,25 @@ def _check_private(info: ModelInfo) -> None:
         raise PushError(f"{info.id} exists and is public: make it private in its settings first")
 
 
-def _check_card(text: str) -> None:
-    """Asks the Hub, which would refuse the commit of a card that is not valid, and only after all weights were sent."""
-    if not text.startswith("---"):
-        return
-    try:
-        RepoCard(text).validate("model")
-    except (ValueError, yaml.YAMLError) as error:
-        raise PushError(f"its model card is not valid: {' '.join(str(error).split())}") from error
-
-
 def _commit(
-    api: HfApi, info: ModelInfo, files: dict[str, Path | bytes], stale: set[str], revision: str | None, message: str
+    api: PushApi,
+    info: ModelInfo,
+    files: dict[str, Path | bytes],
+    stale: set[str],
+    revision: str | None,
+    message: str,
+    create_pr: bool = False,
 ) -> CommitInfo:
+    where = {"revision": revision, "create_pr": create_pr}
     operations = [CommitOperationDelete(name) for name in sorted(stale - set(files))]
     additions = [CommitOperationAdd(name, source) for name, source in files.items()]
     for addition in additions:
         if not addition.path_in_repo.endswith(TEXT):
             # One at a time, which the client does in this thread: it would wait for others before it is interrupted.
-            api.preupload_lfs_files(info.id, [addition], revision=revision, free_memory=False)
+            api.preupload_lfs_files(info.id, [addition], free_memory=False, **where)
     operations += additions
     # The parent: what somebody commits after the look at the repo is not overwritten.
-    return api.create_commit(info.id, operations, commit_message=message, revision=revision, parent_commit=info.sha)
+    return api.create_commit(info.id, operations, commit_message=message, parent_commit=info.sha, **where)
 
 
 @contextlib.contextmanager
@@ -359,11 +423,14 @@ def main(args: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder of a saved student")
-    parser.add_argument("repo_id", metavar="REPO", help="owner/name on the Hub; made if it does not exist")
+    parser.add_argument(
+        "repo_id", metavar="REPO", help="owner/name on the Hub, or the address of its page; made if it does not exist"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make the repo private")
     parser.add_argument("--revision", help="branch to push to (default: main)")
     parser.add_argument("--commit_message", default=_MESSAGE, help="(default: %(default)s)")
     parser.add_argument("--overwrite_card", action="store_true", help="replace a model card that was edited by hand")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of writing to main")
     args = parser.parse_args(args)
     try:
         commit = push_student(**vars(args))
@@ -371,4 +438,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"nkd-hf push: error: {error}")
     except KeyboardInterrupt:  # What to do now was said.
         sys.exit(130)
-    print(f"{args.folder} is on the Hub: {commit.commit_url}")
+    if commit.pr_url is not None:
+        print(f"{args.folder} is proposed on the Hub: {commit.pr_url}")
+    else:  # Nothing to propose gives the last commit.
+        print(f"{args.folder} is on the Hub: {commit.commit_url}")

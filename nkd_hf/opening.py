@@ -35,6 +35,7 @@ from .errors import reason
 from .folders import path_fault
 from .model_config import RefusedError, check_image_processor, find_file, is_timm_config, read_config, read_json
 from .outputs import check_inputs
+from .repo_ids import read_repo_id
 
 # Of weights without a configuration, by their endings.
 _TIMM_FILES = (".pth.tar", ".pth", ".pt", ".safetensors")
@@ -90,7 +91,7 @@ def open_pretrained(
         ValueError: the code is not trusted.
         OSError: there is no such model, or it is not in the cache and cannot be reached.
     """
-    name = os.path.expanduser(name)
+    name = os.path.expanduser(read_repo_id(name, "the model"))
     _check_no_checkpoint(name)
     if fault := path_fault(name):
         raise RefusedError(fault)

@@ -22,6 +22,7 @@ from .losses import (
     WTTMLoss,
 )
 from .losses.mgd import check_map_sizes
+from .repo_ids import read_repo_id
 from .students import check_preprocessing, create_student
 
 _LOSSES = {
@@ -182,9 +183,11 @@ class RecipeArguments:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: leave it out"
             )
-        for name in ("student", "teacher"):
-            if getattr(self, name) == "":
+        for name, repo_type in {"student": "model", "teacher": "model", "teacher_logits": "dataset"}.items():
+            value = getattr(self, name)
+            if value == "" and repo_type == "model":
                 raise ValueError(f"{name} has no name: set it to a Hub id, a folder or an architecture")
+            setattr(self, name, read_repo_id(value, name, repo_type))
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(
                 f"num_processes must be positive, got {self.num_processes}: leave it out if it is not known"

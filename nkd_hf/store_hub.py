@@ -4,13 +4,14 @@ import os
 import shlex
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .access import gate
 from .errors import reason
 from .folders import path_fault
-from .hub import failures
+from .hub import PushApi, failures
+from .repo_ids import read_repo_id
 from .teacher_logits import STORE, StoreInfo, TeacherLogits, unfinished
 
 _CARD = "README.md"
@@ -20,12 +21,13 @@ def find_store(name: str, epochs: int) -> Path:
     """The folder of a store: itself, or a dataset of the Hub, of which the epochs that are needed are downloaded.
 
     Args:
-        name: folder, or Hub id of a dataset.
+        name: folder, or Hub id of a dataset or the address of its page.
         epochs: how many epochs are needed.
 
     Raises:
         ValueError: there is neither.
     """
+    name = read_repo_id(name, "teacher_logits", "dataset")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -48,7 +50,7 @@ def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
 
     Args:
         folder: of the store.
-        repo_id: `owner/name`, or `name` for the token's owner; made if it does not exist.
+        repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; made if it does not exist.
         private: whether a repo that is made is private; None takes the owner's default.
 
     Returns:
@@ -58,6 +60,7 @@ def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
         ValueError: the store is not finished, or a shard is damaged: all are read and compared with their checksums.
         PushError: the Hub was not reached, or refused it.
     """
+    repo_id = read_repo_id(repo_id, "repo_id", "dataset")
     info = StoreInfo.read(folder)
     if missing := unfinished(folder, info, info.epochs):
         raise ValueError(f"{folder} lacks {len(missing)} shards: it is pushed when it is finished")
@@ -65,7 +68,7 @@ def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
     (folder / _CARD).write_text(store_card(info, repo_id.split("/")[-1]), encoding="utf-8")
     again = shlex.join(["hf", "upload", "--repo-type", "dataset", repo_id, str(folder)])
     with failures(folder, repo_id, None, None, again):
-        api = HfApi()
+        api = PushApi()
         repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         repo_id, where = repo.repo_id, {"repo_id": repo.repo_id, "repo_type": "dataset"}
         for epoch in range(info.epochs):

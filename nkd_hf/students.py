@@ -26,6 +26,7 @@ from .labels import invert_labels, normalize_id2label
 from .model_config import RefusedError, check_model_args
 from .opening import open_pretrained
 from .preprocessing import load_image_processor  # noqa: F401  (other modules import it from here)
+from .repo_ids import read_repo_id
 from .student_preprocessing import change_preprocessing, check_opened_size
 
 # What timm raises on arguments or sizes that an architecture doesn't take.
@@ -92,6 +93,7 @@ def create_student(
 
     ```
     """
+    name = read_repo_id(name, "name")
     if id2label is not None:
         id2label = normalize_id2label(id2label)
         num_labels = len(id2label)

@@ -17,6 +17,7 @@ from .model_config import RefusedError
 from .opening import open_image_processor, open_pretrained
 from .outputs import check_inputs, read_logits
 from .preprocessing import Preprocessing, read_preprocessing
+from .repo_ids import read_repo_id
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +264,7 @@ def load_teacher(
         config = getattr(teacher, "config", None)
         id2label = getattr(config, "id2label", None)
         return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
+    teacher = read_repo_id(teacher, "teacher")
     try:
         model = open_pretrained(
             teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32

@@ -32,6 +32,7 @@ from .parser import parse_args
 from .preprocessing import read_preprocessing
 from .recipe import Recipe
 from .recipe_args import RecipeArguments
+from .repo_ids import read_repo_id
 from .store_fingerprint import fingerprint_differences, library_versions, public_name, teacher_fingerprint
 from .store_hub import push_store
 from .students import load_image_processor
@@ -123,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=256, help="images, even (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, default=32768, help="samples in a file, even (default: %(default)s)")
     parser.add_argument(
-        "--push_to_hub", metavar="REPO", help="dataset on the Hub, owner/name; made if it does not exist"
+        "--push_to_hub",
+        metavar="REPO",
+        help="dataset on the Hub, owner/name or the address of its page; made if it does not exist",
     )
     parser.add_argument("--private", action="store_true", default=None, help="make the dataset private")
     return parser
@@ -137,6 +140,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--top_k must be a positive integer or all, got {options.top_k!r}")
     if options.batch_size % 2 or options.shard_size % 2:
         raise ValueError("--batch_size and --shard_size must be even: two images are mixed with each other")
+    if options.push_to_hub is not None:
+        options.push_to_hub = read_repo_id(options.push_to_hub, "--push_to_hub", "dataset")
     if any(not temperature > 0 for temperature in options.temperatures):
         raise ValueError(f"--temperatures must be positive, got {options.temperatures}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import SchedulerType, TrainingArguments
 
 from .optimization import NO_DECAY_KINDS, SCHEDULES, EpochSchedule, check_arguments
+from .repo_ids import read_repo_id
 
 NON_FINITE = ("error", "skip")
 TEACHER_DTYPES = ("float32", "bf16", "fp16")
@@ -122,6 +123,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_ranges()
+        self.hub_model_id = read_repo_id(self.hub_model_id, "hub_model_id")
         # TrainingArguments knows transformers' schedules alone.
         name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if name in SCHEDULES:

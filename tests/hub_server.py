@@ -31,8 +31,8 @@ class Failure:
     """What goes wrong.
 
     Attributes:
-        step: `create`, `card` (its reading), `preupload`, `batch`, `put`, `commit`, `info` or `resolve`.
-        kind: an HTTP status, `hang` (no answer while the failure stands), `wait` (the answer comes when it is taken
+        step: `create`, `card` (its reading), `validate` (its check), `preupload`, `batch`, `put`, `commit`, `info` or `resolve`.
+        kind: an HTTP status, `html` (a page with status 200), `hang` (no answer while the failure stands), `wait` (the answer comes when it is taken
             back), or `drop` (the connection ends in the middle).
     """
 
@@ -178,6 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         steps = {
             "create": r"^/api/repos/create$",
             "card": r"/resolve/.+/README.md$",
+            "validate": r"^/api/validate-yaml$",
             "preupload": r"/preupload/",
             "batch": r"/info/lfs/objects/batch$",
             "put": r"^/_store/",
@@ -202,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.close_connection = True
             raise _Stop
+        if fail.kind == "html":
+            self._answer(200, b"<!doctype html><title>A mirror</title>", {"Content-Type": "text/html"})
         error = {403: "you are not allowed to write here", 500: "Internal Error - We're working hard to fix this"}
         self._answer(fail.kind, {"error": error.get(fail.kind, "failed")})
 
@@ -267,6 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(401, {"error": "Invalid username or password."})
             self._answer(200, {"type": "user", "name": self._user(), "orgs": [], "auth": {"type": "access_token"}})
         if url == "/api/validate-yaml":
+            if self._user() is None:
+                self._answer(401, {"error": "Invalid username or password."})
             self._check_card(json.loads(body)["content"])
             self._answer(200, {"warnings": [], "errors": []})
         if url == "/api/repos/create":
@@ -277,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.blobs[match[1]] = body
             self._answer(200, b"")
         if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", url):
-            self._batch(match[2], json.loads(body))
+            self._batch(json.loads(body))
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", url):
             repo = self._repo(match[1], match[2])
             self._api(repo, match[3] or "", body)
@@ -287,10 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, b"")
 
     def _check_card(self, text: str) -> None:
-        errors = card_errors(text)
-        if errors and self.headers.get("accept") == "text/plain":  # of RepoCard.validate
-            self._answer(400, "\n".join(f"- Error: {error}" for error in errors).encode())
-        if errors:
+        if errors := card_errors(text):
             self._answer(400, {"warnings": [], "errors": [{"message": error} for error in errors]})
 
     def _create(self, request: dict) -> None:
@@ -310,8 +312,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub.create(repo_id, kind=key.split("/")[0], private=private)
         self._answer(200, answer)
 
-    def _batch(self, repo_id: str, request: dict) -> None:
-        self._writer(repo_id.split("/")[0])
+    def _batch(self, request: dict) -> None:
+        # Who may not write to the repo may send files for a pull request.
+        if self._user() is None:
+            self._answer(401, {"error": "Invalid username or password."})
         objects = []
         for item in request["objects"]:
             entry = {"oid": item["oid"], "size": item["size"]}
@@ -322,8 +326,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, repo: Repo, rest: str, body: bytes) -> None:
         action, _, argument = rest.partition("/")
-        if action == "preupload":
+        creates_pr = "create_pr" in self.query and self._user() is not None
+        if action in ("preupload", "commit") and not creates_pr:
             self._writer(repo.id.split("/")[0])
+        if action == "preupload":
             held = repo.files(self._sha(repo, argument))
             files = [
                 {
@@ -336,7 +342,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._answer(200, {"files": files})
         if action == "commit":
-            self._commit(repo, argument, body)
+            self._commit(repo, argument, body, creates_pr)
         if action in ("", "revision"):
             sha = self._sha(repo, argument or "main")
             info = {
@@ -381,9 +387,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = held[path]
         return {"oid": hashlib.sha256(content).hexdigest() if is_lfs(path, len(content)) else blob_id(content)}
 
-    def _commit(self, repo: Repo, revision: str, body: bytes) -> None:
+    def _commit(self, repo: Repo, revision: str, body: bytes, creates_pr: bool) -> None:
         hub = self.server_state
-        self._writer(repo.id.split("/")[0])
         lines = [json.loads(line) for line in body.splitlines()]
         header = lines[0]["value"]
         head = self._sha(repo, revision)
@@ -406,10 +411,12 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer(400, {"error": f"unknown operation {line['key']}"})
         self._check_card(files.get("README.md", b"").decode())
+        page, answer = f"{hub.endpoint}/{repo.id}", {"success": True, "hookOutput": ""}
+        if creates_pr:
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
+            revision, answer["pullRequestUrl"] = f"refs/pr/{number}", f"{page}/discussions/{number}"
         sha = repo.commit(files, header["summary"], revision)
-        self._answer(
-            200, {"success": True, "commitOid": sha, "commitUrl": f"{hub.endpoint}/{repo.id}/commit/{sha}", "hookOutput": ""}
-        )  # fmt: skip
+        self._answer(200, answer | {"commitOid": sha, "commitUrl": f"{page}/commit/{sha}"})
 
     @staticmethod
     def _entry(repo: Repo, path: str, content: bytes) -> dict:
