@@ -16,7 +16,13 @@ from transformers import HfArgumentParser, TimmWrapperConfig, TimmWrapperForImag
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from nkd_hf.batches import EpochSampler, ImageCollator, seeded
-from nkd_hf.data import DataArguments, label_names, load_image_dataset, streaming_max_steps
+from nkd_hf.data import (
+    DataArguments,
+    label_names,
+    load_evaluation_split,
+    load_image_dataset,
+    streaming_max_steps,
+)
 from nkd_hf.images import ImageDataset, StreamingImageDataset
 from nkd_hf.transforms import processor_transform, train_transform
 
@@ -734,3 +740,16 @@ def test_streamed_digits(tmp_path):
     assert data["train"].num_shards == 4
     assert label_names(data) == [str(label) for label in range(10)]
     assert isinstance(data["train"].features["label"], ClassLabel)
+
+
+def test_classes_are_numbered_by_training_where_the_evaluation_lacks_one(tmp_path):
+    """Text labels: the split to evaluate on has neither the first class nor the third."""
+    for split, names in (("train", "abcd"), ("validation", "bd")):
+        (tmp_path / split).mkdir()
+        for name in names:
+            PIL.Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(tmp_path / split / f"{name}.png")
+        rows = "".join(f"{name}.png,{name}\n" for name in names)
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    name, split = load_evaluation_split(DataArguments(dataset_name=str(tmp_path)), 0)
+    assert (name, split["label"][:]) == ("validation", [1, 3])
+    assert split.features["label"].names == ["a", "b", "c", "d"]

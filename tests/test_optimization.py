@@ -71,6 +71,18 @@ def test_cosine_by_epoch_with_a_warm_up_by_step_and_a_floor():
     )
 
 
+def test_epochs_and_warm_ups_are_whole_steps_however_the_division_rounds():
+    halved = {"name": "exponential_by_epoch", "learning_rate": 1.0, "arguments": {"gamma": 0.5}}
+    # 21 / 1.4 is above 15, and 33 / 2.2 is below it.
+    factor = lr_factor(num_steps=21, num_epochs=1.4, max_steps=21, **halved)
+    assert [factor(14), factor(15)] == [1, 0.5]
+    factor = lr_factor(num_steps=33, num_epochs=2.2, **halved)
+    assert [factor(14), factor(15), factor(29), factor(30)] == [1, 0.5, 0.5, 0.25]
+    # 2.2 * 25 is above 55, and step 54, the fifty-fifth, is the last of the warm-up.
+    rate = rates("cosine_by_epoch", 25, 4, 1.0, warmup_epochs=2.2, warmup_factor=0.5)
+    assert [rate(2, 4), rate(2, 3)] == pytest.approx([1, 0.5 + 0.5 * 53 / 54])
+
+
 def test_cosine_by_epoch_with_a_warm_up_by_epoch():
     rate = rates("cosine_by_epoch", 1252, 100, 0.8, warmup_epochs=5, warmup_factor=0.1, warmup_by="epoch")
     assert [rate(epoch, 700) for epoch in range(6)] == pytest.approx([0.08, 0.26, 0.44, 0.62, 0.80, 0.80])

@@ -257,3 +257,21 @@ def test_what_weights_a_student_starts_from(tmp_path):
     assert describe_start(create_student("resnet18", num_labels=10, image_size=32)) == "random weights"
     assert describe_start(create_student(folder, id2label=DIGITS)) == "pretrained"
     assert describe_start(create_student(folder, num_labels=7)) == "pretrained, new head of 7 classes"
+
+
+def test_the_weights_of_a_model_are_those_of_the_seed_however_often_it_is_built(tmp_path):
+    """Baseline and student begin alike; a generator that was used in between changes nothing."""
+    config = ROOT / "recipes" / "configs" / "digits_distill_cnn.yaml"
+    more = [
+        "--distillation_loss",
+        "none",
+        "--max_train_samples",
+        "32",
+        "--use_cpu",
+        "true",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    recipe = Recipe(*parse_args(TYPES, args=["--config", str(config), *more]))
+    first, second = (recipe.create("resnet18", CNN).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -420,3 +420,22 @@ def test_a_stage_whose_checkpoints_hold_the_model_only_starts_from_the_beginning
         f"The checkpoints in {folder} hold the model only (save_only_model): this training starts from the beginning"
     )
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", ["touch", "replace"])
+def test_results_of_a_run_that_is_killed_while_it_writes_them(tmp_path, monkeypatch, stop):
+    """The mark comes first: results without it would count as those of a run that has reported."""
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    stopped_run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, "touch") if stop == "touch" else (run_folder.os, "replace")), kill)
+        with pytest.raises(KeyboardInterrupt):
+            write_results(tmp_path, {"distilled": 0.5})
+    assert not (tmp_path / "results.json").exists()
+    assert not is_trained(tmp_path)
+    assert continues(tmp_path, SETTINGS, False)
+    write_results(tmp_path, {"distilled": 0.5})
+    assert is_trained(tmp_path)

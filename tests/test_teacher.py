@@ -32,6 +32,29 @@ def test_pixels_are_renormalised_and_resized_for_the_teacher():
     assert not got.requires_grad
 
 
+def test_a_second_align_takes_the_place_of_the_first():
+    teacher = load_teacher(timm_cnn(image_mean=[0.1, 0.2, 0.3]))
+    first, second = (read_preprocessing(timm_cnn(image_mean=[mean] * 3)) for mean in (0.4, 0.6))
+    pixels = torch.rand(2, 3, 32, 32)
+    alone = load_teacher(timm_cnn(image_mean=[0.1, 0.2, 0.3])).align(second, DIGITS)(pixels)
+    assert torch.equal(teacher.align(first, {i: str(9 - i) for i in range(10)}).align(second, DIGITS)(pixels), alone)
+    # Its own pixels and order again.
+    again = teacher.align(teacher.preprocessing, DIGITS)
+    assert again.scale is None
+    assert again.order is None
+
+
+def test_larger_pixels_are_resized_down_without_aliasing():
+    """One line in four is white. Without antialias all of them would be lost between the points that are read."""
+    teacher = load_teacher(timm_cnn())
+    seen = []
+    teacher.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    lines = torch.arange(128).remainder(4).eq(0).float().expand(1, 3, 128, 128)
+    teacher.align(read_preprocessing(timm_cnn()), DIGITS)(lines)
+    assert seen[0].shape == (1, 3, 32, 32)
+    torch.testing.assert_close(seen[0][..., 2:-2], torch.full((1, 3, 32, 28), 0.25), rtol=0, atol=0.02)
+
+
 def test_equal_preprocessing_leaves_the_pixels_alone():
     teacher = timm_cnn()
     seen = []

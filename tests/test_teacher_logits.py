@@ -6,10 +6,15 @@ import math
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from datasets import ClassLabel, Dataset, Features
 from huggingface_hub import constants
 from test_distributed import runs  # noqa: F401 (a fixture)
 from tiny import make_trainer, timm_cnn
@@ -564,6 +569,33 @@ def test_the_hash_of_weights_is_of_names_and_values():
     assert before == weights_sha256(timm_cnn()) != weights_sha256(timm_cnn(seed=1))
     model.timm_model.fc.bias.data[0] += 1
     assert weights_sha256(model) != before
+    # Equal bytes under other names, and in another shape.
+    values = torch.arange(4.0)
+    hashes = {
+        weights_sha256(SimpleNamespace(state_dict=lambda state=state: state))
+        for state in ({"a": values}, {"b": values}, {"a": values.view(2, 2)}, {"a": values.view(torch.int32)})
+    }
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("row", [0, 99, 199])
+def test_the_hash_of_images_is_of_some_that_are_spread_over_all(row):
+    """Of 200 images, 64 are hashed: the first, the last and 62 between."""
+    images = [np.full((8, 8, 3), i, dtype=np.uint8) for i in range(200)]
+    spread = np.linspace(0, 199, 64).astype(int)
+    row = spread[np.abs(spread - row).argmin()]
+
+    def images_sha256(images):
+        features = Features({"image": datasets.Image(), "label": ClassLabel(num_classes=2)})
+        rows = {"image": [PIL.Image.fromarray(image) for image in images], "label": [0, 1] * 100}
+        train = Dataset.from_dict(rows, features).cast_column("image", datasets.Image(decode=False))
+        training = DistillationTrainingArguments("unused", report_to="none", use_cpu=True)
+        pixels = read_preprocessing(timm_cnn())
+        return run_fingerprint(DataArguments(), training, train, ["a", "b"], pixels)["images_sha256"]
+
+    before = images_sha256(images)
+    images[row] = images[row] + 1
+    assert images_sha256(images) != before
 
 
 def test_a_recipe_says_what_differs_before_it_trains(stores, teacher, tmp_path):

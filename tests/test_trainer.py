@@ -34,6 +34,7 @@ from nkd_hf import (
     load_image_dataset,
     train_transform,
 )
+from nkd_hf.modeling import DistillationModel
 
 STUDENTS = {"timm-cnn": timm_cnn, "timm-deit": timm_deit, "native-vit": native_vit, "native-resnet": native_resnet}
 COMPONENTS = {
@@ -471,3 +472,28 @@ def test_workers_end_with_the_training_and_with_an_evaluation_after_it(tmp_path)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert multiprocessing.active_children() == []
+
+
+def test_two_losses_give_their_components_and_one_task_loss():
+    torch.manual_seed(0)
+    distillation = {"nkd": NKDLoss(), "uskd": USKDLoss(in_features=32, num_classes=10)}
+    model = DistillationModel(timm_cnn(), distillation, label_smoothing=0.1)
+    pixels, labels = torch.stack([sample["pixel_values"] for sample in digits(0, 8)]), torch.arange(8)
+    teacher_logits = torch.randn(8, 10)
+    outputs = model(pixels, labels, {"teacher_logits": teacher_logits})
+    assert list(outputs["losses"]) == [
+        "task", "nkd_target", "nkd_non_target", "uskd_target", "uskd_non_target", "uskd_weak",
+    ]  # fmt: skip
+    logits = outputs["logits"].detach()
+    nkd = NKDLoss()(logits, teacher_logits, labels)
+    expected = {"task": F.cross_entropy(logits, labels, label_smoothing=0.1), **nkd}
+    for name, value in expected.items():
+        torch.testing.assert_close(outputs["losses"][name].detach(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_summed_for_the_log_keeps_no_graph(tmp_path):
+    trainer = make_trainer(tmp_path, timm_cnn(), teacher=timm_cnn(seed=1), distillation_loss=NKDLoss())
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)}
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert trainer._component_sums.keys() == {"task", "nkd_target", "nkd_non_target"}
+    assert not any(value.requires_grad for value in trainer._component_sums.values())
