@@ -188,3 +188,10 @@ def test_student_that_cannot_be_checkpointed_says_so(tmp_path):
     trainer = make_trainer(tmp_path, native_resnet(), digits(0, 32), activation_checkpointing=True)
     with pytest.raises(ValueError, match="ResNetForImageClassification does not support activation checkpointing"):
         trainer.train()
+
+
+def test_fsdp2_is_told_no_class_that_the_student_lacks():
+    """accelerate stops at one. Models of transformers may name classes of their family."""
+    student = native_vit()
+    student._no_split_modules = [*student._no_split_modules, "ViTPooler"]
+    assert DistillationModel(student, {})._no_split_modules == {"ViTEmbeddings", "ViTLayer"}

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from nkd_hf import create_student, load_image_processor
 from nkd_hf import hub as hub_module
 from nkd_hf.cli import main
-from nkd_hf.hub import PushError, create_repo, push_student
+from nkd_hf.hub import PushError, create_repo, push_checkpoint, push_student
 from nkd_hf.model_card import is_generated
 from nkd_hf.modeling import save_student
 from nkd_hf.publishing import publishable
@@ -164,6 +164,17 @@ def test_an_exported_native_student(hub, tmp_path, monkeypatch, capsys, num_labe
     capsys.readouterr()
     exec(re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1], {})
     assert set(re.findall(r"LABEL_\d", capsys.readouterr().out)) == {f"LABEL_{i}" for i in range(num_labels)}
+
+
+def test_a_checkpoint_replaces_the_one_of_its_name_alone(hub, tmp_path):
+    create_repo("me/student")
+    for step, name in ((10, "model.safetensors"), (1, "old.bin"), (1, "new.bin")):
+        folder = tmp_path / name / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(name.encode())
+        push_checkpoint(folder, "me/student", folder.name)
+    files = set(hub.repos["models/me/student"].files())
+    assert files == {".gitattributes", "checkpoint-10/model.safetensors", "checkpoint-1/new.bin"}
 
 
 def test_private_repo(hub, student):

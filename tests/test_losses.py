@@ -503,6 +503,18 @@ def test_modules_show_their_scalars():
     assert not list(NKDLoss().parameters())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_labels_that_are_not_numbers_are_no_class_in_a_compiled_loss(temperature):
+    """Compiled code does not raise. The loss is NaN, at which training stops."""
+    labels = torch.eye(10)[:4]
+    labels[1, 3] = math.nan
+    compiled = torch.compile(nkd_loss, fullgraph=True, backend="aot_eager")
+    student, teacher = torch.randn(2, 4, 10)
+    terms = compiled(student, teacher, labels, temperature=temperature)
+    assert terms.isnan()
+    assert compiled(student, teacher, torch.eye(10)[:4], temperature=temperature).isfinite()
+
+
 # ---- torch.compile: inductor for one graph of both losses, and the capture of a whole graph for every variant
 
 

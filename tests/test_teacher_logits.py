@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -203,6 +204,31 @@ def test_all_classes_are_exact_and_a_masked_class_stays_masked():
     dense = dense_logits(sparse_logits(logits, target, 10, [1.0]), 50, [1.0], 1.0)
     assert dense.logsumexp(1).isfinite().all()
     assert nkd_loss(torch.zeros(64, 50), dense, target).isfinite()
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(2**15, torch.int16), (2**15 + 1, torch.int32)])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_the_last_class_has_its_place_in_a_store(classes, dtype, top_k):
+    logits = torch.zeros(1, classes)
+    logits[0, -2:] = torch.tensor([2.0, 3.0])
+    rows = sparse_logits(logits, torch.tensor([classes - 1]), top_k, [1.0])
+    assert rows["target"].dtype == dtype
+    assert rows["target"].item() == classes - 1
+    if top_k:
+        assert rows["classes"].dtype == dtype
+        assert rows["classes"][0, 0] == classes - 2
+
+
+def test_a_file_of_a_store_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: synced.append("named") or replace(*paths))
+    write_shard(tmp_path / "shard-0.safetensors", {"target": torch.zeros(2, dtype=torch.int16)})
+    sizes, names = synced[0::2], synced[1::2]
+    assert names == ["named"] * len(names)
+    assert names
+    assert sorted(sizes) == sorted(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
 
 
 def make_store(folder: Path, num_samples: int = 20, shard_size: int = 8, top_k: int | None = None) -> torch.Tensor:
