@@ -140,7 +140,7 @@ def match_labels(
     `roles` and `advice` are for other pairs than student and teacher: what messages call them, and what to do.
 
     Equal lists match by position, whether names repeat or not (ImageNet has two classes `crane`), and also where one
-    tells apart what the other names alike (the Hub's ImageNet has `crane` and `crane2`). Lists of the same
+    tells apart what the other names alike, by text after the name (the Hub's ImageNet has `crane` and `crane2`). Lists of the same
     unique names in another order match by name. Names that are whole numbers match as numbers (`007` and `7`). Generic
     names (`LABEL_0`) tell nothing but a number, which is the position in the other list, or the number that the other
     list has for a name; a warning says so.
@@ -170,7 +170,9 @@ def match_labels(
         )
     in_student, in_teacher = Counter(student), Counter(teacher)
     if all(
-        a == b or (in_teacher[b] > 1 and a not in in_teacher) or (in_student[a] > 1 and b not in in_student)
+        a == b
+        or (in_teacher[b] > 1 and a not in in_teacher and _tells_apart(a, b))
+        or (in_student[a] > 1 and b not in in_student and _tells_apart(b, a))
         for a, b in zip(student, teacher, strict=True)
     ):
         return None
@@ -309,6 +311,11 @@ def _number(key: Any, of: str) -> int:
     raise ValueError(
         f"the keys of {of} must be the numbers of the classes, got {_short(key)}. Number them from 0, as integers"
     )
+
+
+def _tells_apart(name: str, repeated: str) -> bool:
+    """Whether a name is a repeated one with something added: `crane2` or `crane, bird`, not `craned`."""
+    return re.match(re.escape(repeated) + r"(?![^\W\d_])", name) is not None
 
 
 def _order(student: Sequence[Any], teacher: Sequence[Any]) -> list[int] | None:

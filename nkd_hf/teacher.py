@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
@@ -232,8 +233,9 @@ def load_teacher(
 
     Args:
         teacher (`str` or `nn.Module`): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
-            `*ForImageClassification` of transformers, or a timm model. The teacher shares a module's weights and leaves
-            its mode and `requires_grad` as they are.
+            `*ForImageClassification` of transformers, or a timm model, also in `DataParallel`,
+            `DistributedDataParallel` or `torch.compile`, which the teacher does without. The teacher shares a module's
+            weights and leaves its mode and `requires_grad` as they are.
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
             does not carry its preprocessing. None looks where the module came from; where nothing is found, the module
             gets the student's pixels, with a warning.
@@ -258,6 +260,8 @@ def load_teacher(
 
     ```
     """
+    if isinstance(teacher, nn.Module):
+        teacher = unwrap_module(teacher)
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):
@@ -279,6 +283,20 @@ def load_teacher(
             f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote. {error}"
         ) from error
     return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
+
+
+def unwrap_module(module: nn.Module) -> nn.Module:
+    """Returns the module that `DataParallel`, `DistributedDataParallel` and `torch.compile` were given.
+
+    These lend neither the configuration, with the names of the classes, nor the preprocessing.
+    """
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif is_compiled_module(module):
+            module = module._orig_mod
+        else:
+            return module
 
 
 def _sharing_weights(module: nn.Module) -> nn.Module:

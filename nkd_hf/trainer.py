@@ -42,7 +42,7 @@ from .optimizer_groups import check_no_group_is_empty
 from .preprocessing import read_preprocessing
 from .publishing import SETTINGS, publishable
 from .sampler import EpochIndices, training_sampler
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, load_teacher, unwrap_module
 from .teacher_logits import StoredTeacher, TeacherLogits
 from .training_args import DistillationTrainingArguments
 from .transforms import check_colours, is_train_transform
@@ -281,8 +281,7 @@ class DistillationTrainer(FiniteTrainer):
             return None
         if isinstance(teacher, nn.Module):
             # Another trainer may have compiled its teacher.
-            inner = self.accelerator.unwrap_model(teacher, keep_torch_compile=False)
-            teacher = inner if isinstance(inner, Teacher) else teacher
+            teacher = unwrap_module(teacher)
             if teacher is model.student or _have_same_weights(teacher, model.student):
                 raise ValueError(
                     "teacher and student must be two models, got one and the same model, which changes while it teaches. "

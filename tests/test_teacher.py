@@ -8,6 +8,7 @@ import timm.data
 import torch
 import torch.nn.functional as F
 from tiny import DIGITS, digits, make_trainer, native_resnet, native_vit, timm_cnn
+from torch import nn
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from nkd_hf import NKDLoss, SRRLLoss, create_student, load_teacher
@@ -114,6 +115,13 @@ def test_label_spaces(caplog):
     assert "the student's class names are generic" in caplog.text
     with pytest.raises(ValueError, match=r"class 1 is 'tench' for the student and 'crane' for the teacher"):
         match_labels(imagenet, {0: "crane", 1: "crane", 2: "tench"})
+    for others in ("crane2", "crane, bird", "crane_2"):
+        assert match_labels(imagenet, imagenet | {2: others}) is match_labels(imagenet | {0: others}, imagenet) is None
+    # A name that repeats stands for no name that has nothing to do with it.
+    for others in (["x", "tench", "y"], ["crane", "tench", "ostrich"], ["crane", "tench", "craned"]):
+        for student, teacher in ((list(imagenet.values()), others), (others, list(imagenet.values()))):
+            with pytest.raises(ValueError, match="name their classes differently: class"):
+                match_labels(student, teacher)
     with pytest.raises(ValueError, match=r"class 1 is 'dog' for the student and 'cow' for the teacher"):
         match_labels({0: "cat", 1: "dog"}, {0: "cat", 1: "cow"})
     with pytest.raises(ValueError, match=r"has 3 classes and the student 2.*'cow' \(teacher\).*teacher of 2 classes"):
@@ -148,6 +156,35 @@ def test_bare_timm_module_is_a_teacher(tmp_path):
     trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 32), teacher=teacher, distillation_loss=NKDLoss())
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+        torch.compile,
+        lambda module: torch.compile(nn.DataParallel(module)),
+        lambda module: nn.DataParallel(torch.compile(load_teacher(module))),
+    ],
+)
+def test_a_wrapped_teacher_keeps_its_names_and_preprocessing(wrap, one_process):
+    plain = timm_cnn(seed=1)
+    wrapped = wrap(plain)
+    teacher = load_teacher(wrapped)
+    assert teacher.id2label == DIGITS
+    assert teacher.preprocessing == read_preprocessing(plain)
+    teacher.align(teacher.preprocessing, list(reversed(DIGITS.values())))
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(pixels), plain.eval()(pixels).logits.flip(1))
 
 
 def test_native_module_is_normalised_as_the_folder_that_it_came_from(tmp_path):
