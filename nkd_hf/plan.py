@@ -189,7 +189,15 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "lr_by_epoch": _learning_rates(steps, training, learning_rate, notes),
         "augmentation": _augmentation(data, training, pixels),
         "disk": disk_bytes(runs, states, steps, training, None if trains_teacher else teacher),
-        "memory": memory_bytes(model, pixels.size, teacher, states[[*runs][-1]], training, not recomputes),
+        "memory": memory_bytes(
+            model,
+            pixels.size,
+            teacher,
+            states[[*runs][-1]],
+            steps["per_device_train_batch_size"],
+            training,
+            not recomputes,
+        ),
         "notes": notes,
     }
 
@@ -208,7 +216,7 @@ def _describe(name: str, model: nn.Module | None, pixels: Preprocessing | None) 
 
 def _steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    global_batch_size = batch * recipe.num_processes * accumulation
+    global_batch_size = training.global_batch_size(batch, recipe.num_processes)
     images = min(data.num_train_images, data.max_train_samples or data.num_train_images)
     epochs = training.num_train_epochs
     if epochs <= 0:
@@ -219,8 +227,8 @@ def _steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTraini
     else:
         # As the Trainer's data loader counts them: its last batches are filled up, or dropped.
         batches = BatchSampler(range(images), batch, training.dataloader_drop_last)
-        even = training.accelerator_config.even_batches
-        batches = BatchSamplerShard(batches, recipe.num_processes, 0, even_batches=even)
+        split = training.accelerator_config.split_batches
+        batches = BatchSamplerShard(batches, recipe.num_processes, 0, split_batches=split)
         steps_per_epoch = max(1, math.ceil(len(batches) / accumulation))
         num_steps = math.ceil(epochs * steps_per_epoch)
     if training.max_steps > 0:
@@ -228,7 +236,7 @@ def _steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTraini
         epochs = num_steps / steps_per_epoch
     return {
         "num_processes": recipe.num_processes,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": training.process_batch_size(batch, recipe.num_processes),
         "gradient_accumulation_steps": accumulation,
         "global_batch_size": global_batch_size,
         "num_train_images": images,

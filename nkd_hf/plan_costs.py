@@ -126,6 +126,7 @@ def memory_bytes(
     size: tuple[int, int],
     teacher: nn.Module | None,
     optimizer_state: int | None,
+    batch_size: int,
     training: DistillationTrainingArguments,
     with_activations: bool = True,
 ) -> dict[str, int | None]:
@@ -136,14 +137,15 @@ def memory_bytes(
         size: height and width of the images.
         teacher: in float32, which is counted as `training.teacher_dtype` says.
         optimizer_state: bytes.
-        training: the batch of a GPU, the precision, and whether there is a moving average.
+        batch_size: images of one batch of a GPU.
+        training: the precision, and whether there is a moving average.
         with_activations: whether what autograd keeps of the student is counted, for a lower bound with 2 bytes a value
             under bf16 and fp16.
 
     Returns:
         `dict`: the parts and `total`.
     """
-    pixel_values = torch.empty(training.per_device_train_batch_size, 3, *size, device="meta")
+    pixel_values = torch.empty(batch_size, 3, *size, device="meta")
     activations = None
     if with_activations:
         activations = activation_bytes(model.student, pixel_values, 2 if training.bf16 or training.fp16 else 4)

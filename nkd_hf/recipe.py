@@ -366,7 +366,7 @@ class Recipe:
             )
         epochs = math.ceil(training.num_train_epochs)
         if training.max_steps > 0:
-            batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+            batch = training.global_batch_size()
             epochs = math.ceil(training.max_steps / max(1, math.ceil(len(self.data["train"]) / batch)))
         with training.main_process_first(desc="opening the teacher's logits"):
             store = TeacherLogits(find_store(args.teacher_logits, epochs))
@@ -654,7 +654,7 @@ class Recipe:
     def _count_steps(self) -> None:
         """A stream has no length: epochs become steps."""
         args = self.training_args
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = args.global_batch_size()
         images = self.data_args.num_train_images
         if images is not None and self.data_args.max_train_samples is not None:
             images = min(images, self.data_args.max_train_samples)

@@ -402,7 +402,7 @@ class DistillationTrainer(FiniteTrainer):
     def _scale_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """Scales the rate to the global batch of this attempt, from that of the first one."""
         args = self.args
-        global_batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        global_batch_size = args.global_batch_size(self._train_batch_size)
         scale = 1.0 if args.base_batch_size is None else global_batch_size / args.base_batch_size
         for group in optimizer.param_groups:
             unscaled = group.setdefault("unscaled_lr", group["lr"])
@@ -455,15 +455,16 @@ class DistillationTrainer(FiniteTrainer):
             max_steps: optimiser steps of the run.
         """
         args, collator = self.args, self.data_collator
-        if isinstance(collator, ImageCollator) and collator.mix_pairs and self._train_batch_size % 2:
+        batch_size = args.process_batch_size(self._train_batch_size)
+        if isinstance(collator, ImageCollator) and collator.mix_pairs and batch_size % 2:
             raise ValueError(
-                f"per_device_train_batch_size must be even with mix_pairs, got {self._train_batch_size}. Two images that "
-                "follow each other are mixed: set an even one, or mix_pairs to false"
+                f"per_device_train_batch_size must be even with mix_pairs, got {batch_size} for each process. Two images "
+                "that follow each other are mixed: set an even one, or mix_pairs to false"
             )
         if not has_length(loader) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
         num_devices = max(1, args.n_gpu)
-        every_batch = self._train_batch_size <= num_devices
+        every_batch = batch_size <= num_devices
         last_is_reached = max_steps * args.gradient_accumulation_steps >= len(loader)
         if not (every_batch or last_is_reached) or smallest_batch(loader, num_devices) != 1:
             return
@@ -476,7 +477,7 @@ class DistillationTrainer(FiniteTrainer):
             )
         raise ValueError(
             f"the last batch of an epoch must have at least 2 images, got 1: {len(loader.dataset)} images in batches of "
-            f"{self._train_batch_size}. BatchNorm has no statistics of one value: set dataloader_drop_last "
+            f"{batch_size}. BatchNorm has no statistics of one value: set dataloader_drop_last "
             "(--dataloader_drop_last true), or another per_device_train_batch_size"
         )
 
@@ -666,7 +667,7 @@ class DistillationTrainer(FiniteTrainer):
                 num_images,
                 self.accelerator,
                 key=(self.args.seed, self.state.global_step),
-                batch_size=self._train_batch_size,
+                batch_size=self.args.process_batch_size(self._train_batch_size),
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
             )
@@ -735,8 +736,7 @@ class DistillationTrainer(FiniteTrainer):
             super()._load_best_model()
         elif fault := fault_of(self.state.best_model_checkpoint):
             logger.warning(
-                "The best model could not be loaded from %s: %s. The model keeps the weights of the last step. If this is "
-                "one of several nodes, set save_on_each_node.",
+                "The best model could not be loaded from %s: %s. The model keeps the weights of the last step.",
                 self.state.best_model_checkpoint,
                 fault,
             )

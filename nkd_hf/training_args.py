@@ -41,7 +41,8 @@ class DistillationTrainingArguments(TrainingArguments):
             these `lr_scheduler_kwargs`: `multistep` (milestones, gamma), `exponential_by_epoch` (gamma),
             `constant_then_linear` (constant_steps, constant_factor), `cosine_by_epoch` (warmup_epochs, warmup_factor,
             warmup_by, min_lr); see `nkd_hf.optimization`.
-        base_batch_size (`int`, *optional*): the global batch (per-device batch x processes x accumulation) that
+        base_batch_size (`int`, *optional*): the global batch (per-device batch x processes x accumulation; processes that
+            split a batch, as `split_batches` of `accelerator_config` says, count once) that
             `learning_rate` is meant for. A run with another one scales the rate linearly, and says so. None leaves it.
         no_weight_decay (`list[str]`, *optional*): which parameters of student and losses have none, of `norm` (weights
             and biases of normalisation layers), `bias` (all biases) and `embedding` (class and distillation tokens,
@@ -60,7 +61,8 @@ class DistillationTrainingArguments(TrainingArguments):
             the GPU in each step.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of its range, or one that no run of several processes could be made with
+            (`save_on_each_node`, `even_batches` of `accelerator_config`).
     """
 
     feature_layer: str | None = field(
@@ -129,6 +131,7 @@ class DistillationTrainingArguments(TrainingArguments):
         if name in SCHEDULES:
             self.lr_scheduler_type = "constant"
         super().__post_init__()
+        self._check_processes()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would warn of it at each loader
         kwargs = self.lr_scheduler_kwargs or {}
@@ -166,6 +169,18 @@ class DistillationTrainingArguments(TrainingArguments):
                 f"ema_decay must lie between 0 and 1, got {self.ema_decay}: leave it out to switch it off"
             )
 
+    def _check_processes(self) -> None:
+        if self.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node must be false, got True. Put output_dir on a file system that all nodes share: a "
+                "checkpoint is one folder, with files of all processes."
+            )
+        if not self.accelerator_config.even_batches:
+            raise ValueError(
+                "even_batches of accelerator_config must be true, got False. Leave it out: processes with fewer batches than "
+                "others would not answer them."
+            )
+
     def _check_ranges(self) -> None:
         for names, fits, expected in (
             (_POSITIVE, lambda value: 0 < value < math.inf, "positive"),
@@ -176,6 +191,22 @@ class DistillationTrainingArguments(TrainingArguments):
                 value = getattr(self, argument)
                 if value is not None and not fits(value):
                     raise ValueError(f"{argument} must be {expected}, got {value}: leave it out for its default")
+
+    def process_batch_size(self, batch_size: int | None = None, num_processes: int | None = None) -> int:
+        """Images of one batch of a process.
+
+        Args:
+            batch_size: what the data loader is built with. None is `train_batch_size`, which `auto_find_batch_size` lowers.
+            num_processes: None is the number of processes of this run.
+        """
+        batch_size = self.train_batch_size if batch_size is None else batch_size
+        num_processes = self.world_size if num_processes is None else num_processes
+        return batch_size // num_processes if self.accelerator_config.split_batches else batch_size
+
+    def global_batch_size(self, batch_size: int | None = None, num_processes: int | None = None) -> int:
+        """Images of one optimiser step, of all processes and accumulated batches; arguments as `process_batch_size`."""
+        num_processes = self.world_size if num_processes is None else num_processes
+        return self.process_batch_size(batch_size, num_processes) * num_processes * self.gradient_accumulation_steps
 
     def scaled_learning_rate(self, global_batch_size: int) -> float:
         """`learning_rate`, in proportion to the global batch where `base_batch_size` says what it is meant for."""

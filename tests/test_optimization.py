@@ -195,6 +195,11 @@ def test_schedules_of_odd_runs_stay_in_range(num_steps, num_epochs):
         ({"no_weight_decay": "norm"}, "must be a list, got 'norm'"),
         ({"no_weight_decay": ["norms"]}, "no_weight_decay must be some of norm, bias, embedding, got 'norms'"),
         ({"base_batch_size": 0}, "base_batch_size must be positive, got 0"),
+        ({"save_on_each_node": True}, "save_on_each_node must be false, got True"),
+        (
+            {"accelerator_config": {"even_batches": False}},
+            "even_batches of accelerator_config must be true, got False",
+        ),
         ({"precise_bn_images": -1}, "precise_bn_images must be positive, got -1"),
         ({"ema_decay": 1.0}, "ema_decay must lie between 0 and 1, got 1.0"),
     ],
@@ -521,6 +526,16 @@ def test_weight_decay_of_norms_alone_and_of_everything(tmp_path):
         1e-4: num_parameters,
         0.0: 0,
     }
+
+
+@pytest.mark.parametrize(("split", "process", "globally"), [(False, 16, 16 * 4 * 3), (True, 4, 16 * 3)])
+def test_the_global_batch_counts_a_batch_that_processes_split_once(tmp_path, split, process, globally):
+    args = DistillationTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=16, gradient_accumulation_steps=3, use_cpu=True, report_to="none",
+        accelerator_config={"split_batches": split},
+    )  # fmt: skip
+    assert (args.process_batch_size(num_processes=4), args.global_batch_size(num_processes=4)) == (process, globally)
+    assert args.global_batch_size(8, num_processes=4) == globally // 2  # auto_find_batch_size halves it
 
 
 def test_the_learning_rate_is_scaled_to_the_global_batch_and_said(tmp_path, caplog):

@@ -205,6 +205,7 @@ def test_groups_of_a_transformer(plan, row, name):
         ({"num_processes": 3}, 4, 12, 3),
         ({"num_processes": 3, "gradient_accumulation_steps": 3}, 2, 6, 3),
         ({"num_processes": 4, "dataloader_drop_last": True}, 2, 6, 3),
+        ({"num_processes": 2, "accelerator_config": {"split_batches": True}}, 10, 30, 3),
         ({"num_train_epochs": 2.55}, 10, 26, 3),
         ({"max_steps": 12}, 10, 12, 2),
         ({"max_train_samples": 8}, 2, 6, 3),

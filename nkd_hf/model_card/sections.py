@@ -126,8 +126,8 @@ with torch.no_grad():
 def training(run: Run) -> str:
     """Settings, launch line and versions."""
     args, state = run.args, run.state
-    batch, accumulation = state.train_batch_size or args.train_batch_size, args.gradient_accumulation_steps
-    global_batch = batch * accumulation * args.world_size
+    batch, accumulation = args.process_batch_size(state.train_batch_size), args.gradient_accumulation_steps
+    global_batch = args.global_batch_size(state.train_batch_size)
     split = f" = {batch} x {accumulation} accumulated x {args.world_size} processes" if global_batch > batch else ""
     images = "" if run.info.num_train_images is None else f"{run.info.num_train_images} images"
     # Epochs mean nothing where steps are counted: a stream is one.
