@@ -303,7 +303,8 @@ class _KeepPace(TrainerCallback):
         if bad and state.is_world_process_zero:
             logger.warning(
                 "the evaluation after step %d is not finite (%s): the student's logits are NaN or infinite for some of "
-                "its images. Look whether their pixel values are finite; if they are, it diverges: lower learning_rate",
+                "its images, or none of them has a label. Look whether their pixel values are finite; if they are, it "
+                "diverges: lower learning_rate",
                 state.global_step,
                 ", ".join(bad),
             )

@@ -68,6 +68,11 @@ def evaluate(
     if match_names:
         order = _order(names, model)
     elif isinstance(label, datasets.ClassLabel):
+        if len(names) != num_classes:
+            raise ValueError(
+                f"the dataset must have the model's {num_classes} classes, which --ignore_label_names takes by their "
+                f"numbers, got {len(names)}. Name another dataset, or match the classes by their names"
+            )
         numbers = torch.tensor(class_numbers(names, num_classes))
     model = model.to(device).eval()
 

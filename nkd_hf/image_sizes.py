@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import timm
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 # Patches and strides of most architectures divide these.
@@ -47,21 +48,46 @@ def try_image_size(
 
 
 def run_fault(model: PreTrainedModel, image_size: int) -> Exception | None:
-    """What a model raises on one image of a size, or None if it gives its logits. The model stays as it is."""
+    """What a model raises on one image of a size, or None if it gives its logits. The model stays as it is.
+
+    A size whose last pixels are in no patch is a fault, but for the size that the architecture was designed for.
+    """
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
+    rests: list[tuple[int, int]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda conv, inputs: rests.append(_rest_of_patches(conv, inputs[0])))
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3
+    ]
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             output = model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
             logits = output if isinstance(output, torch.Tensor) else output.logits
             if tuple(logits.shape) != (1, model.config.num_labels):
                 return ValueError(f"its output is {list(logits.shape)}, not [1, {model.config.num_labels}]")
+            if rests and max(rests[0]) and image_size != _designed_size(model):
+                return ValueError(f"its patches leave {max(rests[0])} of {image_size} pixels unseen")
     except Exception as error:
         return error
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, mode in training.items():
             module.training = mode
     return None
+
+
+def _rest_of_patches(conv: nn.Conv2d, pixels: torch.Tensor) -> tuple[int, int]:
+    """How many rows and columns are left when a convolution cuts the pixels into patches."""
+    if conv.kernel_size != conv.stride or conv.padding not in (0, (0, 0), "valid"):
+        return 0, 0
+    return tuple(length % patch for length, patch in zip(pixels.shape[-2:], conv.stride, strict=True))
+
+
+def _designed_size(model: PreTrainedModel) -> int | None:
+    architecture = getattr(model.config, "architecture", None)
+    return getattr(model.config, "image_size", None) if architecture is None else own_image_size(architecture)
 
 
 def is_of_the_meta_device(error: Exception) -> bool:

@@ -92,6 +92,14 @@ class ImageDataset(EpochDataset):
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
 
+    def check_labels(self) -> None:
+        """Raises BadSampleError for the first row without a label, unless bad rows are skipped; reads no images."""
+        if self.on_bad_image == "skip":
+            return
+        for row, label in enumerate(self.dataset["label"][:]):
+            if label is None or label < 0:
+                raise BadSampleError(f"{self.describe_row(row)} has no label ({label}): {_ADVICE}")
+
     def __setstate__(self, state: dict):
         # deepcopy and plain pickle copy into memory that workers don't share.
         self.__dict__.update(state)

@@ -61,7 +61,8 @@ def open_classifier(name: str, **kwargs) -> PreTrainedModel:
     except RefusedError as error:
         raise ValueError(f"{name} is not opened: {error}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} could not be opened as a folder or a Hub id: {error}") from error
+        missing = "" if os.path.isdir(os.path.expanduser(name)) else f"there is no folder {name!r} here, and "
+        raise ValueError(f"{name} could not be opened as a folder or a Hub id: {missing}{error}") from error
 
 
 def open_pretrained(
@@ -153,6 +154,10 @@ def _check_no_checkpoint(name: str) -> None:
         files = [path for path in sorted(Path(name).iterdir()) if path.name.endswith(_TIMM_FILES)]
         # The best one, which timm writes beside those of the last epochs.
         files.sort(key=lambda path: not path.name.startswith("model_best"))
+        if models := sorted(str(path.parent) for path in Path(name).glob(f"*/{CONFIG_NAME}")):
+            raise RefusedError(
+                f"it holds no {CONFIG_NAME}, but folders of models. Name one of them: {', '.join(models)}"
+            )
     if files and not os.path.exists(os.path.join(name, ADAPTER_CONFIG_NAME)):
         raise RefusedError(
             f"it must be a folder with a {CONFIG_NAME} or a Hub id, got weights alone. Convert a checkpoint of timm with "

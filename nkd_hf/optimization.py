@@ -5,6 +5,7 @@ form of the step, so that a run that is resumed, and a plan that trains nothing,
 """
 
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -18,6 +19,8 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.utils import ExplicitEnum
 
 from .losses import ViTKDLoss
+
+logger = logging.getLogger(__name__)
 
 # What `get_scheduler` passes to the schedules of transformers itself.
 _PASSED = ("optimizer", "num_warmup_steps", "num_training_steps")
@@ -234,6 +237,14 @@ def lr_factor(
     if max_steps <= 0:
         # The Trainer runs ceil(num_epochs * steps_per_epoch) steps.
         steps_per_epoch = math.floor(steps_per_epoch + 1e-9) or steps_per_epoch
+    for key in ("milestones", "warmup_epochs", "constant_steps"):
+        values = arguments.get(key, ())
+        length, unit = (num_steps, "steps") if key == "constant_steps" else (num_epochs, "epochs")
+        late = [value for value in (values if isinstance(values, list | tuple) else [values]) if value >= length]
+        if late:
+            logger.warning(
+                "lr_scheduler_kwargs: %s=%s is not reached in a run of %g %s.", key, arguments[key], length, unit
+            )
     run = _Run(num_steps, steps_per_epoch, learning_rate)
     return lambda step: SCHEDULES[name](step, run, **arguments)
 

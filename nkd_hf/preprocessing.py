@@ -302,6 +302,11 @@ def _read_colours(pictures: list[torch.Tensor], name: str) -> tuple[np.ndarray, 
     std, mean = np.empty(3), np.empty(3)
     std[order] = 1 / factors[RGB, order]
     mean[order] = -offsets / factors[RGB, order]
+    if mean.max() > 1.5:
+        raise ValueError(
+            f"{name} subtracts a mean of {mean.round(1).tolist()} from pixels in [0, 1], which makes all images alike. "
+            "Divide image_mean and image_std by 255, or set do_rescale to false"
+        )
     return mean, std, tuple(map(int, order))
 
 

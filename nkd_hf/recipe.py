@@ -34,6 +34,7 @@ from .metrics import compute_metrics, top5_indices
 from .model_card import CardInfo, check_license, launch_line
 from .model_card.curves import OTHER_DATASET
 from .modeling import hidden_progress_bars
+from .non_finite import LossWatch
 from .opening import open_classifier
 from .preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from .recipe_args import RecipeArguments
@@ -117,6 +118,12 @@ class Recipe:
         with training.main_process_first(desc="loading the data"):
             self.data = load_image_dataset(data, training.seed)
         self.id2label = dict(enumerate(label_names(self.data)))
+        if not data.streaming and self.data["validation"].split == self.data["train"].split:
+            held_out, kept = len(self.data["validation"]), len(self.data["train"])
+            self._say(
+                f"{data.dataset_name} has no split to evaluate on: {held_out} of its {held_out + kept} training images are "
+                f"held out (train_val_split={data.train_val_split})"
+            )
         if len(self.id2label) < 2:
             raise ValueError(
                 f"{data.dataset_name!r} must have two classes at least, got {list(self.id2label.values())}. Set "
@@ -240,6 +247,13 @@ class Recipe:
 
     def _say_teacher_accuracy(self, different: list[str]) -> None:
         own, given = self.results["teacher"], self.results[ON_STUDENT_PIXELS]
+        if given <= 1.5 / len(self.id2label) and self.training_args.process_index == 0:
+            logger.warning(
+                "The teacher's top-1 is %.2f %%, where guessing gives %.2f %%: a student learns nothing good from it. Train "
+                "it for longer or at another learning_rate, or name a pretrained teacher.",
+                100 * given,
+                100 / len(self.id2label),
+            )
         if ON_STUDENT_PIXELS not in self.accuracies:
             self._say(f"The teacher's top-1: {own:.2%}, on pixels that are the student's as well")
             return
@@ -307,8 +321,15 @@ class Recipe:
         """Computes the loss of one image, twice since BatchNorm wants more than one value."""
         batch = self.collator().without_mixing()([sample, sample])
         batch = {name: value.to(self.training_args.device) for name, value in batch.items()}
+        watch = LossWatch()
         with trainer.accelerator.autocast():
             trainer.compute_loss(trainer.model.train(), batch)
+        watched, trainer._watched = trainer._watched, None
+        if self.training_args.on_non_finite_loss == "error" and watched is not None:
+            watch.add(0, self.training_args.learning_rate, index=None, **watched)
+            watch.close_step(grad_norm=None, scaled=False)
+            if fault := watch.fault(wait=True):
+                raise ValueError(f"an image gives no finite loss before anything is trained: {fault}")
 
     def report(self) -> None:
         """Prints the table, writes `results.json` and `accuracy.png`, pushes the student, and shows how it is opened.
@@ -560,6 +581,7 @@ class Recipe:
 
     def _clear_earlier_run(self) -> None:
         if has_run(self.folder):
+            print(f"\nThe earlier run in {self.folder} was finished: this one replaces it", flush=True)
             clear(self.folder, self._settings)
 
     @property

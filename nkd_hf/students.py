@@ -93,7 +93,9 @@ def create_student(
 
     ```
     """
-    name = read_repo_id(name, "name")
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"name must be the name of an architecture, a folder or a Hub id, got {name!r}")
+    name = read_repo_id(os.fspath(name), "name")
     if id2label is not None:
         id2label = normalize_id2label(id2label)
         num_labels = len(id2label)
@@ -191,13 +193,21 @@ def check_preprocessing(
     interpolation: str | None,
 ) -> None:
     """ValueError unless these arguments of [`create_student`] are in their range, or None."""
+    if image_size is not None and type(image_size) is not int:
+        raise ValueError(f"image_size must be one integer, the height and the width, got {image_size!r}")
     if image_size is not None and not 1 <= image_size <= 2**14:
         raise ValueError(
             f"image_size must be from 1 to {2**14} pixels, got {image_size}: leave it out for the architecture's own"
         )
     for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-        if values is not None and not (len(values) == 3 and all(map(math.isfinite, values))):
-            raise ValueError(f"{name} must be three finite numbers, one per channel, got {list(values)}")
+        if values is not None and not (
+            isinstance(values, Sequence) and len(values) == 3 and all(map(math.isfinite, values))
+        ):
+            raise ValueError(f"{name} must be three finite numbers, one per channel, got {values}")
+    if image_mean is not None and max(image_mean) > 1:
+        raise ValueError(
+            f"image_mean must be in units of [0, 1], got {list(image_mean)}. Divide image_mean and image_std by 255"
+        )
     if image_std is not None and min(image_std) <= 0:
         raise ValueError(f"image_std must be above 0, since pixels are divided by it, got {list(image_std)}")
     if crop_pct is not None and not 0 < crop_pct <= 1:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -268,19 +269,28 @@ def load_teacher(
         config = getattr(teacher, "config", None)
         id2label = getattr(config, "id2label", None)
         return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
-    teacher = read_repo_id(teacher, "teacher")
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(f"teacher must be a Hub id, a folder or a module, got a {type(teacher).__name__}")
+    teacher = read_repo_id(os.fspath(teacher), "teacher")
     try:
         model = open_pretrained(
             teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
         )
         if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
-            processing_class = open_image_processor(model.name_or_path, trust_remote_code=trust_remote_code)
+            try:
+                processing_class = open_image_processor(model.name_or_path, trust_remote_code=trust_remote_code)
+            except OSError as error:
+                raise RefusedError(
+                    "it has no image processor (preprocessor_config.json). Save the model's beside it "
+                    "(processor.save_pretrained), or pass processing_class to load_teacher"
+                ) from error
     except RefusedError as error:
         raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"teacher {teacher!r} could not be opened: give the id of an image classifier on the Hub (is there a "
-            f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote. {error}"
+            f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote"
+            f"{'' if os.path.isdir(os.path.expanduser(teacher)) else f' (there is no folder {teacher!r} here)'}. {error}"
         ) from error
     return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
     BaseImageProcessor,
+    EarlyStoppingCallback,
     PreTrainedModel,
+    SchedulerType,
     TimmWrapperForImageClassification,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, has_length
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, SaveStrategy, has_length
 from transformers.utils import ModelOutput
 
 from .batch_norm import estimate_batch_norm, has_batch_norm, smallest_batch, wants_more_values
@@ -30,10 +32,12 @@ from .checkpoints import fault_of
 from .features import check_token_grids
 from .finite_trainer import FiniteTrainer
 from .image_losses import ImageLosses
+from .images import ImageDataset
 from .label_check import LabelCheck
 from .labels import check_classifier, normalize_id2label
 from .losses import NKDLoss
 from .losses.normalized import check_labels
+from .metrics import compute_metrics
 from .model_card import CardInfo, write_card
 from .model_card.curves import OTHER_DATASET
 from .modeling import IGNORE_INDEX, DistillationModel, DistillationOutput
@@ -45,7 +49,7 @@ from .sampler import EpochIndices, training_sampler
 from .teacher import Teacher, load_teacher, unwrap_module
 from .teacher_logits import StoredTeacher, TeacherLogits
 from .training_args import DistillationTrainingArguments
-from .transforms import check_colours, is_train_transform
+from .transforms import read_transform
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +139,9 @@ class DistillationTrainer(FiniteTrainer):
             )
         losses = {} if distillation_loss is None else distillation_loss
         losses = dict(losses) if isinstance(losses, dict) else {"distillation": losses}
-        for loss in losses.values():
+        for name, loss in losses.items():
+            if not isinstance(name, str) or not name or "." in name:
+                raise ValueError(f"the names of distillation_loss must be text without a dot, got {name!r}")
             if not isinstance(loss, nn.Module):
                 raise ValueError(
                     f"distillation_loss must be a module such as NKDLoss(), or a dict of them by name, got {loss!r}"
@@ -165,6 +171,10 @@ class DistillationTrainer(FiniteTrainer):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         self._check_label_names()
         self._check_pixels()
+        if args.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha must be None, got {args.neftune_noise_alpha}. It adds noise to the embeddings of words"
+            )
         self.add_callback(_CheckOwnMethods(self))
         if self.optimizer is not None:
             check_no_group_is_empty(self.optimizer)
@@ -185,8 +195,8 @@ class DistillationTrainer(FiniteTrainer):
     ) -> DistillationModel:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
-                f"model must be a *ForImageClassification of transformers, got {type(model).__name__}. Pass "
-                'create_student("<name>") for an architecture of timm, and load weights into its timm_model'
+                f"model must be a *ForImageClassification of transformers, got {type(model).__name__}: "
+                'for a timm architecture give create_student("<its name>"), and load weights into its timm_model'
             )
         check_classifier(model.config, "the student")
         normalize_id2label(model.config.id2label, of="the student's id2label")
@@ -199,27 +209,52 @@ class DistillationTrainer(FiniteTrainer):
                 "column, or override compute_loss."
             )
 
+    @property
+    def _datasets(self) -> dict[str, Any]:
+        """The datasets of training and evaluation, by what errors call them."""
+        if not isinstance(self.eval_dataset, dict):
+            return {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        evaluation = {f"eval_dataset {name!r}": dataset for name, dataset in self.eval_dataset.items()}
+        return {"train_dataset": self.train_dataset, **evaluation}
+
     def _check_pixels(self) -> None:
-        """Raises ValueError where training can't preprocess as processing_class does, or does not.
+        """Raises ValueError where training or evaluation don't preprocess as processing_class does.
 
         Without processing_class, the student's own configuration says what `pipeline` will do with the saved student.
         """
-        transform = getattr(self.train_dataset, "transform", None)
-        is_known = is_train_transform(transform)
-        if self.processing_class is None and not is_known:
+        known = {
+            name: colours
+            for name, dataset in self._datasets.items()
+            if (colours := read_transform(getattr(dataset, "transform", None))) is not None
+        }
+        if self.processing_class is None and not known:
             return
         pixels = read_preprocessing(self.accelerator.unwrap_model(self.model).student, self.processing_class)
-        if pixels is None or not is_known:
+        if pixels is None:
             return
-        if self.processing_class is not None:
-            check_colours(transform, *pixels.colours)
-            return
-        order = pixels.channel_order
-        check_colours(transform, transform.mean.flatten(), transform.std.flatten(), order, of="the student")
-        try:
-            check_colours(transform, *pixels.colours, of="the student")
-        except ValueError as error:
-            logger.warning("pipeline() will give the saved student other pixels than training does: %s.", error)
+        is_given = self.processing_class is not None
+        for name, given in known.items():
+            differs = next(
+                (field for field in ("channel_order", "mean", "std") if not given.is_near(pixels, field)), None
+            )
+            if differs is not None:
+                message = (
+                    f"the {differs} of the {name}'s transform must be that of "
+                    f"{'processing_class' if is_given else 'the student'}, {list(getattr(pixels, differs))}, got "
+                    f"{list(getattr(given, differs))}. Make it from nkd_hf.preprocessing.read_preprocessing(student, "
+                    "processing_class)"
+                )
+                if is_given or differs == "channel_order":
+                    raise ValueError(message)
+                logger.warning("pipeline() will give the saved student other pixels than training does: %s.", message)
+            elif given.size != pixels.size:
+                logger.warning(
+                    "The images of the %s are %d x %d, and the student's image processor makes %d x %d, which evaluation and "
+                    "pipeline() will use.",
+                    name,
+                    *given.size,
+                    *pixels.size,
+                )
 
     @property
     def _has_own_evaluation(self) -> bool:
@@ -337,7 +372,7 @@ class DistillationTrainer(FiniteTrainer):
             raise ValueError(
                 f"the batch must hold pixel_values and labels, got {', '.join(inputs)}: see data_collator"
             )
-        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        pixel_values, labels = self._read_pixels(inputs), inputs["labels"]
         columns = self.accelerator.unwrap_model(self.model).select_columns(inputs)
         if not torch.is_grad_enabled():
             outputs = DistillationOutput(logits=model(pixel_values, **columns)["logits"])
@@ -365,6 +400,21 @@ class DistillationTrainer(FiniteTrainer):
         }
         loss = sum(losses.values())
         return (loss, outputs) if return_outputs else loss
+
+    def _read_pixels(self, inputs: dict[str, Any]) -> Tensor:
+        """The pixel values of a batch, if they are those of images that were preprocessed."""
+        pixel_values = inputs.get("pixel_values")
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(
+                f"the batch must hold pixel_values, a tensor [B, 3, H, W], got {', '.join(inputs)}. Transform the images in "
+                "the dataset (ImageDataset), or in data_collator"
+            )
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be [B, 3, H, W] of floats, got {list(pixel_values.shape)} of {pixel_values.dtype}. "
+                "Normalise the images, channels first"
+            )
+        return pixel_values
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs):
         self._batch_norm_step = None  # An interrupted run, or an attempt of auto_find_batch_size, may have left one.
@@ -445,6 +495,36 @@ class DistillationTrainer(FiniteTrainer):
             raise ValueError(
                 "the scheduler must be one of the optimizer that trains, got one of another optimizer, whose rates it would "
                 "set. Pass both in optimizers, or neither"
+            )
+
+    def _check_weights(self) -> None:
+        for name, weight in self.student.state_dict().items():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise ValueError(
+                    f"the student's weights must be finite, got NaN or infinity in {name}. Open another model, or another "
+                    "checkpoint"
+                )
+
+    def _check_metric(self) -> None:
+        """Raises ValueError where no evaluation will have the metric that best model, schedule or early stopping read."""
+        args, metric = self.args, self.args.metric_for_best_model
+        is_read = (
+            args.load_best_model_at_end
+            or args.save_strategy == SaveStrategy.BEST
+            or any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+        )
+        is_read = is_read or args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        own = any(_overrides(self, name) for name in ("evaluate", "evaluation_loop"))
+        if metric is None or not is_read or own or self.compute_metrics not in (None, compute_metrics):
+            return
+        known = ["loss"] if self.compute_metrics is None else ["loss", "accuracy", "top5_accuracy"]
+        if isinstance(self.eval_dataset, dict):
+            known = [f"{dataset}_{name}" for dataset in self.eval_dataset for name in known]
+        if metric.removeprefix("eval_") not in known and not metric.endswith(("_runtime", "_per_second")):
+            advice = "Set compute_metrics, or" if self.compute_metrics is None else "Set"
+            raise ValueError(
+                f"metric_for_best_model must be a metric of an evaluation, got {metric!r}. {advice} metric_for_best_model to "
+                f"{' or '.join(known)}"
             )
 
     def check_batches(self, loader: torch.utils.data.DataLoader, max_steps: int) -> None:
@@ -806,6 +886,11 @@ class _PrepareTraining(TrainerCallback):
         # Sharding puts parameters of its own in the place of the model's.
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer._check_optimizer(_without_accelerate(optimizer))
+            trainer._check_weights()
+        trainer._check_metric()
+        for dataset in trainer._datasets.values():
+            if isinstance(dataset, ImageDataset):
+                dataset.check_labels()
         trainer.check_batches(train_dataloader, state.max_steps)
         trainer._give_own_stream()
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import PIL.Image
@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from .data import DataArguments
 from .errors import reason
+from .preprocessing import read_processor
 
 # Raised with every change of the code that makes other training pixels of the same image, seed and arguments: in images.py
 # (decoding), in batches.py (order, draws, mixing) and here. Stores of teacher logits from before are then refused.
@@ -58,6 +59,11 @@ def train_transform(
     """
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+    if max(mean) > 1 or min(std) <= 0:
+        raise ValueError(
+            f"mean and std must be in units of [0, 1], and std above 0, got {list(mean)} and {list(std)}. Divide values of "
+            "0 to 255 by 255"
+        )
     if channel_order is None:
         channel_order = getattr(mean, "channel_order", (0, 1, 2))
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -71,43 +77,36 @@ def train_transform(
     erase = RandomErasing(args.random_erasing, mode="pixel", device="cpu") if args.random_erasing else None
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
     order = None if tuple(channel_order) == (0, 1, 2) else list(channel_order)
-    return _TrainTransform(crop, args.horizontal_flip, augment, lighting, mean, std, order, erase)
+    return _TrainTransform(crop, args.horizontal_flip, augment, lighting, mean, std, order, erase, size)
 
 
-def is_train_transform(transform: Any) -> bool:
-    """Whether [`train_transform`] made it."""
-    return isinstance(transform, _TrainTransform)
+class TransformColours(NamedTuple):
+    """What a transform makes of colours and sizes; see [`~nkd_hf.preprocessing.Preprocessing`]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channel_order: tuple[int, ...]
+    size: tuple[int, int]
+
+    def is_near(self, other: Any, field: str) -> bool:
+        """Whether a field differs by less than a step of 8 bits from that of another, or of a `Preprocessing`."""
+        return max(abs(a - b) for a, b in zip(getattr(self, field), getattr(other, field), strict=True)) <= 1 / 255
 
 
-def check_colours(
-    transform: Callable,
-    mean: Sequence[float],
-    std: Sequence[float],
-    channel_order: Sequence[int] = (0, 1, 2),
-    of: str = "processing_class",
-) -> None:
-    """Checks that training gets the colours that evaluation gets.
-
-    Args:
-        transform: of the training images, as [`train_transform`] returns it.
-        mean, std, channel_order: of the student, as in [`train_transform`].
-        of: where the student's values come from, for the error.
-
-    Raises:
-        ValueError: the transform has another channel order, or a normalisation that differs by more than a step of 8 bits.
-    """
-    order = transform.order or [0, 1, 2]
-    for name, got, wanted in (
-        ("channel_order", order, channel_order),
-        ("mean", transform.mean.flatten().tolist(), mean),
-        ("std", transform.std.flatten().tolist(), std),
-    ):
-        if max(abs(a - b) for a, b in zip(got, wanted, strict=True)) > 1 / 255:
-            raise ValueError(
-                f"the {name} of the train_dataset's transform must be that of {of}, {list(wanted)}, got "
-                f"{[round(value, 4) for value in got]}. Pass train_transform the mean and std of "
-                "nkd_hf.preprocessing.read_preprocessing(student, processing_class)"
-            )
+def read_transform(transform: Any) -> TransformColours | None:
+    """Reads what [`train_transform`] or [`processor_transform`] was made with; None for a transform of another kind."""
+    if isinstance(transform, _TrainTransform):
+        mean, std = (
+            tuple(round(value, 6) for value in values.flatten().tolist()) for values in (transform.mean, transform.std)
+        )
+        return TransformColours(mean, std, tuple(transform.order or (0, 1, 2)), tuple(transform.size))
+    if isinstance(transform, partial) and transform.func is _process:
+        try:
+            pixels = read_processor(transform.args[0])
+        except ValueError:  # It does what train_transform can't, which is for another check to say.
+            return None
+        return TransformColours(pixels.mean, pixels.std, pixels.channel_order, pixels.size)
+    return None
 
 
 def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> list[Callable]:
@@ -162,6 +161,7 @@ class _TrainTransform:
     std: torch.Tensor
     order: list[int] | None  # of the channels, where they are not red, green and blue
     erase: RandomErasing | None
+    size: tuple[int, int]
 
     takes_tensors = True
 

@@ -11,6 +11,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, V
 
 from nkd_hf import create_student
 from nkd_hf.image_sizes import is_of_the_meta_device, own_image_size, run_fault
+from nkd_hf.modeling import save_student
 
 # The smallest model of each module of timm 1.0.31.
 FAMILIES = """
@@ -184,3 +185,30 @@ def test_an_opened_model_whose_processor_makes_another_size(tmp_path):
     native_resnet().save_pretrained(tmp_path / "resnet")
     ViTImageProcessor().save_pretrained(tmp_path / "resnet")
     assert create_student(str(tmp_path / "resnet")).config.num_labels == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("deit_tiny_patch16_224", 50), ("vit_tiny_patch16_224", 31), ("convnext_atto", 66)]
+)
+def test_a_size_whose_last_pixels_no_patch_sees_is_refused(name, size):
+    with pytest.raises(
+        ValueError, match=rf"got {size} \(its patches leave \d+ of {size} pixels unseen\)\. Set image_size to"
+    ):
+        create_student(name, num_labels=3, image_size=size)
+
+
+def test_a_size_that_an_architecture_was_designed_for_is_its_own_business():
+    """SigLIP's 27 patches of 14 pixels see 378 of 384, in timm as in the paper."""
+    with torch.device("meta"):
+        student = create_student("vit_so400m_patch14_siglip_384", num_labels=3, model_args={"depth": 1})
+    assert student.config.pretrained_cfg["input_size"] == [3, 384, 384]
+
+
+def test_a_student_of_a_folder_takes_no_size_with_pixels_that_no_patch_sees(tmp_path):
+    model_args = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    save_student(
+        create_student("deit_tiny_patch16_224", num_labels=3, image_size=32, model_args=model_args), str(tmp_path)
+    )
+    with pytest.raises(ValueError, match="its patches leave 8 of 40 pixels unseen"):
+        create_student(str(tmp_path), image_size=40)
+    assert create_student(str(tmp_path), image_size=48).config.pretrained_cfg["input_size"] == [3, 48, 48]

@@ -152,3 +152,10 @@ if child:
     assert process.returncode == 0, process.stderr
     assert {entry.name for entry in tmp_path.iterdir()} == {"home", "work"}
     assert list(work.iterdir()) == []
+
+
+def test_samples_without_a_label_do_not_count():
+    predictions, labels = np.array([[0, 1], [1, 0], [1, 0]]), np.array([0, -100, 0])
+    assert compute_metrics(EvalPrediction(predictions, labels)) == {"accuracy": 0.5, "top5_accuracy": 1.0}
+    with pytest.raises(ValueError, match="accuracy needs at least one label, got -100 for all samples"):
+        compute_metrics(EvalPrediction(predictions, np.full(3, -100)))

@@ -743,3 +743,17 @@ def test_the_smallest_batch_is_that_of_the_loader(num_images, processes, argumen
     assert {smallest_batch(loader, num_devices) for loader in loaders} == {expected}
     batches = [chunk for loader in loaders for batch in loader for chunk in batch.chunk(num_devices)]
     assert min(map(len, batches)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("multistep", {"milestones": [2, 4]}, "milestones=[2, 4] is not reached in a run of 4 epochs"),
+        ("cosine_by_epoch", {"warmup_epochs": 9}, "warmup_epochs=9 is not reached in a run of 4 epochs"),
+        ("constant_then_linear", {"constant_steps": 40}, "constant_steps=40 is not reached in a run of 40 steps"),
+        ("multistep", {"milestones": [2, 3]}, None),
+    ],
+)
+def test_a_schedule_that_is_longer_than_the_run_is_said(caplog, name, arguments, said):
+    lr_factor(name, 40, 4, 0.1, arguments)
+    assert caplog.messages == ([] if said is None else [f"lr_scheduler_kwargs: {said}."])

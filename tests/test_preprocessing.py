@@ -23,6 +23,7 @@ from nkd_hf import (
     NKDLoss,
     create_student,
     load_image_dataset,
+    load_image_processor,
     load_teacher,
     processor_transform,
     train_transform,
@@ -349,3 +350,48 @@ def test_a_timm_student_without_processing_class_says_itself_what_evaluation_see
     assert "pipeline()" not in caplog.text
     make([0.5] * 3, order)
     assert "pipeline() will give the saved student other pixels than training does: the mean of" in caplog.text
+
+
+def test_a_mean_of_0_to_255_is_refused_wherever_it_stands():
+    with pytest.raises(ValueError, match=r"mean and std must be in units of \[0, 1\]"):
+        train_transform(DataArguments(), 32, [123.0] * 3, [58.0] * 3)
+    with pytest.raises(ValueError, match="std above 0"):
+        train_transform(DataArguments(), 32, [0.5] * 3, [0.0] * 3)
+    processor = ViTImageProcessor(image_mean=[123.0] * 3, image_std=[58.0] * 3)
+    with pytest.raises(ValueError, match=r"which makes all images alike. Divide image_mean and image_std by 255"):
+        read_processor(processor)
+    processor = ViTImageProcessor(image_mean=[123.0] * 3, image_std=[58.0] * 3, do_rescale=False)
+    assert read_processor(processor).mean == pytest.approx((123 / 255,) * 3)
+
+
+@pytest.mark.parametrize("dataset", ["train", "evaluation", "one of two"])
+def test_evaluation_transforms_are_held_against_processing_class_too(tmp_path, dataset):
+    data = load_image_dataset(DataArguments(max_train_samples=8))["train"]
+    student, wrong = timm_cnn(), load_image_processor(timm_cnn(image_mean=[0.9] * 3))
+    right = load_image_processor(student)
+    images = {
+        name: ImageDataset(data, processor_transform(wrong if name == dataset else right), training=name == "train")
+        for name in ("train", "evaluation", "one of two")
+    }
+    arguments = {
+        "model": student,
+        "args": DistillationTrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+        "train_dataset": images["train"],
+        "eval_dataset": images["evaluation"]
+        if dataset != "one of two"
+        else {"a": images["evaluation"], "b": images[dataset]},
+        "processing_class": right,
+    }
+    name = {"train": "train_dataset", "evaluation": "eval_dataset", "one of two": "eval_dataset 'b'"}[dataset]
+    with pytest.raises(ValueError, match=f"the mean of the {name}'s transform must be that of processing_class"):
+        DistillationTrainer(**arguments)
+
+
+def test_images_of_another_size_than_evaluation_will_have_are_said(tmp_path, caplog):
+    data = load_image_dataset(DataArguments(max_train_samples=8))["train"]
+    student = timm_cnn()
+    pixels = read_preprocessing(student)
+    make_trainer(tmp_path, student, ImageDataset(data, train_transform(DataArguments(), 64, pixels.mean, pixels.std)))
+    assert (
+        "The images of the train_dataset are 64 x 64, and the student's image processor makes 32 x 32" in caplog.text
+    )

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -275,3 +276,46 @@ def test_the_weights_of_a_model_are_those_of_the_seed_however_often_it_is_built(
     recipe = Recipe(*parse_args(TYPES, args=["--config", str(config), *more]))
     first, second = (recipe.create("resnet18", CNN).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_teacher_that_gives_nan_is_refused_before_the_baseline_is_trained(tmp_path):
+    teacher = create_student("resnet34", id2label=DIGITS, image_size=32, model_args=CNN)
+    teacher.timm_model.fc.bias.data[0] = float("nan")
+    save_student(teacher, str(tmp_path / "teacher"))
+    refused(
+        tmp_path,
+        "an image gives no finite loss before .* The teacher's logits are not finite",
+        "--teacher",
+        str(tmp_path / "teacher"),
+    )
+    # A half precision that overflows is found as well.
+    teacher.timm_model.fc.bias.data[0] = 1e30
+    save_student(teacher, str(tmp_path / "teacher"))
+    refused(
+        tmp_path,
+        "The teacher's logits are not finite",
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--teacher_dtype",
+        "fp16",
+    )
+
+
+def test_a_teacher_that_guesses_held_out_images_and_a_run_that_is_replaced_are_said(tmp_path, capsys, caplog):
+    """Of a folder with a training split alone."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / "train" / name / f"{i}.png")
+    teacher = save(tmp_path / "teacher", id2label={0: "cat", 1: "dog"})
+    arguments = ["--dataset_name", str(tmp_path / "data"), "--teacher", teacher, "--max_steps", "1"]
+    arguments += ["--compare_with_baseline", "false", "--output_dir", str(tmp_path / "run")]
+    run("distill_cnn", *arguments).report()
+    said = capsys.readouterr().out
+    assert "has no split to evaluate on: 4 of its 40 training images are held out (train_val_split=0.1)" in said
+    assert "replaces it" not in said
+    run("distill_cnn", *arguments)
+    assert f"The earlier run in {tmp_path / 'run'} was finished: this one replaces it" in capsys.readouterr().out
+    assert "where guessing gives 50.00 %: a student learns nothing good from it" in caplog.text

@@ -194,3 +194,26 @@ def test_a_new_head_where_the_configuration_counts_classes_apart_from_their_name
     assert same.config.id2label == (names or {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
     assert student.config.id2label == {i: f"LABEL_{i}" for i in range(5)}
     assert student(torch.randn(1, 3, 32, 32)).logits.shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"image_mean": [123.0, 116.0, 103.0], "image_std": [58.0, 57.0, 57.0]},
+            r"image_mean must be in units of \[0, 1\]",
+        ),
+        ({"image_mean": 0.5}, "image_mean must be three finite numbers"),
+        ({"image_size": (32, 32)}, "image_size must be one integer"),
+        ({"image_size": "32"}, "image_size must be one integer"),
+        ({"name": None}, "name must be the name of an architecture, a folder or a Hub id, got None"),
+    ],
+)
+def test_arguments_of_another_kind_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_student(**{"name": "resnet18", "num_labels": 3, "image_size": 32} | arguments)
+
+
+def test_a_path_opens_as_its_text_does(tmp_path):
+    save_student(timm_cnn(), str(tmp_path))
+    assert create_student(tmp_path).config.id2label == DIGITS

@@ -279,3 +279,17 @@ def test_imagenet_matches_whichever_way_it_is_named():
     assert describe_synsets(synsets) == list(timms.values())
     with pytest.raises(ValueError, match="class 0 is 'Tench'"):
         match_labels(timms | {0: "Tench"}, timms)
+
+
+def test_what_is_missing_beside_a_teacher_is_said(tmp_path):
+    native_vit().save_pretrained(tmp_path / "run" / "teacher")
+    with pytest.raises(
+        ValueError, match=r"it has no image processor \(preprocessor_config.json\). Save the model's beside it"
+    ):
+        load_teacher(str(tmp_path / "run" / "teacher"))
+    with pytest.raises(ValueError, match=r"but folders of models. Name one of them: .*/run/teacher"):
+        load_teacher(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"\(there is no folder 'run/studnt' here\)"):
+        load_teacher("run/studnt")
+    with pytest.raises(ValueError, match="teacher must be a Hub id, a folder or a module, got a list"):
+        load_teacher([native_vit()])

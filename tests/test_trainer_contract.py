@@ -9,6 +9,7 @@ import shutil
 import threading
 
 import datasets
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,19 @@ from torch import nn
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
-from nkd_hf import DistillationTrainer, DistillationTrainingArguments, NKDLoss, SRRLLoss, USKDLoss, load_teacher
+from nkd_hf import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    ImageCollator,
+    ImageDataset,
+    NKDLoss,
+    SRRLLoss,
+    USKDLoss,
+    load_image_processor,
+    load_teacher,
+    processor_transform,
+)
+from nkd_hf.metrics import compute_metrics
 
 assert_close = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 WEIGHTS = torch.arange(1.0, 11.0)
@@ -634,3 +647,88 @@ def test_a_last_batch_of_one_from_a_stream_without_length_is_said(tmp_path):
     ):
         trainer.train()
     make_trainer(tmp_path, timm_cnn(), Stream(), per_device_train_batch_size=5).train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, None),
+        ({"save_strategy": "best", "eval_strategy": "steps"}, None),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, None),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "metric_for_best_model": "loss"},
+            "trains",
+        ),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused_before_the_first_step(tmp_path, arguments, message):
+    arguments = {"metric_for_best_model": "accuracy", "max_steps": 2, "eval_steps": 2, "save_steps": 2} | arguments
+    trainer = make_trainer(tmp_path, native_vit(), digits(0, 32), digits(32, 48), **arguments)
+    if message == "trains":
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match=r"got 'accuracy'. Set compute_metrics, or metric_for_best_model to loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer.compute_metrics = compute_metrics
+    trainer.args.metric_for_best_model = "acuracy"
+    with pytest.raises(
+        ValueError, match=r"got 'acuracy'. Set metric_for_best_model to loss or accuracy or top5_accuracy"
+    ):
+        trainer.train()
+
+
+def test_weights_that_are_not_numbers_are_said_before_the_first_step(tmp_path):
+    student = native_vit()
+    student.classifier.bias.data[3] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"the student's weights must be finite, got NaN or infinity in classifier\.bias"
+    ):
+        make_trainer(tmp_path, student, digits(0, 32)).train()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ({"image": torch.zeros(3, 32, 32)}, "the batch must hold pixel_values, .*, got image, labels"),
+        (
+            {"pixel_values": torch.zeros(32, 32, 3)},
+            r"pixel_values must be \[B, 3, H, W\] of floats, got \[16, 32, 32, 3\]",
+        ),
+        ({"pixel_values": torch.zeros(3, 32, 32, dtype=torch.uint8)}, "of floats, got .* of torch.uint8. Normalise"),
+    ],
+)
+def test_batches_without_preprocessed_images_are_refused(tmp_path, pixels, message):
+    samples = [{**pixels, "labels": i % 10} for i in range(16)]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, native_vit(), samples, remove_unused_columns=False).train()
+
+
+def test_names_of_losses_and_settings_for_words_are_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"names of distillation_loss must be text without a dot, got 'a\.b'"):
+        make_trainer(tmp_path, native_vit(), teacher=native_vit(1), distillation_loss={"a.b": NKDLoss()})
+    with pytest.raises(ValueError, match="neftune_noise_alpha must be None, got 5"):
+        make_trainer(tmp_path, native_vit(), neftune_noise_alpha=5)
+
+
+@pytest.mark.parametrize("split", ["train", "evaluation"])
+def test_a_missing_label_is_said_before_the_first_step(tmp_path, split):
+    """In the data of the evaluation too, which come after an epoch."""
+    pictures = [PIL.Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(8)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    images = {
+        name: ImageDataset(
+            datasets.Dataset.from_dict(
+                {"image": pictures, "label": [0, 1, None if name == split else 2, 3] * 2}, features
+            ),
+            processor_transform(load_image_processor(timm_cnn())),
+            training=name == "train",
+        )
+        for name in ("train", "evaluation")
+    }
+    trainer = make_trainer(
+        tmp_path, timm_cnn(), images["train"], images["evaluation"], data_collator=ImageCollator(10)
+    )
+    with pytest.raises(ValueError, match=r"row 2 of the \w+ data has no label \(None\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0

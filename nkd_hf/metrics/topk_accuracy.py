@@ -37,7 +37,7 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
         predictions: [N, K] int class indices, best first, with K = min(5, number of classes) or more; only the first
             five count. A row of -1 alone is no prediction, as `top5_indices` makes it of logits that are NaN: it counts
             as wrong, and a warning says how many there are.
-        references: [N] int class indices.
+        references: [N] int class indices, of which -100 marks samples that do not count.
 
     Returns:
         `{"accuracy": ..., "top5_accuracy": ...}`, fractions as Python floats.
@@ -61,6 +61,12 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
         )
     if predictions.size == 0:
         raise ValueError(f"accuracy needs at least one sample, got predictions {list(predictions.shape)}")
+    # The mark of images without a class, which the cross-entropy of an evaluation ignores as well.
+    predictions, references = predictions[references != -100], references[references != -100]
+    if len(references) == 0:
+        raise ValueError(
+            "accuracy needs at least one label, got -100 for all samples. Evaluate images of known classes"
+        )
     if references.min() < 0:
         raise ValueError(
             f"references must be class indices from 0, got {references.min()}: the split has no labels, as ImageNet's "
