@@ -119,6 +119,25 @@ def classifier_name(model: nn.Module) -> str | None:
         return None
 
 
+def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers whose rows are a model's classes, by name: two with a distillation head, none where none is known.
+
+    In a model of transformers they lie outside of the base model. The last layer there has a row a class.
+    """
+    timm = timm_model(model)
+    if timm is None:
+        base = f"{model.base_model_prefix}."
+        layers = {name: layer for name, layer in model.named_modules() if not name.startswith(base)}
+    else:
+        heads = timm.get_classifier() if hasattr(timm, "get_classifier") else ()
+        heads = heads if isinstance(heads, tuple | list) else [heads]
+        inside = {layer for head in heads for layer in head.modules()}
+        layers = {name: layer for name, layer in model.named_modules() if layer in inside}
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    num_rows = [len(layer.weight) for layer in layers.values()]
+    return {name: layer for name, layer in layers.items() if len(layer.weight) == num_rows[-1]}
+
+
 def prefix_tokens(model: nn.Module) -> int | None:
     """How many tokens of a ViT stand before its patch tokens: class, distillation and register tokens. None for others."""
     if not isinstance(_family(model), _Vit):

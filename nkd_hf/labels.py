@@ -127,6 +127,34 @@ def check_class_order(folder: str | Path, id2label: Mapping[Any, str] | Sequence
         )
 
 
+def reorder(names: Sequence[str], saved: Sequence[str]) -> list[int] | None:
+    """Finds where classes stand among those of a saved model that names the same ones in another order.
+
+    Returns:
+        `list[int]` or None: `logits[:, order]` stands in the order of `names`. None where the order is the same, where the
+        names are other ones, and where one side's are generic (`LABEL_0`), which are no names.
+
+    Raises:
+        ValueError: the names are the same in another order, and two of them are equal.
+
+    Example:
+        >>> reorder(["owl", "cat", "dog"], ["cat", "dog", "owl"])
+        [2, 0, 1]
+    """
+    if is_generic(names) or is_generic(saved):
+        return None
+    numbers = whole_numbers(names), whole_numbers(saved)
+    now, then = (names, saved) if None in numbers else numbers
+    if list(now) == list(then) or Counter(now) != Counter(then):
+        return None
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(
+            f"classes in another order must have names that differ, got {repeated[0]!r} twice. Name them in the order in "
+            "which the model was saved"
+        )
+    return _order(now, then)
+
+
 def match_labels(
     student_id2label: Mapping[Any, str] | Sequence[str],
     teacher_id2label: Mapping[Any, str] | Sequence[str],

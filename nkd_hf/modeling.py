@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput, logging
 
+from .feature_layers import classifier_layers
 from .features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 from .labels import check_class_order, invert_labels, normalize_id2label
 from .losses.normalized import check_labels
@@ -305,11 +306,11 @@ def save_student(
         **kwargs: those of `PreTrainedModel.save_pretrained`.
 
     Raises:
-        ValueError: the names in its `config.id2label` are not those of the classes 0..n-1.
+        ValueError: the names in its `config.id2label` are not those of the classes 0..n-1 that its classifier has.
     """
     state_dict = student.state_dict() if state_dict is None else state_dict
     # timm's wrapper writes the names in the order of the dict, not in that of the classes.
-    student.config.id2label = normalize_id2label(student.config.id2label, of="the student's id2label")
+    student.config.id2label = read_class_names(student, state_dict)
     student.config.label2id = invert_labels(student.config.id2label)
     if isinstance(student, TimmWrapperForImageClassification):
         # timm knows its own keys alone; transformers opens both kinds.
@@ -321,6 +322,24 @@ def save_student(
             student.config.model_args = {}
     with hidden_progress_bars():  # of one file, in the midst of the training's own bar
         student.save_pretrained(folder, state_dict=state_dict, **kwargs)
+
+
+def read_class_names(student: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[int, str]:
+    """Reads the names of a student's classes in their normal form.
+
+    `config.num_labels` is but the number of names: the rows of the classifier tell how many classes there are.
+
+    Args:
+        student: any `*ForImageClassification`.
+        state_dict: its gathered weights, when the student is sharded.
+
+    Raises:
+        ValueError: the names are not those of the classes 0..n-1 that its classifier has.
+    """
+    rows = [f"{name}.weight" for name in classifier_layers(student)]
+    state_dict = student.state_dict() if state_dict is None else state_dict
+    num_classes = len(state_dict[rows[-1]]) if rows and rows[-1] in state_dict else None
+    return normalize_id2label(student.config.id2label, num_classes, of="the student's id2label")
 
 
 @contextlib.contextmanager

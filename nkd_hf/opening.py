@@ -104,6 +104,9 @@ def open_pretrained(
         )
     config = read_config(name, trust_remote_code, **where) or {}
     num_new_classes = kwargs.get("num_labels", 0)
+    if _has_classes(config, kwargs.get("num_labels")):
+        # TimmWrapperConfig.from_dict ignores the model's names where it gets a num_labels.
+        kwargs.pop("num_labels", None)
     try:
         size = measure_weights(_find_weights(name, config, allow_pickle, where))
         if is_timm_config(config):
@@ -145,6 +148,12 @@ def open_pretrained(
     except ValueError as error:
         raise RefusedError(str(error)) from error
     return model
+
+
+def _has_classes(config: dict[str, Any], num_labels: int | None) -> bool:
+    """Whether a model of timm has `num_labels` classes, and names of as many or none."""
+    num_names = len(config.get("label_names") or ())
+    return "architecture" in config and config.get("num_classes") == num_labels and num_names in (0, num_labels)
 
 
 def _check_no_checkpoint(name: str) -> None:

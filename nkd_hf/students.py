@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -10,9 +11,12 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from .architectures import ARCHITECTURES, is_architecture
+from .feature_layers import classifier_layers
+from .feature_layout import input_size, run_once
 from .image_sizes import (
     describe_fault,
     image_size_advice,
@@ -22,12 +26,14 @@ from .image_sizes import (
     takes_img_size,
     try_image_size,
 )
-from .labels import invert_labels, normalize_id2label
+from .labels import invert_labels, is_generic, normalize_id2label, reorder
 from .model_config import RefusedError, check_model_args
 from .opening import open_pretrained
 from .preprocessing import load_image_processor  # noqa: F401  (other modules import it from here)
 from .repo_ids import read_repo_id
 from .student_preprocessing import change_preprocessing, check_opened_size
+
+logger = logging.getLogger(__name__)
 
 # What timm raises on arguments or sizes that an architecture doesn't take.
 _BUILD_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
@@ -59,7 +65,9 @@ def create_student(
         num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for an architecture, 100
             (CIFAR-100) for `*_cifar`, and else the model's own. A model that has another number gets a new head.
         id2label (`dict[int, str]` or a list, *optional*): class names; they are saved with the student. Their number
-            replaces `num_labels`. Numbers may be text, as JSON has them; see [`normalize_id2label`].
+            replaces `num_labels`. Numbers may be text, as JSON has them; see [`normalize_id2label`]. Where a Hub id or a
+            folder has the same names in another order, the rows of its classifier are put in this order. Where it has as
+            many classes under other names, its classifier stays as it is, and its classes get these names.
         model_args (`dict`, *optional*): handed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. Of the
             three others: `stages_repeats` and `stages_out_channels`, or `layers`.
         image_size (`int`, *optional*): height and width of the input in pixels; None means the
@@ -81,7 +89,8 @@ def create_student(
     Raises:
         ValueError: `name` is neither an architecture nor a model that can be opened, or does not take one of the arguments;
             for an `image_size` that it does not take, the message names sizes that it does. Or its names, or those in
-            `id2label`, are not those of the classes 0..n-1.
+            `id2label`, are not those of the classes 0..n-1. Or its classes must be put in another order, and their names
+            repeat or its classifier is not known.
 
     Example:
 
@@ -284,8 +293,45 @@ def _open_student(
         if not names or (num_labels is not None and len(names) != num_classes):
             names = [f"LABEL_{i}" for i in range(num_classes)]
         id2label = normalize_id2label(names, num_classes, of=f"the id2label of student {name!r}")
+    elif not student.starts_with_new_head:
+        _put_in_order(student, name, list(id2label.values()))
     student.config.id2label, student.config.label2id = id2label, invert_labels(id2label)
     return student
+
+
+def _put_in_order(student: PreTrainedModel, name: str, names: list[str]) -> None:
+    """Puts the rows of an opened student's classifier in the order of the names, where it has the same ones in another."""
+    try:
+        saved = list(normalize_id2label(student.config.id2label, len(names)).values())
+    except ValueError:  # no names
+        return
+    try:
+        order = reorder(names, saved)
+    except ValueError as error:
+        raise ValueError(f"the id2label for student {name!r} does not fit it: {error}") from error
+    if order is None:
+        if names != saved and not is_generic(names) and not is_generic(saved):
+            logger.info("The classes of student %s get other names; its classifier stays as it is.", name)
+        return
+    layers = classifier_layers(student)
+    is_meta = student.device.type == "meta"
+    before = None if is_meta else run_once(student, input_size(student)).logits
+    with torch.no_grad():
+        for layer in layers.values():
+            for rows in (layer.weight, layer.bias):
+                if rows is not None and len(rows) == len(order):
+                    rows.copy_(rows[order])
+    is_done = is_meta or _is_close(run_once(student, input_size(student)).logits, before[:, order])
+    if not layers or not is_done:
+        raise ValueError(
+            f"id2label must name the classes of student {name!r} in its order, {', '.join(saved[:3])} ..., got another, and "
+            f"no classifier whose rows are its classes is known in {type(student).__name__}. Name them in its order"
+        )
+    logger.info("The rows of the classifier of student %s are put in the order of id2label.", name)
+
+
+def _is_close(logits: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(logits, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def describe_start(student: PreTrainedModel) -> str:

@@ -34,13 +34,13 @@ from .finite_trainer import FiniteTrainer
 from .image_losses import ImageLosses
 from .images import ImageDataset
 from .label_check import LabelCheck
-from .labels import check_classifier, normalize_id2label
+from .labels import check_classifier
 from .losses import NKDLoss
 from .losses.normalized import check_labels
 from .metrics import compute_metrics
 from .model_card import CardInfo, write_card
 from .model_card.curves import OTHER_DATASET
-from .modeling import IGNORE_INDEX, DistillationModel, DistillationOutput
+from .modeling import IGNORE_INDEX, DistillationModel, DistillationOutput, read_class_names
 from .optimization import SCHEDULES, check_optimizer, decayed_parameters, lr_factor
 from .optimizer_groups import check_no_group_is_empty
 from .preprocessing import read_preprocessing
@@ -199,7 +199,7 @@ class DistillationTrainer(FiniteTrainer):
                 'for a timm architecture give create_student("<its name>"), and load weights into its timm_model'
             )
         check_classifier(model.config, "the student")
-        normalize_id2label(model.config.id2label, of="the student's id2label")
+        read_class_names(model)
         return DistillationModel(model, losses, args.feature_layer, args.label_smoothing_factor, args.ema_decay)
 
     def _check_label_names(self) -> None:

@@ -44,7 +44,7 @@ ALLOWED = {
     "config_file": set(),
     "parser": {"config_file"},
     "metrics": {"metrics"},
-    "modeling": {"features", "labels", "losses", "outputs"},
+    "modeling": {"feature_layers", "features", "labels", "losses", "outputs"},
     "labels": set(),
     "label_check": {"losses"},
     "teacher": {"features", "labels", "model_config", "opening", "outputs", "preprocessing", "repo_ids"},
@@ -65,6 +65,8 @@ ALLOWED = {
     "student_preprocessing": {"image_sizes", "preprocessing"},
     "students": {
         "architectures",
+        "feature_layers",
+        "feature_layout",
         "image_sizes",
         "labels",
         "model_config",

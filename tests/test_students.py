@@ -1,6 +1,7 @@
 """What is built, saved and opened again: by transformers, by a pipeline, by timm."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -8,10 +9,12 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn, timm_deit
+from tiny import DIGITS, digits, make_trainer, native_resnet, native_vit, timm_cnn, timm_deit
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PerceiverConfig,
+    PerceiverForImageClassificationLearned,
     PvtConfig,
     PvtForImageClassification,
     PvtImageProcessor,
@@ -106,6 +109,56 @@ def test_timm_folder_opens_with_other_names(tmp_path, image, names):
     assert {entry["label"] for entry in answer} == set(names)
     if len(names) == 10:  # the head fits, and stays
         torch.testing.assert_close(student.state_dict(), timm_cnn().state_dict(), rtol=0, atol=0)
+
+
+def timm_levit():
+    args = {"embed_dim": (32, 32), "depth": (1, 1), "num_heads": (2, 2), "key_dim": 8}
+    return create_student("levit_128s", id2label=DIGITS, image_size=32, model_args=args)
+
+
+@pytest.mark.parametrize("build", [timm_cnn, timm_deit, timm_levit, native_vit, native_resnet])
+def test_the_same_names_in_another_order_take_their_rows_of_the_head_along(tmp_path, build, caplog):
+    saved = build()
+    for module in saved.modules():  # LeViT's head starts from a bias of 0
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            torch.nn.init.normal_(module.bias)
+    save_student(saved, str(tmp_path / "saved"))
+    order = [3, 0, 9, 1, 2, 8, 4, 6, 7, 5]
+    with caplog.at_level(logging.INFO, "nkd_hf"):
+        student = create_student(str(tmp_path / "saved"), id2label=[f"{i:02d}" for i in order])
+    assert caplog.text.count("are put in the order of id2label") == 1
+    assert list(student.config.id2label.values()) == [f"{i:02d}" for i in order]
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = saved.eval()(pixels).logits[:, order]
+        torch.testing.assert_close(student.eval()(pixels).logits, expected)
+
+
+def test_names_in_another_order_that_cannot_be_followed_are_errors(tmp_path):
+    for names, asked, message in (
+        (["crane", "b", "crane"], ["crane", "crane", "b"], "must have names that differ, got 'crane' twice"),
+        (["a", "b", "c"], ["c", "b", "a"], "no classifier whose rows are its classes is known in Perceiver"),
+    ):
+        config = PerceiverConfig(
+            num_latents=4, d_latents=8, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=1,
+            num_cross_attention_heads=1, image_size=32, id2label=dict(enumerate(names)),
+        )  # fmt: skip
+        PerceiverForImageClassificationLearned(config).save_pretrained(tmp_path / "perceiver")
+        with pytest.raises(ValueError, match=message):
+            create_student(str(tmp_path / "perceiver"), id2label=asked)
+
+
+@pytest.mark.parametrize("build", [timm_cnn, timm_levit, native_vit, native_resnet])
+def test_a_student_is_not_saved_with_another_number_of_names(tmp_path, build):
+    student = build()
+    trainer = make_trainer(tmp_path / "run", student, digits(0, 32))
+    student.config.id2label = list("abcdefg")
+    for save in (trainer.save_model, lambda folder: save_student(student, folder)):
+        with pytest.raises(ValueError, match="the student's id2label must name 10 classes, got 7"):
+            save(str(tmp_path / "student"))
+    with pytest.raises(ValueError, match="the student's id2label must name 10 classes, got 7"):
+        make_trainer(tmp_path / "run", student, digits(0, 32))
+    assert not (tmp_path / "student" / "config.json").exists()
 
 
 def test_names_are_saved_in_the_order_of_the_classes(tmp_path, image):
