@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils.other import get_free_port
 
 
 def in_a_process(work: Callable[[], None], log: Path) -> int:
@@ -21,7 +21,10 @@ def in_a_process(work: Callable[[], None], log: Path) -> int:
 def in_processes(world_size: int, work: Callable[[], None], log: Path) -> list[int]:
     """Does it in processes that are joined as those of `accelerate launch` are; their exit codes."""
     group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    group |= {"MASTER_PORT": get_free_port(), "ACCELERATE_USE_CPU": "true"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
 
     def of_rank(rank: int) -> None:
         if world_size > 1:
