@@ -90,14 +90,33 @@ class CheckpointTrainer(HubTrainer):
             SystemExit: with code 143, when SIGTERM came; the last checkpoint is of the last step.
         """
         # The default takes a checkpoint that is half there.
-        checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        try:
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
-        except pickle.UnpicklingError as error:  # whose advice is to run what the file says
-            raise ValueError(
-                f"{checkpoint} is not resumed, since a file of it holds more than tensors and could run code: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        checkpoint = self._resumed_from = self._whole_checkpoint(resume_from_checkpoint)
+        with Sigterm(self.args.world_size) as self._sigterm:
+            try:
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            except pickle.UnpicklingError as error:  # whose advice is to run what the file says
+                raise ValueError(
+                    f"{checkpoint} is not resumed, since a file of it holds more than tensors and could run code: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+            finally:
+                self._end_workers()
+            self.end_run()
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def begin_attempt(self) -> None:
+        """Prepares a run whose model and optimizer are made, again for each batch size that `auto_find_batch_size` tries."""
+        self._end_workers()
+        # An interrupted run, or an attempt before this one, may have left some.
+        self._component_sums, self._component_steps, self._skipped_steps = {}, 0.0, 0
+        self._load_sums()
+
+    def end_run(self) -> None:
+        """Checks what came after the last step of a run."""
+        # Twice, since several processes are answered one call late.
+        if any([self._sigterm.came(), self._sigterm.came()]):
+            logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
+            raise SystemExit(EXIT_CODE)
 
     def last_checkpoint(self) -> str | None:
         """The last checkpoint in `output_dir` that is whole; damaged ones after it are put aside, and said.
@@ -133,21 +152,6 @@ class CheckpointTrainer(HubTrainer):
         elif wanted and is_model_only(str(wanted)):
             raise ValueError(f"the checkpoint {wanted} {_MODEL_ONLY}")
         return wanted or None
-
-    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> TrainOutput:
-        self._resumed_from = kwargs.get("resume_from_checkpoint")
-        # What an interrupted run, or an attempt of auto_find_batch_size, has left in the sums is not of this run.
-        self._component_sums, self._component_steps, self._skipped_steps = {}, 0.0, 0
-        with Sigterm(self.args.world_size) as self._sigterm:
-            try:
-                output = super()._inner_training_loop(batch_size, **kwargs)
-            finally:
-                self._end_workers()
-            # What came after the last step; twice, since several processes are answered one call late.
-            if any([self._sigterm.came(), self._sigterm.came()]):
-                logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
-                raise SystemExit(EXIT_CODE)
-        return output._replace(training_loss=output.metrics["train_loss"])
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
@@ -284,7 +288,7 @@ class _KeepPace(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.save_after_epoch = self.leaving = False
-        self.trainer._load_sums()
+        self.trainer.begin_attempt()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.trainer._sigterm.came():

@@ -32,13 +32,15 @@ class FiniteTrainer(CheckpointTrainer):
         self._last_good_checkpoint: str | None = None
         super().__init__(*args, **kwargs)
 
-    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any):
+    def begin_attempt(self) -> None:
+        super().begin_attempt()
         self._watch, self._before_step, self._skipped_in_a_row = LossWatch(self.args.world_size), None, 0
-        self._last_good_checkpoint = kwargs.get("resume_from_checkpoint")
-        output = super()._inner_training_loop(batch_size, **kwargs)
+        self._last_good_checkpoint = self._resumed_from
+
+    def end_run(self) -> None:
+        super().end_run()
         if fault := self._watch.fault(wait=True):  # of the last steps, if nothing was saved after them
             self._stop(fault)
-        return output
 
     @property
     def step_was_skipped(self) -> bool:
@@ -65,7 +67,7 @@ class FiniteTrainer(CheckpointTrainer):
         watched = self._watched or {"losses": {}, "student_logits": None, "teacher_logits": None}
         watched["losses"] = watched["losses"] | {"loss": loss * self.current_gradient_accumulation_steps}
         self._watched = None
-        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]
         self._watch.add(step, rate, index=inputs.get("index"), **watched)
         return loss
 

@@ -72,7 +72,7 @@ class HubTrainer(Trainer):
         """
         args, folder = self.args, self.args.output_dir
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._finish_current_push()
+        self._wait_for_push()
         # Ahead of all that can fail, and on all processes: the weights may be sharded.
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -102,6 +102,11 @@ class HubTrainer(Trainer):
         self.push_in_progress = PushInProgress([job])
         return job
 
+    def _wait_for_push(self) -> None:
+        # Trainer sets push_in_progress when it pushes, and not before.
+        if getattr(self, "push_in_progress", None) is not None:
+            self.push_in_progress.wait_until_done()
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The default pushes all of output_dir, and a pickle of the arguments with it.
         args = self.args
@@ -113,7 +118,7 @@ class HubTrainer(Trainer):
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
             if not args.hub_always_push:
                 return
-            self._finish_current_push()  # It reads the files that are written now.
+            self._wait_for_push()  # It reads the files that are written now.
         self.callback_handler.on_push_begin(args, self.state, self.control)
         checkpoint = Path(checkpoint_folder)
         for file in student_files(checkpoint, in_checkpoint=True):

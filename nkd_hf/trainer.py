@@ -416,9 +416,9 @@ class DistillationTrainer(FiniteTrainer):
             )
         return pixel_values
 
-    def _inner_training_loop(self, batch_size: int | None = None, **kwargs):
-        self._batch_norm_step = None  # An interrupted run, or an attempt of auto_find_batch_size, may have left one.
-        return super()._inner_training_loop(batch_size, **kwargs)
+    def begin_attempt(self) -> None:
+        super().begin_attempt()
+        self._batch_norm_step = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # The default decays BatchNorm's weights and position embeddings, and no bias.

@@ -1,0 +1,34 @@
+"""What is used of Trainer's private names."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+def private_names_of_trainer() -> set[str]:
+    """Its methods, and the attributes that it sets."""
+    (trainer,) = ast.parse(inspect.getsource(Trainer)).body
+    methods = {node.name for node in trainer.body if isinstance(node, ast.FunctionDef)}
+    attributes = {
+        node.attr
+        for node in ast.walk(trainer)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+    return {name for name in methods | attributes if re.match(r"_(?!_)", name)}
+
+
+def test_private_names_of_trainer_are_listed():
+    table = re.findall(r"^\| `(_\w+)` \|", (ROOT / "docs" / "development.md").read_text(), re.MULTILINE)
+    names = private_names_of_trainer()
+    used = set()
+    for file in (ROOT / "nkd_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            used.add(getattr(node, "attr", None) if isinstance(node, ast.Attribute) else getattr(node, "name", None))
+    assert table == sorted(used & names)
+    assert hasattr(HfApi, "_validate_yaml")
