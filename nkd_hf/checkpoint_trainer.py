@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .batches import derived_seeds
 from .checkpoints import (
@@ -30,6 +30,7 @@ from .checkpoints import (
     is_of_trainer,
     last_whole_checkpoint,
     put_aside,
+    remove_old,
     remove_unfinished,
     write_files,
 )
@@ -248,8 +249,8 @@ class CheckpointTrainer(HubTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(target)
         if self.args.should_save:
-            rotate_checkpoints(
-                run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            remove_old(
+                run_folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint
             )
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:

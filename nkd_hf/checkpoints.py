@@ -92,9 +92,27 @@ def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
 def checkpoints(output_dir: str) -> list[str]:
     """The folders `checkpoint-*` by their steps."""
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    steps = {name: int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
-    folders = [os.path.join(output_dir, name) for name in sorted(steps, key=steps.get)]
+    folders = [os.path.join(output_dir, name) for name in sorted(filter(_NAME.fullmatch, names), key=_step)]
     return [folder for folder in folders if os.path.isdir(folder)]
+
+
+def remove_old(output_dir: str, step: int, limit: int | None, best: str | None) -> None:
+    """Deletes checkpoints beyond `limit`: those of an abandoned run, with more steps, then those with the fewest steps.
+
+    The one of `step` and the best one stay. Times of files say nothing, since clocks are set back.
+    """
+    folders = checkpoints(output_dir)
+    if not limit or limit < 0:
+        return
+    kept = {f"checkpoint-{step}", os.path.basename(best or "")}
+    old = [folder for folder in folders if os.path.basename(folder) not in kept]
+    old.sort(key=lambda folder: _step(folder) < step)  # stable: each part stays in the order of its steps
+    for folder in old[: max(len(folders) - limit, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(folder: str) -> int:
+    return int(_NAME.fullmatch(os.path.basename(folder))[1])
 
 
 def put_aside(folder: str) -> str:

@@ -13,7 +13,7 @@ from tiny import digits, make_trainer, native_vit, timm_cnn
 from transformers import TrainerCallback
 
 from nkd_hf import USKDLoss
-from nkd_hf.checkpoints import CheckpointError, fault_of, is_model_only
+from nkd_hf.checkpoints import CheckpointError, fault_of, is_model_only, remove_old
 
 
 def trainer_of(folder: Path, **kwargs):
@@ -247,3 +247,30 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_is_intact(tmp_path, li
     trainer = trainer_of(tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6
+
+
+def test_old_checkpoints_are_known_by_their_steps_when_the_clock_was_set_back(copy):
+    for step in (2, 4):
+        os.utime(copy / f"checkpoint-{step}", (2**32, 2**32))
+    trainer_of(copy, save_total_limit=1).train(resume_from_checkpoint=str(copy / "checkpoint-4"))
+    assert [path.name for path in copy.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("step", "limit", "best", "kept"),
+    [
+        (10, 2, None, {8, 10}),
+        (10, 2, "checkpoint-2", {2, 10}),
+        (10, 1, "run/checkpoint-2", {2, 10}),
+        (4, 2, None, {2, 4}),  # those with more steps are of a run that was given up
+        (2, 1, None, {2}),
+        (2, 4, None, {2, 6, 8, 10}),
+        (10, None, None, {2, 4, 6, 8, 10}),
+        (10, 0, None, {2, 4, 6, 8, 10}),
+    ],
+)
+def test_checkpoints_beyond_the_limit_are_removed(tmp_path, step, limit, best, kept):
+    for number in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    remove_old(str(tmp_path), step, limit, best)
+    assert {int(path.name.removeprefix("checkpoint-")) for path in tmp_path.iterdir()} == kept
