@@ -9,17 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from tiny import top1
 from transformers import AutoModelForImageClassification, pipeline
 
 from nkd_hf import (
     DataArguments,
+    DistillationTrainer,
     DistillationTrainingArguments,
+    ImageDataset,
     Recipe,
     RecipeArguments,
     create_student,
     load_image_dataset,
+    load_image_processor,
     parse_args,
+    processor_transform,
 )
 from nkd_hf.data import label_names
 from nkd_hf.modeling import save_student
@@ -43,6 +49,13 @@ def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
     return done
 
 
+def evaluated(folder: Path, num_samples: int = 40) -> ImageDataset:
+    """The digits on which the recipes measure the model in a folder."""
+    data = load_image_dataset(DataArguments(max_eval_samples=num_samples), seed=0)["validation"]
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    return ImageDataset(data, processor_transform(load_image_processor(model)), training=False)
+
+
 @pytest.mark.parametrize("recipe", ["distill_deit", "distill_cnn", "self_distill"])
 def test_recipe_with_few_samples(tmp_path, recipe):
     done = launch(recipe, *FEW, "--output_dir", str(tmp_path))
@@ -50,7 +63,8 @@ def test_recipe_with_few_samples(tmp_path, recipe):
     assert set(results) == {"teacher", "teacher_on_student_pixels", "baseline", "distilled"}
     assert (results["teacher"] is None) == (recipe == "self_distill")
     for name in ("baseline", "distilled"):
-        assert 0 <= results[name] <= 1
+        folder = tmp_path / ("student" if name == "distilled" else name)
+        assert results[name] == pytest.approx(top1(folder, evaluated(folder)))
         assert f"{results[name]:.2%}" in done.stdout
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert min(picture.size) > 400
@@ -123,7 +137,8 @@ def test_baseline_of_a_recipe_from_a_stream(tmp_path):
     recipe = run("distill_cnn", "--output_dir", str(tmp_path), "--distillation_loss", "none", *stream)
     assert recipe.results["teacher"] is None
     assert recipe.results["distilled"] is None
-    assert 0 <= recipe.results["baseline"] <= 1
+    _, images = recipe.datasets(recipe.create(recipe.args.student, recipe.args.student_args))
+    assert recipe.results["baseline"] == pytest.approx(top1(tmp_path / "baseline", list(images)))
     # 2 epochs of 96 images in batches of 64 are 3 steps; evaluation comes once an epoch, though a stream has none.
     assert recipe.training_args.max_steps == 3
     assert len(recipe.curves["baseline"]) >= 2
@@ -161,14 +176,29 @@ def test_a_resumed_recipe_keeps_its_teacher(tmp_path, capsys):
     assert f"There is no checkpoint in {tmp_path / 'run' / 'student'}: this training starts from the beginning" in said
 
 
-def test_a_teacher_of_other_names_is_taken_by_its_numbers(tmp_path):
+def test_a_teacher_of_other_names_is_taken_by_its_numbers(tmp_path, monkeypatch):
     teacher = create_student("resnet18", id2label={i: f"number {i}" for i in range(10)}, image_size=32)
     save_student(teacher, str(tmp_path / "teacher"))
     arguments = ["--output_dir", str(tmp_path / "run"), "--teacher", str(tmp_path / "teacher")]
     arguments += ["--compare_with_baseline", "false"]
     with pytest.raises(ValueError, match="--ignore_label_names true"):
         run("distill_cnn", *arguments)
-    assert 0 <= run("distill_cnn", *arguments, "--ignore_label_names", "true").results["distilled"] <= 1
+    seen = {}
+    compute_loss = DistillationTrainer.compute_loss
+
+    def look(trainer, model, inputs, *args, **kwargs):
+        if trainer.teacher is not None and inputs["labels"].ndim == 1:
+            seen[trainer] = inputs["pixel_values"], trainer.teacher(inputs["pixel_values"])
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", look)
+    recipe = run("distill_cnn", *arguments, "--ignore_label_names", "true")
+    assert recipe.results["distilled"] == pytest.approx(
+        top1(tmp_path / "run" / "student", evaluated(tmp_path / "run" / "student"))
+    )
+    pixels, logits = list(seen.values())[-1]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, teacher.eval()(pixels).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_call_of_a_student_that_carries_its_code_says_so(tmp_path, capsys):
@@ -252,7 +282,8 @@ def test_comparators_by_name_alone_and_added_with_mixup(tmp_path, teachers, reci
     done = run(recipe, *QUICK, "--output_dir", str(tmp_path), "--teacher", teachers[teacher], "--distillation_loss", loss,
                "--loss_args", loss_args, "--mixup_alpha", "0.8", "--logging_strategy", "steps",
                "--logging_steps", "1")  # fmt: skip
-    assert 0 <= done.results["distilled"] <= 1
+    student = tmp_path / "student"
+    assert done.results["distilled"] == pytest.approx(top1(student, evaluated(student)))
     first = stage_history(tmp_path / "student")[0]
     components = [name for name in first if name == "task" or name.startswith(tuple(loss.split("+")))]
     assert "task" in components

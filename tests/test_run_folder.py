@@ -138,8 +138,11 @@ def test_without_locks_a_run_goes_on(tmp_path, monkeypatch, without):
             raise OSError(errno.ENOLCK, "No locks available")
 
         monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: pytest.fail("there is nothing to wait for"))
     hold(tmp_path)
+    assert tmp_path.resolve() in run_folder._held
     release(tmp_path)
+    assert tmp_path.resolve() not in run_folder._held
 
 
 # What in it is the run's

@@ -371,7 +371,7 @@ def test_the_curve_is_that_of_the_live_teacher(stores, teacher, tmp_path, store,
     assert stored.results["teacher"] == pytest.approx(live.results["teacher"])
     assert stored.teacher is None
     card = (tmp_path / "stored" / "student" / "README.md").read_text()
-    assert "distilled from `resnet18` (" in card or "distilled from `resnet` (" in card
+    assert "distilled from `resnet` (190 k parameters)" in card
     assert f"the teacher, `resnet18` | {100 * live.results['teacher']:.2f}" in card
 
 
@@ -459,9 +459,8 @@ def test_wrong_arguments_are_said_in_a_line(teacher, tmp_path, capsys, args, mes
     assert message in capsys.readouterr().err
 
 
-def test_two_processes_write_what_one_writes(runs, stores):  # noqa: F811
-    for world_size in (1, 2):
-        assert_same_store(runs / str(world_size) / "store", runs / "1" / "store")
+def test_two_processes_write_what_one_writes(runs):  # noqa: F811
+    assert_same_store(runs / "2" / "store", runs / "1" / "store")
 
 
 # --- what does not match ---

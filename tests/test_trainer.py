@@ -19,6 +19,7 @@ from tiny import (
     native_vit,
     timm_cnn,
     timm_deit,
+    top1,
 )
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -91,7 +92,7 @@ def test_loss_goes_down_and_everything_that_trains_moves(tmp_path, train, evalua
     assert COMPONENTS[loss] <= first.keys()
     assert first["loss"] == pytest.approx(sum(first[name] for name in COMPONENTS[loss]), rel=1e-5)
     metrics = trainer.evaluate()
-    assert 0 <= metrics["eval_accuracy"] <= 1
+    assert metrics["eval_accuracy"] == pytest.approx(top1(trainer.student, evaluation))
 
 
 def test_evaluation_is_the_students_cross_entropy_alone(tmp_path, train, evaluation):
