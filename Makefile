@@ -1,13 +1,16 @@
 PYTHON ?= python3
 SOURCES = nkd_hf recipes tests benchmarks
 
-.PHONY: demo test test-slow test-rows quality style
+.PHONY: demo test test-oldest test-slow test-rows quality style
 
 demo: .venv/installed
 	.venv/bin/accelerate launch recipes/distill_deit.py
 
 test: .venv/installed-test .venv/installed-space
 	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
+
+test-oldest: .venv/oldest/installed
+	.venv/oldest/bin/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: .venv/installed-test
 	.venv/bin/python -m pytest -m slow
@@ -47,4 +50,11 @@ PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	.venv/bin/python $(PURELIB) > "$$(.venv/space/bin/python $(PURELIB))/outer.pth"
 	.venv/space/bin/python -m pip install "gradio==$$(sed -n 's/^sdk_version: //p' recipes/space/README.md)" \
 	    --requirement recipes/space/requirements.txt
+	@touch $@
+
+# The oldest versions that setup.cfg admits, with the newest test tools.
+.venv/oldest/installed: setup.cfg pyproject.toml constraints/oldest.txt
+	@echo "Installing the oldest versions that nkd_hf works with into .venv/oldest: some minutes, several GB"
+	$(PYTHON) -m venv .venv/oldest
+	.venv/oldest/bin/python -m pip install --constraint constraints/oldest.txt --editable ".[test]"
 	@touch $@

@@ -1,6 +1,7 @@
-"""What is used of Trainer's private names."""
+"""The lower bounds of setup.cfg, and what is used of Trainer's private names."""
 
 import ast
+import configparser
 import inspect
 import re
 from pathlib import Path
@@ -21,6 +22,14 @@ def private_names_of_trainer() -> set[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
     }
     return {name for name in methods | attributes if re.match(r"_(?!_)", name)}
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    bounds = config["options"]["install_requires"].strip().splitlines()
+    lines = (ROOT / "constraints" / "oldest.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [bound.replace(">=", "==") for bound in bounds]
 
 
 def test_private_names_of_trainer_are_listed():
