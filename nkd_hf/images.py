@@ -16,8 +16,10 @@ import datasets
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import torch
 from datasets import Dataset
+from datasets.utils.file_utils import xopen
 from torch import multiprocessing
 from torch.utils.data import get_worker_info
 from torchcodec.decoders import decode_jpeg
@@ -30,6 +32,14 @@ logger = logging.getLogger(__name__)
 # Rows held by each worker to shuffle a stream: some 200 MB of ImageNet's JPEGs.
 SHUFFLE_BUFFER = 2048
 _ORIENTATION = PIL.ExifTags.Base.Orientation
+# The formats that are opened. Pillow's others hold no photographs, and some start a program, as EPS does Ghostscript.
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+# An evaluation resizes the short side, which makes a strip of 1 x 60000 pixels a picture of gigabytes.
+MAX_ASPECT_RATIO = 50
+# Archives that `datasets` streams files from.
+_ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
 # How many bad images a report names.
 NUM_NAMED = 20
 
@@ -139,17 +149,16 @@ class ImageDataset(EpochDataset):
             if self._bad[row]:
                 continue
             sample = self.dataset[row]
+            key = (self.seed, epoch, row, draw) if draw else (self.seed, epoch, row)
             try:
-                image, label = read_sample(sample, self.describe_row(row, sample), takes_tensors(self.transform))
+                pixels, label = _read_pixels(sample, self.describe_row(row, sample), self.transform, key)
             except BadSampleError as error:
                 if self.on_bad_image == "error":
                     raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
                 self._bad[row] = True
                 logger.warning("%s. The next good row takes its place.", error)
                 continue
-            key = (self.seed, epoch, row, draw) if draw else (self.seed, epoch, row)
-            with seeded(*key, torch_only=draws_from_torch(self.transform)):
-                result = {"pixel_values": self.transform(image), "labels": label}
+            result = {"pixel_values": pixels, "labels": label}
             if self.training:
                 result |= {"epoch": epoch, "index": row, "draw": draw}
             return result
@@ -251,15 +260,14 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
             key = zlib.crc32("/".join(PurePath(image["path"] or "").parts[-2:]).encode())
         name = image["path"] or f"the image of CRC-32 {key:#010x}"
         try:
-            decoded, label = read_sample(encoded, name, takes_tensors(self.transform))
+            pixels, label = _read_pixels(encoded, name, self.transform, (self.seed, epoch, key))
         except BadSampleError as error:
             if self.on_bad_image == "error":
                 raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
             if self._note_bad(name):
                 logger.warning("%s. The stream goes on with the next good sample.", error)
             return None
-        with seeded(self.seed, epoch, key, torch_only=draws_from_torch(self.transform)):
-            return {"pixel_values": self.transform(decoded), "labels": label, "epoch": epoch, "index": key}
+        return {"pixel_values": pixels, "labels": label, "epoch": epoch, "index": key}
 
     def _note_bad(self, name: str) -> bool:
         """Counts a bad image; True where it is named for the first time."""
@@ -292,9 +300,10 @@ def draws_from_torch(transform: Callable) -> bool:
 def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.Image.Image | torch.Tensor, int]:
     """The RGB image and the label of an encoded row.
 
-    Bad are: no image, an empty file, a truncated one, one that is no image (whatever its name says), one of more pixels
-    than `PIL.Image.MAX_IMAGE_PIXELS` (89 million; read from the header, before memory is taken), and a label that is
-    null or negative. An animation is its first frame; an image of any size from 1 x 1 is good.
+    Bad are: no image, an empty file, a truncated one, one that is no image of the [`FORMATS`] (whatever its name says),
+    one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), one whose long side is more than 50 times its short
+    one (both read from the header, before memory is taken), a path that is not read (see [`read_bytes`]), and a label that
+    is null or negative. An animation is its first frame; an image of any other size from 1 x 1 is good.
 
     Images turn upright by their EXIF tag and become RGB just as in transformers' pipeline (CMYK is converted, alpha is
     dropped), with one difference: there, all that is brighter than 255 of 65535 in 16-bit grayscale becomes white; here,
@@ -321,30 +330,69 @@ def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.I
         image = _decode(sample["image"], as_tensor)
         return image if isinstance(image, torch.Tensor) else _to_rgb(image), sample["label"]
     except PIL.UnidentifiedImageError as error:
-        raise BadSampleError(f"{name} cannot be decoded (it is no image of a format that Pillow knows)") from error
+        formats = ", ".join(FORMATS)
+        raise BadSampleError(
+            f"{name} cannot be decoded (it is no image of a format that is opened: {formats})"
+        ) from error
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, DecompressionBombError
         raise BadSampleError(f"{name} cannot be decoded ({type(error).__name__}: {reason(error)})") from error
 
 
-def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:
+def read_bytes(encoded: dict) -> bytes | None:
+    """The file of an encoded image: its bytes, or what its path names on this machine or, in a stream, on the Hub.
+
+    Args:
+        encoded: `{"bytes", "path"}`.
+
+    Returns:
+        The bytes; None where there are neither bytes nor a path.
+
+    Raises:
+        ValueError: the path is an address that is not of the Hub, which a row could use to have anything fetched.
+        OSError: the file cannot be read.
+    """
     path, content = encoded["path"], encoded["bytes"]
-    # A file that is not local is opened by datasets alone: there, Pillow's own limit, twice as high, holds.
-    if content is None and os.path.isfile(path or ""):
-        content = Path(path).read_bytes()
+    if content is not None or path is None:
+        return content
+    if os.path.isfile(path):
+        return Path(path).read_bytes()
+    *archives, place = path.split("::")
+    if not all(archive.startswith(_ARCHIVES) for archive in archives) or "://" in place.removeprefix("hf://"):
+        raise ValueError(f"it is at {place}, from where nothing is fetched: download it, and name the file")
+    with xopen(path, "rb") as file:
+        return file.read()
+
+
+def _read_pixels(encoded: dict, name: str, transform: Callable, key: tuple[int, ...]) -> tuple[torch.Tensor, int]:
+    image, label = read_sample(encoded, name, takes_tensors(transform))
+    try:
+        with seeded(*key, torch_only=draws_from_torch(transform)):
+            return transform(image), label
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # PyTorch's MemoryError
+            raise
+        raise BadSampleError(f"{name} cannot be transformed ({type(error).__name__}: {reason(error)})") from error
+
+
+def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:
+    content = read_bytes(encoded)
     if content is None:
-        return datasets.Image().decode_example(encoded)
+        raise ValueError("it has neither bytes nor a path")
     if not content:
         raise ValueError("it is empty, of 0 bytes")
+    image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+    width, height = image.size
     # Pillow merely warns up to twice its limit, without a name, and then takes up to 0.7 GB, in each worker.
-    with PIL.Image.open(io.BytesIO(content)) as header:
-        width, height = header.size
-        is_plain = header.format == "JPEG" and header.mode == "RGB" and header.getexif().get(_ORIENTATION, 1) == 1
     if PIL.Image.MAX_IMAGE_PIXELS is not None and width * height > PIL.Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} are more than {PIL.Image.MAX_IMAGE_PIXELS} pixels: scale it down")
-    if as_tensor and is_plain:
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels are a strip of more than {MAX_ASPECT_RATIO} : 1: crop it")
+    is_plain = image.format == "JPEG" and image.mode == "RGB"
+    if as_tensor and is_plain and image.getexif().get(_ORIENTATION, 1) == 1:
         with contextlib.suppress(RuntimeError):  # Pillow decodes it too, or says what is wrong with it
             return decode_jpeg(content, mode="RGB")
-    return datasets.Image().decode_example({"path": path, "bytes": content})
+    image.load()  # a PNG's EXIF tags may lie behind its pixels
+    return image if image.getexif().get(_ORIENTATION) is None else PIL.ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -17,6 +17,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .architectures import is_architecture
 from .data import DataArguments
+from .images import read_bytes
 from .preprocessing import RGB, Preprocessing
 from .recipe_args import RecipeArguments
 from .teacher import load_teacher
@@ -59,9 +60,7 @@ def run_fingerprint(
     labels = np.array([-1 if label is None else label for label in train["label"][:]], dtype=np.int64)
     images = hashlib.sha256()
     for row in np.linspace(0, len(train) - 1, min(_NUM_IMAGES, len(train))).astype(int).tolist():
-        image = train[row]["image"] or {"bytes": b""}
-        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-        images.update(hashlib.sha256(content).digest())
+        images.update(hashlib.sha256(_image_bytes(train[row]["image"])).digest())
     return {
         "pixels_version": PIXELS_VERSION,
         "num_samples": len(train),
@@ -187,6 +186,14 @@ def _has_moved(teacher: str, info: StoreInfo) -> bool:
     if stored is None or info.fingerprint["teacher"] != teacher:
         return False
     return hub_revision(teacher) not in (None, stored)
+
+
+def _image_bytes(image: dict[str, Any] | None) -> bytes:
+    """The bytes of an image; none for a bad row, of which it is for training to say what is wrong."""
+    try:
+        return read_bytes(image or {"bytes": None, "path": None}) or b""
+    except (OSError, ValueError):
+        return b""
 
 
 def _short(value: Any) -> str:

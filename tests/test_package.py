@@ -53,6 +53,7 @@ ALLOWED = {
     "store_fingerprint": {
         "architectures",
         "data",
+        "images",
         "preprocessing",
         "recipe_args",
         "teacher",

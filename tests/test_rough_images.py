@@ -180,6 +180,8 @@ BAD = {
     "text.jpg": (b"<html>404 Not Found</html>\n" * 20, "no image of a format"),
     "bomb.png": (png(20000, 20000, 8, 2, b"\0" * 60001), "DecompressionBombError: .*400000000 pixels"),
     "large.png": (png(10000, 10000, 8, 2, b"\0" * 30001), "10000 x 10000 are more than 89478485 pixels: scale it down"),
+    "strip.png": (png(1, 60000, 8, 2, b"\0" * 240000), "1 x 60000 pixels are a strip of more than 50 : 1: crop it"),
+    "script.png": (encode(PHOTO, "EPS"), "no image of a format that is opened: AVIF, BMP"),
     "fractions.tiff": (encode(PIL.Image.fromarray(RAMP.astype(np.float32) / 65535), "TIFF"), "from 0 to 1, expected 0 to 255"),
     "wide.tiff": (encode(PIL.Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "from 0 to 65535, expected 0 to 255"),
     "nan.tiff": (encode(PIL.Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "from nan to nan"),
@@ -209,7 +211,7 @@ def test_a_bad_image_is_an_error_with_file_and_row_or_skipped(tmp_path, name, ca
     assert "set on_bad_image" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["bomb.png", "large.png"])
+@pytest.mark.parametrize("name", ["bomb.png", "large.png", "strip.png"])
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, name, monkeypatch, recwarn):
     def load_pixels(self):
         raise AssertionError("the pixels were asked for")
@@ -221,6 +223,46 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, name, monkeypat
     # Pillow's own warning, of what lies between its two limits, is not swallowed.
     warned = [warning for warning in recwarn if warning.category is PIL.Image.DecompressionBombWarning]
     assert len(warned) == (name == "large.png")
+
+
+def test_memory_that_runs_out_in_the_transform_has_the_name_of_the_row(tmp_path):
+    def takes_all(image):
+        if image.width == 1:
+            torch.empty(2**62, dtype=torch.uint8)
+        raise MemoryError
+
+    root = write(tmp_path, {"a.png": encode(PHOTO.crop((0, 0, 1, 1)))})
+    for kind in (open_rows, open_stream):
+        dataset = kind(root)
+        dataset.transform = takes_all
+        with pytest.raises(
+            ValueError, match=r"train/a/a.png\)? cannot be transformed \(RuntimeError: .*repair or remove"
+        ):
+            next(iter(dataset))
+    rows = open_rows(root, "skip")
+    rows.transform = lambda image: takes_all(image) if image.width == 1 else torch.zeros(3, 1, 1)
+    assert (rows[0]["index"], rows.bad_rows) == (1, [0])
+    rows.transform = takes_all
+    with pytest.raises(ValueError, match="all 2 rows are bad"):
+        rows[1]
+
+
+@pytest.mark.parametrize(
+    "path", ["https://host/a.png", "zip://a.png::https://host/a.zip", "https://host/a.png::hf://datasets/a/b/c.zip",
+             "file:///etc/passwd", "ftp://host/a.png"]
+)  # fmt: skip
+def test_an_address_in_a_row_is_not_fetched(path, monkeypatch):
+    def fetch(*args, **kwargs):
+        raise AssertionError("it was fetched")
+
+    monkeypatch.setattr("nkd_hf.images.xopen", fetch)
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": None, "path": path}], "label": [0]},
+        features=datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a"])),
+    )
+    for dataset in (ImageDataset(rows, to_pixels), StreamingImageDataset(rows.to_iterable_dataset(), to_pixels)):
+        with pytest.raises(ValueError, match="from where nothing is fetched: download it, and name the file"):
+            next(iter(dataset))
 
 
 @pytest.mark.parametrize("kind", [open_rows, open_stream])

@@ -1,5 +1,6 @@
 """The Space of recipes/space, in a browser: an image is dropped, and its answer is read."""
 
+import ast
 import base64
 import contextlib
 import io
@@ -26,7 +27,7 @@ from sklearn.datasets import load_digits
 from tiny import digits, native_resnet, native_vit, timm_cnn, timm_deit
 from transformers import ViTImageProcessor, pipeline
 
-from nkd_hf import create_student, load_image_processor
+from nkd_hf import create_student, images, load_image_processor
 
 SPACE = Path(__file__).parents[1] / "recipes" / "space"
 # gradio wants an older pillow than the other tests run with; `make test` makes this environment.
@@ -93,6 +94,15 @@ def served(folder: Path, **variables: object):
     finally:
         app.terminate()
         app.wait(timeout=30)
+
+
+def test_the_app_opens_the_formats_and_sizes_that_the_library_opens():
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((SPACE / "app.py").read_text()).body
+        if isinstance(node, ast.Assign) and node.targets[0].id.isupper()
+    }
+    assert (values["FORMATS"], values["MAX_ASPECT_RATIO"]) == (images.FORMATS, images.MAX_ASPECT_RATIO)
 
 
 @pytest.fixture
@@ -196,7 +206,13 @@ def test_dropped_images(browser, models, tmp_path):
         assert all(place["x"] + place["width"] <= 390 for place in places)
         browser.save_screenshot(str(tmp_path / "phone.png"))
 
-        for name, content in (("broken.png", b"no image"), ("cut.png", digit(7)[:200])):
+        script = io.BytesIO()  # Pillow would give it to Ghostscript
+        Image.open(io.BytesIO(digit(7))).convert("RGB").save(script, format="EPS")
+        for name, content in (
+            ("broken.png", b"no image"),
+            ("cut.png", digit(7)[:200]),
+            ("script.png", script.getvalue()),
+        ):
             drop(browser, name, content)
             wait(browser, lambda: "cannot be read as an image" in text(browser, "status"))
             assert [shown(browser, role) for role in ROLES] == [[], [], []]

@@ -12,13 +12,16 @@ import time
 
 import gradio as gr
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ImageClassificationPipeline, pipeline
-from transformers.image_utils import load_image
 from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
 
 ROLES = ("student", "baseline", "teacher")
 TIMED_RUNS = 3
+# The formats that are opened: Pillow hands EPS to Ghostscript, a program that runs what the file says.
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
 # Resizing the short side makes a strip of 3000 x 1 pixels a picture of hundreds of megabytes.
 MAX_ASPECT_RATIO = 50
 
@@ -84,6 +87,23 @@ def classify(models: dict[str, ImageClassificationPipeline], image: Image.Image)
     return results
 
 
+class SizeError(ValueError):
+    """An image of a size that would take all memory."""
+
+
+def read_image(path: str) -> Image.Image:
+    """The upright RGB image of a file, as `pipeline` reads it."""
+    image = Image.open(path, formats=FORMATS)
+    width, height = image.size
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise SizeError(f"**{width} x {height} pixels are too large an image.** Scale it down.")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise SizeError(
+            f"**{width} x {height} pixels are too narrow an image.** Cut it to less than {MAX_ASPECT_RATIO} : 1."
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
 def build() -> gr.Blocks:
     """The page, or a page that says what to set where there is no student."""
     models, missing = open_models()
@@ -126,16 +146,12 @@ def build() -> gr.Blocks:
             if path is None:
                 return ["", *nothing]
             try:
-                decoded = load_image(path)  # as `pipeline` does: EXIF orientation, RGB
+                decoded = read_image(path)
+            except SizeError as error:
+                return [str(error), *nothing]
             except Exception as error:  # Pillow's decoders raise nearly anything.
                 print(f"{path}: {type(error).__name__}: {error}", flush=True)
                 return ["**This file cannot be read as an image.** Try a PNG, JPEG or WebP.", *nothing]
-            if max(decoded.size) > MAX_ASPECT_RATIO * min(decoded.size):
-                width, height = decoded.size
-                return [
-                    f"**{width} x {height} pixels are too narrow an image.** Cut it to less than 50 : 1.",
-                    *nothing,
-                ]
             results = [""]
             for scores, latency in classify(models, decoded).values():
                 results += [scores, f"**{latency:.1f} ms**"]
