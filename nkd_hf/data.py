@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -179,7 +180,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
 
     Raises:
         ValueError: the dataset cannot be reached, or has no such split, column or kind of label, or a split has no rows;
-            the message says which there are.
+            the message says which there are. Or local parquet files number their classes differently.
 
     Example:
         >>> data = load_image_dataset(DataArguments(dataset_name="digits", max_eval_samples=100))
@@ -312,10 +313,11 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         return digits
     if not args._is_parquet and (fault := path_fault(args.dataset_name)):
         raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {fault}. {_EXPECTED}")
+    source = {"path": name, "name": args.dataset_config_name}
+    if args._is_parquet:
+        source = {"path": "parquet", "data_files": name}
     try:
-        if args._is_parquet:
-            return datasets.load_dataset("parquet", data_files=name, streaming=args.streaming)
-        return datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming)
+        loaded = datasets.load_dataset(**source, streaming=args.streaming)
     except (
         *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
         *(yaml.YAMLError, pickle.UnpicklingError),  # of its card, and of a tar file: nothing of it was run
@@ -331,6 +333,38 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         raise ValueError(
             f"dataset_name={args.dataset_name!r} could not be loaded ({type(cause).__name__}: {reason(cause)}). {_EXPECTED}"
         ) from error
+    if args._is_parquet or os.path.exists(name):
+        _check_parquet_classes(loaded, args, source)
+    return loaded
+
+
+def _check_parquet_classes(loaded: DatasetDict | IterableDatasetDict, args: DataArguments, source: dict) -> None:
+    """Raises ValueError where local parquet files number their classes differently: `datasets` reads the first file's names."""
+    first = next(iter(loaded.values()))
+    if first.info.builder_name != "parquet":
+        return
+    columns = [args.label_column_name] if args.label_column_name else _LABEL_COLUMNS
+    column = next((name for name in columns if name in (first.features or ())), None)
+    classes = {}
+    for files in datasets.load_dataset_builder(**source).config.data_files.values():
+        for file in filter(os.path.isfile, files):
+            feature = datasets.Features.from_arrow_schema(pq.read_schema(file)).get(column)
+            if isinstance(feature, datasets.ClassLabel):
+                classes[file] = feature.names
+    if not classes:
+        return
+    label = first.features[column]
+    expected = label.names if isinstance(label, datasets.ClassLabel) else next(iter(classes.values()))
+    where = next((file for file, names in classes.items() if names == expected), "the dataset's card")
+    for file, names in classes.items():
+        if names == expected[: len(names)]:
+            continue
+        number = next(i for i, name in enumerate(names) if name not in expected[i : i + 1])
+        other = repr(expected[number]) if number < len(expected) else "no class"
+        raise ValueError(
+            f"the files of {args.dataset_name!r} must number their classes alike, got {names[number]!r} for class {number} in "
+            f"{file}, which is {other} in {where}. Write all files with one ClassLabel"
+        )
 
 
 _EXPECTED = (
@@ -372,6 +406,10 @@ def _pick_split(loaded: dict, wanted: str | None, candidates: list[str], option:
     )
 
 
+# In the order in which they are looked for.
+_LABEL_COLUMNS = ["label", "labels", "fine_label"]
+
+
 def _pick_columns(split, args: DataArguments):
     """The split with `image` and `label` alone."""
     if split.features is None:
@@ -379,7 +417,7 @@ def _pick_columns(split, args: DataArguments):
     columns = {}
     for target, wanted, candidates in (
         ("image", args.image_column_name, ["image", "img"]),
-        ("label", args.label_column_name, ["label", "labels", "fine_label"]),
+        ("label", args.label_column_name, _LABEL_COLUMNS),
     ):
         found = [name for name in (candidates if wanted is None else [wanted]) if name in split.column_names]
         if not found and target == "label" and wanted is None and os.path.isdir(os.path.expanduser(args.dataset_name)):

@@ -1,4 +1,5 @@
 import io
+import pathlib
 import pickle
 import random
 
@@ -93,6 +94,56 @@ def write_parquet(path, **columns):
 
 def load(name, seed=42, **arguments):
     return load_image_dataset(DataArguments(dataset_name=str(name), **arguments), seed=seed)
+
+
+@pytest.mark.parametrize("load_it", [load_image_dataset, load_evaluation_split])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_number_their_classes_alike(parquet, tmp_path, load_it, streaming):
+    def write(folder, **names_by_file):
+        for name, names in names_by_file.items():
+            label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+            # Features of a column that isn't read may differ.
+            features = {
+                "image": datasets.Image(decode=False),
+                "label": label,
+                "more": datasets.ClassLabel(names=[name]),
+            }
+            rows = {"image": [{"bytes": encoded(digit(0)), "path": None}] * 4, "label": [0, 1, 0, 1], "more": [0] * 4}
+            (tmp_path / folder).mkdir(exist_ok=True)
+            rows = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+            rows.to_parquet(tmp_path / folder / f"{name.replace('_', '-')}.parquet")
+        return str(tmp_path / folder)
+
+    def load_from(source):
+        return load_it(DataArguments(dataset_name=source, streaming=streaming))
+
+    ab, ba = ["cat", "dog", "owl"], ["owl", "cat", "dog"]
+    load_from(str(parquet))
+    load_from(write("good", train_0=ab, train_1=ab[:2], validation=None))
+    bad = {
+        "splits": {"train": ab, "validation": ba},
+        "shards": {"train_0": ab, "train_1": ba, "validation": ab},
+        "more": {"train": ab, "validation": [*ab, "yak"]},
+        "unnamed": {"train_0": None, "train_1": ab, "validation": ba},
+    }
+    for folder, files in bad.items():
+        with pytest.raises(
+            ValueError, match=r"must number their classes alike, got '(owl|yak)' for class [03] in "
+        ) as error:
+            load_from(write(folder, **files))
+        assert str(error.value).count(".parquet, ") + str(error.value).count(".parquet. ") == 2
+    with pytest.raises(ValueError, match="must number their classes alike"):
+        load_image_dataset(DataArguments(dataset_name=f"{tmp_path}/shards/train-*.parquet", train_val_split=0.5))
+    readme = "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n      class_label:\n        names:\n"
+    readme += (
+        "".join(f"          '{i}': {name}\n" for i, name in enumerate(ba)) + "  - name: more\n    dtype: int64\n---\n"
+    )
+    card = pathlib.Path(write("card", train=ab, validation=ab))
+    (card / "README.md").write_text(readme)
+    with pytest.raises(
+        ValueError, match=r"'cat' for class 0 in .*train.parquet, which is 'owl' in the dataset's card"
+    ):
+        load_from(str(card))
 
 
 def transform(size=16, **arguments):
