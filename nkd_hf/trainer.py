@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput
 from .batch_norm import estimate_batch_norm, has_batch_norm, smallest_batch, wants_more_values
 from .batches import EpochDataset, EpochSampler, ImageCollator, derived_seeds, seeded
 from .checkpoints import fault_of
+from .dataset_classes import check_dataset_classes
 from .features import check_token_grids
 from .finite_trainer import FiniteTrainer
 from .image_losses import ImageLosses
@@ -81,7 +82,8 @@ class DistillationTrainer(FiniteTrainer):
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
-        ValueError: loss and teacher do not fit each other, the teacher's classes are not the student's, no layer is
+        ValueError: loss and teacher do not fit each other, the teacher's classes are not the student's, those of an
+            `ImageDataset` are not (see [`~nkd_hf.dataset_classes.check_dataset_classes`]), no layer is
             found for a loss that reads a mid feature, `compute_loss_func` would replace a distillation loss,
             `label_names` has no `labels`, a group of `optimizers` is empty, or student or
             teacher is for regression, for several labels an image (`problem_type`) or for one class.
@@ -171,6 +173,7 @@ class DistillationTrainer(FiniteTrainer):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         self._check_label_names()
         self._check_pixels()
+        self._check_classes()
         if args.neftune_noise_alpha is not None:
             raise ValueError(
                 f"neftune_noise_alpha must be None, got {args.neftune_noise_alpha}. It adds noise to the embeddings of words"
@@ -216,6 +219,11 @@ class DistillationTrainer(FiniteTrainer):
             return {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         evaluation = {f"eval_dataset {name!r}": dataset for name, dataset in self.eval_dataset.items()}
         return {"train_dataset": self.train_dataset, **evaluation}
+
+    def _check_classes(self) -> None:
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        named = {f"eval_dataset[{name!r}]" if name else "eval_dataset": data for name, data in evaluated.items()}
+        check_dataset_classes(self.student.config.id2label, {"train_dataset": self.train_dataset, **named})
 
     def _check_pixels(self) -> None:
         """Raises ValueError where training or evaluation don't preprocess as processing_class does.
@@ -672,10 +680,12 @@ class DistillationTrainer(FiniteTrainer):
         return isinstance(collator, ImageCollator) and (collator.mix_pairs or collator.teacher_logits is not None)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        check_dataset_classes(self.student.config.id2label, {"eval_dataset": eval_dataset})
         with self._for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        check_dataset_classes(self.student.config.id2label, {"test_dataset": test_dataset})
         with self._for_evaluation():
             return super().get_test_dataloader(test_dataset)
 
