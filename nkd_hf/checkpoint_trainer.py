@@ -7,11 +7,13 @@ import math
 import os
 import pickle
 import shutil
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -19,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from .agreement import decide_in_first, first_fault
 from .batches import derived_seeds
 from .checkpoints import (
     REPLACED,
@@ -34,6 +37,7 @@ from .checkpoints import (
     remove_unfinished,
     write_files,
 )
+from .errors import failed_write
 from .hub_trainer import HubTrainer
 from .sigterm import EXIT_CODE, Sigterm, shield_worker
 
@@ -49,6 +53,9 @@ _MODEL_ONLY = (
     "cannot be resumed: saved with save_only_model, which leaves the optimiser's state out. Train anew without "
     "resume_from_checkpoint, and without save_only_model if it is to be resumed later"
 )
+_SHARE = "Put it on a file system that all nodes share"
+# Seconds in which a file is surely seen on a file system that is shared.
+_PATIENCE = 30.0
 
 
 class CheckpointTrainer(HubTrainer):
@@ -62,6 +69,7 @@ class CheckpointTrainer(HubTrainer):
     def __init__(self, *args, **kwargs):
         self._saving_checkpoint = False
         self._resumed_from: str | None = None
+        self._shared_folder: str | None = None
         # The components of the loss since the last log, and the steps, of which one of accumulation is a part.
         self._component_sums: dict[str, Tensor] = {}
         self._component_steps = 0.0
@@ -92,7 +100,7 @@ class CheckpointTrainer(HubTrainer):
         """
         # The default takes a checkpoint that is half there.
         checkpoint = self._resumed_from = self._whole_checkpoint(resume_from_checkpoint)
-        with Sigterm(self.args.world_size) as self._sigterm:
+        with Sigterm(self.args.world_size, self.args.ddp_timeout) as self._sigterm:
             try:
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
             except pickle.UnpicklingError as error:  # whose advice is to run what the file says
@@ -124,22 +132,29 @@ class CheckpointTrainer(HubTrainer):
 
         One that holds the model only (`save_only_model`) is passed over. To be called in all processes.
         """
-        checkpoint = None
-        if self.is_world_process_zero():
-            checkpoint, faults = last_whole_checkpoint(self.args.output_dir)
-            for damaged, fault in faults.items():
-                logger.warning(
-                    "%s is not whole: %s. It is passed over, and now called %s.", damaged, fault, put_aside(damaged)
-                )
-        return broadcast_object_list([checkpoint])[0]
+        return decide_in_first(self._last_checkpoint)
+
+    def _last_checkpoint(self) -> str | None:
+        checkpoint, faults = last_whole_checkpoint(self.args.output_dir)
+        for damaged, fault in faults.items():
+            logger.warning(
+                "%s is not whole: %s. It is passed over, and now called %s.", damaged, fault, put_aside(damaged)
+            )
+        return checkpoint
 
     def _whole_checkpoint(self, wanted: str | bool | None) -> str | None:
+        checkpoint = decide_in_first(functools.partial(self._find_checkpoint, wanted))
+        fault = checkpoint and first_fault(fault_of(str(checkpoint)))
+        if fault:
+            raise ValueError(f"the checkpoint {checkpoint} must be whole for all processes: {fault}. {_SHARE}")
+        return checkpoint
+
+    def _find_checkpoint(self, wanted: str | bool | None) -> str | None:
         folder = self.args.output_dir
-        if self.args.should_save:
-            for name in remove_unfinished(folder):
-                logger.warning("%s in %s is half-written: it is passed over, and removed.", name, folder)
+        for name in remove_unfinished(folder):
+            logger.warning("%s in %s is half-written: it is passed over, and removed.", name, folder)
         if wanted is True:
-            wanted = self.last_checkpoint()
+            wanted = self._last_checkpoint()
             if wanted is None and any(map(is_model_only, checkpoints(folder))):
                 raise ValueError(f"the checkpoints in {folder} {_MODEL_ONLY}")
             if wanted is None and any(map(is_of_trainer, checkpoints(folder))):
@@ -234,15 +249,17 @@ class CheckpointTrainer(HubTrainer):
         written, target = os.path.join(run_folder, UNFINISHED, name), os.path.join(run_folder, name)
         self._saving_checkpoint = True
         try:
+            self._check_folder(run_folder)
             super()._save_checkpoint(model, trial)
             self._complete(written, target)
+        except CheckpointError:
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(os.path.dirname(written), ignore_errors=True)
-            free = shutil.disk_usage(run_folder).free if os.path.isdir(run_folder) else 0
+            cause, advice = failed_write(error, run_folder)
             raise CheckpointError(
-                f"the checkpoint of step {self.state.global_step} could not be written to {run_folder} "
-                f"({type(error).__name__}: {error}; {free / 2**30:.1f} GiB are free there). The checkpoints before it "
-                "are as they were: make room, and resume from the last one"
+                f"the checkpoint of step {self.state.global_step} could not be written to {run_folder} ({cause}). The "
+                f"checkpoints before it are as they were: {advice}, and resume from the last one"
             ) from error
         finally:
             self._saving_checkpoint = False
@@ -252,6 +269,21 @@ class CheckpointTrainer(HubTrainer):
             remove_old(
                 run_folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint
             )
+
+    def _check_folder(self, folder: str) -> None:
+        """Raises CheckpointError, in all processes, where one of them does not see what the first one writes."""
+        if self.args.world_size == 1 or folder == self._shared_folder:
+            return
+        mark = decide_in_first(functools.partial(_make_mark, folder))
+        until = time.monotonic() + _PATIENCE
+        while not (seen := os.path.exists(mark)) and time.monotonic() < until:
+            time.sleep(0.1)
+        fault = first_fault(None if seen else f"{folder} lacks a file that the first process has written there")
+        if fault:
+            raise CheckpointError(f"output_dir must be one folder for all processes: {fault}. {_SHARE}")
+        self._shared_folder = folder
+        if self.args.should_save:
+            os.remove(mark)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         # With save_strategy=best the answer takes the place of what SIGTERM has asked for.
@@ -278,6 +310,14 @@ class CheckpointTrainer(HubTrainer):
         # The default's call comes before all is written.
         if not self._saving_checkpoint:
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _make_mark(folder: str) -> str:
+    """Writes an empty file into a folder's unfinished part; its path."""
+    os.makedirs(os.path.join(folder, UNFINISHED), exist_ok=True)
+    number, path = tempfile.mkstemp(prefix="seen-by-all-", dir=os.path.join(folder, UNFINISHED))
+    os.close(number)
+    return path
 
 
 class _KeepPace(TrainerCallback):

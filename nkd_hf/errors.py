@@ -1,14 +1,22 @@
 """Says in one line what is wrong with the input of a command or a recipe, and leaves a bug its traceback."""
 
 import contextlib
+import errno
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 # Their ValueErrors speak to the user of a command. That of another library (torch, numpy, timm) is a bug or unforeseen.
 _FOR_USERS = {"nkd_hf", "transformers", "accelerate", "datasets", "huggingface_hub"}
+# EFBIG: of a limit of the process.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+# What gloo and NCCL say in a process whose peer is gone.
+_LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Socket Timeout", re.IGNORECASE)
 # 128 + SIGPIPE, the status of a Unix tool whose reader has gone.
 _NO_READER = 141
 
@@ -27,6 +35,37 @@ def reason(error: BaseException) -> str:
     """
     text = textwrap.shorten(_own_text(error), 400, placeholder=" ...")
     return re.sub(r"(?<!\.)\.$", "", text).rstrip(" :") or type(error).__name__
+
+
+def failed_write(error: Exception, folder: str | Path) -> tuple[str, str]:
+    """Says why files could not be written, and what to do.
+
+    Args:
+        error: an OSError, or what safetensors or torch raise in its place.
+        folder: where the files should be.
+
+    Returns:
+        The cause, for parentheses, and an imperative without a full stop.
+
+    Example:
+
+    ```python
+    >>> failed_write(PermissionError(13, "Permission denied"), "run")
+    ('PermissionError: [Errno 13] Permission denied', 'allow this user to write there')
+
+    ```
+    """
+    cause = f"{type(error).__name__}: {reason(error)}"
+    number = re.search(r"os error (\d+)", str(error))  # of safetensors
+    code = error.errno if isinstance(error, OSError) else number and int(number[1])
+    if not code and _LOST_PEER.search(str(error)):
+        return cause, "look at what another process of the run, which has ended, said last"
+    existing = next((path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir()), Path("/"))
+    if code in _NO_RIGHT or not (code or os.access(existing, os.W_OK)):
+        return cause, "allow this user to write there"
+    if code and code not in _NO_ROOM:
+        return cause, "remove the cause"
+    return f"{cause}; {shutil.disk_usage(existing).free / 2**30:.1f} GiB are free there", "make room"
 
 
 @contextlib.contextmanager

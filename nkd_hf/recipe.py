@@ -5,7 +5,6 @@ import copy
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,19 @@ import datasets
 import matplotlib.figure
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, release_memory
+from accelerate.utils import release_memory
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BaseImageProcessor, IntervalStrategy, PreTrainedModel, pipeline, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from .agreement import decide_in_first, first_fault
 from .architectures import is_architecture
 from .bad_images import BadImageReport
 from .batches import ImageCollator
 from .checkpoints import CheckpointError, checkpoints, fault_of, is_model_only
 from .data import DataArguments, label_names, load_image_dataset, streaming_max_steps
-from .errors import reason
+from .errors import failed_write
 from .folders import path_fault
 from .hub import PushError, create_repo, push_student
 from .images import BadSampleError, ImageDataset, StreamingImageDataset, read_sample
@@ -102,7 +102,7 @@ class Recipe:
         self.to_push: DistillationTrainer | None = None
         if training.push_to_hub and training.process_index == 0:
             self._check_hub()
-        if not is_trained(self.folder):
+        if not decide_in_first(lambda: is_trained(self.folder)):
             self._check_names()
         self.goes_on, self.is_trained = self._in_folder(self._find_run)
         self._is_checked = self.is_trained
@@ -495,8 +495,11 @@ class Recipe:
         folder = self.folder / name
         # What is pushed, and what is resumed, is the recipe's result.
         is_result = name == self._result
-        history = stage_history(folder) if self.goes_on and not is_result else None
+        history = self._in_folder(lambda: stage_history(folder)) if self.goes_on and not is_result else None
         if history is not None:
+            fault = first_fault(None if stage_history(folder) == history else f"{folder} lacks the trained {name}")
+            if fault:
+                raise SystemExit(f"error: output_dir must be one folder for all processes: {fault}")
             self._note(name, history)
             self._say(f"The {name} in {folder} is trained already")
             check_class_order(str(folder), student.config.id2label)
@@ -534,27 +537,27 @@ class Recipe:
         entries = [entry for entry in history if "eval_accuracy" in entry and OTHER_DATASET not in entry]
         self.results[key] = entries[-1]["eval_accuracy"]
         self.accuracies[key] = {metric: entries[-1][f"eval_{metric}"] for metric in ("accuracy", "top5_accuracy")}
-        # To the Trainer, a stream is one long epoch.
-        epochs = self.training_args.num_train_epochs if self.data_args.streaming else 1
-        self.curves[key] = [(entry["epoch"] * epochs, entry["eval_accuracy"]) for entry in entries]
+        self.curves[key] = [(self._passed(entry), entry["eval_accuracy"]) for entry in entries]
+
+    def _passed(self, entry: dict[str, float]) -> float:
+        """Epochs after which an entry of the log was made, or steps in a stream whose images nobody has counted."""
+        if not self.data_args.streaming:
+            return entry["epoch"]
+        # To the Trainer, a stream is one epoch.
+        images = self._images_per_epoch
+        return entry["step"] if images is None else entry["step"] * self.training_args.global_batch_size() / images
 
     def _in_folder(self, action: Callable[[], Any]) -> Any:
         """What `action` returns in the first process, for all of them; an error ends the run with a message."""
-        answer = None
-        if self.training_args.process_index == 0:
-            try:
-                answer = action()
-            except ValueError as error:
-                answer = f"error: {error}"
-            except OSError as error:
-                answer = (
-                    f"error: the folder {self.folder} cannot be written to ({type(error).__name__}: {reason(error)}): make "
-                    "that possible, or choose another --output_dir"
-                )
-        [answer] = broadcast_object_list([answer])
-        if isinstance(answer, str):
-            raise SystemExit(answer)
-        return answer
+        try:
+            return decide_in_first(action)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        except OSError as error:
+            cause, advice = failed_write(error, self.folder)
+            raise SystemExit(
+                f"error: the folder {self.folder} cannot be written to ({cause}): {advice}, or choose another --output_dir"
+            ) from error
 
     def _find_run(self) -> tuple[bool, bool]:
         """Whether the run in the folder goes on, and whether all is trained there. One that was stopped does."""
@@ -612,10 +615,10 @@ class Recipe:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+            cause, advice = failed_write(error, folder)
             raise SystemExit(
-                f"error: {what} could not be written to {folder} ({type(error).__name__}: {reason(error)}; {free / 2**30:.1f} "
-                "GiB are free there). The checkpoints are as they were: make room, and start the run again"
+                f"error: {what} could not be written to {folder} ({cause}). The checkpoints are as they were: {advice}, and "
+                "start the run again"
             ) from error
 
     def _check_hub(self) -> None:
@@ -677,9 +680,7 @@ class Recipe:
         """A stream has no length: epochs become steps."""
         args = self.training_args
         batch = args.global_batch_size()
-        images = self.data_args.num_train_images
-        if images is not None and self.data_args.max_train_samples is not None:
-            images = min(images, self.data_args.max_train_samples)
+        images = self._images_per_epoch
         self.steps_per_epoch = None if images is None else streaming_max_steps(images, 1, batch)
         if args.max_steps <= 0:
             args.max_steps = streaming_max_steps(images, args.num_train_epochs, batch)
@@ -687,6 +688,12 @@ class Recipe:
             if getattr(args, f"{kind}_strategy") == IntervalStrategy.EPOCH:
                 setattr(args, f"{kind}_strategy", IntervalStrategy.STEPS)
                 setattr(args, f"{kind}_steps", streaming_max_steps(images, 1, batch))
+
+    @property
+    def _images_per_epoch(self) -> int | None:
+        """Images of a pass through a stream, as far as is known."""
+        images, limit = self.data_args.num_train_images, self.data_args.max_train_samples
+        return min(images, limit) if images is not None and limit is not None else images
 
     def _plot(self, path: Path) -> None:
         figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
@@ -700,7 +707,12 @@ class Recipe:
             if name in self.curves:
                 epochs, values = zip(*self.curves[name], strict=True)
                 axes.plot(epochs, [100 * value for value in values], marker=".", label=name)
-        axes.set(xlabel="epoch", ylabel="top-1 accuracy on held-out images (%)", title=self.args.student)
+        is_counted = not self.data_args.streaming or self._images_per_epoch is not None
+        axes.set(
+            xlabel="epoch" if is_counted else "step",
+            ylabel="top-1 accuracy on held-out images (%)",
+            title=self.args.student,
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()

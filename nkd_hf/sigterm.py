@@ -1,5 +1,6 @@
 """SIGTERM, which a cluster sends before it takes a machine: training ends after its step, with a checkpoint."""
 
+import datetime
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ class Sigterm:
 
     Args:
         world_size: number of processes; all of them must enter and ask equally often.
+        timeout: seconds after which a process that waits for another one gives up, as `ddp_timeout` of the arguments.
+            None is torch's own.
 
     Example:
 
@@ -33,8 +36,9 @@ class Sigterm:
     ```
     """
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, timeout: float | None = None):
         self._world_size = world_size
+        self._timeout = None if timeout is None else datetime.timedelta(seconds=timeout)
         self._noted = self._installed = False
         self._group = self._asked = None
 
@@ -46,7 +50,7 @@ class Sigterm:
             self._installed = True
         if self._world_size > 1:
             # On the CPU, whatever the tensors of the training are on: asking must not wait for a GPU.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self
 
     def __exit__(self, error: type | None, *_) -> None:

@@ -9,6 +9,7 @@ each writes its shards, which can be copied together.
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .agreement import decide_in_first
 from .architectures import is_architecture
 from .batches import epoch_order
 from .data import DataArguments
@@ -89,7 +90,7 @@ def write_store(args: list[str] | None = None) -> str | None:
     teacher.to(training.device)
 
     folder = Path(options.output)
-    info = _begin(folder, info, training.process_index)
+    info = _begin(folder, info)
     train, _ = run.datasets(student)
     _write_shards(folder, info, run, teacher, train, options.batch_size)
     if info.teacher_accuracy is None or info.teacher_own_accuracy is None:
@@ -187,18 +188,12 @@ def _store_info(run: Recipe, options: argparse.Namespace, teacher: Teacher, fing
     )
 
 
-def _begin(folder: Path, info: StoreInfo, process_index: int) -> StoreInfo:
+def _begin(folder: Path, info: StoreInfo) -> StoreInfo:
     """Writes `store.json`, or looks whether the store in the folder can go on."""
-    answer: list[Any] = [None]
-    if process_index == 0:
-        try:
-            answer = [_opened(folder, info)]
-        except ValueError as error:
-            answer = [f"error: {error}"]
-    [answer] = broadcast_object_list(answer)
-    if isinstance(answer, str):
-        raise SystemExit(answer)
-    return answer
+    try:
+        return decide_in_first(functools.partial(_opened, folder, info))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def _opened(folder: Path, info: StoreInfo) -> StoreInfo:

@@ -141,7 +141,15 @@ def test_baseline_of_a_recipe_from_a_stream(tmp_path):
     assert recipe.results["baseline"] == pytest.approx(top1(tmp_path / "baseline", list(images)))
     # 2 epochs of 96 images in batches of 64 are 3 steps; evaluation comes once an epoch, though a stream has none.
     assert recipe.training_args.max_steps == 3
-    assert len(recipe.curves["baseline"]) >= 2
+    epochs = [x for x, _ in recipe.curves["baseline"]]
+    assert len(epochs) >= 2
+    assert (epochs[0], epochs[-1]) == pytest.approx((2 * 64 / 96, 3 * 64 / 96))
+    # With --max_steps, the curve goes on to the epochs that these are, and counts steps where nobody has counted images.
+    history = [{"epoch": 1.0, "step": 6, "eval_accuracy": 0.5, "eval_top5_accuracy": 0.9}]
+    for num_train_images, end in ((96, 4.0), (None, 6)):
+        recipe.data_args.num_train_images = num_train_images
+        recipe._note("baseline", history)
+        assert recipe.curves["baseline"] == [(end, 0.5)]
 
 
 def test_teacher_from_a_folder_is_measured_first(tmp_path):

@@ -298,14 +298,14 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as error:
             recipe_in(folder)
         assert error.value.code.startswith(f"error: the folder {folder} cannot be written to (")
-        assert error.value.code.endswith("): make that possible, or choose another --output_dir")
+        assert error.value.code.endswith("): remove the cause, or choose another --output_dir")
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(
-        SystemExit, match=r"^error: the folder .* \(OSError: \[Errno 30\] Read-only file system\): make"
+        SystemExit, match=r"^error: the folder .* \(OSError: \[Errno 30\] Read-only file system\): allow this user"
     ):
         recipe_in(tmp_path / "run")
 

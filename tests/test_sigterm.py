@@ -79,6 +79,19 @@ def test_one_that_comes_as_training_ends_is_not_forgotten(tmp_path, event):
     assert fault_of(str(tmp_path / "checkpoint-2")) is None
 
 
+def test_a_trainer_that_was_stopped_trains_again(tmp_path):
+    """In the same process, as a notebook or a scheduler that catches SystemExit does."""
+    trainer = make_trainer(
+        tmp_path, native_vit(), digits(0, 64), max_steps=4, save_strategy="steps", save_steps=1,
+        callbacks=[Terminate("on_step_begin", 2)],
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
 def test_the_handler_of_others_is_left_alone(tmp_path):
     previous = signal.signal(signal.SIGTERM, lambda *args: None)
     try:
