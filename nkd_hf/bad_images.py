@@ -3,6 +3,7 @@
 import logging
 
 from accelerate import PartialState
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
@@ -74,6 +75,8 @@ def describe_bad_images(dataset: ImageDataset | StreamingImageDataset) -> str | 
 
 def _report(dataloader) -> None:
     dataset = None if dataloader is None else dataloader.dataset
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset
     if isinstance(dataset, ImageDataset | StreamingImageDataset) and dataset.on_bad_image == "skip":
         text = describe_bad_images(dataset)
         if text is not None and PartialState().is_main_process:

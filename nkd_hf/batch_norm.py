@@ -13,6 +13,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import EpochDataset, EpochSampler, seeded
+from .images import StreamingImageDataset
 
 
 def estimate_batch_norm(
@@ -44,7 +45,9 @@ def estimate_batch_norm(
     if not norms:
         return
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, StreamingImageDataset):
+        dataset, sampler = dataset.for_process(rank, world_size), None
+    elif isinstance(dataset, IterableDataset):
         dataset = IterableDatasetShard(dataset, batch_size, num_processes=world_size, process_index=rank)
         sampler = None
     else:

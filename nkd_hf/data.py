@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.iterable_dataset import ExamplesIterable
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import ImageNetInfo
@@ -204,7 +205,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         splits = _in_order_of_numbers(splits)
         limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
         return IterableDatasetDict(
-            {name: split.take(limits[name]) if limits[name] else split for name, split in splits.items()}
+            {name: _first_rows(split, limits[name]) if limits[name] else split for name, split in splits.items()}
         )
 
     splits = _with_class_labels(splits)
@@ -240,7 +241,7 @@ def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dat
     if args.streaming:
         _check_stream(split, args, wanted)
         split = _in_order_of_numbers({wanted: split})[wanted]
-        return wanted, split.take(args.max_eval_samples) if args.max_eval_samples else split
+        return wanted, _first_rows(split, args.max_eval_samples) if args.max_eval_samples else split
     # Text and plain integers get the classes that they had in training.
     train = _pick_columns(loaded["train"], args) if "train" in loaded else split
     split = _with_class_labels({"train": train, "validation": split})["validation"]
@@ -513,6 +514,18 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
                 "they cannot be learned" if name == "train" else "nothing is measured of them",
                 ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""),
             )
+
+
+def _first_rows(split: IterableDataset, limit: int) -> IterableDataset:
+    # As one shard: `take` alone divides the number among shards, so that several workers would get other rows.
+    rows = ExamplesIterable(_keyed_rows, {"stream": split.take(limit)})
+    return IterableDataset(rows, info=split.info.copy(), split=split.split)
+
+
+def _keyed_rows(stream: IterableDataset) -> Iterator[tuple[int, dict]]:
+    # `iter` and not __iter__, which divides the shards among the workers of a DataLoader.
+    for number, batch in enumerate(stream.iter(batch_size=1)):
+        yield number, {name: values[0] for name, values in batch.items()}
 
 
 def _subset(split: Dataset, limit: int | None, seed: int) -> Dataset:

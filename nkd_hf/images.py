@@ -4,6 +4,7 @@ What changes the pixels of training raises `PIXELS_VERSION` of transforms.py.
 """
 
 import contextlib
+import copy
 import io
 import itertools
 import logging
@@ -26,6 +27,7 @@ from torchcodec.decoders import decode_jpeg
 
 from .batches import EpochDataset, derived_seeds, seeded
 from .errors import reason
+from .stream_parts import shuffled_part
 
 logger = logging.getLogger(__name__)
 
@@ -173,9 +175,10 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
     `max_steps` (see [`~nkd_hf.data.streaming_max_steps`]). In evaluation there is one pass, in order.
 
     A stream has no row numbers: the transform is a pure function of `(seed, pass, CRC-32 of the encoded image)`, whatever
-    the number of workers; where the image is a file of its own, its folder and name stand for its content. DataLoader
-    workers divide the dataset's shards among them, each going through its own part, drawn anew in each pass; workers
-    beyond `num_shards` have nothing to do.
+    the number of workers; where the image is a file of its own, its folder and name stand for its content. In training,
+    all workers of all processes (see [`~StreamingImageDataset.for_process`]) divide each pass into equal parts, by shards
+    and, where these do not come out even, by rows (see [`~nkd_hf.stream_parts.shuffled_part`]): a shard that several
+    workers share is read by each of them, and decoded once.
 
     Args:
         dataset: a `datasets.IterableDataset` with the columns `image` and `label`.
@@ -206,6 +209,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.training = training
+        self._process = 0, 1
         # Shared with workers. A lock of the fork context could not be handed to a spawned worker; this one fits both.
         context = multiprocessing.get_context("spawn")
         self._num_bad = context.Value("q", 0)
@@ -223,6 +227,12 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         """The different bad images met so far by all workers together; of many, the first ones."""
         return [name.decode(errors="replace") for name in self._bad_names.value.splitlines()]
 
+    def for_process(self, index: int, num_processes: int) -> "StreamingImageDataset":
+        """The same stream as one of several processes trains on it: their parts of a pass hold each image once."""
+        stream = copy.copy(self)  # which shares counts and epoch
+        stream._process = index, num_processes
+        return stream
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the pass with which the next iteration begins, in persistent workers too."""
         self._epoch.value = epoch
@@ -234,23 +244,34 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
                 if sample is not None:
                     yield {"pixel_values": sample["pixel_values"], "labels": sample["labels"]}
             return
+        index, num_processes = self._process
+        worker = get_worker_info()
+        num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        num_parts = num_processes * num_workers
+        fruitless = 0
         for epoch in itertools.count(self._epoch.value):
-            # A new seed and not `dataset.set_epoch`, whose number all workers share: they reach their next pass at
-            # different times.
-            shuffled = self.dataset.shuffle(seed=derived_seeds(self.seed, epoch)[1] >> 1, buffer_size=SHUFFLE_BUFFER)
             num_rows = num_good = 0
-            for encoded in shuffled:
+            # In each pass another part, so that nobody always gets the one that is a row longer.
+            for encoded in self._pass(epoch, (index * num_workers + worker_id + epoch) % num_parts, num_parts):
                 num_rows += 1
                 sample = self._sample(epoch, encoded)
                 if sample is not None:
                     num_good += 1
                     yield sample
-            if num_rows == 0:
-                if get_worker_info() is None:
+            fruitless = 0 if num_good else fruitless + 1
+            # A part of a small stream can be empty, or bad, for some passes.
+            if fruitless >= (10 * num_parts if num_parts > 1 else 1):
+                if num_rows == 0:
                     raise ValueError("the stream has no rows: name another split")
-                return  # a worker that got no shard
-            if num_good == 0:
                 raise ValueError(f"all {num_rows} images of a pass are bad: see the warnings above")
+
+    def _pass(self, epoch: int, part: int, num_parts: int) -> Iterator[dict]:
+        # A new seed and not `dataset.set_epoch`, whose number all workers share: they reach their next pass at different
+        # times.
+        seed = derived_seeds(self.seed, epoch)[1] >> 1
+        if num_parts == 1:
+            return iter(self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+        return shuffled_part(self.dataset, part, num_parts, seed, SHUFFLE_BUFFER)
 
     def _sample(self, epoch: int, encoded: dict) -> dict | None:
         image = encoded["image"] or {"bytes": None, "path": None}

@@ -99,8 +99,11 @@ def settings_of(
     settings = {name: value for name, value in settings.items() if not name.startswith(_WITHOUT_EFFECT)}
     # Where the store lies has no effect, and what is in it is compared with the run by its own fingerprint.
     settings["teacher_logits"] = recipe.teacher_logits and "a store"
+    settings["world_size"] = training.world_size
+    # A stream's workers divide its images among them, and without one the process is one.
+    settings["stream_workers"] = max(1, training.dataloader_num_workers) if data.streaming else None
     # Through JSON, as it will be read.
-    return json.loads(json.dumps(settings | {"world_size": training.world_size}, default=str))
+    return json.loads(json.dumps(settings, default=str))
 
 
 def continues(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:

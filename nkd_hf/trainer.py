@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, SaveStrategy, has_length
 from transformers.utils import ModelOutput
 
+from .agreement import first_fault
 from .batch_norm import estimate_batch_norm, has_batch_norm, smallest_batch, wants_more_values
 from .batches import EpochDataset, EpochSampler, ImageCollator, derived_seeds, seeded
 from .checkpoints import fault_of
@@ -33,7 +34,7 @@ from .dataset_classes import check_dataset_classes
 from .features import check_token_grids
 from .finite_trainer import FiniteTrainer
 from .image_losses import ImageLosses
-from .images import ImageDataset
+from .images import ImageDataset, StreamingImageDataset
 from .label_check import LabelCheck
 from .labels import check_classifier
 from .losses import NKDLoss
@@ -637,6 +638,7 @@ class DistillationTrainer(FiniteTrainer):
 
     def _get_dataloader(
         self,
+        dataset: Any,
         *args: Any,
         sampler_fn: Callable[[Any], torch.utils.data.Sampler | None] | None = None,
         is_training: bool = False,
@@ -652,10 +654,32 @@ class DistillationTrainer(FiniteTrainer):
             model: DistillationModel = self.accelerator.unwrap_model(self.model)
             ignore_index = None if is_training and model.needs("labels") else IGNORE_INDEX
             self.data_collator = LabelCheck(collator, model.config.num_labels, ignore_index)
+        num_processes = self.args.world_size
+        is_divided = is_training and num_processes > 1 and isinstance(dataset, StreamingImageDataset)
+        is_divided = is_divided and not self.accelerator.dispatch_batches  # True asks for the first process' reading
+        if is_divided:
+            dataset = dataset.for_process(self.args.process_index, num_processes)
         try:
-            return super()._get_dataloader(*args, sampler_fn=sampler_fn, is_training=is_training, **kwargs)
+            with self._dispatching(False if is_divided else self.accelerator.dispatch_batches):
+                loader = super()._get_dataloader(
+                    dataset, *args, sampler_fn=sampler_fn, is_training=is_training, **kwargs
+                )
         finally:
             self.data_collator = collator
+        if is_divided:
+            # accelerate's wrapper would pick this process' batches of a stream that holds no others.
+            loader.dataset.num_processes, loader.dataset.process_index = 1, 0
+        return loader
+
+    @contextlib.contextmanager
+    def _dispatching(self, dispatch_batches: bool | None) -> Iterator[None]:
+        """Sets whether the first process reads a loader that is made in here for all others."""
+        config = self.accelerator.dataloader_config
+        before, config.dispatch_batches = config.dispatch_batches, dispatch_batches
+        try:
+            yield
+        finally:
+            config.dispatch_batches = before
 
     def _training_sampler(self, sampler_fn: Callable, dataset: Any) -> torch.utils.data.Sampler | None:
         sampler = training_sampler(sampler_fn(dataset), dataset, self._data_seed, self.args.world_size)
@@ -696,7 +720,8 @@ class DistillationTrainer(FiniteTrainer):
         self.args = copy.copy(args)
         self.args.dataloader_drop_last = False
         try:
-            with self._without_mixing():
+            # accelerate dispatches the batches of a stream, which alone counts each image once, unless it is told not to.
+            with self._without_mixing(), self._dispatching(None):
                 yield
         finally:
             self.args = args
@@ -824,7 +849,7 @@ class DistillationTrainer(FiniteTrainer):
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
-        elif fault := fault_of(self.state.best_model_checkpoint):
+        elif fault := first_fault(fault_of(self.state.best_model_checkpoint)):
             logger.warning(
                 "The best model could not be loaded from %s: %s. The model keeps the weights of the last step.",
                 self.state.best_model_checkpoint,

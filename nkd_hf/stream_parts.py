@@ -1,0 +1,74 @@
+"""Divides a streamed dataset among processes and their DataLoader workers."""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import fsspec.asyn
+import numpy as np
+from datasets import IterableDataset
+
+__all__ = ["shuffled_part"]
+
+_Row = TypeVar("_Row")
+# Shards that are read in turn, as in `IterableDataset.shuffle`: rows of one class often follow each other in a shard.
+_SHARDS_AT_ONCE = 10
+
+
+def shuffled_part(
+    dataset: IterableDataset, part: int, num_parts: int, seed: int, buffer_size: int
+) -> Iterator[dict[str, Any]]:
+    """Reads one of the equal parts of a stream, which together hold each row once.
+
+    N shards lie end to end, each cut into `num_parts` pieces (a row's piece is its number modulo `num_parts`), and every
+    part is N pieces that follow each other. A part so reads N / `num_parts` shards and at most two of its neighbours',
+    and parts differ in size by no more than their shards do.
+
+    Args:
+        dataset: not shuffled. All parts must be read with the same one.
+        part: from 0.
+        num_parts: how many parts there are, which may be more than shards.
+        seed: of the orders of shards and rows.
+        buffer_size: rows among which the next one is drawn.
+    """
+    # fsspec keeps a lock that a forked process may find taken: datasets' own loop over a worker's shards resets it.
+    fsspec.asyn.reset_lock()
+    num_shards = dataset.num_shards
+    order = np.random.default_rng(seed).permutation(num_shards)
+    places = range(part * num_shards // num_parts, ((part + 1) * num_shards - 1) // num_parts + 1)
+
+    def rows(place: int) -> Iterator[dict[str, Any]]:
+        shard = dataset.shard(num_shards, int(order[place]))
+        # Its __iter__ would divide the rows among the DataLoader's workers once more.
+        for number, batch in enumerate(shard.iter(batch_size=1)):
+            if (place * num_parts + number % num_parts) // num_shards == part:
+                yield {name: values[0] for name, values in batch.items()}
+
+    return _shuffled(_in_turn(map(rows, places)), np.random.default_rng([seed, part]), buffer_size)
+
+
+def _in_turn(sources: Iterator[Iterator[_Row]]) -> Iterator[_Row]:
+    """Takes a row of each source in turn; the next source takes the place of one that has ended."""
+    opened = collections.deque(itertools.islice(sources, _SHARDS_AT_ONCE))
+    while opened:
+        source = opened.popleft()
+        try:
+            row = next(source)
+        except StopIteration:
+            opened.extend(itertools.islice(sources, 1))
+            continue
+        opened.append(source)
+        yield row
+
+
+def _shuffled(rows: Iterable[_Row], generator: np.random.Generator, buffer_size: int) -> Iterator[_Row]:
+    buffer: list[_Row] = []
+    for row in rows:
+        if len(buffer) < buffer_size:
+            buffer.append(row)
+            continue
+        place = generator.integers(buffer_size)
+        buffer[place], row = row, buffer[place]
+        yield row
+    yield from (buffer[place] for place in generator.permutation(len(buffer)))
