@@ -81,6 +81,10 @@ class Stream(IterableDataset):
         return iter(self.samples)
 
 
+def without_a_label(row: dict, number: int) -> dict:
+    return row if number else row | {"label": None}
+
+
 def work(folder: Path) -> None:
     """What the processes of the test below do."""
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
@@ -112,8 +116,8 @@ def work(folder: Path) -> None:
 
     # A batch that the processes split is the global one, and scales the rate.
     rows = []
-    bad = stream(2, on_bad_image="skip")
-    bad.dataset = bad.dataset.map(lambda row, number: row if number else row | {"label": None}, with_indices=True)
+    encoded = stream(2).dataset.map(without_a_label, with_indices=True, features=stream(2).dataset.features)
+    bad = StreamingImageDataset(encoded, to_pixels, on_bad_image="skip")
     trainer = make_trainer(
         folder, timm_cnn(), bad, data_collator=collate, per_device_train_batch_size=8, max_steps=4, learning_rate=0.1,
         base_batch_size=16, accelerator_config={"split_batches": True}, lr_scheduler_type="constant",
