@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 from .data import DataArguments, describe_synsets, load_evaluation_split
 from .errors import reason
 from .images import ImageDataset, StreamingImageDataset
-from .labels import class_numbers, match_labels
+from .labels import class_numbers, is_generic, match_labels, whole_numbers
 from .metrics import compute_metrics, top5_indices
 from .opening import open_classifier
 from .outputs import check_inputs, read_logits
@@ -68,7 +68,7 @@ def evaluate(
     if match_names:
         order = _order(names, model)
     elif isinstance(label, datasets.ClassLabel):
-        if len(names) != num_classes:
+        if len(names) != num_classes and not is_generic(names) and whole_numbers(names) is None:
             raise ValueError(
                 f"the dataset must have the model's {num_classes} classes, which --ignore_label_names takes by their "
                 f"numbers, got {len(names)}. Name another dataset, or match the classes by their names"

@@ -185,6 +185,8 @@ def test_classes_are_matched_by_name(tmp_path, student):
         ValueError, match=r"the model has 10 classes and the dataset 2; .* 'cat' \(dataset\).* by their"
     ):
         evaluate(model, data)
+    with pytest.raises(ValueError, match=r"the dataset must have the model's 10 classes, .* by their numbers, got 2"):
+        evaluate(model, data, match_names=False)
     with pytest.raises(ValueError, match=r"there is no split 'validation', only train: set the split to evaluate on"):
         evaluate(model, DataArguments(dataset_name=parquet))
     parquet = save_parquet(tmp_path / "e.parquet", datasets.Value("int64"), [3, 12])

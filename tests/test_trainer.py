@@ -351,7 +351,7 @@ def test_arguments_that_do_not_fit_are_errors(tmp_path, train):
         DistillationTrainer(timm_cnn(), TrainingArguments(str(tmp_path)))
     with pytest.raises(ValueError, match=r"is read by no distillation loss"):
         make_trainer(tmp_path, timm_cnn(), train, feature_layer="timm_model.layer2")
-    with pytest.raises(ValueError, match=r"got ResNet\. Pass create_student"):
+    with pytest.raises(ValueError, match=r"got ResNet: for a timm architecture give create_student"):
         make_trainer(tmp_path, timm_cnn().timm_model, train)
     student = timm_cnn()
     with pytest.raises(ValueError, match=r"one and the same model"):
