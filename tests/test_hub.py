@@ -194,6 +194,13 @@ def test_private_repo(hub, student):
     assert set(hub.repos["models/me/open"].files()) == {".gitattributes"}
 
 
+def test_a_public_repo_is_no_private_one_before_anything_is_trained_for_it(hub):
+    create_repo("me/student")
+    with pytest.raises(PushError, match="me/student exists and is public: make it private in its settings first"):
+        create_repo("me/student", private=True)
+    assert create_repo("me/other", private=True) == "me/other"
+
+
 def test_branch(hub, student):
     repo = hub.create("me/student")
     repo.branches["v2"] = repo.branches["main"]
