@@ -30,6 +30,7 @@ from .errors import reason
 from .folders import path_fault
 from .labels import sort_by_number
 from .repo_ids import read_repo_id
+from .row_paths import OutsideError, check_data_files, keep_within
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +319,11 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     if args._is_parquet:
         source = {"path": "parquet", "data_files": name}
     try:
+        if not args._is_parquet:
+            check_data_files(name)
         loaded = datasets.load_dataset(**source, streaming=args.streaming)
+    except OutsideError:
+        raise
     except (
         *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
         *(yaml.YAMLError, pickle.UnpicklingError),  # of its card, and of a tar file: nothing of it was run
@@ -463,7 +468,7 @@ def _pick_columns(split, args: DataArguments):
         )
     if not (isinstance(label, datasets.ClassLabel) or _is_text(label) or label in map(datasets.Value, INTEGER_DTYPES)):
         raise ValueError(f"the label column is {label}, expected one integer or name a row: set label_column_name")
-    return split.cast_column("image", datasets.Image(decode=False))
+    return keep_within(split, os.path.expanduser(args.dataset_name))
 
 
 # In the order in which they are looked for.

@@ -2,6 +2,7 @@ import io
 import pathlib
 import pickle
 import random
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -69,11 +70,16 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("folder"), {"train": 10, "val": 4})
 
 
+def with_bytes(row):
+    path = Path(row["image"]["path"])
+    return {"image": {"bytes": path.read_bytes(), "path": path.name}}
+
+
 @pytest.fixture(scope="session")
 def parquet(folder, tmp_path_factory):
     """The same images as parquet, as `push_to_hub` writes it: four shards, named splits, embedded bytes."""
     root = tmp_path_factory.mktemp("parquet")
-    loaded = load_dataset(str(folder))
+    loaded = load_dataset(str(folder)).cast_column("image", datasets.Image(decode=False)).map(with_bytes)
     train = loaded["train"].shuffle(seed=0)
     for part in range(4):
         train.shard(4, part).to_parquet(root / f"train-{part:05d}-of-00004.parquet")
