@@ -29,6 +29,7 @@ from .access import gate
 from .errors import reason
 from .folders import path_fault
 from .labels import sort_by_number
+from .redaction import redact
 from .repo_ids import read_repo_id
 from .row_paths import OutsideError, check_data_files, keep_within
 
@@ -196,7 +197,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         splits["validation"] = _pick_split(loaded, args.validation_split, candidates, "validation_split")
     elif args.streaming:
         raise ValueError(
-            f"{args.dataset_name!r} has no validation split (its splits: {', '.join(loaded)}), and none can be cut out of "
+            f"{redact(args.dataset_name)!r} has no validation split (its splits: {', '.join(loaded)}), and none can be cut out of "
             "a stream: name one with validation_split, or load without streaming"
         )
     splits = {name: _pick_columns(split, args) for name, split in splits.items()}
@@ -314,7 +315,7 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
             return IterableDatasetDict({key: split.to_iterable_dataset(num_shards=4) for key, split in digits.items()})
         return digits
     if not args._is_parquet and (fault := path_fault(args.dataset_name)):
-        raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {fault}. {_EXPECTED}")
+        raise ValueError(f"dataset_name={redact(args.dataset_name)!r} could not be loaded: {fault}. {_EXPECTED}")
     source = {"path": name, "name": args.dataset_config_name}
     if args._is_parquet:
         source = {"path": "parquet", "data_files": name}
@@ -329,15 +330,15 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         *(yaml.YAMLError, pickle.UnpicklingError),  # of its card, and of a tar file: nothing of it was run
     ) as error:
         if how := gate(error, name, "dataset"):
-            raise ValueError(f"dataset_name={args.dataset_name!r} could not be loaded: {how}") from error
+            raise ValueError(f"dataset_name={redact(args.dataset_name)!r} could not be loaded: {how}") from error
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         if any(text in str(cause) for text in _EMPTY_SPLIT):
             raise ValueError(
-                f"dataset_name={args.dataset_name!r} could not be loaded: one of its splits has no rows ({reason(cause)}). Remove its "
+                f"dataset_name={redact(args.dataset_name)!r} could not be loaded: one of its splits has no rows ({reason(cause)}). Remove its "
                 "file, or put images in it"
             ) from error
         raise ValueError(
-            f"dataset_name={args.dataset_name!r} could not be loaded ({type(cause).__name__}: {reason(cause)}). {_EXPECTED}"
+            f"dataset_name={redact(args.dataset_name)!r} could not be loaded ({type(cause).__name__}: {reason(cause)}). {_EXPECTED}"
         ) from error
     if args._is_parquet or os.path.exists(name):
         _check_parquet_classes(loaded, args, source)
@@ -368,7 +369,7 @@ def _check_parquet_classes(loaded: DatasetDict | IterableDatasetDict, args: Data
         number = next(i for i, name in enumerate(names) if name not in expected[i : i + 1])
         other = repr(expected[number]) if number < len(expected) else "no class"
         raise ValueError(
-            f"the files of {args.dataset_name!r} must number their classes alike, got {names[number]!r} for class {number} in "
+            f"the files of {redact(args.dataset_name)!r} must number their classes alike, got {names[number]!r} for class {number} in "
             f"{file}, which is {other} in {where}. Write all files with one ClassLabel"
         )
 
@@ -419,7 +420,9 @@ _LABEL_COLUMNS = ["label", "labels", "fine_label"]
 def _pick_columns(split, args: DataArguments):
     """The split with `image` and `label` alone."""
     if split.features is None:
-        raise ValueError(f"{args.dataset_name!r} does not say which columns its stream has: load it without streaming")
+        raise ValueError(
+            f"{redact(args.dataset_name)!r} does not say which columns its stream has: load it without streaming"
+        )
     columns = {}
     for target, wanted, candidates in (
         ("image", args.image_column_name, ["image", "img"]),
@@ -484,7 +487,7 @@ def _is_text(feature) -> bool:
 def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> None:
     if _is_text(split.features["label"]):
         raise ValueError(
-            f"the labels of {args.dataset_name!r} are text, and a stream does not say which there are: load without "
+            f"the labels of {redact(args.dataset_name)!r} are text, and a stream does not say which there are: load without "
             "streaming, or store the dataset with `class_encode_column`"
         )
     # Here, since DataLoader workers with nothing to do cannot tell whether others have something.
@@ -495,7 +498,7 @@ def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> Non
             raise
         empty = True
     if empty:
-        raise ValueError(f"the {name} split of {args.dataset_name!r} has no rows: name another one")
+        raise ValueError(f"the {name} split of {redact(args.dataset_name)!r} has no rows: name another one")
 
 
 def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> None:
@@ -513,7 +516,7 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
             logger.warning(
                 "the %s split of %r has no images of %d of %d classes, so that %s: %s",
                 name,
-                args.dataset_name,
+                redact(args.dataset_name),
                 len(missing),
                 len({*names, *folders}),
                 "they cannot be learned" if name == "train" else "nothing is measured of them",

@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from .redaction import redact
+
 # Their ValueErrors speak to the user of a command. That of another library (torch, numpy, timm) is a bug or unforeseen.
 _FOR_USERS = {"nkd_hf", "transformers", "accelerate", "datasets", "huggingface_hub"}
 # EFBIG: of a limit of the process.
@@ -33,7 +35,7 @@ def reason(error: BaseException) -> str:
 
     ```
     """
-    text = textwrap.shorten(_own_text(error), 400, placeholder=" ...")
+    text = textwrap.shorten(redact(_own_text(error)), 400, placeholder=" ...")
     return re.sub(r"(?<!\.)\.$", "", text).rstrip(" :") or type(error).__name__
 
 
@@ -94,7 +96,7 @@ def one_line_errors(prefix: str = "", code: int = 1) -> Iterator[None]:
     except Exception as error:
         if not _is_expected(error):
             raise
-        print(f"{prefix}error: {' '.join(_own_text(error).split())}", file=sys.stderr)
+        print(f"{prefix}error: {redact(' '.join(_own_text(error).split()))}", file=sys.stderr)
         sys.exit(code)
 
 

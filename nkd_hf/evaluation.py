@@ -23,6 +23,7 @@ from .metrics import compute_metrics, top5_indices
 from .opening import open_classifier
 from .outputs import check_inputs, read_logits
 from .preprocessing import load_image_processor
+from .redaction import redact
 from .transforms import processor_transform
 
 
@@ -98,7 +99,7 @@ def evaluate(
     metrics = compute_metrics(EvalPrediction(predictions.numpy(), labels.numpy()))
     return {
         "model": model.name_or_path,
-        "dataset": data.dataset_name,
+        "dataset": redact(data.dataset_name),
         "split": split_name,
         "images": len(labels),
         "bad_images": images.num_bad_images,

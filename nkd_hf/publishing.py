@@ -13,13 +13,14 @@ from typing import Any
 from huggingface_hub import get_token
 from transformers.dynamic_module_utils import get_relative_imports
 
+from .redaction import redact
+
 logger = logging.getLogger(__name__)
 
 CARD, SETTINGS = "README.md", "training_args.yaml"
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PREPROCESSING = "preprocessor_config.json"
 TEXT = (".json", ".yaml", ".md", ".py")
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
 # Not behind a letter, as in a URL or a relative path, nor behind what closes a tag.
 _PATH = re.compile(r"(?:(?<=file://)|(?<![\w.:/~<-]))/[\w.@+-]+(?:/[\w.@+-]+)+")
 # They are on every machine, and tell nothing of this one.
@@ -80,7 +81,7 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
 
 
 def publishable(settings: Any) -> Any:
-    """The settings of a run as they may be read by everybody: a path is its last name, a token is masked.
+    """The settings of a run as they may be read by everybody: a path is its last name, a credential is masked (see [`redact`]).
 
     Args:
         settings: of JSON's types.
@@ -102,7 +103,7 @@ def publishable(settings: Any) -> Any:
         return [publishable(value) for value in settings]
     if not isinstance(settings, str):
         return settings
-    text = _TOKEN.sub("<TOKEN>", settings)
+    text = redact(settings)
     # A value that is a path as a whole may have spaces in it.
     option, equals, path = text.rpartition("=")
     if os.path.isabs(os.path.expanduser(path)):
@@ -132,8 +133,10 @@ def check_publishable(files: Mapping[str, Path | bytes], token: str | None = Non
         text = source.decode() if isinstance(source, bytes) else read_text(source)
         for number, line in enumerate(text.splitlines(), start=1):
             where = f"line {number} of {name if isinstance(source, bytes) else source}"
-            if _TOKEN.search(line) or any(token in line for token in tokens):
-                raise ValueError(f"{where} holds an access token, which everybody could use: take it out, then push")
+            if redact(line) != line or any(token in line for token in tokens):
+                raise ValueError(
+                    f"{where} holds an access token or another credential, which everybody could use: take it out, then push"
+                )
             found = own_path.search(line) or next(filter(_exists, _PATH.finditer(line)), None)
             if found:
                 raise ValueError(f"{where} holds a path of this machine, {found[0]}: take it out, then push")

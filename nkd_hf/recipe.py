@@ -38,6 +38,7 @@ from .non_finite import LossWatch
 from .opening import open_classifier
 from .preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from .recipe_args import RecipeArguments
+from .redaction import redact
 from .run_folder import (
     RESULTS,
     clear,
@@ -121,17 +122,17 @@ class Recipe:
         if not data.streaming and self.data["validation"].split == self.data["train"].split:
             held_out, kept = len(self.data["validation"]), len(self.data["train"])
             self._say(
-                f"{data.dataset_name} has no split to evaluate on: {held_out} of its {held_out + kept} training images are "
+                f"{redact(data.dataset_name)} has no split to evaluate on: {held_out} of its {held_out + kept} training images are "
                 f"held out (train_val_split={data.train_val_split})"
             )
         if len(self.id2label) < 2:
             raise ValueError(
-                f"{data.dataset_name!r} must have two classes at least, got {list(self.id2label.values())}. Set "
+                f"{redact(data.dataset_name)!r} must have two classes at least, got {list(self.id2label.values())}. Set "
                 "label_column_name, or name another dataset"
             )
         if data.num_classes not in (None, len(self.id2label)):
             raise ValueError(
-                f"num_classes is {data.num_classes}, but {data.dataset_name!r} has {len(self.id2label)} classes: set it to "
+                f"num_classes is {data.num_classes}, but {redact(data.dataset_name)!r} has {len(self.id2label)} classes: set it to "
                 "that, or leave it out"
             )
         if recipe.ignore_label_names:
@@ -199,7 +200,7 @@ class Recipe:
         num_classes = teacher.model.config.num_labels
         if num_classes != len(self.id2label):
             raise ValueError(
-                f"teacher must have {len(self.id2label)} classes, as {self.data_args.dataset_name!r} has, got "
+                f"teacher must have {len(self.id2label)} classes, as {redact(self.data_args.dataset_name)!r} has, got "
                 f"{num_classes} of {self.args.teacher}. ignore_label_names takes them by their numbers, so these must be "
                 "the same: load a teacher that was trained on these classes"
             )

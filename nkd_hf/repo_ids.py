@@ -6,6 +6,8 @@ import re
 from huggingface_hub import constants, parse_hf_uri
 from huggingface_hub.errors import HfUriError
 
+from .redaction import redact
+
 _ADDRESS = re.compile(r"(https?|hf)://", re.IGNORECASE)
 
 
@@ -34,7 +36,7 @@ def read_repo_id(name: str | os.PathLike, argument: str, repo_type: str = "model
     if not isinstance(name, str) or not _ADDRESS.match(name):  # A folder may be a Path.
         return name
     page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}owner/name"
-    expected = f"{argument} must be the id of a {repo_type} or the address of its page, got {name!r}"
+    expected = f"{argument} must be the id of a {repo_type} or the address of its page, got {redact(name)!r}"
     try:
         found = parse_hf_uri(name, endpoint=constants.ENDPOINT)
     except HfUriError as error:

@@ -16,6 +16,8 @@ from huggingface_hub import DatasetCard, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
+from .redaction import redact
+
 _Split = TypeVar("_Split", Dataset, IterableDataset)
 
 
@@ -45,7 +47,7 @@ def check_data_files(name: str) -> None:
         for place in _places(configs):
             if "://" in place or "::" in place or os.path.isabs(place) or ".." in re.split(r"[/\\]", place):
                 raise OutsideError(
-                    f"{file} of {name!r} names the data files {place!r}, which lie outside of the dataset. Remove them from "
+                    f"{file} of {redact(name)!r} names the data files {redact(place)!r}, which lie outside of the dataset. Remove them from "
                     f"{file}, or set dataset_name to the place of these files."
                 )
 
@@ -108,7 +110,7 @@ def _check_row(image: Any, name: str, folders: list[str], prefixes: list[str]) -
 
 def _refusal(name: str, path: str) -> str:
     return (
-        f"{name!r} names the file {path!r}, which lies outside of the dataset and is not read. Put the image, or its "
+        f"{redact(name)!r} names the file {redact(path)!r}, which lies outside of the dataset and is not read. Put the image, or its "
         "bytes, into the dataset, or set dataset_name to a folder that holds both"
     )
 

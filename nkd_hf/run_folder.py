@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .checkpoints import checkpoints, remove_unfinished
 from .data import DataArguments
 from .recipe_args import RecipeArguments
+from .redaction import redact
 from .training_args import DistillationTrainingArguments
 
 try:
@@ -102,8 +103,8 @@ def settings_of(
     settings["world_size"] = training.world_size
     # A stream's workers divide its images among them, and without one the process is one.
     settings["stream_workers"] = max(1, training.dataloader_num_workers) if data.streaming else None
-    # Through JSON, as it will be read.
-    return json.loads(json.dumps(settings, default=str))
+    # Through JSON, as it will be read. A credential that was renewed is no other setting.
+    return json.loads(redact(json.dumps(settings, default=str)))
 
 
 def continues(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:

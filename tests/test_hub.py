@@ -485,6 +485,56 @@ def test_nothing_secret_leaves_the_machine(hub, student, tmp_path, monkeypatch):
     push_student(student, "me/student", token=TOKEN)
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://me:word@host/a.parquet", "https://<SECRET>@host/a.parquet"),
+        ("https://ghp_1234@host/a.parquet", "https://<SECRET>@host/a.parquet"),
+        ("s3://key:secret@bucket/*.parquet", "s3://<SECRET>@bucket/*.parquet"),
+        (
+            "https://h/a.parquet?X-Amz-Date=1&X-Amz-Signature=ab%2F1",
+            "https://h/a.parquet?X-Amz-Date=1&X-Amz-Signature=<SECRET>",
+        ),
+        ("https://h/a.parquet?sv=2&sig=a+b%3D", "https://h/a.parquet?sv=2&sig=<SECRET>"),
+        ("https://h/a.parquet?access_token=x&v=1", "https://h/a.parquet?access_token=<SECRET>&v=1"),
+        ("ssh://git@host/a", "ssh://git@host/a"),
+        ("hf://datasets/me/own@main/a.parquet?design=1", "hf://datasets/me/own@main/a.parquet?design=1"),
+    ],
+)
+def test_a_credential_in_an_address_is_written_nowhere_and_not_pushed(student, address, shown):
+    from nkd_hf.data import DataArguments, load_image_dataset
+    from nkd_hf.errors import reason
+    from nkd_hf.model_card.text import plain_name
+    from nkd_hf.publishing import check_publishable
+    from nkd_hf.recipe_args import RecipeArguments
+    from nkd_hf.run_folder import settings_of
+    from nkd_hf.training_args import DistillationTrainingArguments
+
+    is_secret = address != shown
+    assert publishable({"dataset_name": f"it is {address} here"}) == {"dataset_name": f"it is {shown} here"}
+    assert publishable(shown) == plain_name(address) == reason(ValueError(address)) == shown
+    assert plain_name(f"--dataset_name={address}") == f"--dataset_name={shown}"
+    if address.startswith("https"):
+        data = DataArguments(dataset_name=address if ".parquet?" not in address else address + "&x=a.parquet")
+        settings = settings_of(
+            RecipeArguments("resnet18", distillation_loss="uskd"),
+            data,
+            DistillationTrainingArguments("out", use_cpu=True),
+        )
+        assert settings["dataset_name"].startswith(shown)
+        with pytest.raises(ValueError, match="could not be loaded") as error:
+            load_image_dataset(data)
+        assert shown in str(error.value)
+        assert address not in str(error.value)
+    for text in (address, shown):
+        files = {"README.md": f"[data]({text})".encode()}
+        if is_secret and text == address:
+            with pytest.raises(ValueError, match=r"line 1 of README.md holds an access token or another credential"):
+                check_publishable(files)
+        else:
+            check_publishable(files)
+
+
 def test_publishable():
     assert publishable(
         {

@@ -448,7 +448,7 @@ def test_plain(tmp_path, monkeypatch):
         ("C:\\Users\\me\\x", "x"),
         ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
         ("../runs/x a/b 1/2 ~/x", "../runs/x a/b 1/2 ~/x"),
-        (f"x{TOKEN} {TOKEN}", f"x{TOKEN} <token>"),
+        (f"x{TOKEN} {TOKEN}", f"x{TOKEN} <TOKEN>"),
         ("a\x00b\u2028c\udc80", "a b c?"),
     ]:
         assert plain(text) == expected

@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
+from ..redaction import redact
+
 # Not the slashes of a relative path or of a URL.
 _POSIX_PATH = re.compile(r"(?:(?<![\w.~/:-])/+|(?<=:)/(?!/))[^\s\"'`,;|<>()\[\]{}/][^\s\"'`,;|<>()\[\]{}]*")
 _WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\[^\s\"'`,;|<>()\[\]{}]+")
@@ -22,7 +23,7 @@ _WINDOWS_START = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 def plain(text: object) -> str:
     """One line of text, in which an absolute path is cut to its part below the working directory, or to its last part,
-    and a token of the Hub is left out.
+    and a credential is masked (see [`redact`]).
 
     Example:
 
@@ -35,10 +36,9 @@ def plain(text: object) -> str:
     """
     # Surrogates, of undecodable file names, could not be written.
     text = str(text).encode("utf-8", "replace").decode()
-    text = re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip().replace("file://", "")
+    text = redact(re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip().replace("file://", ""))
     text = _WINDOWS_PATH.sub(lambda match: match[0].rstrip("\\").rpartition("\\")[2], text)
-    text = _POSIX_PATH.sub(lambda match: _relative(match[0]), text)
-    return _TOKEN.sub("<token>", text)
+    return _POSIX_PATH.sub(lambda match: _relative(match[0]), text)
 
 
 def plain_name(value: object) -> str:
