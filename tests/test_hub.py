@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from hub_server import TOKEN, Failure
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, get_session
 from PIL import Image
 from tiny import DIGITS, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -199,6 +199,12 @@ def test_a_public_repo_is_no_private_one_before_anything_is_trained_for_it(hub):
     with pytest.raises(PushError, match="me/student exists and is public: make it private in its settings first"):
         create_repo("me/student", private=True)
     assert create_repo("me/other", private=True) == "me/other"
+
+
+def test_a_push_leaves_the_time_out_of_the_client_as_it_was(hub, student):
+    before = get_session().timeout
+    push_student(student, "me/student")
+    assert get_session().timeout == before
 
 
 def test_branch(hub, student):
