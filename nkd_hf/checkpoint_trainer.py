@@ -38,7 +38,8 @@ from .checkpoints import (
     write_files,
 )
 from .errors import failed_write
-from .hub_trainer import HubTrainer
+from .folders import remove_leftovers
+from .hub_trainer import PUSH_COPY, HubTrainer
 from .sigterm import EXIT_CODE, Sigterm, shield_worker
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class CheckpointTrainer(HubTrainer):
 
     def _find_checkpoint(self, wanted: str | bool | None) -> str | None:
         folder = self.args.output_dir
+        remove_leftovers(PUSH_COPY, folder)
         for name in remove_unfinished(folder):
             logger.warning("%s in %s is half-written: it is passed over, and removed.", name, folder)
         if wanted is True:

@@ -3,10 +3,16 @@
 import difflib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # What a saved student consists of: no checkpoint and no run, which hold more.
 _STUDENT_FILES = re.compile(
@@ -51,6 +57,50 @@ def _nearest_folder(path: str) -> str:
     return f", did you mean {os.path.join(parent, near[0])!r}?" if near else ""
 
 
+class TemporaryFolder(tempfile.TemporaryDirectory):
+    """A temporary folder for which a process that was killed is no loss: the next one with its prefix removes it.
+
+    Its owner holds a lock on it. Where the platform or the file system has no locks, it stays.
+
+    Args:
+        prefix: of its name, for this purpose alone.
+        parent: the folder in which it is made.
+    """
+
+    def __init__(self, prefix: str, parent: str | os.PathLike):
+        remove_leftovers(prefix, parent)
+        super().__init__(prefix=prefix, dir=parent)
+        self._lock = _lock(self.name)
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def remove_leftovers(prefix: str, parent: str | os.PathLike) -> None:
+    """Removes each [`TemporaryFolder`] of this prefix whose process was killed."""
+    name = re.compile(re.escape(prefix) + r"[a-z0-9_]{8}")  # as tempfile names them
+    for folder in Path(parent).iterdir() if os.path.isdir(parent) else ():
+        if name.fullmatch(folder.name) and folder.is_dir() and (lock := _lock(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: str | os.PathLike) -> int | None:
+    """The file of a new lock on a folder; None where another one is held, or there are no locks."""
+    if fcntl is None:
+        return None
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
 @contextmanager
 def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
     """Gives a folder to write into, which becomes `output` when all went well and is removed when not.
@@ -85,7 +135,7 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
         raise ValueError(f"{output} holds more than a saved student and is not replaced: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target: a rename is one step within a file system alone.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+    with TemporaryFolder(f".{target.name}.nkd_hf-", target.parent) as temporary:
         folder = Path(temporary, "new")
         folder.mkdir()
         yield str(folder)

@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,10 +13,14 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
+from .folders import TemporaryFolder
 from .hub import PushError, create_repo, push_checkpoint, push_student
 from .publishing import student_files
 
 logger = logging.getLogger(__name__)
+
+# How the names begin of the folders in output_dir from which checkpoints are pushed.
+PUSH_COPY = "_push-"
 
 
 class HubTrainer(Trainer):
@@ -161,14 +164,14 @@ def _warned(push: Callable) -> Callable:
     return warned
 
 
-def _push_copy(copy: tempfile.TemporaryDirectory, *args: Any, **kwargs: Any) -> None:
+def _push_copy(copy: TemporaryFolder, *args: Any, **kwargs: Any) -> None:
     with copy as folder:
         push_checkpoint(folder, *args, **kwargs)
 
 
-def _linked_copy(checkpoint: Path, parent: str) -> tempfile.TemporaryDirectory:
+def _linked_copy(checkpoint: Path, parent: str) -> TemporaryFolder:
     """The checkpoint's files, for as long as the push takes: `save_total_limit` may delete the checkpoint before."""
-    copy = tempfile.TemporaryDirectory(prefix="_push-", dir=parent)
+    copy = TemporaryFolder(PUSH_COPY, parent)
     for path in checkpoint.rglob("*"):
         target = Path(copy.name, path.relative_to(checkpoint))
         if path.is_dir():
