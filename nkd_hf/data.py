@@ -583,8 +583,15 @@ def _renumber(label: int | None, number: dict[int, int]) -> dict[str, int | None
 
 
 def _cast_labels(split: Dataset, feature: datasets.Value | datasets.ClassLabel) -> Dataset:
-    # The label column alone: casting the dataset would write all images to the cache once more.
-    return _with_labels(split, split.select_columns("label").cast_column("label", feature))
+    # The label column alone, as casting the dataset would write all images to the cache once more; and at once, as
+    # Dataset.cast handles the schema, with all names of classes, in every thousand rows.
+    labels = split["label"][:]
+    if isinstance(feature, datasets.ClassLabel) and _is_text(split.features["label"]):
+        numbers = {name: number for number, name in enumerate(feature.names)}
+        labels = [numbers.get(label) for label in labels]
+    table = datasets.table.InMemoryTable(pa.table({"label": pa.array(labels, feature.pa_type)}))
+    info = datasets.DatasetInfo(features=datasets.Features(label=feature))
+    return _with_labels(split, Dataset(table, info=info))
 
 
 def _with_labels(split: Dataset, labels: Dataset) -> Dataset:

@@ -253,6 +253,16 @@ def test_integer_labels_get_generic_names_before_any_subset(tmp_path):
         label_names(stream)
 
 
+@pytest.mark.parametrize("labels", [["b", "a", None], [1, 0, -1], [1.0, 0.0, None]])
+def test_labels_are_numbered_at_once(tmp_path, labels, monkeypatch):
+    """In batches, the schema with the names of all classes costs more than the rows: 79 s for 200 000 of 100 000 classes."""
+    path = write_parquet(tmp_path / "a.parquet", image=[encoded(digit(0))] * 30, label=labels * 10)
+    monkeypatch.setattr(datasets.Dataset, "map", None)
+    train = load(path, train_val_split=0.1)["train"]
+    assert len(train.features["label"].names) == 2
+    assert set(train["label"]) == {1, 0, labels[2]}
+
+
 def parquet_pair(root, labels):
     root.mkdir()
     for split in ("train", "validation"):
