@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from .errors import failed_write
 
 FORMAT = 1
 STORE = "store.json"
@@ -109,15 +112,45 @@ class StoreInfo:
             values = json.loads((folder / STORE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{folder} is no store of teacher logits, it has no {STORE}: {advice}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder / STORE} cannot be read ({error}): {advice}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{folder / STORE} cannot be read ({error}): {_again(folder)}") from error
         known = {name.name for name in dataclasses.fields(cls)}
         if isinstance(values, dict):
             values.setdefault("teacher_own_accuracy", None)  # a store from before it was measured
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != known:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"{folder} is a store of format {found}, expected {FORMAT}: {advice}")
+        if fault := _fault_of(values):
+            raise ValueError(f"{folder / STORE} is damaged, {fault}: {_again(folder)}")
         return cls(**values | {"teacher": StoredTeacher(**values["teacher"])})
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} and write it again with `nkd-hf teacher-logits`, or download it again"
+
+
+def _fault_of(values: dict[str, Any]) -> str | None:
+    """The field of a `store.json` that holds no such value as the field has."""
+    teacher = values["teacher"] if isinstance(values["teacher"], dict) else {}
+    is_right = {
+        **{name: _is_count(values[name]) for name in ("num_classes", "num_samples", "epochs", "shard_size")},
+        "top_k": values["top_k"] is None or _is_count(values["top_k"]),
+        "temperatures": isinstance(values["temperatures"], list)
+        and all(isinstance(each, int | float) and each > 0 for each in values["temperatures"]),
+        "fingerprint": isinstance(values["fingerprint"], dict),
+        "versions": isinstance(values["versions"], dict),
+        "teacher": set(teacher) == set(StoredTeacher._fields)
+        and isinstance(teacher["name"], str | None)
+        and isinstance(teacher["architecture"], str)
+        and _is_count(teacher["num_parameters"]),
+        **{name: isinstance(values[name], float | None) for name in ("teacher_accuracy", "teacher_own_accuracy")},
+    }
+    wrong = next((name for name, right in is_right.items() if not right), None)
+    return wrong and f"its {wrong} is {reprlib.repr(values[wrong])}"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 class TeacherLogits:
@@ -219,11 +252,13 @@ class TeacherLogits:
             return self._open[path]
         again = "remove it and run `nkd-hf teacher-logits` again, which writes what is missing, or download it again"
         try:
-            if path not in self._verified and read_record(path)["sha256"] != _sha256(path):
-                raise ValueError(f"{path} is damaged, its SHA-256 is not that of {_record_path(path).name}: {again}")
-            self._open[path] = safetensors.safe_open(path, "pt")
-        except (OSError, KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+            is_damaged = path not in self._verified and read_record(path)["sha256"] != _sha256(path)
+            file = None if is_damaged else safetensors.safe_open(path, "pt")
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}): {again}") from error
+        if is_damaged:
+            raise ValueError(f"{path} is damaged, its SHA-256 is not that of {_record_path(path).name}: {again}")
+        self._open[path] = file
         self._verified.add(path)
         if len(self._open) > _NUM_OPEN:
             self._open.popitem(last=False)
@@ -316,12 +351,23 @@ def shard_path(folder: Path, epoch: int, shard: int) -> Path:
 
 
 def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
-    """Writes a shard and then its record, each as a whole or not at all."""
+    """Writes a shard and then its record, each as a whole or not at all.
+
+    Raises:
+        OSError: they cannot be written; the message says what to do.
+    """
     content = safetensors.torch.save({name: value.contiguous() for name, value in rows.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, content)
     record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "samples": len(rows["target"])}
-    _write(_record_path(path), (json.dumps(record) + "\n").encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+        _write(_record_path(path), (json.dumps(record) + "\n").encode())
+    except OSError as error:
+        cause, advice = failed_write(error, path.parent)
+        raise OSError(
+            f"{path} of {len(content) / 2**20:.0f} MiB could not be written ({cause}). The shards before it are finished: "
+            f"{advice}, and run `nkd-hf teacher-logits` again, which goes on where it stopped"
+        ) from error
 
 
 def unfinished(folder: Path, info: StoreInfo, epochs: int) -> list[tuple[int, int]]:
@@ -331,8 +377,19 @@ def unfinished(folder: Path, info: StoreInfo, epochs: int) -> list[tuple[int, in
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What was written down of a shard: `sha256`, `bytes` and `samples`."""
-    return json.loads(_record_path(path).read_text(encoding="utf-8"))
+    """What was written down of a shard: `sha256`, `bytes` and `samples`.
+
+    Raises:
+        ValueError: it holds anything else.
+        OSError: it cannot be read.
+    """
+    try:
+        record = json.loads(_record_path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{_record_path(path)} is nested too deeply") from error
+    if not isinstance(record, dict) or not {"sha256", "bytes"} <= set(record):
+        raise ValueError(f"{_record_path(path)} is no record of a shard")
+    return record
 
 
 def _record_path(path: Path) -> Path:
@@ -342,7 +399,7 @@ def _record_path(path: Path) -> Path:
 def _is_finished(path: Path) -> bool:
     try:
         return read_record(path)["bytes"] == path.stat().st_size
-    except (OSError, KeyError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return False
 
 
@@ -353,9 +410,13 @@ def _sha256(path: Path) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        # A machine that goes down may otherwise leave the name of a file without its content.
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            # A machine that goes down may otherwise leave the name of a file without its content.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

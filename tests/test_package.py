@@ -54,7 +54,7 @@ ALLOWED = {
     "label_check": {"losses"},
     "teacher": {"features", "labels", "model_config", "opening", "outputs", "preprocessing", "repo_ids"},
     "teacher_accuracy": {"metrics", "preprocessing", "teacher", "transforms"},
-    "teacher_logits": set(),
+    "teacher_logits": {"errors"},
     "store_fingerprint": {
         "architectures",
         "data",

@@ -5,7 +5,10 @@ import json
 import math
 import os
 import pickle
+import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -294,9 +297,61 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
     (tmp_path / STORE).write_text(json.dumps(values | {"format": 2}))
     with pytest.raises(ValueError, match="format 2, expected 1"):
         TeacherLogits(tmp_path)
-    (tmp_path / STORE).write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["{", "[" * 100_000, "[1]", "null", {"shard_size": 0}, {"shard_size": True}, {"num_samples": "8"}, {"epochs": -1},
+     {"top_k": [1]}, {"temperatures": 1}, {"temperatures": [None]}, {"fingerprint": None}, {"versions": [1]},
+     {"teacher": None}, {"teacher": {}}, {"teacher": {"name": 1, "architecture": "a", "num_parameters": 1}},
+     {"teacher_accuracy": "high"}],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_a_malformed_store_is_told_with_what_to_do(tmp_path, change):
+    make_store(tmp_path)
+    file = tmp_path / STORE
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | change) if isinstance(change, dict) else change)
+    advice = f"remove {tmp_path} and write it again" if change not in ("[1]", "null") else "expected 1: write a store"
+    with pytest.raises(ValueError, match=rf"(store.json (cannot be read|is damaged)|format None).*{advice}"):
         TeacherLogits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record", ["[1]", "null", "{}", '{"bytes": 1}', "[" * 100_000, "\xff"], ids=lambda text: text[:12]
+)
+def test_a_malformed_record_is_a_shard_that_is_not_finished(tmp_path, record):
+    make_store(tmp_path)
+    shard_path(tmp_path, 1, 2).with_suffix(".json").write_text(record, encoding="latin-1")
+    store = TeacherLogits(tmp_path)
+    assert unfinished(tmp_path, store.info, 2) == [(1, 2)]  # and `nkd-hf teacher-logits` writes it again
+    with pytest.raises(ValueError, match=r"shard-00002.safetensors cannot be read \(.*remove it and run"):
+        store.read(1, [16])
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path):
+    path, rows = (
+        tmp_path / "epoch-0000" / "shard-00000.safetensors",
+        {"target": torch.zeros(90_000, dtype=torch.int16)},
+    )
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+            write_shard(path, rows)
+        except OSError as error:
+            (tmp_path / "message").write_text(str(error))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    message = (tmp_path / "message").read_text()
+    assert re.fullmatch(
+        rf"{path} of 0 MiB could not be written \(OSError: .*GiB are free there\). The shards before it are finished: make "
+        "room, and run `nkd-hf teacher-logits` again, which goes on where it stopped",
+        message,
+    )
+    assert list(path.parent.iterdir()) == []
 
 
 def test_a_target_that_is_not_the_runs_is_an_error(tmp_path):
