@@ -52,7 +52,7 @@ def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
 class _StandIn(list):
     """Whatever is done to it does nothing. A list, since torch appends to lists alone."""
 
-    is_mapping = False
+    is_mapping = is_list = has_state = False
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -61,17 +61,17 @@ class _StandIn(list):
         pass
 
     def append(self, value):
-        pass
+        type(self).is_list = True
 
     def extend(self, values):
-        pass
+        type(self).is_list = True
 
     def __setitem__(self, key, value):
         type(self).is_mapping = True
 
-    @staticmethod
-    def __setstate__(*args):
-        pass
+    @classmethod
+    def __setstate__(cls, *args):
+        cls.has_state = True
 
 
 class _MappingStandIn:
@@ -79,6 +79,13 @@ class _MappingStandIn:
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
+
+
+class _ListStandIn:
+    """Stands in for a class of lists, since torch 2.11 appends to plain lists alone."""
+
+    def __new__(cls, *args, **kwargs):
+        return []
 
 
 class _Survey(pickle.Unpickler):
@@ -107,7 +114,11 @@ def _load_with_stand_ins(path: str):
             survey = _Survey(file)
             survey.load()
             for (module, name), stand_in in survey.stand_ins.items():
-                kind = _MappingStandIn if stand_in.is_mapping else stand_in
+                kind = stand_in
+                if stand_in.is_mapping:
+                    kind = _MappingStandIn
+                elif stand_in.is_list and not stand_in.has_state:  # A plain list takes no state.
+                    kind = _ListStandIn
                 # torch looks names of Python 2 up under those of Python 3.
                 renamed = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
                 for module_, name_ in {(module, name), renamed}:
