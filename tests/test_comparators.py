@@ -648,3 +648,38 @@ def test_every_loss_has_its_paper():
     for method in METHODS.values():
         assert method.citation.startswith("@")
         assert method.citation.endswith("}")
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1, 2, 0]), torch.eye(5)[[1, 2, 0]] * 0.8 + 0.04])
+@pytest.mark.parametrize("masked", [[3], [0, 2, 3, 4], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize(
+    "loss",
+    [NKDLoss(), NKDLoss(temperature=4), KDLoss(), DKDLoss(), DKDLoss(temperature=1), losses.WSLDLoss(), losses.WTTMLoss(),
+     losses.DISTLoss()],
+    ids=str,
+)  # fmt: skip
+def test_classes_that_a_teacher_rules_out(loss, masked, labels):
+    """With minus infinity for all but the target, it says nothing of the other classes; with it for all, nothing at all."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(3, 5, generator=generator)
+    student = torch.randn(3, 5, generator=generator).requires_grad_()
+    teacher[0, masked] = -math.inf
+    given = (
+        (student, teacher)
+        if isinstance(loss, KDLoss | losses.WTTMLoss | losses.DISTLoss)
+        else (student, teacher, labels)
+    )
+    components = loss(*given)
+    sum(components.values()).backward()
+    is_finite = all(value.isfinite() for value in components.values()) and bool(student.grad.isfinite().all())
+    assert is_finite == (len(masked) < 5)
+    if is_finite and isinstance(loss, NKDLoss | DKDLoss):
+        # The limit of a teacher that rules them out ever more: the same target term, and of the others' term any share.
+        teacher[0, masked] = -1e4
+        near = loss(*given)
+        target, others = components
+        torch.testing.assert_close(components[target], near[target])
+        if masked == [3]:
+            torch.testing.assert_close(components[others], near[others])
+        else:
+            assert components[others] < near[others]

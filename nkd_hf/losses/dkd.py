@@ -123,7 +123,9 @@ def _components(
     # log 0 at the target, where the teacher's probability is 0 too, would make 0 * -inf = nan
     student_rest = student_rest.masked_fill(is_target, 0)
     target_term = F.kl_div(student_binary, teacher_binary.exp(), reduction="sum")
-    non_target_term = F.kl_div(student_rest, teacher_rest.exp(), reduction="sum")
+    # a teacher that rules out all other classes says nothing of them: a softmax over minus infinity is 0 / 0
+    is_certain = teacher_logits.detach().masked_fill(is_target, -math.inf).amax(-1, keepdim=True) == -math.inf
+    non_target_term = F.kl_div(student_rest, teacher_rest.exp().masked_fill(is_certain, 0), reduction="sum")
     scale = temperature**2 / batch_size
     return alpha * scale * target_term, beta * scale * non_target_term
 

@@ -1,5 +1,7 @@
 """NKD: normalised knowledge distillation, from a teacher to a student."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -140,11 +142,15 @@ def _components(
     dtype = compute_dtype(student_logits)
     with torch.no_grad():
         rest_logits = drop_targets(teacher_logits, target, temperature, dtype)
-        teacher_non_target_prob = rest_logits.softmax(-1)
+        peak = rest_logits.amax(-1, keepdim=True)
+        # a teacher that rules out all other classes says nothing of them: a softmax over minus infinity is 0 / 0
+        is_certain = peak == -math.inf
+        teacher_non_target_prob = rest_logits.softmax(-1).masked_fill_(is_certain, 0)
         if temperature == 1:
-            peak = rest_logits.amax(-1, keepdim=True)
             log_peak = teacher_non_target_prob.amax(-1, keepdim=True).log()
             teacher_target_prob = target_log_odds(teacher_logits, target, peak, log_peak).sigmoid()
+            target_logits = teacher_logits.gather(-1, target).to(dtype)
+            teacher_target_prob = torch.where(is_certain, 1 + 0 * target_logits, teacher_target_prob)
         else:
             teacher_target_prob = teacher_logits.softmax(-1, dtype=dtype).gather(-1, target)
         if labels.ndim == 2:

@@ -168,7 +168,8 @@ def drop_targets(logits: Tensor, target_index: Tensor, temperature: float, dtype
     logits = logits.to(dtype, copy=True).scatter_(-1, target_index, -math.inf)
     if temperature != 1:
         # the shift keeps the digits of large logits, which the division would round away
-        logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+        peak = logits.amax(-1, keepdim=True)
+        logits.sub_(peak.masked_fill_(peak == -math.inf, 0)).div_(temperature)
     return logits
 
 
