@@ -13,8 +13,17 @@ from test_non_finite import rows_of_digits
 from tiny import digits, make_trainer, native_vit, timm_cnn, timm_deit
 from torch.utils.data import DataLoader, IterableDataset
 
-from nkd_hf import BadImageReport, DataArguments, ImageCollator, images, load_image_dataset
+from nkd_hf import (
+    BadImageReport,
+    DataArguments,
+    DistillationTrainingArguments,
+    ImageCollator,
+    RecipeArguments,
+    images,
+    load_image_dataset,
+)
 from nkd_hf.images import StreamingImageDataset
+from nkd_hf.run_folder import settings_of
 
 NUM_ROWS = 121
 
@@ -71,6 +80,18 @@ def test_the_first_rows_of_a_stream_are_the_same_for_any_number_of_workers():
     ]
     assert seen[0] == seen[1]
     assert len(seen[0]) == 30
+
+
+def test_other_workers_are_another_run_of_a_stream_alone(tmp_path):
+    recipe, settings = RecipeArguments(student="resnet18", distillation_loss="uskd"), {}
+    for streaming in (False, True):
+        data = DataArguments(streaming=streaming, num_train_images=10)
+        settings[streaming] = [
+            settings_of(recipe, data, DistillationTrainingArguments(str(tmp_path), dataloader_num_workers=workers))
+            for workers in (0, 1, 2)
+        ]
+    assert settings[False][0] == settings[False][1] == settings[False][2]
+    assert settings[True][0] == settings[True][1] != settings[True][2]
 
 
 class Stream(IterableDataset):
