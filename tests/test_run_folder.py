@@ -442,3 +442,19 @@ def test_results_of_a_run_that_is_killed_while_it_writes_them(tmp_path, monkeypa
     assert continues(tmp_path, SETTINGS, False)
     write_results(tmp_path, {"distilled": 0.5})
     assert is_trained(tmp_path)
+
+
+def test_a_stage_that_one_process_does_not_see_ends_the_run(tmp_path, monkeypatch):
+    # The first answer is that of the first process, the second one that of each for itself.
+    views = iter([[{"eval_accuracy": 0.5}], None])
+    monkeypatch.setattr("nkd_hf.recipe.stage_history", lambda folder: next(views))
+    recipe = Recipe.__new__(Recipe)
+    recipe.folder, recipe.goes_on, recipe.args = (
+        tmp_path,
+        True,
+        RecipeArguments(student="resnet18", distillation_loss="uskd"),
+    )
+    with pytest.raises(
+        SystemExit, match=r"must be one folder for all processes: .*/teacher lacks the trained teacher$"
+    ):
+        recipe._train("teacher", None)
