@@ -295,12 +295,17 @@ class CheckpointTrainer(HubTrainer):
     def _complete(self, written: str, target: str) -> None:
         """Gives a checkpoint its place, when all processes have written their part."""
         sums = gather_object([self._sums()])
-        if self.state.best_model_checkpoint == written:
+        is_best = self.state.best_model_checkpoint == written
+        if is_best:
             self.state.best_model_checkpoint = target
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             Path(written, _SUMS).write_text(json.dumps(sums), encoding="utf-8")
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            if is_best:
+                # In the text: save_to_json takes seconds, where the log is long, and Trainer has called it.
+                state = Path(written, TRAINER_STATE_NAME)
+                text = state.read_text(encoding="utf-8").replace(json.dumps(written), json.dumps(target))
+                state.write_text(text, encoding="utf-8")
             write_files(written)
             if os.path.isdir(target):  # The same step, saved by an earlier run or a moment ago.
                 os.rename(target, os.path.join(os.path.dirname(written), REPLACED))

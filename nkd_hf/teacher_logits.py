@@ -292,6 +292,7 @@ def sparse_logits(
     others = logits.scatter(1, target, -math.inf)
     top, classes = others.topk(top_k)
     peak = top[:, :1]
+    peak = peak.masked_fill(peak == -math.inf, 0)  # of a teacher that rules out all others
     rest = others.scatter(1, classes, -math.inf) - peak
     target_logit = logits.gather(1, target)
     return {
@@ -342,7 +343,8 @@ def dense_logits(
         mass = rows["rest_logsumexp"][:, list(temperatures).index(temperature), None]
         dense = dense.copy_(temperature * (mass - math.log(num_rest)))
     dense = dense.scatter_(1, classes, rows["values"].float()).scatter_(1, target, -math.inf)
-    return dense.scatter_(1, target, rows["log_odds"][:, None] + dense.logsumexp(1, keepdim=True))
+    others = dense.logsumexp(1, keepdim=True)
+    return dense.scatter_(1, target, torch.where(others == -math.inf, 0, rows["log_odds"][:, None] + others))
 
 
 def shard_path(folder: Path, epoch: int, shard: int) -> Path:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -44,7 +45,7 @@ from nkd_hf.batches import EpochDataset, EpochSampler
 from nkd_hf.modeling import save_student
 from nkd_hf.parser import parse_args
 from nkd_hf.plan import PlannedTrainingArguments, make_plan
-from nkd_hf.preprocessing import read_preprocessing
+from nkd_hf.preprocessing import Preprocessing, read_preprocessing
 from nkd_hf.run_folder import stage_history
 from nkd_hf.store_fingerprint import check_fingerprint, run_fingerprint, weights_sha256
 from nkd_hf.store_hub import find_store, push_store
@@ -792,3 +793,39 @@ def test_the_plan_of_a_run_without_its_teacher():
     plan = make_plan(recipe, data, PlannedTrainingArguments("unused", report_to="none"))
     assert (plan["teacher"], plan["runs"], plan["memory"]["teacher"]) == (None, ["student"], 0)
     assert plan["notes"] == ["the teacher does not run: its logits come from me/logits"]
+
+
+@pytest.mark.parametrize("top_k", [None, 2, 4])
+def test_a_teacher_that_rules_out_all_other_classes_is_stored(top_k):
+    teacher = torch.tensor([[2.0, *[-math.inf] * 4], [2.0, 1.0, 0.0, -math.inf, -1.0]])
+    target = torch.tensor([0, 1])
+    rows = sparse_logits(teacher, target, top_k, [1.0])
+    dense = dense_logits(rows, 5, [1.0], 1.0)
+    student = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    if top_k == 2:  # the others share what they have
+        assert dense.softmax(1)[0].tolist() == [1, 0, 0, 0, 0]
+        assert nkd_loss(student, dense, target).isfinite()
+    else:
+        torch.testing.assert_close(
+            nkd_loss(student, dense, target), nkd_loss(student, teacher, target), rtol=1e-3, atol=0
+        )
+
+
+def test_a_fingerprint_passes_bad_rows(tmp_path):
+    images = [None, {"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "none.png")}, {"bytes": b"", "path": None},
+              {"bytes": None, "path": "https://host/a.png"}, {"bytes": b"text", "path": None}]  # fmt: skip
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a"]))
+    table = pa.table(
+        {
+            "image": pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+            "label": [None, -1, 0, 0, 0, 0],
+        }
+    )
+    train = datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+    pixels = Preprocessing((0.5,) * 3, (0.5,) * 3, (32, 32), "bilinear")
+    training = DistillationTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    fingerprint = run_fingerprint(DataArguments(), training, train, ["a"], pixels)
+    assert fingerprint["num_samples"] == 6
+    rows = ImageDataset(train, lambda image: image, on_bad_image="skip")
+    with pytest.raises(ValueError, match="all 6 rows are bad"):
+        rows[0]
