@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import yaml
 from datasets import Dataset, IterableDataset
 from huggingface_hub import DatasetCard, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from .redaction import redact
@@ -154,7 +154,8 @@ def _card(name: str, file: str) -> str | None:
         return path if os.path.isfile(path) else None
     try:
         return hf_hub_download(name, file, repo_type="dataset")
-    except (EntryNotFoundError, LocalEntryNotFoundError):  # Without a network, `datasets` opens what it loaded before.
+    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
+        # `datasets` says that there is no such repository, or opens what it loaded before where there is no network.
         return None
 
 
