@@ -820,3 +820,15 @@ def test_classes_are_numbered_by_training_where_the_evaluation_lacks_one(tmp_pat
     name, split = load_evaluation_split(DataArguments(dataset_name=str(tmp_path)), 0)
     assert (name, split["label"][:]) == ("validation", [1, 3])
     assert split.features["label"].names == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("singles", [0, 1])
+def test_a_validation_split_is_made_of_a_class_with_one_image_too(tmp_path, singles):
+    """scikit-learn refuses to stratify by it. Without it, each class has its share."""
+    labels = [0] * 20 + [1] * 60 + [2] * singles
+    path = write_parquet(tmp_path / "train.parquet", image=[encoded(digit(0))] * len(labels), label=labels)
+    data = load(path)
+    assert len(data["train"]) + len(data["validation"]) == len(labels)
+    assert len(data["validation"]) == 8 + singles
+    if not singles:
+        assert np.bincount(data["validation"]["label"][:]).tolist() == [2, 6]
