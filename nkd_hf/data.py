@@ -589,7 +589,7 @@ def _cast_labels(split: Dataset, feature: datasets.Value | datasets.ClassLabel) 
     if isinstance(feature, datasets.ClassLabel) and _is_text(split.features["label"]):
         numbers = {name: number for number, name in enumerate(feature.names)}
         labels = [numbers.get(label) for label in labels]
-    table = datasets.table.InMemoryTable(pa.table({"label": pa.array(labels, feature.pa_type)}))
+    table = datasets.table.InMemoryTable(pa.table({"label": pa.array(labels).cast(feature.pa_type)}))
     info = datasets.DatasetInfo(features=datasets.Features(label=feature))
     return _with_labels(split, Dataset(table, info=info))
 

@@ -98,11 +98,9 @@ def test_a_first_image_that_cannot_be_read_is_refused_before_the_teacher_is_trai
 
 
 def test_a_dataset_of_one_class_is_refused(tmp_path):
-    data = tmp_path / "data.csv"
-    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
-    data.write_text("image,label\n" + f"{tmp_path / '0.png'},cat\n" * 20)
     (tmp_path / "folder").mkdir()
-    data.rename(tmp_path / "folder" / "train.csv")
+    Image.new("RGB", (32, 32)).save(tmp_path / "folder" / "0.png")
+    (tmp_path / "folder" / "train.csv").write_text("image,label\n" + f"{tmp_path / 'folder' / '0.png'},cat\n" * 20)
     refused(tmp_path, r"must have two classes at least, got \['cat'\]", "--dataset_name", str(tmp_path / "folder"))
 
 
