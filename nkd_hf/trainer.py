@@ -174,7 +174,7 @@ class DistillationTrainer(FiniteTrainer):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         self._check_label_names()
         self._check_pixels()
-        self._check_classes()
+        check_dataset_classes(self.student.config.id2label, self._datasets)
         if args.neftune_noise_alpha is not None:
             raise ValueError(
                 f"neftune_noise_alpha must be None, got {args.neftune_noise_alpha}. It adds noise to the embeddings of words"
@@ -218,13 +218,8 @@ class DistillationTrainer(FiniteTrainer):
         """The datasets of training and evaluation, by what errors call them."""
         if not isinstance(self.eval_dataset, dict):
             return {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        evaluation = {f"eval_dataset {name!r}": dataset for name, dataset in self.eval_dataset.items()}
+        evaluation = {f"eval_dataset[{name!r}]": dataset for name, dataset in self.eval_dataset.items()}
         return {"train_dataset": self.train_dataset, **evaluation}
-
-    def _check_classes(self) -> None:
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        named = {f"eval_dataset[{name!r}]" if name else "eval_dataset": data for name, data in evaluated.items()}
-        check_dataset_classes(self.student.config.id2label, {"train_dataset": self.train_dataset, **named})
 
     def _check_pixels(self) -> None:
         """Raises ValueError where training or evaluation don't preprocess as processing_class does.
