@@ -558,7 +558,8 @@ def test_compiled_double_backward_is_an_error():
     torch._dynamo.reset()
     student, other, labels = make_batch(6, 11)
     loss = torch.compile(nkd_loss, fullgraph=True, backend="aot_eager")(student, other, labels)
-    with pytest.raises(RuntimeError, match="double backward"):
+    # torch 2.11 gives a gradient without a graph, which can't be differentiated either.
+    with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
         torch.autograd.grad(loss, student, create_graph=True)[0].sum().backward()
 
 

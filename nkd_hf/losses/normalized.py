@@ -84,8 +84,9 @@ class _NormalizedLoss(torch.autograd.Function):
                 label_log_prob = full_log_prob * task_rows if is_mixed else target_log_prob
                 task_loss = (1 - label_smoothing) * label_log_prob.sum()
                 if label_smoothing:
-                    task_loss += label_smoothing / num_classes * full_log_prob.sum()
-                task_loss /= -batch_size
+                    task_loss = task_loss + label_smoothing / num_classes * full_log_prob.sum()
+                # Not in place: Dynamo of torch 2.11 gives a result that was changed in place no gradient.
+                task_loss = task_loss / -batch_size
                 del label_log_prob
             del full_log_prob
         target_term = (target_weight * target_log_prob).sum() / -batch_size
