@@ -220,6 +220,15 @@ def test_steps(plan, overrides, steps_per_epoch, num_steps, rates):
     assert len(figures["lr_by_epoch"]) == rates
 
 
+def test_an_epoch_begins_with_the_same_step_whatever_floats_say(plan):
+    # 21 steps / 1.4 epochs is 15.000000000000002.
+    figures = plan(
+        streaming=True, num_train_images=60, num_train_epochs=1.4, learning_rate=0.21, lr_scheduler_type="linear"
+    )
+    assert figures["num_steps"] == 21
+    assert figures["lr_by_epoch"] == pytest.approx([0.21, 0.06])
+
+
 def test_as_the_trainer_does(plan, tmp_path):
     settings = {
         "per_device_train_batch_size": 4,
@@ -374,6 +383,8 @@ def test_teachers(plan, tmp_path):
     assert found["parameters"] == sum(p.numel() for p in deit.parameters())
     assert found["image_size"] == [32, 32]
     assert figures["notes"] == []
+    _, figures = teacher(tmp_path / "deit", num_classes=12)
+    assert "has 10 classes and the student is planned with 12" in figures["notes"][0]
 
     resnet = native_resnet()
     resnet.save_pretrained(tmp_path / "resnet")  # without a processor it gets the student's pixels

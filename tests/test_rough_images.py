@@ -300,11 +300,13 @@ def test_a_missing_label_is_a_bad_row(tmp_path, labels, shown):
     root = write_table(tmp_path, labels)
     dataset = open_rows(root)
     assert [dataset[row]["labels"] for row in (0, 1, 3)] == [0, 1, 1]
-    with pytest.raises(
-        ValueError, match=rf"^row 2 of the training data \({root}/train/2.jpg\) has no label \({shown}\)"
-    ):
-        dataset[2]
+    for access in (lambda: dataset[2], dataset.check_labels):
+        with pytest.raises(
+            ValueError, match=rf"^row 2 of the training data \({root}/train/2.jpg\) has no label \({shown}\)"
+        ):
+            access()
     dataset = open_rows(root, "skip")
+    dataset.check_labels()
     assert (dataset[2]["index"], dataset[2]["labels"], dataset.bad_rows) == (3, 1, [2])
 
 
