@@ -217,6 +217,9 @@ def test_steps(plan, overrides, steps_per_epoch, num_steps, rates):
     figures = plan(lr_scheduler_type="exponential_by_epoch", lr_scheduler_kwargs={"gamma": 0.5}, **overrides)
     assert figures["steps_per_epoch"] == pytest.approx(steps_per_epoch)
     assert figures["num_steps"] == num_steps
+    assert figures["epochs"] == pytest.approx(
+        num_steps / steps_per_epoch if "max_steps" in overrides else overrides.get("num_train_epochs", 3)
+    )
     assert len(figures["lr_by_epoch"]) == rates
 
 
