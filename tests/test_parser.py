@@ -35,6 +35,7 @@ class ModelArguments:
     student_args: dict | None = None
     distillation_loss: Literal["nkd", "uskd", "none"] = "nkd"
     interpolation: Interpolation = "bilinear"
+    num_copies: Literal[1, 2] = 1
 
     def __post_init__(self):
         if self.gamma < 0:
@@ -181,6 +182,7 @@ def test_a_dumped_yaml_gives_the_same_values(tmp_path_factory, values):
         ("student_args: [a]", "a mapping or null", r"the list \['a'\]"),
         ("student_args: {1: a}", "a mapping or null", "the mapping {1: 'a'}"),
         ("distillation_loss: nkb", "one of 'nkd', 'uskd', 'none'|Literal", "the string 'nkb'"),
+        ("num_copies: true", "one of 1, 2|Literal", "the boolean true"),
         ("interpolation: cubic", "one of 'bilinear', 'bicubic'|Interpolation", "the string 'cubic'"),
     ],
 )

@@ -319,6 +319,9 @@ def test_disk_and_memory(plan):
     assert figures["disk"]["checkpoints"] == pytest.approx(baseline + 2 * distilled, rel=1e-4)
     assert figures["disk"]["models"] == 2 * student
 
+    figures = plan("uskd_resnet18", **overrides, save_only_model=True)
+    assert figures["disk"]["checkpoint"] == pytest.approx(2 * student + 4 * head, rel=1e-4)
+
     assert plan("uskd_resnet18", save_strategy="no")["disk"]["checkpoints"] == 0
     assert plan("uskd_resnet18", activation_checkpointing=True)["memory"]["activations"] is None
 
