@@ -321,6 +321,23 @@ def test_default_config(config, error, tmp_path):
     assert arguments == (ModelArguments(gamma=9.0), DataArguments("x"))
 
 
+def test_a_group_of_the_default_config_that_holds_for_other_data(config):
+    demo = config("distillation_loss: uskd\nstudent_args: {a: 1}\ngamma: 9")
+
+    def parsed(*args):
+        keeps = [("distillation_loss", "student_args")]
+        found = parse_args(
+            (ModelArguments, DataArguments), default_config=demo, default_config_keeps=keeps, args=args
+        )[0]
+        return found.distillation_loss, found.student_args, found.gamma
+
+    assert parsed() == ("uskd", {"a": 1}, 9)
+    assert parsed("--dataset_name", "x") == ("uskd", {"a": 1}, 1.5)
+    assert parsed("--dataset_name", "x", "--distillation_loss", "uskd") == ("uskd", {"a": 1}, 1.5)
+    # Another loss doesn't inherit the arguments of the first one.
+    assert parsed("--dataset_name", "x", "--distillation_loss=none") == ("none", None, 1.5)
+
+
 def test_arguments_of_the_process(config, monkeypatch, tmp_path):
     (tmp_path / "recipe.args").write_text("--gamma 7")  # HfArgumentParser would read it
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "recipe.py"), "--student", "deit"])
