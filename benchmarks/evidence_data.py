@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.transforms.v2 import functional as F
 
-from nkd_hf.batches import EpochDataset
-from nkd_hf.images import ImageDataset
+from nkd_hf.data.image_datasets import ImageDataset
+from nkd_hf.data.sampler import EpochDataset
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
 FASHION_CLASSES = [
@@ -166,7 +166,7 @@ def _normalized(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(_NORMALIZED[pixels]).expand(3, -1, -1)
 
 
-# By the functions of nkd_hf.transforms, whose rounding it should have.
+# By the functions of nkd_hf.data.transforms, whose rounding it should have.
 _BYTES = F.to_dtype_image(torch.arange(256, dtype=torch.uint8).expand(3, 1, -1), torch.float32, scale=True)
 _NORMALIZED = F.normalize_image(_BYTES, [0.5] * 3, [0.5] * 3)[0, 0].numpy()
 

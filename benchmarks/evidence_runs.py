@@ -26,13 +26,13 @@ from nkd_hf import (
     cli,
     parse_args,
 )
-from nkd_hf.batches import epoch_order
-from nkd_hf.data import load_evaluation_split
-from nkd_hf.images import ImageDataset
+from nkd_hf.data.image_datasets import ImageDataset
+from nkd_hf.data.loading import load_evaluation_split
+from nkd_hf.data.sampler import epoch_order
+from nkd_hf.data.transforms import processor_transform
 from nkd_hf.metrics import compute_metrics, top5_indices
-from nkd_hf.students import load_image_processor
-from nkd_hf.teacher_logits import TeacherLogits
-from nkd_hf.transforms import processor_transform
+from nkd_hf.models.preprocessing import load_image_processor
+from nkd_hf.teacher_logits.store import TeacherLogits
 
 SIZE = 28
 

@@ -16,12 +16,12 @@ import torch
 from tables import markdown
 
 from nkd_hf import DataArguments, RecipeArguments, parse_args
-from nkd_hf.architectures import is_architecture
-from nkd_hf.config_file import read_config
 from nkd_hf.losses import nkd_loss, uskd_loss
-from nkd_hf.plan import PlannedTrainingArguments
-from nkd_hf.plan_costs import forward_gmacs
-from nkd_hf.plan_models import open_student, open_teacher
+from nkd_hf.models.architectures import is_architecture
+from nkd_hf.recipe.plan import PlannedTrainingArguments
+from nkd_hf.recipe.plan_costs import forward_gmacs
+from nkd_hf.recipe.plan_models import open_student, open_teacher
+from nkd_hf.recipe.yaml_file import read_config
 
 PAGE = Path(__file__).parent / "IMAGENET.md"
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"

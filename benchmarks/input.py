@@ -52,9 +52,10 @@ from nkd_hf import (
     processor_transform,
     train_transform,
 )
-from nkd_hf.batches import EpochSampler, seeded
-from nkd_hf.images import draws_from_torch, read_sample, takes_tensors
-from nkd_hf.transforms import posterize_to_zero_bits
+from nkd_hf.data.decoding import draws_from_torch, read_sample, takes_tensors
+from nkd_hf.data.sampler import EpochSampler
+from nkd_hf.data.seeding import seeded
+from nkd_hf.data.transforms import posterize_to_zero_bits
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -6,7 +6,7 @@ and bfloat16, eager and through `torch.compile`:
 - cross-entropy: `F.cross_entropy`, the floor of any loss on logits, and so the measure of all rows.
 - task + NKD, apart: `F.cross_entropy` of the logits in float32, as the trainer takes it, beside `NKDLoss`; shared:
   `NKDLoss` with a `label_smoothing`, which returns both from one softmax. The same for USKD.
-- literal (eager, float32 arithmetic): `nkd_reference` and `uskd_reference` of tests/losses_reference.py: the paper's
+- literal (eager, float32 arithmetic): `nkd_reference` and `uskd_reference` of tests/helpers/losses_reference.py: the paper's
   formulas with boolean masks and a double argsort, in plain autograd.
 - torch.sort: of USKD's rank [B, C], float32. packed sort: of the same, as USKD sorts it (always exact and stable).
 
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import common
 import torch

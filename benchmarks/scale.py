@@ -37,7 +37,7 @@ from nkd_hf import (
     NKDLoss,
     create_student,
 )
-from nkd_hf.plan_costs import forward_gmacs
+from nkd_hf.recipe.plan_costs import forward_gmacs
 
 # Per GPU, of the rows.
 ROW_BATCHES = {"resnet34 -> resnet18": 32, "deit3_small -> deit_tiny": 256, "deit3_large -> deit_base": 64}

@@ -34,7 +34,7 @@ from nkd_hf import (
     load_image_dataset,
     train_transform,
 )
-from nkd_hf.images import StreamingImageDataset
+from nkd_hf.data.image_datasets import StreamingImageDataset
 
 SIDES = {"dispatched": True, "divided": None}
 

@@ -1,6 +1,6 @@
 """What the settings of a teacher do to its time and its logits: `python benchmarks/teacher.py`.
 
-One forward pass of [`nkd_hf.teacher.Teacher`] under each setting, in turns, on the same images: `teacher_dtype`
+One forward pass of [`nkd_hf.models.teacher.Teacher`] under each setting, in turns, on the same images: `teacher_dtype`
 float32, bf16 and fp16, for CNNs with `teacher_channels_last`, and `teacher_compile`. `bf16, autocast` is what no
 setting gives in a run with `bf16`: weights in float32, which are cast in each step. Beside them stands the student's
 step (forward and backward in float32), so that `step` is how long the two take together, of the float32 teacher's.
@@ -27,7 +27,7 @@ from torch import Tensor
 from turns import PAIRS
 
 from nkd_hf import create_student, load_teacher
-from nkd_hf.plan_costs import forward_gmacs
+from nkd_hf.recipe.plan_costs import forward_gmacs
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Times as long as float32.
@@ -35,7 +35,7 @@ TOO_LONG = 10
 
 
 def make_settings(is_cnn: bool, compiled: bool) -> dict[str, dict]:
-    """The rows: arguments of [`nkd_hf.teacher.Teacher.for_inference`]; None is a teacher under autocast."""
+    """The rows: arguments of [`nkd_hf.models.teacher.Teacher.for_inference`]; None is a teacher under autocast."""
     settings = {}
     for dtype in DTYPES:
         for channels_last in (False, True) if is_cnn else (False,):

@@ -39,7 +39,8 @@ from nkd_hf import (
     create_student,
     load_teacher,
 )
-from nkd_hf.teacher_logits import StoredTeacher, StoreInfo, TeacherLogits, shard_path, sparse_logits, write_shard
+from nkd_hf.teacher_logits.compression import sparse_logits
+from nkd_hf.teacher_logits.store import StoredTeacher, StoreInfo, TeacherLogits, shard_path, write_shard
 
 CLASSES = 1000
 NUM_IMAGENET, EPOCHS = 1_281_167, 300

@@ -7,7 +7,7 @@ import common
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from nkd_hf.batches import EpochDataset
+from nkd_hf.data.sampler import EpochDataset
 
 # Teacher, student, and the width of the student's mid feature.
 PAIRS = {

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from .bad_images import BadImageReport
-    from .batches import ImageCollator
-    from .checkpoints import CheckpointError
-    from .data import DataArguments, load_image_dataset
-    from .errors import one_line_errors
-    from .features import token_shape
-    from .hub import PushError, push_student
-    from .images import ImageDataset, StreamingImageDataset
+    from .data.arguments import DataArguments
+    from .data.bad_images import BadImageReport
+    from .data.collator import ImageCollator
+    from .data.image_datasets import ImageDataset, StreamingImageDataset
+    from .data.loading import load_image_dataset
+    from .data.transforms import processor_transform, train_transform
+    from .errors import CheckpointError, NonFiniteLossError, PushError, one_line_errors
+    from .hub.model_card import CardInfo
+    from .hub.push import push_student
     from .losses import (
         DISTLoss,
         DKDLoss,
@@ -34,61 +35,69 @@ if TYPE_CHECKING:
         wttm_loss,
     )
     from .metrics import TopKAccuracy
-    from .model_card import CardInfo
-    from .non_finite import NonFiniteLossError
-    from .parser import parse_args
-    from .recipe import Recipe
-    from .recipe_args import RecipeArguments
-    from .students import create_student, load_image_processor
-    from .teacher import load_teacher
-    from .trainer import DistillationTrainer
-    from .training_args import DistillationTrainingArguments
-    from .transforms import processor_transform, train_transform
+    from .models.features import token_shape
+    from .models.preprocessing import load_image_processor
+    from .models.students import create_student
+    from .models.teacher import load_teacher
+    from .recipe.arguments import RecipeArguments
+    from .recipe.parser import parse_args
+    from .recipe.recipe import Recipe
+    from .trainer.arguments import DistillationTrainingArguments
+    from .trainer.trainer import DistillationTrainer
 
 # Imported on first use: `from nkd_hf.losses import nkd_loss` and `import nkd_hf` load torch at the most.
-_MODULE_OF = {
-    "BadImageReport": "bad_images",
-    "CardInfo": "model_card",
-    "CheckpointError": "checkpoints",
-    "DISTLoss": "losses",
-    "DKDLoss": "losses",
-    "DataArguments": "data",
-    "DistillationTrainer": "trainer",
-    "DistillationTrainingArguments": "training_args",
-    "ImageCollator": "batches",
-    "ImageDataset": "images",
-    "KDLoss": "losses",
-    "MGDLoss": "losses",
-    "NKDLoss": "losses",
-    "NonFiniteLossError": "non_finite",
-    "PushError": "hub",
-    "Recipe": "recipe",
-    "RecipeArguments": "recipe_args",
-    "SRRLLoss": "losses",
-    "StreamingImageDataset": "images",
-    "TopKAccuracy": "metrics",
-    "USKDLoss": "losses",
-    "ViTKDLoss": "losses",
-    "WSLDLoss": "losses",
-    "WTTMLoss": "losses",
-    "create_student": "students",
-    "dist_loss": "losses",
-    "dkd_loss": "losses",
-    "kd_loss": "losses",
-    "load_image_dataset": "data",
-    "load_image_processor": "students",
-    "load_teacher": "teacher",
-    "nkd_loss": "losses",
-    "one_line_errors": "errors",
-    "parse_args": "parser",
-    "processor_transform": "transforms",
-    "push_student": "hub",
-    "token_shape": "features",
-    "train_transform": "transforms",
-    "uskd_loss": "losses",
-    "wsld_loss": "losses",
-    "wttm_loss": "losses",
+_NAMES = {
+    "errors": (
+        "CheckpointError",
+        "NonFiniteLossError",
+        "PushError",
+        "one_line_errors",
+    ),
+    "metrics": ("TopKAccuracy",),
+    "losses": (
+        "DISTLoss",
+        "DKDLoss",
+        "KDLoss",
+        "MGDLoss",
+        "NKDLoss",
+        "SRRLLoss",
+        "USKDLoss",
+        "ViTKDLoss",
+        "WSLDLoss",
+        "WTTMLoss",
+        "dist_loss",
+        "dkd_loss",
+        "kd_loss",
+        "nkd_loss",
+        "uskd_loss",
+        "wsld_loss",
+        "wttm_loss",
+    ),
+    "models.features": ("token_shape",),
+    "models.preprocessing": ("load_image_processor",),
+    "models.students": ("create_student",),
+    "models.teacher": ("load_teacher",),
+    "data.arguments": ("DataArguments",),
+    "data.bad_images": ("BadImageReport",),
+    "data.collator": ("ImageCollator",),
+    "data.image_datasets": (
+        "ImageDataset",
+        "StreamingImageDataset",
+    ),
+    "data.loading": ("load_image_dataset",),
+    "data.transforms": (
+        "processor_transform",
+        "train_transform",
+    ),
+    "hub.model_card": ("CardInfo",),
+    "hub.push": ("push_student",),
+    "trainer.arguments": ("DistillationTrainingArguments",),
+    "trainer.trainer": ("DistillationTrainer",),
+    "recipe.arguments": ("RecipeArguments",),
+    "recipe.parser": ("parse_args",),
+    "recipe.recipe": ("Recipe",),
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
 

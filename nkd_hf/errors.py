@@ -1,4 +1,4 @@
-"""Says in one line what is wrong with the input of a command or a recipe, and leaves a bug its traceback."""
+"""The exceptions of the package, its messages in one line, and what a message may say."""
 
 import contextlib
 import errno
@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from .redaction import redact
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 
 # Their ValueErrors speak to the user of a command. That of another library (torch, numpy, timm) is a bug or unforeseen.
 _FOR_USERS = {"nkd_hf", "transformers", "accelerate", "datasets", "huggingface_hub"}
@@ -21,6 +22,59 @@ _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Socket Timeout", re.IGNORECASE)
 # 128 + SIGPIPE, the status of a Unix tool whose reader has gone.
 _NO_READER = 141
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
+# A name alone is a credential only to a web server: ssh://git@host is not.
+_USER = re.compile(r"((?:https?|ftps?)://(?=[^/\s@]*@)|\w://(?=[^/\s:@]*:[^/\s@]*@))[^/\s@<>]+@", re.IGNORECASE)
+_PARAMETER = re.compile(
+    r"([?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|sig|signature|auth|authorization|policy|awsaccesskeyid"
+    r"|key-pair-id|googleaccessid|[\w.-]*(?:token|secret|password|passwd|pwd|key|credential))=)[^\s&;#\"'`<>\\)\]]+",
+    re.IGNORECASE,
+)
+
+
+class ConfigError(ValueError):
+    """A fault in a YAML file; its message names the file."""
+
+
+class RefusedError(ValueError):
+    """A model that is not opened for a reason of its own; the message says what to do."""
+
+
+class OutsideError(ValueError):
+    """A dataset names a file that is not its own."""
+
+
+class BadSampleError(ValueError):
+    """A row whose image cannot be decoded or whose label is missing."""
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A step's loss or gradient norm is NaN or infinite; the message names the step."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+class PushError(RuntimeError):
+    """A push failed; the message says why, where the student is, and how to push it again."""
+
+
+def redact(text: str) -> str:
+    """Replaces tokens of the Hub, and in addresses the user and the parameters that sign or authorise.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.errors import redact
+    >>> redact("https://me:word@host/a.parquet?part=1&X-Amz-Signature=12ab")
+    'https://<SECRET>@host/a.parquet?part=1&X-Amz-Signature=<SECRET>'
+
+    ```
+    """
+    text = _TOKEN.sub("<TOKEN>", text)
+    text = _USER.sub(r"\1<SECRET>@", text)
+    return _PARAMETER.sub(r"\1<SECRET>", text)
 
 
 def reason(error: BaseException) -> str:
@@ -116,3 +170,28 @@ def _own_text(error: BaseException) -> str:
     if not re.match(r"Caught \w+ in DataLoader worker process", text):
         return text
     return re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
+
+
+def gate(error: BaseException, repo_id: str, repo_type: str = "model") -> str | None:
+    """Says how to get into a gated repo, if that is what an error is about.
+
+    Args:
+        error: what was raised; the errors that led to it are looked at, too.
+        repo_id: `owner/name`.
+        repo_type: `model` or `dataset`.
+
+    Returns:
+        What to accept and where, or None.
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        # `datasets` cuts the chain off, and leaves its words.
+        if isinstance(error, GatedRepoError) or "is a gated dataset on the Hub" in str(error):
+            page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+            return (
+                f"it is gated: accept its terms on {page}, then run `hf auth login` with an account that has done so, or "
+                "set HF_TOKEN to its token"
+            )
+        error = error.__cause__ or error.__context__
+    return None

@@ -5,12 +5,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import time
 import types
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from filelock import FileLock
 from hub_server import OTHERS_TOKEN, TOKEN, HubServer
 from huggingface_hub import constants
+from processes import in_processes
 
 # Tiny models: a second thread costs more than it brings, and pytest-xdist gives each core a process of its own.
 torch.set_num_threads(1)
@@ -38,3 +41,21 @@ def hub(monkeypatch, tmp_path):
     yield server
     server.close()
     huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, worker_id) -> Path:
+    """The folder of what distributed_runs.py has run, once for all workers of pytest."""
+    from distributed_runs import read, run  # which imports what few tests need
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "distributed-runs"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            folder.mkdir()
+            failed = [size for size in (1, 2, 3) if any(in_processes(size, lambda: run(folder), folder / "log"))]
+            (folder / "failed").write_text(f"{failed}: {(folder / 'log').read_text()[-3000:]}" if failed else "")
+    assert not (folder / "failed").read_text()
+    for world_size in (1, 2, 3):
+        assert read(folder, world_size, "world_size") == world_size
+    return folder

@@ -15,10 +15,9 @@ from tiny import timm_cnn
 from torch.utils.data import DataLoader
 
 from nkd_hf import cli
-from nkd_hf.errors import one_line_errors, reason
-from nkd_hf.folders import path_fault
-from nkd_hf.images import BadSampleError
-from nkd_hf.modeling import save_student
+from nkd_hf.errors import BadSampleError, one_line_errors, reason
+from nkd_hf.files import path_fault
+from nkd_hf.models.saving import save_student
 
 ROOT = Path(__file__).parents[1]
 OWN = [

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import EvalPrediction
 
-from nkd_hf.metrics import TopKAccuracy, compute_metrics, top5_indices, topk_accuracy
-from nkd_hf.metrics.topk_accuracy import top1_top5_accuracy
+from nkd_hf import metrics as topk_accuracy
+from nkd_hf.metrics import TopKAccuracy, compute_metrics, top1_top5_accuracy, top5_indices
 
 
 @settings(deadline=None, max_examples=50)

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,159 +15,19 @@ import nkd_hf
 
 PACKAGE = Path(nkd_hf.__file__).parent
 ROOT = PACKAGE.parent
-MODULES = [module.name for module in pkgutil.walk_packages(nkd_hf.__path__, "nkd_hf.")]
-# What a module of the package may import of the package.
-ALLOWED = {
-    "losses": {"losses"},
-    "feature_layers": set(),
-    "feature_layout": {"feature_layers"},
-    "features": {"feature_layers", "feature_layout"},
-    "preprocessing": {"errors", "model_config", "opening"},
-    "architectures": {"modeling_resnet_cifar", "modeling_shufflenet_v2"},
-    "modeling_resnet_cifar": set(),
-    "modeling_shufflenet_v2": set(),
-    "batches": {"teacher_logits"},
-    "access": set(),
-    "agreement": set(),
-    "repo_ids": {"redaction"},
-    "errors": {"redaction"},
-    "redaction": set(),
-    "model_config": {"labels"},
-    "build_limit": {"model_config"},
-    "outputs": set(),
-    "opening": {"access", "architectures", "build_limit", "errors", "folders", "model_config", "outputs", "repo_ids"},
-    "data": {"access", "errors", "folders", "labels", "redaction", "repo_ids", "row_paths"},
-    "row_paths": {"redaction"},
-    "images": {"batches", "errors", "stream_parts"},
-    "stream_parts": set(),
-    "dataset_classes": {"data", "images", "labels"},
-    "sampler": {"batches"},
-    "bad_images": {"images"},
-    "transforms": {"data", "errors", "preprocessing"},
-    "optimization": {"losses"},
-    "batch_norm": {"batches", "images"},
-    "training_args": {"optimization", "repo_ids"},
-    "config_file": set(),
-    "parser": {"config_file"},
-    "metrics": {"metrics"},
-    "modeling": {"feature_layers", "features", "labels", "losses", "outputs"},
-    "labels": set(),
-    "label_check": {"losses"},
-    "teacher": {"features", "labels", "model_config", "opening", "outputs", "preprocessing", "repo_ids"},
-    "teacher_accuracy": {"metrics", "preprocessing", "teacher", "transforms"},
-    "teacher_logits": {"errors"},
-    "store_fingerprint": {
-        "architectures",
-        "data",
-        "images",
-        "preprocessing",
-        "recipe_args",
-        "teacher",
-        "teacher_logits",
-        "training_args",
-        "transforms",
-    },
-    "store_hub": {"access", "errors", "folders", "hub", "teacher_logits", "repo_ids"},
-    "image_sizes": set(),
-    "student_preprocessing": {"image_sizes", "preprocessing"},
-    "students": {
-        "architectures",
-        "feature_layers",
-        "feature_layout",
-        "image_sizes",
-        "labels",
-        "model_config",
-        "opening",
-        "preprocessing",
-        "student_preprocessing",
-        "repo_ids",
-    },
-    "cli": {"errors"},
-    "folders": set(),
-    "publishing": {"redaction"},
-    "hub": {"model_card", "publishing", "repo_ids"},
-    "checkpoint_trainer": {"agreement", "batches", "checkpoints", "errors", "folders", "hub_trainer", "sigterm"},
-    "checkpoints": set(),
-    "finite_trainer": {"batch_norm", "checkpoint_trainer", "checkpoints", "non_finite"},
-    "hub_trainer": {"folders", "hub", "publishing"},
-    "optimizer_groups": set(),
-    "image_losses": set(),
-    "non_finite": set(),
-    "run_folder": {"checkpoints", "data", "recipe_args", "redaction", "training_args"},
-    "sigterm": set(),
-    "model_card": {"losses", "model_card", "redaction", "teacher", "teacher_logits", "training_args"},
-    "mmcls_checkpoint": set(),
-    "export": {"folders", "modeling", "opening", "students"},
-    "timm_checkpoint": {"labels"},
-    "convert": {"export", "folders", "labels", "mmcls_checkpoint", "modeling", "students", "timm_checkpoint"},
-    "evaluation": {
-        "data",
-        "errors",
-        "images",
-        "labels",
-        "metrics",
-        "opening",
-        "outputs",
-        "preprocessing",
-        "redaction",
-        "transforms",
-    },
-    "recipe_args": {"features", "losses", "students", "repo_ids"},
-    "plan_costs": {"modeling", "optimization", "training_args", "errors"},
-    "plan_models": {
-        "architectures",
-        "build_limit",
-        "data",
-        "errors",
-        "folders",
-        "model_config",
-        "opening",
-        "preprocessing",
-        "recipe_args",
-        "student_preprocessing",
-    },
-    "plan_text": set(),
-    "plan": {
-        "architectures",
-        "data",
-        "features",
-        "modeling",
-        "optimization",
-        "parser",
-        "plan_costs",
-        "plan_models",
-        "plan_text",
-        "preprocessing",
-        "recipe_args",
-        "training_args",
-    },
-    "trainer": {
-        "agreement",
-        "batch_norm",
-        "batches",
-        "checkpoints",
-        "dataset_classes",
-        "features",
-        "finite_trainer",
-        "image_losses",
-        "images",
-        "label_check",
-        "labels",
-        "losses",
-        "metrics",
-        "model_card",
-        "modeling",
-        "optimization",
-        "optimizer_groups",
-        "preprocessing",
-        "publishing",
-        "sampler",
-        "teacher",
-        "teacher_logits",
-        "training_args",
-        "transforms",
-    },
-}
+MODULES = [
+    module.name for module in pkgutil.walk_packages(nkd_hf.__path__, "nkd_hf.") if not module.name.endswith("__main__")
+]
+# The rooms of the package, from the bottom: each may import from the lines above its own, which are the layers below it.
+LAYERS = """
+    errors files metrics losses
+    models
+    teacher_logits
+    data hub export
+    trainer
+    recipe
+    cli
+"""
 
 
 def imports(path: Path) -> set[str]:
@@ -178,29 +39,42 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parent = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            names.add(".".join(part for part in (parent, node.module) if part))
+            module = ".".join(part for part in (parent, node.module) if part)
+            names.add(module)
+            # `from .. import x` names a module of the package, or one of its names.
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "nkd_hf" else set()
     return names
 
 
-@pytest.mark.parametrize("module", ALLOWED)
-def test_import_directions(module):
-    files = (
-        [PACKAGE / f"{module}.py"] if (PACKAGE / f"{module}.py").exists() else list((PACKAGE / module).glob("*.py"))
-    )
-    assert files
-    inside = {name.split(".")[1] for file in files for name in imports(file) if name.startswith("nkd_hf.")}
-    assert inside <= ALLOWED[module]
+def test_imports_go_down():
+    layers = [line.split() for line in LAYERS.split("\n")]
+    layer = {room: number for number, rooms in enumerate(layers) for room in rooms}
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in imports(file):
+            other = name.removeprefix("nkd_hf.").split(".")[0]
+            if room != "__init__" and name.startswith("nkd_hf.") and other != room:
+                assert layer.get(other, -1) < layer[room], f"{file} imports {name}"
+
+
+def test_files_of_a_room_import_each_other_in_one_direction():
+    graph = {}
+    for file in PACKAGE.rglob("*.py"):
+        module = "nkd_hf." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        graph[module] = imports(file)
+    TopologicalSorter({module: names & graph.keys() for module, names in graph.items()}).prepare()
 
 
 def test_losses_and_features_import_torch_alone():
     allowed = {"torch", "nkd_hf"} | sys.stdlib_module_names
-    for file in [PACKAGE / "features.py", *(PACKAGE / "losses").glob("*.py")]:
+    for file in [PACKAGE / "models" / "features.py", *(PACKAGE / "losses").glob("*.py")]:
         assert {name.split(".")[0] for name in imports(file)} <= allowed, file
 
 
 def test_recipes_import_the_public_names_alone_and_nothing_imports_recipes():
     for file in (ROOT / "recipes").glob("*.py"):
-        assert {name for name in imports(file) if name.startswith("nkd_hf")} == {"nkd_hf"}
+        public = {"nkd_hf", *(f"nkd_hf.{name}" for name in nkd_hf.__all__)}
+        assert {name for name in imports(file) if name.startswith("nkd_hf")} <= public
     for file in PACKAGE.rglob("*.py"):
         assert not any(name.split(".")[0] == "recipes" for name in imports(file))
 

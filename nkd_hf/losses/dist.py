@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .normalized import check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .checks import check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
 def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 1.0, gamma: float = 1.0) -> Tensor:

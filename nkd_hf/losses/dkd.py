@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalized import check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .checks import check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
 def dkd_loss(

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .normalized import check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .checks import check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.5, temperature: float = 4.0) -> Tensor:

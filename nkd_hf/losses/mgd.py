@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalized import check_count, check_scalar, check_tensor, compute_dtype
+from .checks import check_count, check_map_sizes, check_maps, check_scalar, compute_dtype
 
 
 class MGDLoss(nn.Module):
@@ -83,37 +83,3 @@ class MGDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, mask_ratio={self.mask_ratio}"
-
-
-def check_maps(
-    student_map: Tensor, teacher_map: Tensor, student_channels: int, teacher_channels: int, loss: str
-) -> None:
-    """ValueError unless both are float maps of one batch with these channels; `loss` is the module that says so."""
-    for name, feature_map, channels in (
-        ("student", student_map, student_channels),
-        ("teacher", teacher_map, teacher_channels),
-    ):
-        check_tensor(f"{name}_map", feature_map)
-        got = list(feature_map.shape)
-        if len(got) != 4 or 0 in got or got[:2] != [len(student_map), channels]:
-            if len(got) != 4 or 0 in got:
-                mend = "hand in a feature map of at least one image and one place, channels first"
-            elif got[1] != channels:
-                mend = f"make {loss} with {name}_channels={got[1]}"
-            else:
-                mend = "hand in the map of the same batch"
-            batch_size = "B" if name == "student" else len(student_map)
-            raise ValueError(f"{name}_map must be [{batch_size}, {channels}, H, W], got {got}: {mend}")
-        if not feature_map.is_floating_point():
-            raise ValueError(f"{name}_map must be of a float dtype, got {feature_map.dtype}: hand in a layer's output")
-
-
-def check_map_sizes(student_size: tuple[int, int], teacher_size: tuple[int, int]) -> None:
-    """ValueError unless heights and widths are equal."""
-    if tuple(student_size) != tuple(teacher_size):
-        (student_height, student_width), (teacher_height, teacher_width) = student_size, teacher_size
-        raise ValueError(
-            f"MGD's student map is {student_height}x{student_width}, the teacher's {teacher_height}x{teacher_width}: it "
-            "compares them place by place, so choose a teacher whose image size / stride is the student's, or a loss that "
-            "pools them (SRRL)"
-        )

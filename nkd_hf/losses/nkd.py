@@ -5,16 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .normalized import (
-    check_labels,
-    check_other_logits,
-    check_scalar,
-    check_student_logits,
-    compute_dtype,
-    drop_targets,
-    normalized_loss,
-    target_log_odds,
-)
+from .checks import check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .normalized import drop_targets, normalized_loss, target_log_odds
 
 
 def nkd_loss(

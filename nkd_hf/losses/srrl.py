@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mgd import check_maps
-from .normalized import check_count, check_scalar, check_tensor, compute_dtype
+from .checks import check_count, check_maps, check_scalar, check_tensor, compute_dtype
 
 
 class SRRLLoss(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalized import (
+from .checks import (
     check_count,
     check_labels,
     check_other_logits,
@@ -12,8 +12,8 @@ from .normalized import (
     check_student_logits,
     check_tensor,
     compute_dtype,
-    normalized_loss,
 )
+from .normalized import normalized_loss
 
 
 def uskd_loss(

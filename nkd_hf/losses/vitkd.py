@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalized import check_count, check_scalar, check_tensor, compute_dtype
+from .checks import check_count, check_scalar, check_tensor, compute_dtype
 
 
 class ViTKDLoss(nn.Module):

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalized import check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .checks import check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
 def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, exponent: float = 0.2, beta: float = 1.0) -> Tensor:

@@ -1,0 +1,57 @@
+"""The command line: `nkd-hf COMMAND ...`, or `python -m nkd_hf.cli COMMAND ...`."""
+
+import difflib
+import importlib
+import sys
+
+from .. import __version__
+from ..errors import one_line_errors
+
+# Command -> the module whose `main` runs it, imported when it is called, and what it does.
+_COMMANDS = {
+    "plan": ("plan", "what a recipe would do, and what it costs, without doing it"),
+    "evaluate": ("evaluate", "top-1, top-5 and throughput of a model on a dataset's split"),
+    "export": ("export", "the plain student out of a training checkpoint"),
+    "push": ("push", "puts a saved student on the Hub"),
+    "teacher-logits": ("teacher_logits", "runs the teacher ahead of time, for training that reads its logits"),
+    "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs a command.
+
+    Wrong input is said in one line, without a traceback (see [`~nkd_hf.errors.one_line_errors`]).
+
+    Args:
+        args: the command and its arguments; None takes `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: with code 2, after a message on stderr, for an unknown command or wrong input.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    command = f" {args[0]}" if args and args[0] in _COMMANDS else ""
+    with one_line_errors(f"nkd-hf{command}: ", code=2):
+        _run(args)
+
+
+def _run(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: nkd-hf COMMAND [--NAME VALUE ...]\n")
+        print("\n".join(f"  {name:14} {purpose}" for name, (_, purpose) in _COMMANDS.items()))
+        print("\n`nkd-hf COMMAND --help` lists the arguments of a command, `nkd-hf --version` says the version.")
+        return
+    if args[0] == "--version":
+        print(f"nkd_hf {__version__}")
+        return
+    command, *args = args
+    if command not in _COMMANDS:
+        near = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        _exit(f"nkd-hf: error: unknown command {command!r}{hint} (nkd-hf --help lists the commands)")
+    importlib.import_module(f".{_COMMANDS[command][0]}", __name__).main(args)
+
+
+def _exit(message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,5 @@
+"""`python -m nkd_hf.cli`."""
+
+from . import main
+
+main()

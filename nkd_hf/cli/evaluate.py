@@ -1,0 +1,244 @@
+"""`nkd-hf evaluate`: top-1, top-5 and throughput of a saved model on a split, with the model's own preprocessing."""
+
+import argparse
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+
+from ..data.arguments import DataArguments
+from ..data.image_datasets import ImageDataset, StreamingImageDataset
+from ..data.labels import describe_synsets
+from ..data.loading import load_evaluation_split
+from ..data.transforms import processor_transform
+from ..errors import reason, redact
+from ..metrics import compute_metrics, top5_indices
+from ..models.labels import class_numbers, is_generic, match_labels, whole_numbers
+from ..models.loading import open_classifier
+from ..models.outputs import check_inputs, read_logits
+from ..models.preprocessing import load_image_processor
+
+
+def evaluate(
+    model: PreTrainedModel,
+    data: DataArguments,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "cpu",
+    match_names: bool = True,
+) -> dict[str, Any]:
+    """Evaluates a model on one split of a dataset.
+
+    The images go through the model's own processor, just as in `pipeline("image-classification")`.
+
+    Args:
+        model: any `*ForImageClassification` that came from a folder or from the Hub.
+        data: the dataset; `validation_split` is the split, by default the first of `validation`, `val`, `valid`, `test`.
+        batch_size: images of one forward pass.
+        num_workers: processes that read and preprocess images.
+        device: where the model runs, such as `cuda`.
+        match_names: whether classes are matched by their names; if not, by their numbers: those that the names are, if
+            all of them are whole numbers, or else their positions.
+
+    Returns:
+        `dict`: `top1` and `top5` (fractions), `images`, `bad_images`, `images_per_second` (from file to prediction, the
+        first batch left out; None when there is no other), `no_predictions` (images for which the model's logits are NaN:
+        they count as wrong), and what was evaluated on what.
+
+    Raises:
+        ValueError: the dataset cannot be loaded, or its classes are not the model's.
+    """
+    check_inputs(model, "the model")
+    processor = load_image_processor(model)
+    split_name, split = load_evaluation_split(data)
+    kind = StreamingImageDataset if data.streaming else ImageDataset
+    images = kind(split, processor_transform(processor), on_bad_image=data.on_bad_image, training=False)
+    order = numbers = None
+    label, num_classes = split.features["label"], model.config.num_labels
+    # Only a stream of plain integers has no names; see load_image_dataset.
+    names = label.names if isinstance(label, datasets.ClassLabel) else [f"LABEL_{i}" for i in range(num_classes)]
+    if match_names:
+        order = _order(names, model)
+    elif isinstance(label, datasets.ClassLabel):
+        if len(names) != num_classes and not is_generic(names) and whole_numbers(names) is None:
+            raise ValueError(
+                f"the dataset must have the model's {num_classes} classes, which --ignore_label_names takes by their "
+                f"numbers, got {len(names)}. Name another dataset, or match the classes by their names"
+            )
+        numbers = torch.tensor(class_numbers(names, num_classes))
+    model = model.to(device).eval()
+
+    predictions, labels = [], []
+    start, before = None, 0
+    loader = DataLoader(images, batch_size, num_workers=num_workers, pin_memory=torch.device(device).type == "cuda")
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="Evaluating", disable=None):
+            output = model(batch["pixel_values"].to(device, non_blocking=True))
+            logits = read_logits(output, "the model", len(batch["labels"]), model.config.num_labels)
+            # To the CPU at once: a time that is taken here then includes the device's work.
+            predictions.append(top5_indices(logits if order is None else logits[:, order]).cpu())
+            labels.append(batch["labels"])
+            if start is None:
+                start, before = time.perf_counter(), len(batch["labels"])
+    if not labels:
+        raise ValueError(f"the split {split_name!r} has no images that can be read: name another one")
+    seconds = time.perf_counter() - start
+    labels = torch.cat(labels) if numbers is None else numbers[torch.cat(labels)]
+    if labels.max() >= logits.shape[1]:
+        raise ValueError(f"the labels go up to {labels.max()}, but the model has {logits.shape[1]} classes")
+    predictions = torch.cat(predictions)
+    metrics = compute_metrics(EvalPrediction(predictions.numpy(), labels.numpy()))
+    return {
+        "model": model.name_or_path,
+        "dataset": redact(data.dataset_name),
+        "split": split_name,
+        "images": len(labels),
+        "bad_images": images.num_bad_images,
+        "top1": metrics["accuracy"],
+        "top5": metrics["top5_accuracy"],
+        "no_predictions": (predictions[:, 0] < 0).sum().item(),
+        "images_per_second": (len(labels) - before) / seconds if len(labels) > before else None,
+        "device": str(device),
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "preprocessing": _settings(processor),
+    }
+
+
+def _order(names: list[str], model: PreTrainedModel) -> list[int] | None:
+    """Where the dataset's classes stand among the model's logits; None when in the same order."""
+    num_classes = model.config.num_labels
+    names = describe_synsets(names)
+    if names == [f"LABEL_{i}" for i in range(len(names))] and len(names) < num_classes:
+        # Plain integers: nothing says that the highest one that occurs is the last class.
+        names = [f"LABEL_{i}" for i in range(num_classes)]
+    return match_labels(
+        names,
+        model.config.id2label,
+        "the model",
+        roles=("dataset", "model"),
+        advice="Name another dataset, or take the classes by their numbers with --ignore_label_names",
+    )
+
+
+def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
+    settings = json.loads(processor.to_json_string())
+    # timm's transforms follow from data_config.
+    settings = settings.get("data_config", settings) | {"processor": type(processor).__name__}
+    return {key: value for key, value in settings.items() if value is not None and key != "image_processor_type"}
+
+
+def _check_output(path: Path) -> None:
+    """Writes and removes a file beside the results, or opens the one that they replace, before hours of evaluation."""
+    if path.is_dir():
+        raise ValueError(
+            f"--output must be a file, got the folder {path}. Name a file in it, such as {path / 'top1.json'}"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--output {path}: there is no such folder, make it first")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written ({error.strerror}). Name another file") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device).item()  # A tensor on meta has no value.
+    except (RuntimeError, AssertionError) as error:
+        # Of a device that torch was built without, it would list the dispatch table, in 59 lines.
+        unknown = isinstance(error, NotImplementedError)
+        fault = "this build of torch has no such device" if unknown else reason(error).partition(". ")[0]
+        raise ValueError(f"device {device!r} cannot be used: {fault}. Set --device cpu, cuda or cuda:1") from error
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs `nkd-hf evaluate`."""
+    parser = argparse.ArgumentParser(prog="nkd-hf evaluate", description=__doc__, allow_abbrev=False)
+    help_of = {field.name: field.metadata["help"] for field in dataclasses.fields(DataArguments)}
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--dataset", required=True, help=help_of["dataset_name"])
+    parser.add_argument("--dataset_config_name", help=help_of["dataset_config_name"])
+    parser.add_argument("--split", help="default: the first of validation, val, valid, test that exists")
+    parser.add_argument("--image_column_name", help=help_of["image_column_name"])
+    parser.add_argument("--label_column_name", help=help_of["label_column_name"])
+    parser.add_argument("--streaming", action="store_true", help="read the split alone, with no copy on disk")
+    parser.add_argument("--max_samples", type=int, help=help_of["max_eval_samples"])
+    parser.add_argument("--on_bad_image", choices=["error", "skip"], default="error", help=help_of["on_bad_image"])
+    parser.add_argument("--ignore_label_names", action="store_true", help="take the classes by their numbers")
+    parser.add_argument("--batch_size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read images (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--allow_pickle", action="store_true", help="open weights that are a pickle, tensors alone")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
+    args = parser.parse_args(args)
+    if args.output is not None:
+        _check_output(Path(args.output))
+    if args.batch_size < 1 or args.num_workers < 0:
+        raise ValueError(
+            f"batch_size must be positive and num_workers not negative, got {args.batch_size} and {args.num_workers}"
+        )
+
+    data = DataArguments(
+        dataset_name=args.dataset,
+        dataset_config_name=args.dataset_config_name,
+        validation_split=args.split,
+        image_column_name=args.image_column_name,
+        label_column_name=args.label_column_name,
+        streaming=args.streaming,
+        max_eval_samples=args.max_samples,
+        on_bad_image=args.on_bad_image,
+    )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    model = open_classifier(
+        args.model,
+        dtype=torch.float32,
+        allow_pickle=args.allow_pickle,
+        trust_remote_code=args.trust_remote_code,
+    )
+    results = evaluate(
+        model,
+        data,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=device,
+        match_names=not args.ignore_label_names,
+    )
+    speed = results["images_per_second"]
+    measured = (
+        "reading, preprocessing and forward pass, without the first batch" if speed else "there is one batch alone"
+    )
+    bad = f", of which {results['bad_images']} bad ones were replaced" if results["bad_images"] else ""
+    print(f"model          {args.model} ({type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters)")
+    print(f"dataset        {args.dataset}, split {results['split']}, {results['images']} images{bad}")
+    print("preprocessing  " + ", ".join(f"{key} {value}" for key, value in results["preprocessing"].items()))
+    print(f"top-1          {100 * results['top1']:.2f} %")
+    print(f"top-5          {100 * results['top5']:.2f} %")
+    if results["no_predictions"]:
+        print(f"no prediction  {results['no_predictions']} images, whose logits are NaN: they count as wrong")
+    print(
+        f"throughput     {f'{speed:.0f} images/s' if speed else 'not measured'} on {device}, batch {args.batch_size}, "
+        f"{args.num_workers} workers ({measured})"
+    )
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,34 @@
+"""`nkd-hf plan`: says what a run will do, from its arguments alone."""
+
+import json
+from dataclasses import dataclass, field
+
+from ..data.arguments import DataArguments
+from ..recipe.arguments import RecipeArguments
+from ..recipe.parser import parse_args
+from ..recipe.plan import PlannedTrainingArguments, make_plan
+from .plan_text import plan_text
+
+
+@dataclass
+class PlanArguments:
+    """How the plan is printed."""
+
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+def main(args: list[str] | None = None) -> None:
+    """Prints the plan of a run.
+
+    Args:
+        args: the command line after `nkd-hf plan`; None takes `sys.argv[1:]`. As for a recipe: `--config FILE` and
+            arguments that override it; with `--json`, the plan is printed as JSON (see [`make_plan`]).
+
+    Raises:
+        SystemExit: with code 2 and a message, where an argument is wrong.
+        ValueError: as [`make_plan`].
+    """
+    types = (RecipeArguments, DataArguments, PlannedTrainingArguments, PlanArguments)
+    recipe, data, training, output = parse_args(types, args=args)
+    plan = make_plan(recipe, data, training)
+    print(json.dumps(plan, indent=2) if output.json else plan_text(plan))

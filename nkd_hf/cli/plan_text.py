@@ -1,0 +1,166 @@
+"""A plan as text, for who reads it before a run of days."""
+
+from typing import Any
+
+_WIDTH = 16
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """What [`nkd_hf.recipe.plan.make_plan`] returned, in lines.
+
+    Args:
+        plan: see there.
+    """
+    loss_args = _arguments(plan["loss_args"])
+    own = f"; {_count(plan['loss_parameters'])} parameters of its own" if plan["loss_parameters"] else ""
+    epochs = f"{plan['epochs']:g} epochs of {plan['num_train_images']:,} images"
+    lines = [
+        ("student", f"{_model(plan['student'])}, {plan['student']['num_classes']} classes"),
+        ("teacher", "none" if plan["teacher"] is None else _model(plan["teacher"])),
+        ("loss", f"{plan['distillation_loss']}{loss_args and f' ({loss_args})'}{own}"),
+        *[
+            (_TAPS[name], f"{tap['module']}: {tap['channels']} channels, {tap['reads']}")
+            for name, tap in plan["taps"].items()
+        ],
+        ("trains", _RUNS[tuple(plan["runs"])]),
+        None,
+        ("global batch", _batch(plan)),
+        ("steps", f"{plan['num_steps']:,}, {_number(plan['steps_per_epoch'])} an epoch, {epochs}"),
+        ("precision", plan["precision"]),
+        ("optimiser", ", ".join(_optimizer(plan))),
+        *_labelled("", _groups(plan["optimizer_groups"])),
+        ("schedule", f"{plan['lr_scheduler_type']}{_in_brackets(_arguments(plan['lr_scheduler_kwargs']))}"),
+        *_labelled("learning rate", _rates(plan["lr_by_epoch"])),
+        *_labelled("augmentation", plan["augmentation"]),
+        None,
+        ("disk", f"at least {_size(plan['disk']['total'])}, without the dataset"),
+        *_labelled("", _disk(plan)),
+        ("memory", f"at least {_size(plan['memory']['total'])} on each GPU, without kernels' workspaces"),
+        *_labelled("", _memory(plan)),
+    ]
+    text = ["" if line is None else f"{line[0]:{_WIDTH}}{line[1]}" for line in lines]
+    return "\n".join([*text, *[f"\nNote: {note.rstrip('.')}." for note in plan["notes"]]])
+
+
+_TAPS = {"mid_feature": "tap", "student_low": "tap, low", "student_high": "tap, high", "student_map": "tap, map"}
+_RUNS = {
+    ("student",): "the student",
+    ("baseline",): "the student without a distillation loss",
+    ("baseline", "student"): "the student twice: without the distillation loss, then with it",
+    ("teacher", "student"): "the teacher, then the student, each for all steps",
+    ("teacher", "baseline", "student"): "the teacher, then the student without and with the loss, each for all steps",
+}
+
+
+def _labelled(label: str, lines: list[str]) -> list[tuple[str, str]]:
+    return [(label if i == 0 else "", line) for i, line in enumerate(lines)]
+
+
+def _model(model: dict[str, Any]) -> str:
+    if model["parameters"] is None:
+        return f"{model['name']}: parameters and GMACs unknown (see the notes)"
+    height, width = model["image_size"]
+    return f"{model['name']}: {_count(model['parameters'])} parameters, {model['gmacs']:.2f} GMACs at {height}x{width}"
+
+
+def _batch(plan: dict[str, Any]) -> str:
+    batch, accumulation = plan["per_device_train_batch_size"], plan["gradient_accumulation_steps"]
+    return f"{plan['global_batch_size']} images: {plan['num_processes']} GPUs x {batch} x accumulation {accumulation}"
+
+
+def _optimizer(plan: dict[str, Any]) -> list[str]:
+    parts = [f"{plan['optimizer']}{_in_brackets(plan['optimizer_args'] or '')}"]
+    parts.append(f"gradients clipped at norm {plan['max_grad_norm']:g}" if plan["max_grad_norm"] else "no clipping")
+    if plan["ema_decay"] is not None:
+        parts.append(f"moving average of the weights with decay {plan['ema_decay']:g}")
+    if plan["precise_bn_images"] is not None:
+        parts.append(f"BatchNorm re-estimated on {plan['precise_bn_images']:,} images before each evaluation")
+    return parts
+
+
+def _groups(groups: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"weight decay {group['weight_decay']:<8g}{group['parameters']:>13,} parameters in {group['tensors']} tensors"
+        + (f", {group['loss_parameters']:,} of them the loss's" if group["loss_parameters"] else "")
+        for group in groups
+    ]
+
+
+def _rates(rates: list[float] | None) -> list[str]:
+    """Each rate that is new, or, where nearly all are, a dozen of them with the highest."""
+    if rates is None:
+        return ["unknown (see the notes)"]
+    starts = [epoch for epoch, rate in enumerate(rates) if epoch == 0 or rate != rates[epoch - 1]]
+    if len(starts) <= 12:
+        ends = [start - 1 for start in starts[1:]] + [len(rates) - 1]
+        names = [
+            f"epoch {start}" + (f" to {end}" if end > start else "") for start, end in zip(starts, ends, strict=True)
+        ]
+        return [f"{name:<18}{rates[start]:g}" for name, start in zip(names, starts, strict=True)]
+    shown = {0, len(rates) - 1, rates.index(max(rates)), *range(0, len(rates), -(-len(rates) // 10))}
+    return [f"{f'epoch {epoch}':<18}{rates[epoch]:.4g}" for epoch in sorted(shown)]
+
+
+def _disk(plan: dict[str, Any]) -> list[str]:
+    disk = plan["disk"]
+    one = (
+        f"{_size(disk['checkpoint'])} each"
+        if len(plan["runs"]) == 1
+        else f"the student's {_size(disk['checkpoint'])} each"
+    )
+    lines = {
+        f"checkpoints: up to {disk['num_checkpoints']} at once, {one}": disk["checkpoints"],
+        "what is saved at the end": disk["models"],
+        "the teacher's weights": disk["teacher"],
+    }
+    return [f"{_size(size):>10}  {text}" for text, size in lines.items() if size]
+
+
+def _memory(plan: dict[str, Any]) -> list[str]:
+    what = {
+        "weights": "weights of student and loss",
+        "gradients": "gradients",
+        "optimizer_state": "state of the optimiser",
+        "moving_average": "moving average of the student",
+        "teacher": f"teacher, in {plan['teacher_dtype']}",
+        "pixels": "images of a batch",
+        "activations": "activations of the student that the backward pass needs"
+        + (f", 2 bytes a value ({plan['precision']})" if plan["precision"] != "float32" else ", in float32"),
+    }
+    sizes = plan["memory"]
+    return [
+        f"{'unknown' if sizes[name] is None else _size(sizes[name]):>10}  {text}"
+        for name, text in what.items()
+        if sizes[name] != 0
+    ]
+
+
+def _arguments(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_value(value)}" for name, value in arguments.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({_arguments(value)})"
+    if isinstance(value, list):
+        return "/".join(_value(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if value == int(value) else f"{value:,.2f}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number:,}"
+
+
+def _size(number: int) -> str:
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if number >= unit or unit == 1e3
+    )
+    return f"{number / unit:.{1 if unit == 1e9 else 0}f} {name}"

@@ -1,0 +1,14 @@
+"""From a row of a dataset to a batch."""
+
+from .arguments import DataArguments, streaming_max_steps
+from .labels import describe_synsets, label_names
+from .loading import load_evaluation_split, load_image_dataset
+
+__all__ = [
+    "DataArguments",
+    "describe_synsets",
+    "label_names",
+    "load_evaluation_split",
+    "load_image_dataset",
+    "streaming_max_steps",
+]

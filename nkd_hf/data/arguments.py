@@ -1,0 +1,156 @@
+"""The arguments of a dataset and its augmentation."""
+
+import math
+from dataclasses import dataclass, field
+
+from ..models.repo_ids import read_repo_id
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from and how the training images are augmented; reads like any `HfArgumentParser` dataclass.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={
+            "help": "Hub id (`uoft-cs/cifar100`), local folder of images or of parquet files, parquet file or quoted glob "
+            "(all of it is training data), or `digits`, scikit-learn's 1797 digits, which need no download."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, where the Hub has several."}
+    )
+    train_split: str | None = field(default=None, metadata={"help": "Training split. Default: `train`."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to evaluate on. Default: the first of `validation`, `val`, `valid`, `test` that exists; "
+            "otherwise one is made from the training split (`train_val_split`)."
+        },
+    )
+    train_val_split: float = field(
+        default=0.1,
+        metadata={"help": "Fraction of the training split that becomes the validation split if none exists."},
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Default: `image` or `img`."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Default: the first of `label`, `labels`, `fine_label` that exists."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many samples, drawn with the seed (streaming: the first ones)."}
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on this many samples, drawn with the seed (streaming: the first ones)."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset as a stream, with no copy on disk."})
+    num_train_images: int | None = field(
+        default=None,
+        metadata={"help": "Images in an epoch: a stream's number of steps, and `nkd-hf plan`, are computed from it."},
+    )
+    num_classes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Classes that the dataset must have; `nkd-hf plan` reckons with them. Default for the plan: the "
+            "architecture's own, 1000 or CIFAR's 100."
+        },
+    )
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "Unreadable image or missing label: stop with its name (`error`), or let the next good sample take its "
+            "place and count it (`skip`).",
+            "choices": ["error", "skip"],
+        },
+    )
+    random_resized_crop: list[float] = field(
+        default_factory=lambda: [0.08, 1.0],
+        metadata={"help": "Smallest and largest part of the image's area that the random crop takes."},
+    )
+    random_crop_padding: int | None = field(
+        default=None,
+        metadata={"help": "CIFAR's crop in place of the resized one: pad by this many black pixels, crop the size."},
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "RandAugment or AutoAugment in timm's syntax, e.g. `rand-m9-n2-mstd0.5-inc1`."}
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability that a rectangle is replaced with noise (timm's `pixel` mode)."}
+    )
+    pca_lighting: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviation of AlexNet's lighting noise along the principal axes of ImageNet's colours."
+        },
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Beta parameter of mixup; 0 switches it off."})
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "Beta parameter of cutmix; 0 switches it off. With mixup: one of them a batch."}
+    )
+    mix_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Mix the samples 2k and 2k + 1 of the epoch's order with each other, a ratio drawn for each pair, as "
+            "`nkd-hf teacher-logits` does; the batch of each process must be even."
+        },
+    )
+
+    def __post_init__(self):
+        if not self._is_parquet:  # whose files may have addresses
+            self.dataset_name = read_repo_id(self.dataset_name, "dataset_name", "dataset")
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be error or skip, got {self.on_bad_image!r}")
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"train_val_split must lie between 0 and 1, got {self.train_val_split}")
+        for name in (
+            "max_train_samples",
+            "max_eval_samples",
+            "num_train_images",
+            "num_classes",
+            "random_crop_padding",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}: leave it out to switch it off")
+        for name in ("horizontal_flip", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability from 0 to 1, got {getattr(self, name)}")
+        for name in ("pca_lighting", "mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}: 0 switches it off")
+        crop = self.random_resized_crop
+        if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
+            raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
+        if self.mix_pairs and self.streaming:
+            raise ValueError("mix_pairs needs streaming off: a stream has no order of which pairs could be a part")
+
+    @property
+    def _is_parquet(self) -> bool:
+        return self.dataset_name.endswith(".parquet") or any(character in self.dataset_name for character in "*?[")
+
+
+def streaming_max_steps(num_train_images: int, num_train_epochs: float, global_batch_size: int) -> int:
+    """The Trainer's `max_steps` for a stream: optimiser steps in which `num_train_epochs` epochs of images pass.
+
+    Args:
+        num_train_images: images in an epoch.
+        num_train_epochs: epochs, fractions allowed.
+        global_batch_size: images of one optimiser step (per-device batch x processes x accumulation).
+
+    Example:
+        >>> streaming_max_steps(1_281_167, 100, 256)
+        500456
+    """
+    for name, value in (
+        ("num_train_images", num_train_images),
+        ("num_train_epochs", num_train_epochs),
+        ("global_batch_size", global_batch_size),
+    ):
+        if value is None or value <= 0:
+            raise ValueError(f"{name} must be positive to know the length of a streamed run, got {value}: set {name}")
+    return math.ceil(num_train_images * num_train_epochs / global_batch_size)

@@ -1,0 +1,310 @@
+"""Datasets of decoded and transformed images, map-style and streamed.
+
+What changes the pixels of training raises `PIXELS_VERSION` of transforms.py.
+"""
+
+import copy
+import itertools
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+
+import datasets
+import PIL.ImageOps
+import torch
+from datasets import Dataset
+from torch import multiprocessing
+from torch.utils.data import get_worker_info
+
+from ..errors import BadSampleError
+from .decoding import read_pixels
+from .sampler import EpochDataset
+from .seeding import derived_seeds
+from .stream_parts import shuffled_part
+
+logger = logging.getLogger(__name__)
+
+# Rows held by each worker to shuffle a stream: some 200 MB of ImageNet's JPEGs.
+SHUFFLE_BUFFER = 2048
+# How many bad images a report names.
+NUM_NAMED = 20
+
+
+class ImageDataset(EpochDataset):
+    """Samples of a dataset that fits on disk, decoded and transformed when asked for.
+
+    The transform of a sample is a pure function of `(seed, epoch, index)`, whatever the number of workers: ask for
+    `dataset[(epoch, index)]`, as [`~nkd_hf.data.sampler.EpochSampler`] does, and [`~nkd_hf.DistillationTrainer`] with any other
+    sampler. Images are read as [`read_sample`] says.
+
+    A plain `dataset[index]`, as all other loaders and wrapped datasets ask for it, knows no epoch: in training, the requests
+    for a row are counted over all workers, and the first one gets epoch 0, the next one epoch 1. Each process counts for
+    itself, and a new process, such as that of a resumed run, starts at 0.
+
+    Args:
+        dataset: a `datasets.Dataset` with the columns `image` and `label`, such as a split of [`~nkd_hf.data.loading.load_image_dataset`].
+        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, of [3, H, W] uint8 too.
+        seed: integer.
+        on_bad_image: `error`, or `skip`: the next good row takes the place of a bad one (see [`read_sample`]), so that
+            lengths stay as they are. In evaluation that row then counts twice: with N bad rows of M, accuracy is off by
+            N / M at the most. [`~nkd_hf.data.bad_images.BadImageReport`] says which rows they are.
+        training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
+
+    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch`, `index` and `draw`, which is 0
+    where it is the row's first one in this epoch.
+
+    Raises:
+        ValueError: the dataset is empty, lacks a column or has labels that are no integers; on access: a bad row, with
+            its file, or all rows are bad.
+
+    Example:
+        >>> from nkd_hf.data.arguments import DataArguments
+        >>> from nkd_hf.data.loading import load_image_dataset
+        >>> from nkd_hf.data.transforms import train_transform
+        >>> data = load_image_dataset(DataArguments(dataset_name="digits"))
+        >>> transform = train_transform(DataArguments(), 32, mean=[0.5] * 3, std=[0.5] * 3)
+        >>> sample = ImageDataset(data["train"], transform)[(2, 10)]
+        >>> sample["pixel_values"].shape, sample["epoch"], sample["index"]
+        (torch.Size([3, 32, 32]), 2, 10)
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[[PIL.Image.Image], torch.Tensor],
+        seed: int = 0,
+        on_bad_image: str = "error",
+        training: bool = True,
+    ):
+        _check_on_bad_image(on_bad_image)
+        _check_columns(dataset)
+        if len(dataset) == 0:
+            raise ValueError("the dataset has no rows: name another split")
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.transform = transform
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.training = training
+        # One flag a row, in memory that workers share: setting it twice is harmless, so it needs no lock.
+        self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
+
+    def check_labels(self) -> None:
+        """Raises BadSampleError for the first row without a label, unless bad rows are skipped; reads no images."""
+        if self.on_bad_image == "skip":
+            return
+        for row, label in enumerate(self.dataset["label"][:]):
+            if label is None or label < 0:
+                raise BadSampleError(f"{self.describe_row(row)} has no label ({label}): {_ADVICE}")
+
+    def __setstate__(self, state: dict):
+        # deepcopy and plain pickle copy into memory that workers don't share.
+        self.__dict__.update(state)
+        self._bad.share_memory_()
+        self._requests.share_memory_()
+
+    @property
+    def num_bad_images(self) -> int:
+        """How many different rows were found bad so far, by all workers together."""
+        return int(self._bad.sum())
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """The rows found bad so far, by all workers together, in order."""
+        return self._bad.nonzero().flatten().tolist()
+
+    def describe_row(self, row: int, sample: dict | None = None) -> str:
+        """`row 5 of the training data (folder/file.jpg)`; the sample is read where it is not handed in."""
+        path = ((self.dataset[row] if sample is None else sample)["image"] or {}).get("path")
+        return f"row {row} of the {'training' if self.training else 'evaluation'} data" + (
+            f" ({path})" if path else ""
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def plain_key(self, index: int) -> tuple[int, int]:
+        if not self.training:
+            return 0, 0
+        epoch = int(self._requests[index])
+        self._requests[index] += 1
+        # In the next epoch another process may get the row, for which it is the first request: its draw is another one.
+        return epoch, -int(os.environ.get("RANK", 0))
+
+    def get_sample(self, epoch: int, index: int, draw: int = 0) -> dict:
+        for row in itertools.chain(range(index, len(self)), range(index)):
+            if self._bad[row]:
+                continue
+            sample = self.dataset[row]
+            key = (self.seed, epoch, row, draw) if draw else (self.seed, epoch, row)
+            try:
+                pixels, label = read_pixels(sample, self.describe_row(row, sample), self.transform, key)
+            except BadSampleError as error:
+                if self.on_bad_image == "error":
+                    raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
+                self._bad[row] = True
+                logger.warning("%s. The next good row takes its place.", error)
+                continue
+            result = {"pixel_values": pixels, "labels": label}
+            if self.training:
+                result |= {"epoch": epoch, "index": row, "draw": draw}
+            return result
+        raise ValueError(f"all {len(self)} rows are bad: see the warnings above, or set on_bad_image to error")
+
+
+class StreamingImageDataset(torch.utils.data.IterableDataset):
+    """Samples of a streamed dataset, decoded and transformed as they pass.
+
+    In training the stream never ends: pass follows pass, each in another order (the shards' and a buffer's), so that all
+    batches are full and a run that is resumed by skipping batches sees what it would have seen. Give the Trainer
+    `max_steps` (see [`~nkd_hf.data.arguments.streaming_max_steps`]). In evaluation there is one pass, in order.
+
+    A stream has no row numbers: the transform is a pure function of `(seed, pass, CRC-32 of the encoded image)`, whatever
+    the number of workers; where the image is a file of its own, its folder and name stand for its content. In training,
+    all workers of all processes (see [`~StreamingImageDataset.for_process`]) divide each pass into equal parts, by shards
+    and, where these do not come out even, by rows (see [`~nkd_hf.data.stream_parts.shuffled_part`]): a shard that several
+    workers share is read by each of them, and decoded once.
+
+    Args:
+        dataset: a `datasets.IterableDataset` with the columns `image` and `label`.
+        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, of [3, H, W] uint8 too.
+        seed: integer.
+        on_bad_image: `error`, or `skip`: a bad sample is left out, and the stream goes on with the next good one.
+        training: whether to shuffle, to go on for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
+
+    Samples are those of [`ImageDataset`], without `draw`.
+
+    Raises:
+        ValueError: the dataset lacks a column or has labels that are no integers; on iteration: a bad image, with its
+            file, or not one that is good.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        transform: Callable[[PIL.Image.Image], torch.Tensor],
+        seed: int = 0,
+        on_bad_image: str = "error",
+        training: bool = True,
+    ):
+        _check_on_bad_image(on_bad_image)
+        _check_columns(dataset)
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.transform = transform
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.training = training
+        self._process = 0, 1
+        # Shared with workers. A lock of the fork context could not be handed to a spawned worker; this one fits both.
+        context = multiprocessing.get_context("spawn")
+        self._num_bad = context.Value("q", 0)
+        self._epoch = context.Value("q", 0)
+        # The names of the first bad images, a line each: bounded, as this memory must be had before there are workers.
+        self._bad_names = context.Array("c", 512 * NUM_NAMED)
+
+    @property
+    def num_bad_images(self) -> int:
+        """How many bad images were met so far, by all workers together, each counted once in every pass."""
+        return self._num_bad.value
+
+    @property
+    def bad_names(self) -> list[str]:
+        """The different bad images met so far by all workers together; of many, the first ones."""
+        return [name.decode(errors="replace") for name in self._bad_names.value.splitlines()]
+
+    def for_process(self, index: int, num_processes: int) -> "StreamingImageDataset":
+        """The same stream as one of several processes trains on it: their parts of a pass hold each image once."""
+        stream = copy.copy(self)  # which shares counts and epoch
+        stream._process = index, num_processes
+        return stream
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the pass with which the next iteration begins, in persistent workers too."""
+        self._epoch.value = epoch
+
+    def __iter__(self) -> Iterator[dict]:
+        if not self.training:
+            for encoded in self.dataset:
+                sample = self._sample(0, encoded)
+                if sample is not None:
+                    yield {"pixel_values": sample["pixel_values"], "labels": sample["labels"]}
+            return
+        index, num_processes = self._process
+        worker = get_worker_info()
+        num_workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        num_parts = num_processes * num_workers
+        fruitless = 0
+        for epoch in itertools.count(self._epoch.value):
+            num_rows = num_good = 0
+            # In each pass another part, so that nobody always gets the one that is a row longer.
+            for encoded in self._pass(epoch, (index * num_workers + worker_id + epoch) % num_parts, num_parts):
+                num_rows += 1
+                sample = self._sample(epoch, encoded)
+                if sample is not None:
+                    num_good += 1
+                    yield sample
+            fruitless = 0 if num_good else fruitless + 1
+            # A part of a small stream can be empty, or bad, for some passes.
+            if fruitless >= (10 * num_parts if num_parts > 1 else 1):
+                if num_rows == 0:
+                    raise ValueError("the stream has no rows: name another split")
+                raise ValueError(f"all {num_rows} images of a pass are bad: see the warnings above")
+
+    def _pass(self, epoch: int, part: int, num_parts: int) -> Iterator[dict]:
+        # A new seed and not `dataset.set_epoch`, whose number all workers share: they reach their next pass at different
+        # times.
+        seed = derived_seeds(self.seed, epoch)[1] >> 1
+        if num_parts == 1:
+            return iter(self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+        return shuffled_part(self.dataset, part, num_parts, seed, SHUFFLE_BUFFER)
+
+    def _sample(self, epoch: int, encoded: dict) -> dict | None:
+        image = encoded["image"] or {"bytes": None, "path": None}
+        if image["bytes"] is not None:
+            key = zlib.crc32(image["bytes"])
+        else:
+            key = zlib.crc32("/".join(PurePath(image["path"] or "").parts[-2:]).encode())
+        name = image["path"] or f"the image of CRC-32 {key:#010x}"
+        try:
+            pixels, label = read_pixels(encoded, name, self.transform, (self.seed, epoch, key))
+        except BadSampleError as error:
+            if self.on_bad_image == "error":
+                raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
+            if self._note_bad(name):
+                logger.warning("%s. The stream goes on with the next good sample.", error)
+            return None
+        return {"pixel_values": pixels, "labels": label, "epoch": epoch, "index": key}
+
+    def _note_bad(self, name: str) -> bool:
+        """Counts a bad image; True where it is named for the first time."""
+        with self._num_bad.get_lock():
+            self._num_bad.value += 1
+            names, line = self._bad_names.value, f"{name}\n".encode(errors="replace")
+            if line in names.splitlines(keepends=True) or len(names) + len(line) >= len(self._bad_names):
+                return False
+            self._bad_names.value = names + line
+            return True
+
+
+_ADVICE = "repair or remove it, or set on_bad_image to skip"
+
+
+def _check_on_bad_image(value: str) -> None:
+    if value not in ("error", "skip"):
+        raise ValueError(f"on_bad_image must be error or skip, got {value!r}")
+
+
+def _check_columns(dataset: Dataset | datasets.IterableDataset) -> None:
+    if not {"image", "label"} <= set(dataset.column_names):
+        raise ValueError(
+            f"expected the columns image and label, got {', '.join(dataset.column_names)}: load the dataset with "
+            "load_image_dataset, or rename its columns"
+        )
+    label = dataset.features["label"]
+    if not (isinstance(label, datasets.ClassLabel) or (isinstance(label, datasets.Value) and "int" in label.dtype)):
+        raise ValueError(
+            f"the labels are {label}, expected integers: load the dataset with load_image_dataset, or map names to "
+            'integers with `dataset.class_encode_column("label")`'
+        )

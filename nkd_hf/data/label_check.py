@@ -1,0 +1,40 @@
+"""Checks labels while they are on the CPU, where it makes no device wait."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..losses.checks import check_labels
+
+
+class LabelCheck:
+    """A collator that checks the labels of another one's batches, in the process or worker that makes them.
+
+    On a GPU the losses can't look at the values of labels without waiting for it, and a class out of range is an assertion
+    of the device that can't be read.
+
+    Args:
+        collator: gives a mapping. What it calls `labels` is checked.
+        num_labels: number of classes.
+        ignore_index: see [`check_labels`].
+
+    Example:
+        >>> import torch
+        >>> collator = LabelCheck(lambda samples: {"labels": torch.tensor(samples)}, num_labels=3)
+        >>> collator([0, 2])
+        {'labels': tensor([0, 2])}
+    """
+
+    def __init__(self, collator: Callable, num_labels: int, ignore_index: int | None = None):
+        self.collator = collator
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+
+    def __call__(self, samples: list[Any]) -> Any:
+        batch = self.collator(samples)
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor):
+            # A collator may make several rows of one sample.
+            check_labels(labels, (labels.shape[0] if labels.ndim else 0, self.num_labels), self.ignore_index)
+        return batch

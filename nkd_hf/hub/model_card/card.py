@@ -1,0 +1,286 @@
+"""Puts a student on the Hub, and `nkd-hf push`."""
+
+import hashlib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+
+from ...models.teacher import Teacher
+from ...teacher_logits.store import StoredTeacher
+from ..student_files import CARD, read_json
+from .curves import percentages, plot_curves
+from .facts import CardInfo, Run, listed
+from .methods import METHODS
+from .sections import body
+from .text import code, hub_id, plain, plain_name
+
+
+def create_plain_card(folder: Path, repo_id: str) -> str:
+    """The card of a student of which nothing but its configuration is known."""
+    config = read_json(folder / "config.json")
+    is_timm, has_own_code = config.get("model_type") == "timm_wrapper", bool(config.get("auto_map"))
+    tags = ["image-classification", *(["timm", "transformers"] if is_timm else [])]
+    data = ModelCardData(
+        license="unknown",
+        library_name="timm" if is_timm else "transformers",
+        pipeline_tag="image-classification",
+        tags=[*tags, *(["custom_code"] if has_own_code else []), "nkd_hf"],
+    )
+    names = list((config.get("id2label") or {}).values()) or config.get("label_names") or []
+    # Two without names are the default, which transformers does not write down.
+    num_classes = len(names) or config.get("num_classes") or 2
+    classes = f"{num_classes} class{'es' * (num_classes != 1)}"
+    classes += " without names" if names and all(str(name).startswith("LABEL_") for name in names) else ""
+    architecture = config.get("architecture") or config["architectures"][0].removesuffix("ForImageClassification")
+    trust = ", trust_remote_code=True" if has_own_code else ""
+    return signed(f"""\
+---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+An image classifier, {code(plain_name(architecture))}, {classes}.
+
+## Results
+
+**Not evaluated**: how these weights were trained, and their accuracy, is not known here.
+
+## How to use
+
+```python
+from transformers import pipeline
+
+classifier = pipeline("image-classification", model={json.dumps(repo_id)}{trust})
+print(classifier("image.png"))
+```""")
+
+
+def read_card(api: HfApi, repo_id: str, revision: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo_id, CARD, revision=revision, local_dir=folder)
+        return Path(path).read_text(encoding="utf-8")
+
+
+logger = logging.getLogger(__name__)
+
+CURVES_FILE = "training_curves.png"
+# In the code of a card: what its examples open.
+_CODE = re.compile(r"^```python\n.*?\n```$", re.DOTALL | re.MULTILINE)
+_SOURCE = re.compile(r'(from_pretrained\(|create_model\(|, model=)"(?:[^"\\]|\\.)*"(?:, revision="(?:[^"\\]|\\.)*")?')
+_MARK = "<!-- Written by nkd_hf, which writes it anew as long as nobody edits it: {} -->"
+
+
+def write_card(
+    folder: str | Path,
+    student: PreTrainedModel,
+    *,
+    name: str,
+    args: TrainingArguments,
+    state: TrainerState,
+    repo_id: str | None = None,
+    teacher: Teacher | StoredTeacher | None = None,
+    losses: Mapping[str, nn.Module] | None = None,
+    info: CardInfo | None = None,
+) -> bool:
+    """Writes `README.md` and the training curves that it shows into a student's folder.
+
+    Args:
+        folder: of the student.
+        student, name, args, state, repo_id, teacher, losses, info: as in [`create_card`].
+
+    Returns:
+        Whether the card was written: one that a person wrote or edited is left as it is, with a warning.
+    """
+    path, info = Path(folder, "README.md"), info or CardInfo()
+    levels = {
+        "teacher": info.teacher,
+        "teacher on the student's pixels": info.teacher_on_student_pixels,
+        "baseline": info.baseline,
+    }
+    curves = plot_curves(
+        state.log_history,
+        path.with_name(CURVES_FILE),
+        levels={other: values["accuracy"] for other, values in levels.items() if values},
+        x_axis="step" if args.max_steps > 0 else "epoch",
+    )
+    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
+        logger.warning("%s is left as it is, since a person wrote or edited it: remove it to have a new one.", path)
+        return False
+    run = Run(student, name, args, state, repo_id, teacher, losses or {}, info, CURVES_FILE if curves else None)
+    _render(run).save(path)
+    return True
+
+
+def create_card(
+    student: PreTrainedModel,
+    *,
+    name: str,
+    args: TrainingArguments,
+    state: TrainerState,
+    repo_id: str | None = None,
+    teacher: Teacher | StoredTeacher | None = None,
+    losses: Mapping[str, nn.Module] | None = None,
+    info: CardInfo | None = None,
+    curves: str | None = None,
+) -> ModelCard:
+    """Makes the card of a student out of nothing but its arguments. It claims what they show to be measured, no more.
+
+    Args:
+        student: the plain student.
+        name: the model's, for the title and the `model-index`.
+        args: of the run; no path and no token of theirs is read.
+        state: `trainer.state`: the log, the step of the weights, and the step of the best ones.
+        repo_id: where the student can be pulled from, `owner/name`. None: the examples open a folder, `name`.
+        teacher: what it was distilled from.
+        losses: the distillation losses by name; none means the task loss alone.
+        info: what the trainer cannot know.
+        curves: the name of a picture beside the card, for it to show.
+
+    Returns:
+        `huggingface_hub.ModelCard`: `str(card)` is the text, which [`is_generated`] knows again.
+
+    Example:
+
+    ```python
+    >>> from transformers import TrainerState
+    >>> from nkd_hf import DistillationTrainingArguments, USKDLoss, create_student
+    >>> from nkd_hf.hub.model_card.facts import CardInfo
+    >>> from nkd_hf.hub.model_card.card import create_card, is_generated
+    >>> card = create_card(
+    ...     create_student("resnet18", num_labels=10),
+    ...     name="resnet18-uskd",
+    ...     args=DistillationTrainingArguments("resnet18-uskd", report_to="none", use_cpu=True),
+    ...     state=TrainerState(global_step=10, log_history=[{"eval_accuracy": 0.25, "step": 10, "epoch": 1.0}]),
+    ...     losses={"uskd": USKDLoss(256, 10)},
+    ...     info=CardInfo(dataset="uoft-cs/cifar10", license="apache-2.0"),
+    ... )
+    >>> card.data.library_name, card.data.datasets, card.data.eval_results[0].metric_value
+    ('timm', ['uoft-cs/cifar10'], 0.25)
+    >>> is_generated(str(card))
+    True
+
+    ```
+    """
+    return _render(Run(student, name, args, state, repo_id, teacher, losses or {}, info or CardInfo(), curves))
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card's text is that of [`create_card`], unchanged but for line endings and space at its end.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.hub.model_card.card import is_generated
+    >>> is_generated("# My model, described by myself")
+    False
+
+    ```
+    """
+    before, _, mark = _unix(text).rstrip().rpartition("\n")
+    return mark == _MARK.format(_digest(before))
+
+
+def with_repo_id(text: str, repo_id: str, revision: str | None = None) -> str:
+    """A card whose examples open `repo_id`, for a student that was saved first and is pushed now.
+
+    Args:
+        text: of a card; one that [`create_card`] has not made, or that was edited since, comes back as it is.
+        repo_id: `owner/name`.
+        revision: the branch that is pushed to; None means `main`.
+    """
+    if not is_generated(text):
+        return text
+    revision = None if revision == "main" else revision
+
+    def with_source(source: re.Match) -> str:
+        if "create_model" in source[1]:
+            return source[1] + json.dumps(f"hf-hub:{repo_id}" + (f"@{revision}" if revision else ""))
+        return source[1] + json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else "")
+
+    text = _CODE.sub(lambda block: _SOURCE.sub(with_source, block[0]), _unix(text))
+    return signed(text.rstrip().rpartition("\n")[0])
+
+
+def _render(run: Run) -> ModelCard:
+    for metric, value in percentages(run.state.log_history).items():
+        logger.warning(
+            "The model card leaves out %s, which was logged as %g: compute_metrics must return fractions from 0 to 1.",
+            metric,
+            value,
+        )
+    # No template engine, to which braces in a name would mean something.
+    return ModelCard(signed(f"---\n{_metadata(run).to_yaml()}\n---\n\n{body(run)}"))
+
+
+def signed(text: str) -> str:
+    return f"{text.rstrip()}\n\n{_MARK.format(_digest(text))}\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(_unix(text).rstrip().encode()).hexdigest()
+
+
+def _unix(text: str) -> str:
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _metadata(run: Run) -> ModelCardData:
+    # timm's own repositories name timm and tag transformers; the Hub then shows how to open them in both.
+    tags = ["image-classification", *(["timm", "transformers"] if run.is_timm else [])]
+    if run.losses:
+        tags.append("self-distillation" if run.teacher is None else "knowledge-distillation")
+    tags += [METHODS[type(loss)].name.lower() for loss in run.losses.values() if type(loss) in METHODS]
+    tags += ["custom_code"] if run.has_own_code else []
+    # The relations that the Hub knows are adapter, finetune, merge and quantized (huggingface.co/docs/hub/model-cards);
+    # `distill` was asked for in huggingface_hub's issue 3985. A teacher has none of them, so none is claimed. Where the
+    # student was fine-tuned from another model, that relation is: of two models without one the Hub would infer a merge.
+    start = hub_id(run.start)
+    base_models = [model for model in (start, hub_id(run.teacher_name)) if model]
+    relation = {"base_model_relation": "finetune"} if start else {}
+    return ModelCardData(
+        language=[plain(language) for language in listed(run.info.language)] or None,
+        license=plain(run.info.license or "unknown"),
+        library_name="timm" if run.is_timm else "transformers",
+        pipeline_tag="image-classification",
+        base_model=base_models[0] if len(base_models) == 1 else base_models or None,
+        **relation,
+        datasets=[dataset for dataset in run.datasets if hub_id(dataset)] or None,
+        metrics=["accuracy"] if run.results else None,
+        tags=[*tags, "nkd_hf", "generated_from_trainer", *map(plain, run.info.tags)],
+        model_name=plain_name(run.name) if run.results else None,
+        eval_results=_eval_results(run) or None,
+    )
+
+
+def _eval_results(run: Run) -> list[EvalResult]:
+    dataset = next(iter(run.datasets), None)
+    # The metadata want an identifier, and a readable name, in any case.
+    known = {"digits": ("sklearn-digits", "scikit-learn's digits"), None: ("unknown", "held-out images")}
+    kind, readable = known.get(dataset) or (dataset if hub_id(dataset) else "local", plain_name(dataset))
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=kind,
+            dataset_name=plain(f"{readable}, {part}" if part else readable),
+            # To the Hub, results with the same type, configuration and split are of one dataset.
+            dataset_config=plain(part or run.info.dataset_config or "") or None,
+            dataset_split=plain(run.info.dataset_split or "") or None,
+            dataset_args=None if run.info.num_eval_images is None else {"num_images": run.info.num_eval_images},
+            # Top-5 has a type of its own: who looks for `accuracy` should not find it.
+            metric_type=metric,
+            metric_name={"accuracy": "Top-1 accuracy", "top5_accuracy": "Top-5 accuracy"}[metric],
+            # A fraction, as in the cards of the Trainer.
+            metric_value=round(value, 5),
+        )
+        for part, values in run.results.items()
+        for metric, value in values.items()
+    ]

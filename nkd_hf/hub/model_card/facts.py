@@ -1,0 +1,181 @@
+"""What a card is made of: what its author says, and what the run has left."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel, TimmWrapperForImageClassification, TrainerState, TrainingArguments
+
+from ...models.teacher import Teacher
+from ...teacher_logits.store import StoredTeacher
+from .curves import publishable_log, read_accuracies
+from .licences import check_license
+from .text import hub_id
+
+
+@dataclass
+class CardInfo:
+    """What a card says and the trainer cannot know. All of it may be left out, and then nothing is said of it.
+
+    Args:
+        dataset (`str` or `list[str]`, *optional*): what the student was trained on, and evaluated on (the first of them).
+            An id of the Hub (`owner/name`) is listed in the card's metadata; `digits`, a folder or a description in words
+            stands in the text alone.
+        dataset_config, dataset_split (`str`, *optional*): configuration, and the split of the evaluation.
+        num_train_images, num_eval_images (`int`, *optional*): how many images training and evaluation had.
+        teacher (`dict[str, float]`, *optional*): `accuracy` and, where it was measured, `top5_accuracy` of the teacher on
+            the same images with its own preprocessing, as fractions.
+        baseline (`dict[str, float]`, *optional*): the same of the student when it is trained in the same way without the
+            distillation loss.
+        augmentation (`str`, *optional*): in words.
+        launch (`str`, *optional*): the command that started the run; see [`launch_line`].
+        license (`str`, *optional*): of the weights, as the Hub spells it: `apache-2.0`. None becomes the Hub's `unknown`:
+            a licence is for the author to give.
+        language (`str` or `list[str]`, *optional*): for the metadata.
+        finetuned_from (`str`, *optional*): Hub id of the weights that the student started from. None takes what the
+            student was opened from.
+        tags (`list[str]`): added to the card's own.
+        teacher_on_student_pixels (`dict[str, float]`, *optional*): the teacher's accuracies on the pixels that the student
+            gets, where they differ from those of its own preprocessing.
+
+    Raises:
+        ValueError: an accuracy is missing or is no fraction, or the Hub knows no such licence.
+    """
+
+    dataset: str | list[str] | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    num_train_images: int | None = None
+    num_eval_images: int | None = None
+    teacher: dict[str, float] | None = None
+    baseline: dict[str, float] | None = None
+    augmentation: str | None = None
+    launch: str | None = None
+    license: str | None = None
+    language: str | list[str] | None = None
+    finetuned_from: str | None = None
+    tags: list[str] = field(default_factory=list)
+    teacher_on_student_pixels: dict[str, float] | None = None
+
+    def __post_init__(self):
+        check_license(self.license)
+        for name in ("teacher", "teacher_on_student_pixels", "baseline"):
+            values = getattr(self, name)
+            if values is not None and not ("accuracy" in values and all(0 <= value <= 1 for value in values.values())):
+                raise ValueError(
+                    f"{name} must hold accuracy, and may hold top5_accuracy, as fractions from 0 to 1, got {values}"
+                )
+
+    def updated(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> "CardInfo":
+        """A copy with those arguments of `Trainer.create_model_card` that are given."""
+        given = {
+            "language": language,
+            "license": license,
+            "finetuned_from": finetuned_from,
+            "dataset": listed(dataset_tags) or listed(dataset),
+            "dataset_config": next(iter(listed(dataset_args)), None),
+        }
+        given = {name: value for name, value in given.items() if value}
+        return dataclasses.replace(self, **given, tags=[*self.tags, *listed(tags), *listed(tasks)])
+
+
+@dataclass
+class Run:
+    """All that a card is made of; see [`create_card`]."""
+
+    student: PreTrainedModel
+    name: str
+    args: TrainingArguments
+    state: TrainerState
+    repo_id: str | None
+    teacher: Teacher | StoredTeacher | None
+    losses: Mapping[str, nn.Module]
+    info: CardInfo
+    curves: str | None
+
+    @property
+    def results(self) -> dict[str, dict[str, float]]:
+        """The accuracies of the weights that are saved now, by evaluation dataset; none if these were not evaluated."""
+        log = publishable_log(self.state.log_history)
+        ends = [i for i, entry in enumerate(log) if "train_runtime" in entry]
+        after_training = log[ends[-1] + 1 :] if ends else []
+        found = [entry for entry in after_training if read_accuracies(entry)]
+        if not found:
+            # During training the weights are the last step's; after it, maybe the best step's.
+            best = ends and self.args.load_best_model_at_end and self.state.best_global_step
+            step = self.state.best_global_step if best else self.state.global_step
+            found = [entry for entry in log if read_accuracies(entry) and entry["step"] == step]
+        return {name: values for entry in found for name, values in read_accuracies(entry).items()}
+
+    @property
+    def last_evaluation(self) -> dict | None:
+        """The last entry of the log with an accuracy, of whatever weights."""
+        log = publishable_log(self.state.log_history)
+        return next((entry for entry in reversed(log) if read_accuracies(entry)), None)
+
+    @property
+    def datasets(self) -> list[str]:
+        """What it was trained on, as a list."""
+        return listed(self.info.dataset)
+
+    @property
+    def start(self) -> str | None:
+        """What the student's weights started from, if it was opened from somewhere."""
+        return self.info.finetuned_from or self.student.name_or_path or None
+
+    @property
+    def teacher_name(self) -> str | None:
+        """What the teacher was opened from; None for a module that came from no repository of the Hub."""
+        if self.teacher is None:
+            return None
+        if isinstance(self.teacher, StoredTeacher):
+            return self.teacher.name
+        if self.teacher.name != type(self.teacher.model).__name__:
+            return self.teacher.name
+        # One that was handed in as a module is called by its class, and its config may know where it came from.
+        return hub_id(getattr(getattr(self.teacher.model, "config", None), "name_or_path", None))
+
+    @property
+    def stored_teacher(self) -> StoredTeacher:
+        """What the card says of the teacher's model, whether it ran beside the student or before."""
+        if isinstance(self.teacher, StoredTeacher):
+            return self.teacher
+        return describe_teacher(self.teacher.model, self.teacher_name)
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the student is one of timm's architectures."""
+        return isinstance(self.student, TimmWrapperForImageClassification)
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether `save_pretrained` copies a modelling file beside the weights."""
+        return self.student._auto_class is not None
+
+
+def architecture(model: nn.Module) -> str:
+    """What a model is: timm's name of it, or its class."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        return model.config.architecture
+    return type(model).__name__.removesuffix("ForImageClassification")
+
+
+def describe_teacher(model: nn.Module, name: str | None) -> StoredTeacher:
+    """What a card says of a teacher: its name, if it has one, its architecture and its size."""
+    return StoredTeacher(name, architecture(model), sum(parameter.numel() for parameter in model.parameters()))
+
+
+def listed(value: str | list[str] | None) -> list[str]:
+    """A value that may be one or several, as a list."""
+    return [value] if isinstance(value, str) else list(value or [])

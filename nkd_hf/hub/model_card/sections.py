@@ -1,0 +1,213 @@
+"""The text of a card, section by section."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from .curves import read_accuracies
+from .facts import Run, architecture
+from .methods import METHODS
+from .text import code, code_block, link, plain, plain_name
+
+_LIBRARIES = ("nkd_hf", "torch", "transformers", "timm", "datasets", "accelerate", "huggingface_hub")
+
+
+def body(run: Run) -> str:
+    """The text of the card, without its metadata."""
+    name = plain_name(run.name)
+    title = f"# {name if re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9 ._-]*', name) else code(name)}"
+    sections = (summary, results, usage, training, limitations, citation)
+    return "\n\n".join([title, *(text for section in sections if (text := section(run)))])
+
+
+def summary(run: Run) -> str:
+    """What was made of what, and what came of it, in a few sentences."""
+    classes = f"{run.student.config.num_labels} classes"
+    what = f"{_architecture(run.student)} ({_count(run.student.num_parameters())} parameters, {classes}), "
+    losses = " and ".join(map(_loss, run.losses.values()))
+    if not losses:
+        what += "trained with the cross-entropy alone, without a distillation loss"
+    elif run.teacher is None:
+        what += f"distilled from itself, without a teacher, with {losses}"
+    else:
+        what += f"distilled from {_teacher(run)} with {losses}"
+    what += f", on {_datasets(run)}" if run.datasets else ""
+    what += f". Its weights started from {link(run.start)}." if run.start else "."
+    accuracy, baseline = run.results.get("", {}).get("accuracy"), run.info.baseline
+    if accuracy is not None:
+        what += f" Top-1 accuracy on held-out images: {100 * accuracy:.2f} %"
+        if losses and baseline:
+            what += (
+                f"; {100 * baseline['accuracy']:.2f} % without distillation "
+                f"({100 * (accuracy - baseline['accuracy']):+.2f} points)"
+            )
+        what += "."
+    return what
+
+
+def results(run: Run) -> str:
+    """What was measured, and the curves."""
+    lines = ["## Results", ""]
+    if run.results:
+        where = f", {_dataset(run.datasets[0])}" if run.datasets else ""
+        where += f", split {code(run.info.dataset_split)}" if run.info.dataset_split else ""
+        images = (
+            "held-out images" if run.info.num_eval_images is None else f"{run.info.num_eval_images} held-out images"
+        )
+        lines += [f"Accuracy in % on {images}{where}:", "", "| model | top-1 | top-5 |", "|---|---|---|"]
+        student = _architecture(run.student)
+        if run.info.teacher and run.teacher is not None:
+            lines.append(_row(f"the teacher, {code(run.stored_teacher.architecture)}", run.info.teacher))
+        if run.info.teacher_on_student_pixels and run.teacher is not None:
+            name = f"the teacher, {code(run.stored_teacher.architecture)}, on the student's pixels"
+            lines.append(_row(name, run.info.teacher_on_student_pixels))
+        if run.info.baseline and run.losses:
+            lines.append(_row(f"{student}, trained in the same way without distillation", run.info.baseline))
+        for part, values in run.results.items():
+            lines.append(_row(f"**{student}, this model**{f', on {code(part)}' if part else ''}", values))
+    else:
+        lines.append("**Not evaluated**: the accuracy of these weights was not measured.")
+        if run.last_evaluation:
+            accuracy = next(iter(read_accuracies(run.last_evaluation).values()))["accuracy"]
+            lines[-1] += (
+                f" The last evaluation was at step {run.last_evaluation['step']} (top-1 {100 * accuracy:.2f} %), and these "
+                f"are the weights of step {run.state.global_step}."
+            )
+    if run.curves:
+        alt = "Accuracy on held-out images, and training loss with its components, in the course of training"
+        lines += ["", f"![{alt}]({run.curves})"]
+    return "\n".join(lines)
+
+
+def usage(run: Run) -> str:
+    """Code that opens the student."""
+    source = plain_name(run.repo_id or run.name)
+    model, trust = json.dumps(source), ", trust_remote_code=True" if run.has_own_code else ""
+    blocks = [
+        f"""\
+from transformers import pipeline
+
+classifier = pipeline("image-classification", model={model}{trust})
+print(classifier("image.png"))""",
+        f"""\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained({model})
+model = AutoModelForImageClassification.from_pretrained({model}{trust}).eval()
+with torch.no_grad():
+    logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax(-1).item()])""",
+    ]
+    if run.is_timm:
+        model = json.dumps(("local-dir:" if run.repo_id is None else "hf-hub:") + source)
+        blocks.append(f"""\
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model({model}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.no_grad():
+    logits = model(transform(Image.open("image.png").convert("RGB")).unsqueeze(0))""")
+    text = "## How to use\n\n" + "\n\n".join(code_block(block, "python") for block in blocks)
+    if trust:
+        text += "\n\n`trust_remote_code=True` runs the modelling file that lies beside the weights: read it first."
+    return text
+
+
+def training(run: Run) -> str:
+    """Settings, launch line and versions."""
+    args, state = run.args, run.state
+    batch, accumulation = args.process_batch_size(state.train_batch_size), args.gradient_accumulation_steps
+    global_batch = args.global_batch_size(state.train_batch_size)
+    split = f" = {batch} x {accumulation} accumulated x {args.world_size} processes" if global_batch > batch else ""
+    images = "" if run.info.num_train_images is None else f"{run.info.num_train_images} images"
+    # Epochs mean nothing where steps are counted: a stream is one.
+    epochs = "" if args.max_steps > 0 else f"{state.epoch or 0:.4g} of {args.num_train_epochs:g} epochs, "
+    # Below 1, it is a share of the steps.
+    warmup = f"{100 * args.warmup_steps:g} %" if args.warmup_steps < 1 else f"{args.warmup_steps:g} steps"
+    smoothing = f" (label smoothing {args.label_smoothing_factor:g})" if args.label_smoothing_factor else ""
+    task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in run.losses.values())
+    task = "cross-entropy" if task_weight == 1 else f"{task_weight:.3g} x cross-entropy"
+    facts = {
+        "data": ", ".join(filter(None, (_datasets(run), images))),
+        "length": f"{epochs}{state.global_step} optimiser steps",
+        "loss": " + ".join([f"{task}{smoothing}", *map(_loss, run.losses.values())]),
+        "global batch": f"{global_batch}{split}",
+        "optimiser": code(args.optim.value)
+        + (f" ({code(args.optim_args)})" if args.optim_args else "")
+        + f", learning rate {args.scaled_learning_rate(global_batch):g}, weight decay {args.weight_decay:g}"
+        + (f", gradient norm clipped at {args.max_grad_norm:g}" if args.max_grad_norm else ""),
+        "schedule": code(args.lr_scheduler_type.value)
+        + (f" ({code(json.dumps(args.lr_scheduler_kwargs))})" if args.lr_scheduler_kwargs else "")
+        + (f", warm-up {warmup}" if args.warmup_steps else ""),
+        "augmentation": code(run.info.augmentation) if run.info.augmentation else "",
+        "mixed precision": "" if args.mixed_precision == "no" else args.mixed_precision,
+        "moving average of the weights": "" if args.ema_decay is None else f"decay {args.ema_decay:g}",
+        "seed": str(args.seed),
+    }
+    lines = ["## Training", "", *(f"- {name}: {value}" for name, value in facts.items() if value)]
+    if run.info.launch:
+        lines += ["", code_block(plain(run.info.launch), "bash")]
+    versions = [f"Python {platform.python_version()}"]
+    versions += [f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES]
+    return "\n".join([*lines, "", f"Versions: {', '.join(versions)}."])
+
+
+def limitations(run: Run) -> str:
+    """What was not measured, and what is not given."""
+    text = (
+        f"For any image, the model answers with one of its {run.student.config.num_labels} classes; its scores are no "
+        "calibrated probabilities. Robustness, bias and other data were not measured."
+    )
+    text += " It may have learned its teacher's errors." if run.teacher is not None else ""
+    text += " The figures are of one run with one seed." if run.results else ""
+    text += " No licence was set for these weights." if run.info.license is None else ""
+    return f"## Limitations\n\n{text}"
+
+
+def citation(run: Run) -> str:
+    """How the papers of the methods are cited; empty where there is none."""
+    citations = dict.fromkeys(METHODS[type(loss)].citation for loss in run.losses.values() if type(loss) in METHODS)
+    return "## Citation\n\n" + code_block("\n\n".join(citations), "bibtex") if citations else ""
+
+
+def _row(name: str, values: Mapping[str, float]) -> str:
+    cells = [f"{100 * values[key]:.2f}" if key in values else "" for key in ("accuracy", "top5_accuracy")]
+    # In a table, a pipe ends a cell even in a code span.
+    return f"| {' | '.join([name.replace('|', chr(92) + '|'), *cells])} |"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.0f} k"
+
+
+def _architecture(model: nn.Module) -> str:
+    return code(architecture(model))
+
+
+def _teacher(run: Run) -> str:
+    teacher = run.stored_teacher
+    name = code(teacher.architecture) if teacher.name is None else link(teacher.name)
+    return f"{name} ({_count(teacher.num_parameters)} parameters)"
+
+
+def _loss(loss: nn.Module) -> str:
+    method = METHODS.get(type(loss))
+    name = code(type(loss).__name__) if method is None else f"[{method.name}]({method.paper})"
+    return f"{name} ({code(loss.extra_repr())})" if loss.extra_repr() else name
+
+
+def _datasets(run: Run) -> str:
+    return " and ".join(map(_dataset, run.datasets))
+
+
+def _dataset(dataset: str) -> str:
+    return "scikit-learn's digits" if dataset == "digits" else link(dataset, "datasets/")

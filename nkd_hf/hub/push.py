@@ -1,0 +1,283 @@
+"""Puts students and checkpoints on the Hub."""
+
+import json
+import logging
+import os
+import re
+import shlex
+from pathlib import Path
+
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    RepoCard,
+    constants,
+    get_session,
+)
+from huggingface_hub.utils import build_hf_headers
+
+from ..errors import PushError
+from ..models.repo_ids import read_repo_id
+from .failures import failures
+from .model_card.card import CURVES_FILE, create_plain_card, is_generated, read_card, with_repo_id
+from .student_files import CARD, SETTINGS, TEXT, check_publishable, publishable, read_json, read_text, student_files
+
+logger = logging.getLogger(__name__)
+
+# What an earlier push of another student may have left: transformers would open it in place of what is pushed now.
+_STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json")
+COMMIT_MESSAGE = "Upload student"
+
+
+class PushApi(HfApi):
+    """The client of a push, which goes on where the Hub, a mirror of it for example, does not judge model cards.
+
+    `HfApi` fails there, and so does `RepoCard.validate`, which also asks without the token.
+    """
+
+    def __init__(self, token: str | None = None):
+        super().__init__(token=token)
+        self._judged: set[str] = set()
+
+    def check_card(self, text: str, repo_type: str = "model") -> None:
+        """Asks the Hub whether it takes a card: it would refuse the commit, after all weights were sent.
+
+        Args:
+            text: of the card.
+            repo_type: `model` or `dataset`.
+
+        Raises:
+            PushError: the card is not valid.
+        """
+        if text in self._judged or not text.startswith("---"):
+            return
+        try:
+            RepoCard(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise PushError(f"its model card is not valid: {' '.join(str(error).split())}") from error
+        url = f"{self.endpoint}/api/validate-yaml"
+        said = "no answer"
+        try:
+            response = get_session().post(
+                url, json={"content": text, "repoType": repo_type}, headers=build_hf_headers(token=self.token)
+            )
+            said = f"status {response.status_code}"
+            answer = response.json() if response.status_code in (200, 400) else {}
+            errors, warnings = ([item["message"] for item in answer[key]] for key in ("errors", "warnings"))
+        except Exception as error:  # of httpx, of json, and of an answer in another form
+            logger.warning(
+                "The model card is pushed unchecked, since %s gave no verdict (%s, %s).",
+                url,
+                said,
+                type(error).__name__,
+            )
+        else:
+            if errors:
+                raise PushError(f"its model card is not valid: {' '.join('; '.join(errors).split())}")
+            if warnings:
+                logger.warning("The Hub warns of the model card: %s", "; ".join(warnings))
+        self._judged.add(text)
+
+    def _validate_yaml(self, content: str, *, repo_type: str | None = None, token: bool | str | None = None) -> None:
+        # create_commit and upload_folder call it, and have no public way around it.
+        self.check_card(content, repo_type or "model")
+
+
+def push_student(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = COMMIT_MESSAGE,
+    overwrite_card: bool = False,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Puts a saved student on the Hub, in one commit: all of it or nothing.
+
+    Pushed are the configuration, the weights as safetensors, the preprocessing, the modelling files that the
+    configuration names, the model card, `training_curves.png` and `training_args.yaml`, and nothing else that lies in
+    the folder. A folder without a model card, as of `nkd-hf export`, gets one that says how to open the student. What
+    an earlier push has left of another student is deleted: weights and preprocessing that would be opened in their
+    place, training curves and arguments. Other files of the repo stay. So does a model card that a person has edited,
+    with a warning.
+
+    Args:
+        folder: of a saved student: `trainer.save_model()`, `nkd-hf export`.
+        repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; made if it does not exist.
+        private: whether a repo that is made is private; None takes the owner's default.
+        revision: a branch that exists; None means `main`.
+        token: with the right to write; None takes `HF_TOKEN`, or that of `hf auth login`.
+        commit_message: the commit's title.
+        overwrite_card: whether a model card that a person has edited on the Hub is replaced.
+        create_pr: whether the commit becomes a pull request to `main`, which a token without the right to write there may
+            open too.
+
+    Returns:
+        `CommitInfo`: of the commit, or of the last one when nothing has changed since. Its `pr_url` is that of the pull
+        request.
+
+    Raises:
+        ValueError: the folder holds no student, or one of its files a token or a path of this machine; `repo_id` is the
+            address of something else; `create_pr` comes with another branch.
+        PushError: the Hub was not reached, or refused it.
+    """
+    folder = Path(folder).expanduser()
+    repo_id = read_repo_id(repo_id, "repo_id")
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise ValueError(f"revision must be main with create_pr, got {revision!r}. Leave one of the two out.")
+    files: dict[str, Path | bytes] = {name: folder / name for name in student_files(folder)}
+    if CARD not in files:
+        files[CARD] = create_plain_card(folder, repo_id).encode()
+    check_publishable(files, token)
+    again = _command(folder, repo_id, private, revision, commit_message, overwrite_card, create_pr)
+    with failures(folder, repo_id, revision, token, again):
+        api = PushApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        info = api.model_info(repo_id, revision=revision)
+        if private:
+            _check_private(info)
+        held = {file.rfilename for file in info.siblings}
+        card = files[CARD].decode() if isinstance(files[CARD], bytes) else read_text(files[CARD])
+        files[CARD] = with_repo_id(card, repo_id, revision).encode()
+        if CARD in held and not overwrite_card:
+            card = read_card(api, repo_id, info.sha)
+            if not is_generated(card) and card.encode() != files[CARD]:
+                logger.warning(
+                    "The model card of %s was edited by hand and is kept (--overwrite_card, or overwrite_card=True, "
+                    "would replace it): see whether it describes the student that is pushed now.",
+                    repo_id,
+                )
+                del files[CARD]
+        if CARD in files:  # before the weights are sent; create_commit asks only then
+            api.check_card(files[CARD].decode())
+        stale = {name for name in held if _STALE.fullmatch(name) or name in (CURVES_FILE, SETTINGS)}
+        return _commit(api, info, files, stale, revision, commit_message, create_pr)
+
+
+def push_checkpoint(
+    folder: str | os.PathLike,
+    repo_id: str,
+    path_in_repo: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload checkpoint",
+) -> CommitInfo:
+    """Puts a whole checkpoint into a folder of a repo that exists, so that training resumes from it.
+
+    The optimiser's, scheduler's and generators' states are PyTorch's pickles. `training_args.bin` is left out, and paths
+    in `trainer_state.json` are shortened to their last names.
+
+    Args:
+        folder: the `checkpoint-*` folder.
+        repo_id: `owner/name`.
+        path_in_repo: where it goes; what an earlier checkpoint left there is deleted.
+        name: what messages call the folder.
+        revision, token, commit_message: as in [`push_student`].
+
+    Raises:
+        ValueError: a file holds a token or a path of this machine.
+        PushError: the Hub was not reached, or refused it.
+    """
+    folder = Path(folder)
+    files: dict[str, Path | bytes] = {
+        f"{path_in_repo}/{path.relative_to(folder).as_posix()}": path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "training_args.bin"
+    }
+    state = f"{path_in_repo}/trainer_state.json"
+    if state in files:
+        files[state] = json.dumps(publishable(read_json(files[state])), indent=2).encode()
+    check_publishable(files, token)
+    with failures(name or folder, repo_id, revision, token):
+        api = PushApi(token=token)
+        info = api.model_info(repo_id, revision=revision)
+        stale = {file.rfilename for file in info.siblings if file.rfilename.startswith(f"{path_in_repo}/")}
+        return _commit(api, info, files, stale, revision, commit_message)
+
+
+def create_repo(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    folder: str | os.PathLike | None = None,
+    commit_message: str = COMMIT_MESSAGE,
+    overwrite_card: bool = False,
+) -> str:
+    """Makes a repo, if it is not there, and looks for the branch: best before anything is trained for it.
+
+    Args:
+        repo_id, private, revision, token: as in [`push_student`].
+        folder: what is to be pushed, where that is there already.
+        commit_message, overwrite_card: how, for the command that pushes it again.
+
+    Returns:
+        Its id with the owner.
+
+    Raises:
+        PushError: the Hub was not reached, or refused it; there is no such branch.
+    """
+    repo_id = read_repo_id(repo_id, "repo_id")
+    again = None
+    if folder is not None:
+        again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
+    with failures(folder, repo_id, revision, token, again):
+        api = PushApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private or revision:
+            info = api.model_info(repo_id, revision=revision)
+            if private:
+                _check_private(info)
+        return repo_id
+
+
+def _command(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str | None,
+    overwrite_card: bool,
+    create_pr: bool = False,
+) -> str:
+    options = ["--private"] if private else []
+    options += ["--revision", revision] if revision else []
+    options += ["--commit_message", commit_message] if commit_message not in (None, COMMIT_MESSAGE) else []
+    options += ["--overwrite_card"] if overwrite_card else []
+    options += ["--create_pr"] if create_pr else []
+    return shlex.join(["nkd-hf", "push", str(folder), repo_id, *options])
+
+
+def _check_private(info: ModelInfo) -> None:
+    if not info.private:
+        raise PushError(f"{info.id} exists and is public: make it private in its settings first")
+
+
+def _commit(
+    api: PushApi,
+    info: ModelInfo,
+    files: dict[str, Path | bytes],
+    stale: set[str],
+    revision: str | None,
+    message: str,
+    create_pr: bool = False,
+) -> CommitInfo:
+    where = {"revision": revision, "create_pr": create_pr}
+    operations = [CommitOperationDelete(name) for name in sorted(stale - set(files))]
+    additions = [CommitOperationAdd(name, source) for name, source in files.items()]
+    for addition in additions:
+        if not addition.path_in_repo.endswith(TEXT):
+            # One at a time, which the client does in this thread: it would wait for others before it is interrupted.
+            api.preupload_lfs_files(info.id, [addition], free_memory=False, **where)
+    operations += additions
+    # The parent: what somebody commits after the look at the repo is not overwritten.
+    return api.create_commit(info.id, operations, commit_message=message, parent_commit=info.sha, **where)

@@ -1,0 +1,1 @@
+"""Students and teachers: building, opening, preprocessing, features, saving."""

@@ -1,0 +1,57 @@
+"""The architectures that a name alone stands for: timm's, and the two families that neither timm nor transformers has."""
+
+from typing import Any, NamedTuple
+
+import timm
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+
+from .modeling_resnet_cifar import ResNetCifarConfig, ResNetCifarForImageClassification
+from .modeling_shufflenet_v2 import ShuffleNetV2Config, ShuffleNetV2ForImageClassification
+
+
+class Architecture(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+        model_class (`type[PreTrainedModel]`)
+        num_labels (`int`): number of classes, where none is given.
+        settings (`dict[str, Any]`): of its configuration; `model_args` may replace them.
+    """
+
+    model_class: type[PreTrainedModel]
+    num_labels: int
+    settings: dict[str, Any]
+
+
+ARCHITECTURES = {
+    "shufflenet_v2_x1_0": Architecture(
+        ShuffleNetV2ForImageClassification,
+        1000,
+        {"stages_repeats": [4, 8, 4], "stages_out_channels": [24, 116, 232, 464, 1024]},
+    ),
+    "resnet18_cifar": Architecture(ResNetCifarForImageClassification, 100, {"layers": [2, 2, 2, 2]}),
+    "resnet34_cifar": Architecture(ResNetCifarForImageClassification, 100, {"layers": [3, 4, 6, 3]}),
+}
+
+# Their folders carry code for others; here they open without trust_remote_code.
+for _config, _model in (
+    (ShuffleNetV2Config, ShuffleNetV2ForImageClassification),
+    (ResNetCifarConfig, ResNetCifarForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _model, exist_ok=True)
+
+
+def is_architecture(name: str) -> bool:
+    """Whether a name stands for an architecture that starts from random weights: timm's, or one of `ARCHITECTURES`.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.models.architectures import is_architecture
+    >>> is_architecture("resnet18"), is_architecture("shufflenet_v2_x1_0"), is_architecture("microsoft/resnet-18")
+    (True, True, False)
+
+    ```
+    """
+    return timm.is_model(name) or name in ARCHITECTURES

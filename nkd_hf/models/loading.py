@@ -1,0 +1,319 @@
+"""Opens a classifier of the Hub or of a folder; what could run foreign code is refused unless it is asked for."""
+
+import contextlib
+import os
+import pickle
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    has_file,
+)
+
+from ..errors import RefusedError, gate, reason
+from ..files import path_fault
+from .build_limit import build_limit, measure_weights
+from .model_config import check_image_processor, find_file, is_timm_config, read_config, read_json
+from .outputs import check_inputs
+from .repo_ids import read_repo_id
+
+# Of weights without a configuration, by their endings.
+_TIMM_FILES = (".pth.tar", ".pth", ".pt", ".safetensors")
+# Weights that classify nothing: counters, tables that models compute for themselves, heads of training.
+_WITHOUT_EFFECT = re.compile(
+    r"(.*\.)?(num_batches_tracked|relative_position_index|attn_mask|position_ids|mask_token)"
+    r"|(timm_model\.)?(AuxLogits|aux_classifier|aux_head|aux[12])\..*"
+)
+
+
+def open_classifier(name: str, **kwargs) -> PreTrainedModel:
+    """Opens a finished image classifier by its folder or Hub id.
+
+    Args:
+        name: a folder or a Hub id.
+        kwargs: `allow_pickle`, `trust_remote_code` and arguments of `from_pretrained`; see [`open_pretrained`].
+
+    Raises:
+        ValueError: there is no such model, or its weights are not those of a whole image classifier.
+    """
+    try:
+        return open_pretrained(name, **kwargs)
+    except RefusedError as error:
+        raise ValueError(f"{name} is not opened: {error}") from error
+    except (OSError, ValueError) as error:
+        missing = "" if os.path.isdir(os.path.expanduser(name)) else f"there is no folder {name!r} here, and "
+        raise ValueError(f"{name} could not be opened as a folder or a Hub id: {missing}{error}") from error
+
+
+def open_pretrained(
+    name: str,
+    *,
+    new_head: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    **kwargs,
+) -> PreTrainedModel:
+    """`AutoModelForImageClassification.from_pretrained`, which opens pickles and fills missing weights with random ones.
+
+    The model gets the attribute `starts_with_new_head`: whether its classifier is not that of the file.
+
+    Args:
+        name: a folder or a Hub id.
+        new_head: whether the classifier may start from random weights, as that of a student that trains it. All other
+            weights must be in the file.
+        allow_pickle: whether weights in a pickle (`pytorch_model.bin`) are opened where there are no safetensors; of a
+            pickle, tensors alone are read (`weights_only`).
+        trust_remote_code: whether code beside the weights may run.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        RefusedError: the folder does not exist; the weights are a pickle, or the repo is gated; its files lead to others, or cannot be read; weights
+            are missing.
+        ValueError: the code is not trusted.
+        OSError: there is no such model, or it is not in the cache and cannot be reached.
+    """
+    name = os.path.expanduser(read_repo_id(name, "the model"))
+    _check_no_checkpoint(name)
+    if fault := path_fault(name):
+        raise RefusedError(fault)
+    where = {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs}
+    if find_file(name, ADAPTER_CONFIG_NAME, **where):
+        raise RefusedError(
+            f"it has an {ADAPTER_CONFIG_NAME}, so its weights are an adapter of another model that the file names. Merge "
+            "the adapter into its model (merge_and_unload of peft), save that, and open the folder"
+        )
+    config = read_config(name, trust_remote_code, **where) or {}
+    num_new_classes = kwargs.get("num_labels", 0)
+    if _has_classes(config, kwargs.get("num_labels")):
+        # TimmWrapperConfig.from_dict ignores the model's names where it gets a num_labels.
+        kwargs.pop("num_labels", None)
+    try:
+        size = measure_weights(_find_weights(name, config, allow_pickle, where))
+        if is_timm_config(config):
+            labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
+            kwargs["config"] = TimmWrapperConfig.from_dict(config, **labels)
+        with _without_conversion(), build_limit(size, num_new_classes):
+            model, loaded = AutoModelForImageClassification.from_pretrained(
+                name,
+                use_safetensors=None if allow_pickle else True,
+                weights_only=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # check_weights names them.
+                output_loading_info=True,
+                **kwargs,
+            )
+    except SafetensorError as error:
+        raise RefusedError(f"its safetensors cannot be read, they are damaged or cut short: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise RefusedError(f"its pickle holds more than tensors, and is not opened: {reason(error)}") from error
+    except (OSError, ValueError) as error:
+        if how := gate(error, name):
+            raise RefusedError(how) from error
+        if isinstance(error, OSError) and not allow_pickle and (file := _pickle_of(name)):
+            raise RefusedError(
+                f"its weights are a pickle ({file}), which can run code when it is opened, and there are none as "
+                "safetensors: take another model, or set allow_pickle, which reads the pickle's tensors alone"
+            ) from error
+        raise
+    except Exception as error:  # transformers raises nearly anything on an odd configuration
+        raise RefusedError(
+            f"its configuration and weights are not of a model that can be built ({type(error).__name__}: {reason(error)})"
+        ) from error
+    check_weights(model, loaded, new_head)
+    random = [key for keys in ("missing_keys", "mismatched_keys") for key in map(str, loaded[keys])]
+    model.starts_with_new_head = any(not _WITHOUT_EFFECT.fullmatch(key) for key in random)
+    model.config.return_dict = True  # A file that says otherwise makes forward return tuples.
+    try:
+        check_inputs(model, "the model")
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    return model
+
+
+def _has_classes(config: dict[str, Any], num_labels: int | None) -> bool:
+    """Whether a model of timm has `num_labels` classes, and names of as many or none."""
+    num_names = len(config.get("label_names") or ())
+    return "architecture" in config and config.get("num_classes") == num_labels and num_names in (0, num_labels)
+
+
+def _check_no_checkpoint(name: str) -> None:
+    """RefusedError for a file of weights, or a folder of such files without a configuration, as timm's training writes."""
+    files = [Path(name)] if os.path.isfile(name) else []
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, CONFIG_NAME)):
+        files = [path for path in sorted(Path(name).iterdir()) if path.name.endswith(_TIMM_FILES)]
+        # The best one, which timm writes beside those of the last epochs.
+        files.sort(key=lambda path: not path.name.startswith("model_best"))
+        if models := sorted(str(path.parent) for path in Path(name).glob(f"*/{CONFIG_NAME}")):
+            raise RefusedError(
+                f"it holds no {CONFIG_NAME}, but folders of models. Name one of them: {', '.join(models)}"
+            )
+    if files and not os.path.exists(os.path.join(name, ADAPTER_CONFIG_NAME)):
+        raise RefusedError(
+            f"it must be a folder with a {CONFIG_NAME} or a Hub id, got weights alone. Convert a checkpoint of timm with "
+            f"`nkd-hf convert --timm {shlex.quote(str(files[0]))} --architecture NAME --output DIR`, and open DIR"
+        )
+
+
+def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs) -> BaseImageProcessor:
+    """`AutoImageProcessor.from_pretrained`, with a look at sizes, scales and what the processor makes of an image.
+
+    Args:
+        name: a folder or a Hub id.
+        trust_remote_code: whether code beside the model may run.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        RefusedError: the values are not those of an image, or the processor's model needs more than pixels.
+        OSError: there is no preprocessing.
+    """
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    check_image_processor(processor.to_dict())
+    if more := [key for key in processor.model_input_names if key != "pixel_values"]:
+        raise RefusedError(
+            f"its image processor must make pixel_values alone, got {type(processor).__name__}, which also makes "
+            f"{', '.join(more)}. Take another model"
+        )
+    return processor
+
+
+def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool = False) -> None:
+    """Checks that a file's weights are those of the model that was built from its configuration.
+
+    Args:
+        model: the model.
+        loaded: `from_pretrained`'s loading info.
+        new_head: whether the classifier's weights may differ, and the file may hold more than the model.
+
+    Raises:
+        RefusedError: weights are missing, have another shape, or have no place in the model.
+    """
+    mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]
+    faults = {
+        "missing keys": loaded["missing_keys"],
+        "mismatched keys": mismatched,
+        "unexpected keys": loaded["unexpected_keys"],
+    }
+    if new_head:
+        is_head = _head_of(model)
+        faults = {fault: [key for key in faults[fault] if not is_head(key)] for fault in list(faults)[:2]}
+    # Old files hold tables that the model computes for itself, such as LeViT's attention_bias_idxs.
+    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    for fault, keys in faults.items():
+        if keys := sorted(key for key in keys if not _WITHOUT_EFFECT.fullmatch(key) and key not in computed):
+            expected = "the weights of all layers but the classifier" if new_head else "a whole image classifier"
+            raise RefusedError(
+                f"its weights must be {expected}, got {len(keys)} {fault} of {len(model.state_dict())}, {keys[0]} first. "
+                f"{_advice(loaded['unexpected_keys'], new_head)}"
+            )
+
+
+def _advice(unexpected: Iterable[str], new_head: bool) -> str:
+    wrapped = sorted(
+        {key.removeprefix("timm_model.").split(".")[0] for key in unexpected}
+        & {"module", "backbone", "model", "_orig_mod"}
+    )
+    if wrapped:
+        return f"Remove the prefix {wrapped[0] + '.'!r} from the keys of its weights."
+    if new_head:
+        return "Open another folder, or name an architecture to start from random weights."
+    return "Open another folder; a student (create_student) may lack its classifier."
+
+
+def _head_of(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Tells whether a weight, by its name, belongs to a classifier that is replaced with the number of classes."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        names = model.timm_model.pretrained_cfg.get("classifier") or ()
+        names = (names,) if isinstance(names, str) else names
+        tops = {f"timm_model.{name.split('.')[0]}" for name in (*names, "fc_norm")}
+        return lambda key: ".".join(key.split(".")[:2]) in tops
+    prefix, shapes = model.base_model_prefix, {key: value.shape for key, value in model.state_dict().items()}
+    has_base = bool(prefix) and hasattr(model, prefix)
+
+    def is_head(key: str) -> bool:
+        # A pooler is trained with the classifier: self-supervised weights (BEiT's, MAE's) come without it.
+        if has_base and (not key.startswith(f"{prefix}.") or "pooler" in key.split(".")):
+            return True
+        return shapes.get(key, ())[:1] == (model.config.num_labels,)
+
+    return is_head
+
+
+def _read_index(file: str, path: str) -> list[str]:
+    """The shards that an index names, which must lie beside it."""
+    try:
+        weight_map = read_json(path, file).get("weight_map")
+    except RefusedError as error:
+        raise RefusedError(f"its {file} is no index of weights: {error}") from error
+    if not isinstance(weight_map, dict):
+        raise RefusedError(f"its {file} is no index of weights: weight_map must be a mapping, got {weight_map!r}")
+    ending = ".safetensors" if file == SAFE_WEIGHTS_INDEX_NAME else ".bin"
+    shards = {str(shard): shard for shard in weight_map.values()}
+    for shard in shards.values():
+        is_text = isinstance(shard, str)
+        if not is_text or os.path.basename(shard) != shard or "\\" in shard or not shard.endswith(ending):
+            raise RefusedError(
+                f"its {file} names {shard!r}, expected the names of {ending} files beside it: take the model from its "
+                "author again"
+            )
+    return sorted(shards)
+
+
+def _find_weights(name: str, config: dict[str, Any], allow_pickle: bool, where: dict[str, Any]) -> list[str]:
+    """The paths of the files that `from_pretrained` will read; of which there are none, it says."""
+    kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
+    shards = {}
+    for _, index in kinds:
+        if path := find_file(name, index, **where):
+            shards[index] = _read_index(index, path)
+    if config.get("transformers_weights"):
+        kinds = [(config["transformers_weights"], ""), *kinds]
+    for whole, index in kinds if allow_pickle else kinds[:-1]:
+        if path := find_file(name, whole, **where):
+            return [path]
+        if paths := [find_file(name, shard, **where) for shard in shards.get(index, ())]:
+            return [path for path in paths if path is not None]
+    return []
+
+
+def comes_with_code(model: PreTrainedModel) -> bool:
+    """Whether a model's class came from beside its weights, with `trust_remote_code`."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
+def _pickle_of(name: str) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        return next((file for file in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if has_file(name, file)), None)
+    return None
+
+
+@contextlib.contextmanager
+def _without_conversion() -> Iterator[None]:
+    """Keeps transformers from asking the Hub to convert a pickle: it would open a pull request in the user's name."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,52 @@
+"""Reads the id of a Hub repository out of the address of its page."""
+
+import os
+import re
+
+from huggingface_hub import constants, parse_hf_uri
+from huggingface_hub.errors import HfUriError
+
+from ..errors import redact
+
+_ADDRESS = re.compile(r"(https?|hf)://", re.IGNORECASE)
+
+
+def read_repo_id(name: str | os.PathLike, argument: str, repo_type: str = "model") -> str | os.PathLike:
+    """Returns the id of the repository whose address is pasted from a browser, and any other name as it is.
+
+    Args:
+        name: an address on huggingface.co or on the host of `HF_ENDPOINT`; or a Hub id, a folder, an architecture.
+        argument: what the error calls the name.
+        repo_type: `model` or `dataset`.
+
+    Raises:
+        ValueError: the address is none of a repository of this type, or leads into another branch or to a file.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.models.repo_ids import read_repo_id
+    >>> read_repo_id("https://huggingface.co/timm/resnet34.tv_in1k/tree/main", "teacher")
+    'timm/resnet34.tv_in1k'
+    >>> read_repo_id("outputs/student", "teacher")
+    'outputs/student'
+
+    ```
+    """
+    if not isinstance(name, str) or not _ADDRESS.match(name):  # A folder may be a Path.
+        return name
+    page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}owner/name"
+    expected = f"{argument} must be the id of a {repo_type} or the address of its page, got {redact(name)!r}"
+    try:
+        found = parse_hf_uri(name, endpoint=constants.ENDPOINT)
+    except HfUriError as error:
+        raise ValueError(f"{expected}. Write owner/name or {page}.") from error
+    if found.type != repo_type:
+        raise ValueError(f"{expected}, which is a {found.type}. Write owner/name or {page}.")
+    if found.path_in_repo:
+        raise ValueError(f"{expected}, which is a file or folder in it. Write {found.id}.")
+    if found.revision not in (None, constants.DEFAULT_REVISION):
+        raise ValueError(
+            f"{expected}, which is its branch {found.revision}. Write {found.id}, which is its main branch."
+        )
+    return found.id

@@ -1,0 +1,85 @@
+"""Saves students as transformers models and folders."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers.utils import logging
+
+from .feature_layers import classifier_layers
+from .labels import invert_labels, normalize_id2label
+from .preprocessing import load_image_processor
+
+
+def save_image_processor(student: PreTrainedModel, folder: str) -> None:
+    """Writes a student's preprocessing, which `pipeline` looks for, beside it; timm's students have it in their config.
+
+    Raises:
+        OSError: the student came from a folder without it.
+    """
+    if not isinstance(student, TimmWrapperForImageClassification):
+        load_image_processor(student).save_pretrained(folder)
+
+
+def save_student(
+    student: PreTrainedModel, folder: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+) -> None:
+    """Writes a student so that transformers and, if it is a timm model, timm open the folder with equal logits.
+
+    Args:
+        student: any `*ForImageClassification`.
+        folder: where `model.safetensors` and `config.json` go.
+        state_dict: its gathered weights, when the student is sharded.
+        **kwargs: those of `PreTrainedModel.save_pretrained`.
+
+    Raises:
+        ValueError: the names in its `config.id2label` are not those of the classes 0..n-1 that its classifier has.
+    """
+    state_dict = student.state_dict() if state_dict is None else state_dict
+    # timm's wrapper writes the names in the order of the dict, not in that of the classes.
+    student.config.id2label = read_class_names(student, state_dict)
+    student.config.label2id = invert_labels(student.config.id2label)
+    if isinstance(student, TimmWrapperForImageClassification):
+        # timm knows its own keys alone; transformers opens both kinds.
+        state_dict = rename_keys("timm_model.", state_dict)
+        # A config that came from a file holds its file's names, which would be written before those of id2label.
+        student.config.__dict__.pop("label_names", None)
+        if student.config.model_args is None:
+            # timm 1.0.31 can't open a folder whose model_args are null (AttributeError in _parse_model_cfg).
+            student.config.model_args = {}
+    with hidden_progress_bars():  # of one file, in the midst of the training's own bar
+        student.save_pretrained(folder, state_dict=state_dict, **kwargs)
+
+
+def read_class_names(student: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[int, str]:
+    """Reads the names of a student's classes in their normal form.
+
+    `config.num_labels` is but the number of names: the rows of the classifier tell how many classes there are.
+
+    Args:
+        student: any `*ForImageClassification`.
+        state_dict: its gathered weights, when the student is sharded.
+
+    Raises:
+        ValueError: the names are not those of the classes 0..n-1 that its classifier has.
+    """
+    rows = [f"{name}.weight" for name in classifier_layers(student)]
+    state_dict = student.state_dict() if state_dict is None else state_dict
+    num_classes = len(state_dict[rows[-1]]) if rows and rows[-1] in state_dict else None
+    return normalize_id2label(student.config.id2label, num_classes, of="the student's id2label")
+
+
+@contextlib.contextmanager
+def hidden_progress_bars() -> Iterator[None]:
+    """Hides the progress bars of transformers' reading and writing of weights."""
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def rename_keys(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}

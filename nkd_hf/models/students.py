@@ -1,0 +1,343 @@
+"""Builds a student: an architecture from scratch, or a model from the Hub or a folder."""
+
+import contextlib
+import difflib
+import logging
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+
+from ..errors import RefusedError
+from .architectures import ARCHITECTURES, is_architecture
+from .feature_layers import classifier_layers
+from .feature_layout import input_size, run_once
+from .image_sizes import (
+    describe_fault,
+    image_size_advice,
+    is_of_the_meta_device,
+    own_image_size,
+    run_fault,
+    takes_img_size,
+    try_image_size,
+)
+from .labels import invert_labels, is_generic, normalize_id2label, reorder
+from .loading import open_pretrained
+from .model_config import check_model_args
+from .repo_ids import read_repo_id
+from .student_preprocessing import change_preprocessing, check_opened_size
+
+logger = logging.getLogger(__name__)
+
+# What timm raises on arguments or sizes that an architecture doesn't take.
+_BUILD_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
+# DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
+_BICUBIC_FAMILIES = ("deit", "vit", "swin")
+
+
+def create_student(
+    name: str,
+    *,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | Sequence[str] | None = None,
+    model_args: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Builds a student that `DistillationTrainer` trains and `AutoModelForImageClassification` opens afterwards.
+
+    Args:
+        name (`str`): the name of an architecture, which starts from random weights: one of timm's
+            (`"deit_tiny_patch16_224"`), `"shufflenet_v2_x1_0"`, `"resnet18_cifar"` or `"resnet34_cifar"`; or a Hub id or
+            a folder (`"microsoft/resnet-18"`), which starts from its own weights, and keeps its own preprocessing where
+            the arguments from `image_size` to `interpolation` are None.
+        num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for an architecture, 100
+            (CIFAR-100) for `*_cifar`, and else the model's own. A model that has another number gets a new head.
+        id2label (`dict[int, str]` or a list, *optional*): class names; they are saved with the student. Their number
+            replaces `num_labels`. Numbers may be text, as JSON has them; see [`normalize_id2label`]. Where a Hub id or a
+            folder has the same names in another order, the rows of its classifier are put in this order. Where it has as
+            many classes under other names, its classifier stays as it is, and its classes get these names.
+        model_args (`dict`, *optional*): handed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. Of the
+            three others: `stages_repeats` and `stages_out_channels`, or `layers`.
+        image_size (`int`, *optional*): height and width of the input in pixels; None means the
+            architecture's own where timm fixes it (336 for `eva_large_patch14_336`), 32 for `*_cifar`, and else 224.
+        image_mean, image_std (`Sequence[float]`, *optional*): per channel, in units of [0, 1]; None means ImageNet's,
+            or CIFAR-100's for `*_cifar`.
+        crop_pct (`float`, *optional*): evaluation resizes the short side to `image_size / crop_pct` before the central
+            crop; None means 0.875, or 1.0 for `*_cifar`. This is the paper's preprocessing (cls_KD), not that of timm's
+            pretrained weights.
+        interpolation (`str`, *optional*): `bilinear` or `bicubic`; None takes the paper's, which is bicubic for DeiT,
+            ViT and Swin and bilinear for CNNs.
+        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`), of which
+            tensors alone are read.
+        trust_remote_code (`bool`): whether code that lies beside the weights of a Hub id or folder may run.
+
+    Returns:
+        `PreTrainedModel`: its forward maps `pixel_values` [B, 3, H, W] to `.logits` [B, C].
+
+    Raises:
+        ValueError: `name` is neither an architecture nor a model that can be opened, or does not take one of the arguments;
+            for an `image_size` that it does not take, the message names sizes that it does. Or its names, or those in
+            `id2label`, are not those of the classes 0..n-1. Or its classes must be put in another order, and their names
+            repeat or its classifier is not known.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf import create_student
+    >>> student = create_student("resnet18", num_labels=10, image_size=32)
+    >>> student.config.num_labels
+    10
+
+    ```
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"name must be the name of an architecture, a folder or a Hub id, got {name!r}")
+    name = read_repo_id(os.fspath(name), "name")
+    if id2label is not None:
+        id2label = normalize_id2label(id2label)
+        num_labels = len(id2label)
+    if timm.is_model(name) and "." in name:
+        raise ValueError(
+            f"{name!r} names pretrained weights by its tag: write 'timm/{name}' for those, or "
+            f"{name.partition('.')[0]!r} for the architecture with random weights"
+        )
+    if not is_architecture(name):
+        student = _open_student(name, num_labels, id2label, model_args, allow_pickle, trust_remote_code)
+        check_preprocessing(image_size, image_mean, image_std, crop_pct, interpolation)
+        if any(value is not None for value in (image_size, image_mean, image_std, crop_pct, interpolation)):
+            change_preprocessing(
+                student,
+                image_size=image_size,
+                image_mean=image_mean,
+                image_std=image_std,
+                crop_pct=crop_pct,
+                interpolation=interpolation,
+            )
+        else:
+            check_opened_size(student)
+        return student
+    model_args = dict(model_args or {})
+    check_model_args(model_args)
+    default = _default_preprocessing(name)
+    if image_size is None:
+        image_size = _square(model_args.get("img_size")) or default["input_size"][-1]
+    image_mean = default["mean"] if image_mean is None else image_mean
+    image_std = default["std"] if image_std is None else image_std
+    crop_pct = default["crop_pct"] if crop_pct is None else crop_pct
+    interpolation = default["interpolation"] if interpolation is None else interpolation
+    check_preprocessing(image_size, image_mean, image_std, crop_pct, interpolation)
+    pretrained_cfg = {
+        "input_size": [3, image_size, image_size],
+        "mean": list(image_mean),
+        "std": list(image_std),
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+    }
+    if num_labels is None:
+        num_labels = ARCHITECTURES[name].num_labels if name in ARCHITECTURES else 1000
+    labels = {"num_labels": num_labels}
+    if id2label is not None:
+        labels |= {"id2label": id2label, "label2id": invert_labels(id2label)}
+    return _build(name, model_args, image_size, default["input_size"][-1], pretrained_cfg=pretrained_cfg, **labels)
+
+
+def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int, **config) -> PreTrainedModel:
+    """Builds an architecture, once it is known to take the size and the arguments."""
+
+    def build(size: int) -> PreTrainedModel:
+        config["pretrained_cfg"] = config["pretrained_cfg"] | {"input_size": [3, size, size]}
+        if name in ARCHITECTURES:
+            return _create_from_config(name, model_args, **config)
+        args = ({"img_size": size} if takes_img_size(name) else {}) | model_args
+        return TimmWrapperForImageClassification(
+            # timm can't open a folder whose model_args are null.
+            TimmWrapperConfig(architecture=name, model_args=args, **config)
+        )
+
+    student, fault = try_image_size(build, image_size)
+    if torch.get_default_device().type != "meta":
+        student = None
+    if fault is not None and is_of_the_meta_device(fault):
+        with contextlib.suppress(*_BUILD_ERRORS):
+            student = build(image_size)
+            fault = run_fault(student, image_size)
+    if fault is None:
+        return build(image_size) if student is None else student
+    if advice := image_size_advice(build, image_size, own_size):
+        raise ValueError(
+            f"image_size must be a size that {name} takes, got {image_size} ({describe_fault(fault)}). {advice}"
+        ) from fault
+    if name in ARCHITECTURES:
+        raise fault
+    if not model_args:
+        raise ValueError(
+            f"timm's {name} can't be trained here: {describe_fault(fault)}. Take another student"
+        ) from fault
+    raise ValueError(f"timm's {name} does not take model_args={model_args}: {fault}") from fault
+
+
+def _square(img_size: Any) -> int | None:
+    """The side of timm's `img_size`, where it is one."""
+    sides = list(img_size) if isinstance(img_size, (tuple, list)) else [img_size]
+    return sides[0] if sides and isinstance(sides[0], int) and all(side == sides[0] for side in sides) else None
+
+
+def check_preprocessing(
+    image_size: int | None,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> None:
+    """ValueError unless these arguments of [`create_student`] are in their range, or None."""
+    if image_size is not None and type(image_size) is not int:
+        raise ValueError(f"image_size must be one integer, the height and the width, got {image_size!r}")
+    if image_size is not None and not 1 <= image_size <= 2**14:
+        raise ValueError(
+            f"image_size must be from 1 to {2**14} pixels, got {image_size}: leave it out for the architecture's own"
+        )
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if values is not None and not (
+            isinstance(values, Sequence) and len(values) == 3 and all(map(math.isfinite, values))
+        ):
+            raise ValueError(f"{name} must be three finite numbers, one per channel, got {values}")
+    if image_mean is not None and max(image_mean) > 1:
+        raise ValueError(
+            f"image_mean must be in units of [0, 1], got {list(image_mean)}. Divide image_mean and image_std by 255"
+        )
+    if image_std is not None and min(image_std) <= 0:
+        raise ValueError(f"image_std must be above 0, since pixels are divided by it, got {list(image_std)}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"expected 0 < crop_pct <= 1, got {crop_pct}")
+    if interpolation not in (None, "bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
+
+
+def _default_preprocessing(name: str) -> dict[str, Any]:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name].model_class.config_class().pretrained_cfg
+    size = own_image_size(name)
+    return {
+        "input_size": [3, size, size],
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic" if name.startswith(_BICUBIC_FAMILIES) else "bilinear",
+    }
+
+
+def _create_from_config(name: str, model_args: dict[str, Any], **kwargs) -> PreTrainedModel:
+    model_class, _, settings = ARCHITECTURES[name]
+    if unknown := sorted(set(model_args) - set(settings)):
+        raise ValueError(
+            f"{name} does not take model_args={model_args}: expected some of {list(settings)}, got {unknown}"
+        )
+    try:
+        return model_class(model_class.config_class(**(settings | model_args), **kwargs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} does not take model_args={model_args}: {error}") from error
+
+
+def check_name(name: str) -> None:
+    """ValueError where a name can be neither an architecture nor a folder nor a Hub id; the message has names like it."""
+    if is_architecture(name) or "/" in name or os.path.exists(name):
+        return
+    names = [*ARCHITECTURES, *timm.list_models()]
+    near = ", ".join(difflib.get_close_matches(name, names, n=5)) or f"see timm.list_models() and {[*ARCHITECTURES]}"
+    raise ValueError(
+        f"{name!r} is neither a timm architecture (near: {near}) nor a folder, and a Hub id has a slash (owner/name)"
+    )
+
+
+def _open_student(
+    name: str,
+    num_labels: int | None,
+    id2label: dict[int, str] | None,
+    model_args: dict[str, Any] | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    check_name(name)
+    if model_args:
+        raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: leave them out")
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        # In float32 whatever the file has: half precision is autocast's business, not that of the weights that train.
+        student = open_pretrained(
+            name,
+            new_head=True,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            **labels,
+        )
+    except RefusedError as error:
+        raise ValueError(f"student {name!r} is not opened: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
+    if id2label is None:
+        names, num_classes = student.config.id2label, student.config.num_labels
+        # PVT's configuration counts its classes apart from their names, which may be of another number, or none.
+        if not names or (num_labels is not None and len(names) != num_classes):
+            names = [f"LABEL_{i}" for i in range(num_classes)]
+        id2label = normalize_id2label(names, num_classes, of=f"the id2label of student {name!r}")
+    elif not student.starts_with_new_head:
+        _put_in_order(student, name, list(id2label.values()))
+    student.config.id2label, student.config.label2id = id2label, invert_labels(id2label)
+    return student
+
+
+def _put_in_order(student: PreTrainedModel, name: str, names: list[str]) -> None:
+    """Puts the rows of an opened student's classifier in the order of the names, where it has the same ones in another."""
+    try:
+        saved = list(normalize_id2label(student.config.id2label, len(names)).values())
+    except ValueError:  # no names
+        return
+    try:
+        order = reorder(names, saved)
+    except ValueError as error:
+        raise ValueError(f"the id2label for student {name!r} does not fit it: {error}") from error
+    if order is None:
+        if names != saved and not is_generic(names) and not is_generic(saved):
+            logger.info("The classes of student %s get other names; its classifier stays as it is.", name)
+        return
+    layers = classifier_layers(student)
+    is_meta = student.device.type == "meta"
+    before = None if is_meta else run_once(student, input_size(student)).logits
+    with torch.no_grad():
+        for layer in layers.values():
+            for rows in (layer.weight, layer.bias):
+                if rows is not None and len(rows) == len(order):
+                    rows.copy_(rows[order])
+    is_done = is_meta or _is_close(run_once(student, input_size(student)).logits, before[:, order])
+    if not layers or not is_done:
+        raise ValueError(
+            f"id2label must name the classes of student {name!r} in its order, {', '.join(saved[:3])} ..., got another, and "
+            f"no classifier whose rows are its classes is known in {type(student).__name__}. Name them in its order"
+        )
+    logger.info("The rows of the classifier of student %s are put in the order of id2label.", name)
+
+
+def _is_close(logits: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(logits, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def describe_start(student: PreTrainedModel) -> str:
+    """Says what a student of [`create_student`] starts from: `random weights`, or `pretrained`, maybe with a new head."""
+    if not student.name_or_path:
+        return "random weights"
+    if student.starts_with_new_head:
+        return f"pretrained, new head of {student.config.num_labels} classes"
+    return "pretrained"

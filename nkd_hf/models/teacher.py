@@ -1,0 +1,339 @@
+"""A frozen teacher with its own preprocessing and label order."""
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_compiled_module
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from ..errors import RefusedError
+from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, check_pooled_head, classifier_head
+from .labels import check_classifier, match_labels
+from .loading import open_image_processor, open_pretrained
+from .outputs import check_inputs, read_logits
+from .preprocessing import Preprocessing, read_preprocessing
+from .repo_ids import read_repo_id
+
+logger = logging.getLogger(__name__)
+
+# By the names that `teacher_dtype` has.
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher(nn.Module):
+    """A frozen classifier that answers to the student's pixels in the student's order of labels.
+
+    It stays in eval mode whatever is asked of it, and its parameters take no gradient. It shares the weights of the module that
+    it is made of, as they are in memory, and nothing else: that module keeps its mode, its `requires_grad`, its dtype, its
+    device and its hooks.
+    Differs from cls_KD: there the training loop's `model.train()` reaches the teacher, whose batch statistics and drop
+    path then vary with the batch.
+
+    Args:
+        model (`nn.Module`): maps [B, 3, H, W] to logits [B, C], as a tensor or as an output with `.logits`.
+        preprocessing (`Preprocessing`, *optional*): what the model expects of its pixels; None means the student's.
+        id2label (`dict[int, str]`, *optional*): the model's class names.
+        name (`str`): what messages call the teacher.
+
+    Raises:
+        ValueError: the model's configuration says that it is no classifier of one class an image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing | None = None,
+        id2label: dict[int, str] | None = None,
+        name: str = "teacher",
+    ):
+        super().__init__()
+        check_classifier(getattr(model, "config", None), f"the teacher ({name})")
+        check_inputs(model, f"teacher {name}")
+        self.model = _sharing_weights(model)
+        self.preprocessing = preprocessing
+        self.id2label = id2label
+        self.name = name
+        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.channels_last = self.has_own_dtype = False
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+        self.register_buffer("channels", None, persistent=False)
+        self.register_buffer("order", None, persistent=False)
+        self._taps: dict[str, FeatureTap] = {}
+        self._hands_out_head = False
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    def align(self, preprocessing: Preprocessing | None, id2label: dict[int, str] | None) -> "Teacher":
+        """Prepares the teacher for a student's pixels and labels.
+
+        Args:
+            preprocessing: how the pixels that will come were normalised; None means as the teacher wants them.
+            id2label: the student's class names.
+
+        Raises:
+            ValueError: the two label spaces cannot be matched (see [`match_labels`]).
+        """
+        self.scale = self.shift = self.channels = None
+        if (self.preprocessing is None) != (preprocessing is None):
+            logger.warning(
+                "The %s's preprocessing is not known: the pixels reach %s as the student gets them. Pass the %s, so that "
+                "they are normalised and resized as each of the two wants.",
+                *(
+                    ("student", self.name, "student's image processor as the trainer's processing_class")
+                    if preprocessing is None
+                    else ("teacher", self.name, "teacher as load_teacher(model, processing_class=its_image_processor)")
+                ),
+            )
+        if self.preprocessing and preprocessing and preprocessing.colours != self.preprocessing.colours:
+            order = list(self.preprocessing.channel_order)
+            student_mean, student_std, mean, std = (
+                torch.tensor(values, dtype=torch.float32)[order].view(-1, 1, 1)
+                for values in (preprocessing.mean, preprocessing.std, self.preprocessing.mean, self.preprocessing.std)
+            )
+            # ((pixels * student_std + student_mean) - mean) / std, in one multiplication and one addition
+            self.scale, self.shift = student_std / std, (student_mean - mean) / std
+            if preprocessing.channel_order != self.preprocessing.channel_order:
+                self.channels = torch.tensor([preprocessing.channel_order.index(colour) for colour in order])
+        order = None
+        if self.id2label is not None and id2label is not None:
+            order = match_labels(id2label, self.id2label, self.name)
+        self.order = None if order is None else torch.tensor(order)
+        return self
+
+    def for_inference(
+        self, dtype: str | None = None, *, channels_last: bool = False, compile: bool = False
+    ) -> "Teacher":
+        """Sets how the model computes. The module that the teacher is made of stays as it is.
+
+        To be called ahead of [`Teacher.tap`].
+
+        Args:
+            dtype: `float32`, `bf16` or `fp16`, of weights and computation, whatever autocast says outside. None leaves the
+                weights as they are, and computes as autocast says.
+            channels_last: whether a CNN's convolutions get their pixels and weights in this memory format, which GPUs' half
+                precision kernels want.
+            compile: whether `torch.compile` makes one graph of the model, when it is first called.
+
+        Raises:
+            ValueError: no such dtype.
+        """
+        if dtype is not None:
+            if dtype not in _DTYPES:
+                raise ValueError(f"the teacher's dtype must be {', '.join(_DTYPES)}, got {dtype!r}")
+            self.has_own_dtype = True
+        own_dtype = self.dtype if dtype is None else _DTYPES[dtype]
+        if own_dtype != self.dtype:
+            self.model.to(own_dtype)
+        self.dtype, self.channels_last = own_dtype, channels_last
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if compile:
+            self.model.compile()
+        return self
+
+    def tap(self, names: Iterable[str]) -> "Teacher":
+        """Keeps features from now on, in place of those that were kept before; ahead of the first call, if it compiles.
+
+        Args:
+            names: of losses' inputs: `teacher_low`, `teacher_high`, `teacher_map`, and `teacher_head_weight` and
+                `teacher_head_bias`, which are the classifier's. What is none of them (`teacher_logits`) is left out.
+
+        Raises:
+            ValueError: no such feature is known for this model, or its classifier, which is asked for, does not read the
+                average of its last feature map.
+        """
+        for tap in self._taps.values():
+            tap.remove()
+        self._taps = {}
+        names = list(names)
+        self._hands_out_head = not set(TEACHER_HEAD).isdisjoint(names)
+        if self._hands_out_head:
+            check_pooled_head(self.model, self.preprocessing and self.preprocessing.size)
+        for name in names:
+            if name in TEACHER_FEATURES:
+                self._taps[name] = FeatureTap(self.model, kind=TEACHER_FEATURES[name])
+                self._taps[name].listen(False)
+        return self
+
+    def copy(self) -> "Teacher":
+        """Returns a teacher with the same weights in memory, and a preparation (pixels, labels, taps) of its own."""
+        clone = copy.copy(self)
+        clone._buffers = dict(self._buffers)
+        clone._modules = {name: _sharing_weights(module) for name, module in self._modules.items()}
+        clone._taps = {}
+        # The forward of a teacher that accelerate has prepared is the original's, in that accelerator's precision.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            clone.__dict__.pop(name, None)
+        return clone
+
+    def take_features(self) -> dict[str, Tensor]:
+        """Hands over the tapped features of the last call by name, without gradient; see [`FeatureTap.take`].
+
+        Beside them stands the classifier, where it was asked for: `teacher_head_weight` [C, D] and `teacher_head_bias` [C],
+        in the student's order of labels.
+
+        Raises:
+            RuntimeError: there was no call since they were last taken.
+        """
+        features = {name: tap.take() for name, tap in self._taps.items()}
+        if self._hands_out_head:
+            head = classifier_head(self.model)
+            bias = head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
+            order = slice(None) if self.order is None else self.order
+            features |= dict(zip(TEACHER_HEAD, (head.weight[order], bias[order]), strict=True))
+        return features
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Classifies the student's pixels.
+
+        Args:
+            pixel_values (`Tensor`): [B, 3, H, W] float, normalised for the student.
+
+        Returns:
+            `Tensor`: [B, C] float logits, in the student's order of labels, without gradient.
+        """
+        own_dtype = torch.autocast(pixel_values.device.type, enabled=False)
+        with torch.no_grad(), own_dtype if self.has_own_dtype else contextlib.nullcontext():
+            if self.channels is not None:
+                pixel_values = pixel_values[:, self.channels]
+            if self.scale is not None:
+                pixel_values = pixel_values * self.scale + self.shift
+            if self.preprocessing and pixel_values.shape[-2:] != self.preprocessing.size:
+                pixel_values = F.interpolate(
+                    pixel_values, self.preprocessing.size, mode=self.preprocessing.interpolation, antialias=True
+                )
+            memory_format = torch.channels_last if self.channels_last else torch.preserve_format
+            for tap in self._taps.values():
+                tap.listen()
+            output = self.model(pixel_values.to(self.dtype, memory_format=memory_format))
+            for tap in self._taps.values():
+                tap.listen(False)
+            num_classes = None if self.id2label is None else len(self.id2label)
+            logits = read_logits(output, f"teacher {self.name}", len(pixel_values), num_classes)
+            return logits if self.order is None else logits[:, self.order]
+
+
+def load_teacher(
+    teacher: str | nn.Module,
+    *,
+    processing_class: BaseImageProcessor | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Teacher:
+    """Opens a teacher.
+
+    Args:
+        teacher (`str` or `nn.Module`): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
+            `*ForImageClassification` of transformers, or a timm model, also in `DataParallel`,
+            `DistributedDataParallel` or `torch.compile`, which the teacher does without. The teacher shares a module's
+            weights and leaves its mode and `requires_grad` as they are.
+        processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
+            does not carry its preprocessing. None looks where the module came from; where nothing is found, the module
+            gets the student's pixels, with a warning.
+        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`), of which
+            tensors alone are read.
+        trust_remote_code (`bool`): whether code that lies beside the weights may run.
+
+    Returns:
+        [`Teacher`]
+
+    Raises:
+        ValueError: the id or folder cannot be opened, or has only what is not allowed; the model is for regression or for
+            several labels an image (`problem_type`).
+
+    Example:
+
+    ```python
+    >>> from nkd_hf import create_student, load_teacher
+    >>> teacher = load_teacher(create_student("resnet18", num_labels=10, image_size=32))
+    >>> teacher.training, teacher.preprocessing.size
+    (False, (32, 32))
+
+    ```
+    """
+    if isinstance(teacher, nn.Module):
+        teacher = unwrap_module(teacher)
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, nn.Module):
+        config = getattr(teacher, "config", None)
+        id2label = getattr(config, "id2label", None)
+        return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(f"teacher must be a Hub id, a folder or a module, got a {type(teacher).__name__}")
+    teacher = read_repo_id(os.fspath(teacher), "teacher")
+    try:
+        model = open_pretrained(
+            teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+        if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
+            try:
+                processing_class = open_image_processor(model.name_or_path, trust_remote_code=trust_remote_code)
+            except OSError as error:
+                raise RefusedError(
+                    "it has no image processor (preprocessor_config.json). Save the model's beside it "
+                    "(processor.save_pretrained), or pass processing_class to load_teacher"
+                ) from error
+    except RefusedError as error:
+        raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"teacher {teacher!r} could not be opened: give the id of an image classifier on the Hub (is there a "
+            f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote"
+            f"{'' if os.path.isdir(os.path.expanduser(teacher)) else f' (there is no folder {teacher!r} here)'}. {error}"
+        ) from error
+    return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
+
+
+def unwrap_module(module: nn.Module) -> nn.Module:
+    """Returns the module that `DataParallel`, `DistributedDataParallel` and `torch.compile` were given.
+
+    These lend neither the configuration, with the names of the classes, nor the preprocessing.
+    """
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif is_compiled_module(module):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def _sharing_weights(module: nn.Module) -> nn.Module:
+    """Returns a copy of the module, hooks included, with the same weights in memory.
+
+    A module that cannot be copied so, since it holds a lock or a session or is TorchScript's for example, is returned itself.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            # Of another class may have a state beside its data, and deepcopy copies it whole.
+            if type(parameter) is nn.Parameter:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        for buffer in part.buffers(recurse=False):
+            if type(buffer) is Tensor:
+                memo[id(buffer)] = buffer.detach()
+        # deepcopy would copy the object that a hook is a method of, and its owner would see nothing.
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            memo |= {id(hook): hook for hook in hooks.values()}
+    try:
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+            raise TypeError("copies of a TorchScript module have weights of their own")
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        logger.warning(
+            "%s cannot be copied (%s), so that the teacher is the module itself: it is frozen and put in eval mode.",
+            type(module).__name__,
+            error,
+        )
+        return module

@@ -1,0 +1,5 @@
+"""Recipes: arguments in YAML, one run of teacher, baseline and student, and its plan."""
+
+from .recipe import Recipe
+
+__all__ = ["Recipe"]

@@ -1,0 +1,321 @@
+"""Arguments of a recipe: a YAML file gives the defaults, the command line overrides them."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import types
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections.abc import Collection, Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import ConfigError
+from .yaml_file import Loader, describe_value, read_config, unusable
+
+_RESERVED = ("config", "base")
+_YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def parse_args(
+    dataclass_types: type | Iterable[type],
+    *,
+    default_config: str | Path | None = None,
+    default_config_unless: Sequence[str] = ("dataset_name",),
+    default_config_keeps: Sequence[Sequence[str]] = (),
+    args: Sequence[str] | None = None,
+) -> tuple[Any, ...]:
+    """Fills dataclasses from a YAML file (`--config FILE`) and from the command line, which wins.
+
+    A key of the YAML is the name of a field, spelled alike. Its value must have the field's type: nothing is converted
+    but an integer for a float field. `null` means `None`, where the field allows it. Lists and mappings replace the
+    field's value as a whole. On the command line a list is `--name a b`, a mapping is JSON (`--name '{"a": 1}'`).
+
+    The key `base: other.yaml` names another YAML, relative to the file it stands in, whose values the file overrides.
+
+    Two rules of YAML 1.2 are followed where PyYAML keeps those of 1.1: `1e-3` is a number, and a bare `no` is a
+    string (`save_strategy: no`), which a bool field still takes as false (so too `yes`, `on` and `off`). What the two
+    read as different values (`010`, `1:30`) is an error, and so is what no run can use, from either place: NaN, an
+    integer of more than 64 bits, in a mapping a date or bytes.
+
+    Args:
+        dataclass_types: one dataclass or several, such as a `transformers.TrainingArguments` and some of your own.
+            Fields may be str, int, float, bool, an `Enum`, a `Literal`, `list[...]`, dict, and each of them `| None`.
+        default_config: the YAML that is used when the command line names no `--config`.
+        default_config_unless: fields that, when given on the command line, switch `default_config` off: a run on
+            another data set should not inherit the settings of a demo.
+        default_config_keeps: keys of `default_config` that hold even then, in groups. On the command line, the first field of
+            a group, with another value than the file's, switches the others of its group off: another loss does not inherit
+            the arguments of the first one.
+        args: the command line; None takes `sys.argv[1:]`.
+
+    Returns:
+        One instance of each dataclass, in order.
+
+    Raises:
+        SystemExit: with code 2 and a short message on stderr, as argparse does, for an unknown key or argument, a
+            value of the wrong type, a YAML that cannot be read, has a key twice, is no mapping or is its own base, and
+            for what a dataclass's `__post_init__` raises for its values; the message names the argument.
+        ValueError: when two of the dataclasses have a field of the same name, or one has a field `config` or `base`.
+
+    Example:
+        >>> import dataclasses, pathlib, tempfile
+        >>> @dataclasses.dataclass
+        ... class ModelArguments:
+        ...     student: str = "resnet18"
+        ...     gamma: float = 1.5
+        ...     student_args: dict | None = None
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = pathlib.Path(folder, "nkd.yaml")
+        ...     _ = config.write_text("gamma: 1\\nstudent_args: {drop_path_rate: 1e-1}")
+        ...     parse_args(ModelArguments, args=["--config", str(config), "--student", "deit_tiny_patch16_224"])
+        (ModelArguments(student='deit_tiny_patch16_224', gamma=1.0, student_args={'drop_path_rate': 0.1}),)
+    """
+    parser = _Parser(dataclass_types)
+    if default_config is not None:
+        parser.describe_default(Path(default_config), default_config_unless, default_config_keeps)
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        config, given = _read_options(parser.prog, args)
+        if config is not None:
+            parser.set_config(config)
+        elif default_config is not None and not given.keys() & set(default_config_unless):
+            parser.set_config(default_config)
+        elif default_config is not None:
+            values = read_config(Path(default_config))
+            kept = set()
+            for group in default_config_keeps:
+                # What is given as the file has it is no other choice.
+                if group[0] not in given or (group[0] in values and given[group[0]] == str(values[group[0]][0])):
+                    kept |= set(group)
+            parser.set_config(default_config, kept)
+        return parser.parse_into_dataclasses(args)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+class _Parser(HfArgumentParser):
+    def __init__(self, dataclass_types: type | Iterable[type]):
+        dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
+        self.type_hints = _type_hints(dataclass_types)
+        # An abbreviation that is unique today is ambiguous or another field once a field is added.
+        super().__init__(
+            dataclass_types,
+            allow_abbrev=False,
+            usage="%(prog)s [--config FILE] [--NAME VALUE ...]",  # argparse's own lists 150 arguments twice
+            description="The values in the YAML of --config are the defaults, the command line overrides them.",
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file with the defaults of the other arguments")
+        for action in self._actions:
+            if action.type is dict or get_origin(action.type) is dict:
+                action.type = _json_object
+            if action.help is None and action.nargs != 0:
+                action.help = "(default: %(default)s)"
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+    def describe_default(self, path: Path, unless: Sequence[str], keeps: Sequence[Sequence[str]]) -> None:
+        """Says in --help what holds without --config."""
+        self.description += f" Without --config, those of {path.name} are"
+        if unless:
+            options = " or ".join(f"--{name}" for name in unless)
+            kept = ", ".join(key for group in keeps for key in group)
+            self.description += f"; with {options} {f'its {kept} alone' if kept else 'none of them'}"
+        self.description += "."
+
+    def set_config(self, path: str | Path, keys: Collection[str] | None = None) -> None:
+        """Makes the values of a YAML file, or those of some of its keys, the defaults."""
+        actions = {action.dest: action for action in self._actions}
+        for key, (value, file) in read_config(Path(path)).items():
+            if keys is not None and key not in keys:
+                continue
+            if key not in self.type_hints:
+                raise ConfigError(f"{file}: unknown key {key!r}{_closest(str(key), self.type_hints)}")
+            value = _check(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
+            self.set_defaults(**{key: value})
+            actions[key].required = False
+
+    def parse_into_dataclasses(self, args: list[str]) -> tuple[Any, ...]:
+        # Not parse_args_into_dataclasses: it reads a file `<script>.args` unasked, and constructs the dataclasses
+        # (seconds for TrainingArguments) before anything can be said about unknown arguments.
+        namespace, unknown = self.parse_known_args(args)
+        if options := [token.split("=", 1)[0] for token in unknown if token.startswith("-")]:
+            self.error(f"unknown argument {options[0]}{_closest(options[0], self._option_string_actions)}")
+        if unknown:
+            self.error(f"unexpected value {unknown[0]!r}: it follows no argument that takes it")
+        for name in self.type_hints:
+            if fault := unusable(getattr(namespace, name)):
+                self.error(f"argument --{name}: {fault}")
+        return tuple(self._build(cls, vars(namespace)) for cls in self.dataclass_types)
+
+    def _build(self, cls: type, namespace: dict[str, Any]) -> Any:
+        """One dataclass; what it raises for its values becomes a message that names an argument."""
+        fields = [field for field in dataclasses.fields(cls) if field.init]
+        values = {field.name: namespace[field.name] for field in fields}
+        try:
+            return cls(**values)
+        except Exception as error:
+            message = " ".join(str(error).split())
+            defaults = {field.name: _default(field) for field in fields if _default(field) is not dataclasses.MISSING}
+            given = {name: default for name, default in defaults.items() if values[name] != default}
+            if not isinstance(error, ValueError):
+                if _raises(cls, values | given):  # not for the values
+                    raise
+                message = f"{type(error).__name__}: {message}"
+            elif any(re.search(rf"\b{name}\b", message) for name in values if name in given or name not in defaults):
+                self.error(message)
+            # Those without which it would have gone well.
+            blamed = [name for name, default in given.items() if not _raises(cls, values | {name: default})] or given
+            self.error(f"{', '.join(f'{name}={values[name]!r:.60}' for name in blamed)}: {message}")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _raises(cls: type, values: dict[str, Any]) -> bool:
+    try:
+        cls(**values)
+    except Exception:
+        return True
+    return False
+
+
+def _type_hints(dataclass_types: list[type]) -> dict[str, Any]:
+    """The type of each field; argparse's own message on a name that occurs twice does not say where."""
+    type_hints, owners = {}, {}
+    for cls in dataclass_types:
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if not field.init:
+                continue
+            if field.name in _RESERVED:
+                raise ValueError(
+                    f"{cls.__name__}.{field.name} takes the name of a key of the parser: rename the field"
+                )
+            if field.name in owners:
+                raise ValueError(
+                    f"{owners[field.name].__name__} and {cls.__name__} both have a field {field.name!r}, and one "
+                    "argument cannot set both: rename one"
+                )
+            type_hints[field.name], owners[field.name] = hints[field.name], cls
+    return type_hints
+
+
+def _read_options(prog: str, args: list[str]) -> tuple[str | None, dict[str, str]]:
+    """The file of --config, and the fields that the command line sets, with the text that follows them."""
+    # A parser of its own: the full one would miss the required arguments that the YAML is yet to give.
+    parser = ArgumentParser(prog=prog, usage=SUPPRESS, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    config = parser.parse_known_args(args)[0].config
+    given = {}
+    for token, following in zip(args, [*args, ""][1:], strict=True):
+        if token.startswith("--"):
+            option, _, value = token.partition("=")
+            given[option.lstrip("-").replace("-", "_")] = value or following
+    return config, given
+
+
+def _check(value: Any, type_hint: Any, choices: Iterable[str] | None, where: str) -> Any:
+    """The value as the field takes it, or an error that begins with `where`."""
+    got = f"got {describe_value(value)}"
+    try:
+        checked = _convert(value, type_hint)
+    except TypeError:
+        expected = _describe_type(type_hint)
+        raise ConfigError(f"{where}: expected {expected}, {got}{_mend(value, type_hint)}") from None
+    for item in checked if isinstance(checked, list) else [checked]:
+        if choices is not None and item is not None and item not in choices:
+            expected = ", ".join(map(repr, choices))
+            raise ConfigError(f"{where}: expected one of {expected}, {got}{_closest(str(item), choices)}")
+    return checked
+
+
+def _mend(value: Any, type_hint: Any) -> str:
+    if value is None:
+        return ": remove the line to keep the default"
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, list | dict):
+            _convert(str(value), type_hint)
+            return ": put it in quotes"
+    with contextlib.suppress(TypeError, ValueError, yaml.YAMLError):
+        if isinstance(value, str):
+            _convert(yaml.load(value, Loader=Loader), type_hint)
+            return ": remove the quotes"
+    return ""
+
+
+def _convert(value: Any, type_hint: Any) -> Any:
+    """The value as a field of this type takes it; TypeError when it does not fit."""
+    origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
+    if origin in (Union, types.UnionType):
+        converted = []
+        for member in type_args:
+            with contextlib.suppress(TypeError):
+                converted.append(_convert(value, member))
+        if not converted:
+            raise TypeError
+        return next((item for item in converted if type(item) is type(value)), converted[0])
+    if (origin is Any and _is_plain(value)) or (origin in (str, type(None)) and isinstance(value, origin)):
+        return value
+    if origin is Literal and any(type(value) is type(item) and value == item for item in type_args):  # 0 == False
+        return value
+    if isinstance(origin, type) and issubclass(origin, Enum) and value in [item.value for item in origin]:
+        return value
+    if origin is bool and isinstance(value, bool | str) and (isinstance(value, bool) or value in _YAML_BOOLEANS):
+        return value if isinstance(value, bool) else _YAML_BOOLEANS[value]
+    if origin is int and type(value) is int:
+        return value
+    if origin is float and type(value) in (int, float):
+        return float(value)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, type_args[0] if type_args else Any) for item in value]
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _convert(item, type_args[1] if type_args else Any) for key, item in value.items()}
+    raise TypeError
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has it, and so the files that a run is written down in."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentTypeError(f"expected a mapping in JSON such as '{{\"a\": 1}}', got {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"expected a mapping in JSON such as '{{\"a\": 1}}', got {text!r}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for i, (key, _) in enumerate(pairs):
+        if any(key == other for other, _ in pairs[:i]):
+            raise ValueError(f"the key {key!r} occurs twice: keep one")
+    return dict(pairs)
+
+
+def _describe_type(type_hint: Any) -> str:
+    origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe_type(member) for member in type_args)
+    if origin is list:
+        return f"a list, each item {_describe_type(type_args[0])}" if type_args else "a list"
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping"}
+    return names.get(origin) or ("null" if origin is type(None) else getattr(origin, "__name__", str(origin)))
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f": did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,266 @@
+"""What a run will do, reckoned from its arguments alone: `nkd-hf plan --config FILE [--json]`.
+
+Models are built on torch's meta device, which has shapes and no values. The number of GPUs and of images is what the config
+records; this machine, its launcher's environment variables, the network and the dataset are not looked at.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch import nn
+from torch.utils.data import BatchSampler
+from transformers import PreTrainedModel, get_scheduler
+
+from ..data.arguments import DataArguments, streaming_max_steps
+from ..models.architectures import is_architecture
+from ..models.preprocessing import Preprocessing
+from ..trainer.arguments import DistillationTrainingArguments
+from ..trainer.distillation_model import DistillationModel
+from ..trainer.optimization import SCHEDULES, lr_factor
+from .arguments import RecipeArguments
+from .plan_costs import (
+    count_parameters,
+    disk_bytes,
+    forward_gmacs,
+    memory_bytes,
+    optimizer_groups,
+    optimizer_state_bytes,
+)
+from .plan_models import open_student, open_teacher
+
+
+class PlannedTrainingArguments(DistillationTrainingArguments):
+    """The arguments of a run that is not made here: nothing is asked of this machine.
+
+    What only another machine may have is taken out, since it changes none of what is planned: tf32, `torch.compile`, FSDP
+    and DeepSpeed.
+    """
+
+    # In place of properties that look for devices and join the launcher's process group.
+    device = torch.device("cpu")
+    n_gpu = 1
+
+    def __post_init__(self):
+        self.is_sharded = bool(self.fsdp or self.deepspeed)
+        self.is_compiled = self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
+        self.use_cpu = True  # half precision is refused where there is no GPU
+        self.tf32 = self.fsdp = self.deepspeed = None
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        launched = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        try:
+            super().__post_init__()
+        finally:
+            if launched is not None:
+                os.environ["ACCELERATE_USE_DEEPSPEED"] = launched
+
+
+def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
+    """Reckons what a recipe will do.
+
+    Args:
+        recipe: `num_processes` must be set.
+        data: `num_train_images` must be set; `num_classes` where it is not the architecture's own (1000, or CIFAR's 100).
+        training: the rest.
+
+    Returns:
+        `dict`, fit for JSON. `student` and `teacher` (None where there is none) with `parameters` and `gmacs`, of one
+        image's forward pass (None for a teacher that is not known here); `tap`, what USKD's auxiliary head reads, with
+        `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
+        rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
+        `global_batch_size`; `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and
+        `memory` in bytes: what is needed at the least. The rest says what it is.
+
+    Raises:
+        ValueError: the arguments do not say enough, or do not fit the models.
+    """
+    for name, value in (("num_processes", recipe.num_processes), ("num_train_images", data.num_train_images)):
+        if value is None or value < 1:
+            raise ValueError(f"the plan needs {name}, got {value}: set it in the config, or give --{name}")
+    notes: list[str] = []
+    steps = _steps(recipe, data, training)
+    with torch.device("meta"):
+        student, pixels = open_student(recipe, data)
+        teacher, teacher_pixels = open_teacher(recipe, data, pixels, notes)
+        if recipe.needs_teacher_layers and teacher is None:
+            raise ValueError(f"{recipe.distillation_loss}'s parameters depend on the teacher: {notes[-1]}")
+        teacher_size = teacher_pixels and teacher_pixels.size
+        shapes = recipe.loss_shapes(student, pixels.size, teacher, training.feature_layer, teacher_size)
+        losses = recipe.build_loss(**shapes) or {}
+        losses = losses if isinstance(losses, dict) else {"distillation": losses}
+        # Without the moving average, which is counted as the copy of the student that it is.
+        model = DistillationModel(student, losses, training.feature_layer, training.label_smoothing_factor)
+    for tap in model.taps.values():
+        tap.listen()
+    student_plan = _describe(recipe.student, student, pixels)
+    runs_teacher = recipe.needs_teacher and recipe.teacher_logits is None
+    teacher_plan = _describe(recipe.teacher, teacher, teacher_pixels) if runs_teacher else None
+    if teacher is not None and teacher_plan["num_classes"] != student_plan["num_classes"]:
+        notes.append(
+            f"the teacher has {teacher_plan['num_classes']} classes and the student is planned with "
+            f"{student_plan['num_classes']}: the run stops unless the dataset has as many as the teacher (set num_classes)"
+        )
+    taps = {
+        name: {
+            "module": tap.layer,
+            "channels": tap.take().shape[1 if name == "student_map" else -1],
+            "reads": tap.text,
+        }
+        for name, tap in model.taps.items()
+    }
+    for tap in model.taps.values():
+        tap.listen(False)
+
+    trains_teacher = runs_teacher and is_architecture(recipe.teacher)
+    runs = {"teacher": DistillationModel(teacher, {})} if trains_teacher else {}
+    if recipe.compare_with_baseline or not losses:
+        runs["baseline"] = DistillationModel(student, {})
+    if losses:
+        runs["student"] = model
+    states = {name: optimizer_state_bytes(trained, training, notes) for name, trained in runs.items()}
+
+    learning_rate = training.scaled_learning_rate(steps["global_batch_size"])
+    if learning_rate != training.learning_rate:
+        notes.append(
+            f"learning_rate {training.learning_rate:g} is meant for a global batch of {training.base_batch_size} "
+            f"(base_batch_size), and this run's is {steps['global_batch_size']}: it is scaled to {learning_rate:g}"
+        )
+    if training.is_sharded:
+        notes.append("the memory is that of a run without FSDP or DeepSpeed, which divide the weights among the GPUs")
+    recomputes = training.activation_checkpointing or training.is_compiled
+    if recomputes:
+        notes.append(
+            "activation checkpointing and torch.compile keep some activations and compute others anew: they are not counted"
+        )
+    groups = optimizer_groups(model, training)
+    return {
+        "student": student_plan,
+        "teacher": teacher_plan,
+        "distillation_loss": recipe.distillation_loss,
+        "loss_args": recipe.loss_args or {},
+        "loss_parameters": count_parameters(model.losses.parameters()),
+        "tap": taps.get("mid_feature"),
+        "taps": taps,
+        "runs": list(runs),
+        **steps,
+        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
+        "teacher_dtype": training.teacher_dtype or "float32",
+        "optimizer": training.optim.value,
+        "optimizer_args": training.optim_args,
+        "optimizer_groups": groups,
+        "decayed_parameters": groups[0]["parameters"],
+        "undecayed_parameters": groups[1]["parameters"],
+        "max_grad_norm": training.max_grad_norm,
+        "ema_decay": training.ema_decay,
+        "precise_bn_images": training.precise_bn_images,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type.value,
+        "lr_scheduler_kwargs": training.lr_scheduler_kwargs or {},
+        "lr_by_epoch": _learning_rates(steps, training, learning_rate, notes),
+        "augmentation": _augmentation(data, training, pixels),
+        "disk": disk_bytes(runs, states, steps, training, None if trains_teacher else teacher),
+        "memory": memory_bytes(
+            model,
+            pixels.size,
+            teacher,
+            states[[*runs][-1]],
+            steps["per_device_train_batch_size"],
+            training,
+            not recomputes,
+        ),
+        "notes": notes,
+    }
+
+
+def _describe(name: str, model: nn.Module | None, pixels: Preprocessing | None) -> dict[str, Any]:
+    if model is None:
+        return {"name": name} | dict.fromkeys(("parameters", "gmacs", "image_size", "num_classes"))
+    return {
+        "name": name,
+        "parameters": count_parameters(model.parameters()),
+        "gmacs": forward_gmacs(model, pixels.size),
+        "image_size": list(pixels.size),
+        "num_classes": model.config.num_labels if isinstance(model, PreTrainedModel) else model.num_classes,
+    }
+
+
+def _steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    global_batch_size = training.global_batch_size(batch, recipe.num_processes)
+    images = min(data.num_train_images, data.max_train_samples or data.num_train_images)
+    epochs = training.num_train_epochs
+    if epochs <= 0:
+        raise ValueError(f"num_train_epochs must be positive, got {epochs}")
+    if data.streaming:
+        num_steps = streaming_max_steps(images, epochs, global_batch_size)
+        steps_per_epoch = num_steps / epochs
+    else:
+        # As the Trainer's data loader counts them: its last batches are filled up, or dropped.
+        batches = BatchSampler(range(images), batch, training.dataloader_drop_last)
+        split = training.accelerator_config.split_batches
+        batches = BatchSamplerShard(batches, recipe.num_processes, 0, split_batches=split)
+        steps_per_epoch = max(1, math.ceil(len(batches) / accumulation))
+        num_steps = math.ceil(epochs * steps_per_epoch)
+    if training.max_steps > 0:
+        num_steps = training.max_steps
+        epochs = num_steps / steps_per_epoch
+    return {
+        "num_processes": recipe.num_processes,
+        "per_device_train_batch_size": training.process_batch_size(batch, recipe.num_processes),
+        "gradient_accumulation_steps": accumulation,
+        "global_batch_size": global_batch_size,
+        "num_train_images": images,
+        "epochs": epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "num_steps": num_steps,
+    }
+
+
+def _learning_rates(
+    steps: dict[str, Any], training: PlannedTrainingArguments, learning_rate: float, notes: list[str]
+) -> list[float] | None:
+    """The rate of the first step of each epoch; None where it depends on the evaluations."""
+    name, num_steps, kwargs = training.lr_scheduler_type.value, steps["num_steps"], training.lr_scheduler_kwargs
+    if name in SCHEDULES:
+        # The recipe sets max_steps for a stream.
+        is_set = training.max_steps > 0 or steps["num_steps"] == steps["steps_per_epoch"] * training.num_train_epochs
+        epochs, rate = training.num_train_epochs, training.learning_rate
+        factor = lr_factor(name, num_steps, epochs, rate, kwargs, max_steps=num_steps if is_set else -1)
+    else:
+        # The way of the Trainer's optimiser: its groups have the scaled rate, its defaults the one that is set.
+        optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        warmup_steps = training.get_warmup_steps(num_steps)
+        try:
+            scheduler = get_scheduler(name, optimizer, warmup_steps, num_steps, scheduler_specific_kwargs=kwargs)
+        except TypeError as error:
+            raise ValueError(f"lr_scheduler_kwargs={kwargs} do not fit lr_scheduler_type={name}: {error}") from error
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            notes.append(f"lr_scheduler_type={name} follows the evaluations: its learning rates cannot be planned")
+            return None
+        factor = scheduler.lr_lambdas[0]
+    first_steps = [math.ceil(i * steps["steps_per_epoch"] - 1e-9) for i in range(math.ceil(steps["epochs"] - 1e-9))]
+    return [learning_rate * factor(step) for step in first_steps if step < num_steps]
+
+
+def _augmentation(data: DataArguments, training: PlannedTrainingArguments, pixels: Preprocessing) -> list[str]:
+    height, width = pixels.size
+    smallest, largest = data.random_resized_crop
+    crop = f"random resized crop {height}x{width}, {smallest:g} to {largest:g} of the area, {pixels.interpolation}"
+    if data.random_crop_padding is not None:
+        crop = f"random crop {height}x{width}, padded by {data.random_crop_padding}"
+    mixing = [
+        f"{name} {alpha:g}" for name, alpha in (("mixup", data.mixup_alpha), ("cutmix", data.cutmix_alpha)) if alpha
+    ]
+    lines = {
+        crop: True,
+        f"horizontal flip {data.horizontal_flip:g}": data.horizontal_flip,
+        f"auto_augment {data.auto_augment}": data.auto_augment,
+        f"random erasing {data.random_erasing:g}": data.random_erasing,
+        f"PCA lighting {data.pca_lighting:g}": data.pca_lighting,
+        f"{'one of ' * (len(mixing) - 1)}{' and '.join(mixing)} a {'pair' if data.mix_pairs else 'batch'}": mixing,
+        f"label smoothing {training.label_smoothing_factor:g}": training.label_smoothing_factor,
+    }
+    return [line for line, is_on in lines.items() if is_on]

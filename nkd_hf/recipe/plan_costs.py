@@ -1,0 +1,209 @@
+"""What a model costs: multiplications, and bytes on disk and on a GPU. Models may be on the meta device."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer
+
+from ..errors import reason
+from ..trainer.arguments import DistillationTrainingArguments
+from ..trainer.distillation_model import DistillationModel
+from ..trainer.optimization import decayed_parameters
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers they hold."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def forward_gmacs(model: nn.Module, size: tuple[int, int]) -> float:
+    """Multiplications with additions of one image's forward pass, in 1e9: convolutions, matrix products and attention."""
+    # With gradients: without them the counter stumbles over modules that are handed a parameter (timm's CaiT, PiT).
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, 3, *size, device=next(model.parameters()).device))
+    return counter.get_total_flops() / 2e9
+
+
+def optimizer_groups(model: DistillationModel, training: DistillationTrainingArguments) -> list[dict[str, Any]]:
+    """The optimiser's groups, as the trainer makes them: what decays and what does not, of student and losses."""
+    if training.no_weight_decay is None:
+        decayed = Trainer.get_decay_parameter_names(None, model)  # reads nothing of a trainer
+    else:
+        decayed = decayed_parameters(model, training.no_weight_decay)
+    groups = []
+    for weight_decay, wanted in ((training.weight_decay, True), (0.0, False)):
+        parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (name in decayed) == wanted
+        }
+        groups.append(
+            {
+                "weight_decay": weight_decay,
+                "tensors": len(parameters),
+                "parameters": count_parameters(parameters.values()),
+                "loss_parameters": count_parameters(p for name, p in parameters.items() if name.startswith("losses.")),
+            }
+        )
+    return groups
+
+
+def optimizer_state_bytes(model: nn.Module, training: DistillationTrainingArguments, notes: list[str]) -> int | None:
+    """Bytes of the optimiser's state after a step, which is made without values; None, with a note, where that fails."""
+    parameters = [nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    try:
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(training, model)
+        # The fused kernels have the same state, and want a GPU.
+        optimizer = optimizer_class(parameters, **{key: value for key, value in kwargs.items() if key != "fused"})
+        optimizer.step()
+    except Exception as error:  # whatever a library for optimisers, or its absence, comes up with
+        note = f"the state of optim={training.optim.value} is not counted: {reason(error)}"
+        if note not in notes:
+            notes.append(note)
+        return None
+    return sum(
+        value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    )
+
+
+def disk_bytes(
+    runs: dict[str, DistillationModel],
+    optimizer_states: dict[str, int | None],
+    steps: dict[str, Any],
+    training: DistillationTrainingArguments,
+    teacher: nn.Module | None,
+) -> dict[str, int]:
+    """Bytes that runs write, each into a folder of its own, and of the teacher's weights; without the dataset.
+
+    Args:
+        runs: what each of them trains, the last one being the result.
+        optimizer_states: bytes of each run.
+        steps: `num_steps` and `epochs` of each.
+        training: when checkpoints are written, and how many are kept.
+        teacher: where it is not one of the runs.
+
+    Returns:
+        `dict`: `checkpoint` (one of the last run), `num_checkpoints` (of a run, at once), `checkpoints`, `models`,
+        `teacher` and `total`.
+    """
+    strategy, interval, num_steps = training.save_strategy.value, training.save_steps, steps["num_steps"]
+    if strategy == "steps":
+        saved = math.ceil(num_steps / (interval if interval >= 1 else math.ceil(interval * num_steps)))
+    else:
+        saved = {"no": 0, "epoch": math.ceil(steps["epochs"] - 1e-9), "best": 1}[strategy]
+    # A new checkpoint is written before the oldest goes.
+    limit = training.save_total_limit or saved  # None and 0 keep all
+    at_once = min(saved, limit + 1)
+    checkpoints = {}
+    for name, model in runs.items():
+        num_students = 1 if training.ema_decay is None else 2
+        optimizer_state = 0 if training.save_only_model else optimizer_states[name] or 0
+        checkpoints[name] = num_students * _bytes(model.student) + _bytes(model.losses) + optimizer_state
+    kept = min(saved, limit)
+    sizes = {
+        "checkpoints": kept * sum(checkpoints.values()) + (at_once - kept) * max(checkpoints.values()),
+        "models": sum(_bytes(model.student) for model in runs.values()),
+        "teacher": 0 if teacher is None else _bytes(teacher),
+    }
+    return {
+        "total": sum(sizes.values()),
+        **sizes,
+        "checkpoint": checkpoints[[*runs][-1]],
+        "num_checkpoints": at_once,
+    }
+
+
+def memory_bytes(
+    model: DistillationModel,
+    size: tuple[int, int],
+    teacher: nn.Module | None,
+    optimizer_state: int | None,
+    batch_size: int,
+    training: DistillationTrainingArguments,
+    with_activations: bool = True,
+) -> dict[str, int | None]:
+    """Bytes of the tensors that one GPU holds between forward and backward pass; kernels' workspaces come on top.
+
+    Args:
+        model: on the meta device, for the activations.
+        size: height and width of the images.
+        teacher: in float32, which is counted as `training.teacher_dtype` says.
+        optimizer_state: bytes.
+        batch_size: images of one batch of a GPU.
+        training: the precision, and whether there is a moving average.
+        with_activations: whether what autograd keeps of the student is counted, for a lower bound with 2 bytes a value
+            under bf16 and fp16.
+
+    Returns:
+        `dict`: the parts and `total`.
+    """
+    pixel_values = torch.empty(batch_size, 3, *size, device="meta")
+    activations = None
+    if with_activations:
+        activations = activation_bytes(model.student, pixel_values, 2 if training.bf16 or training.fp16 else 4)
+    teacher_bytes = 0 if teacher is None else _bytes(teacher)
+    sizes = {
+        "weights": _bytes(model),
+        "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        "optimizer_state": optimizer_state,
+        "moving_average": 0 if training.ema_decay is None else _bytes(model.student),
+        "teacher": teacher_bytes // 2 if training.teacher_dtype in ("bf16", "fp16") else teacher_bytes,
+        "pixels": pixel_values.nbytes,
+        "activations": activations,
+    }
+    return {"total": sum(value or 0 for value in sizes.values()), **sizes}
+
+
+class _KeptTensors(TorchFunctionMode):
+    """Collects what autograd keeps of a forward pass.
+
+    Attention is the exception: on the meta device its plain form runs, which keeps more than the fused kernels of a GPU do.
+    What these keep at the least is counted in its place: query, key and value.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kept: dict[int, tuple[torch.UntypedStorage, bool]] = {}
+        self._in_attention = False
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        if not self._in_attention:
+            storage = tensor.untyped_storage()
+            self.kept[id(storage)] = storage, tensor.is_floating_point()
+        return tensor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        for tensor in args[:3]:
+            self.keep(tensor)
+        self._in_attention = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._in_attention = False
+
+
+def activation_bytes(student: nn.Module, pixel_values: Tensor, bytes_per_value: int) -> int:
+    """What a training step's forward pass keeps, without the weights and the pixels; autocast keeps 2 bytes at the least."""
+    mode = _KeptTensors()
+    with torch.autograd.graph.saved_tensors_hooks(mode.keep, lambda tensor: tensor), mode:
+        student.train()(pixel_values)
+    for tensor in (*student.parameters(), *student.buffers(), pixel_values):
+        mode.kept.pop(id(tensor.untyped_storage()), None)
+    return sum(
+        storage.nbytes() * bytes_per_value // 4 if is_float else storage.nbytes()
+        for storage, is_float in mode.kept.values()
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

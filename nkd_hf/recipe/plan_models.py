@@ -1,0 +1,107 @@
+"""Opens student and teacher by their shapes alone, with no network: call it under `torch.device("meta")`."""
+
+import os
+
+import timm
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, TimmWrapperConfig
+
+from ..data.arguments import DataArguments
+from ..errors import reason
+from ..files import path_fault
+from ..models.architectures import is_architecture
+from ..models.build_limit import build_limit
+from ..models.loading import open_image_processor
+from ..models.model_config import is_timm_config, read_config
+from ..models.preprocessing import Preprocessing, load_image_processor, read_preprocessing
+from ..models.student_preprocessing import change_preprocessing
+from .arguments import RecipeArguments
+
+
+def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Module, Preprocessing]:
+    """The student and what it expects of its pixels.
+
+    Raises:
+        ValueError: it is no architecture and not on this machine, or its arguments do not fit.
+    """
+    # What is neither, create_student has an answer to.
+    if is_architecture(recipe.student) or not ("/" in recipe.student or os.path.isdir(recipe.student)):
+        return _create(recipe, data, recipe.student, recipe.student_args)
+    if fault := path_fault(recipe.student):
+        raise ValueError(f"student {recipe.student!r} is not opened: {fault}")
+    try:
+        model, pixels = _open_config(recipe.student, data.num_classes, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"student {recipe.student!r} is no architecture, and cannot be read without a network: download it first "
+            f"({reason(error)})"
+        ) from error
+    if any(value is not None for value in recipe.preprocessing.values()):
+        processor = None
+        if getattr(model.config, "pretrained_cfg", None) is None:
+            local = {"local_files_only": True, "trust_remote_code": recipe.trust_remote_code}
+            processor = open_image_processor(recipe.student, **local)
+        change_preprocessing(model, **recipe.preprocessing, processor=processor)
+        pixels = read_preprocessing(model, load_image_processor(model))
+    return model, pixels
+
+
+def open_teacher(
+    recipe: RecipeArguments, data: DataArguments, student_pixels: Preprocessing, notes: list[str]
+) -> tuple[nn.Module | None, Preprocessing | None]:
+    """The teacher; None where there is none, or where nothing on this machine tells its shapes."""
+    if not recipe.needs_teacher:
+        return None, None
+    if recipe.teacher_logits is not None:
+        notes.append(f"the teacher does not run: its logits come from {recipe.teacher_logits}")
+        return None, None
+    if is_architecture(recipe.teacher):
+        return _create(recipe, data, recipe.teacher, recipe.teacher_args)
+    name = recipe.teacher.removeprefix("timm/")
+    try:
+        # The run itself may start on another machine, where the folder is.
+        if fault := path_fault(recipe.teacher):
+            raise ValueError(fault)
+        if name != recipe.teacher and timm.is_model(name):
+            teacher = timm.create_model(name)
+            return teacher, read_preprocessing(teacher)
+        return _open_config(recipe.teacher, default=student_pixels, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
+        notes.append(
+            f"teacher {recipe.teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "
+            f"{reason(error)}"
+        )
+        return None, None
+
+
+def _create(
+    recipe: RecipeArguments, data: DataArguments, name: str, model_args: dict | None
+) -> tuple[nn.Module, Preprocessing]:
+    model = recipe.create(name, model_args, num_labels=data.num_classes)
+    return model, read_preprocessing(model)
+
+
+def _open_config(
+    name: str,
+    num_classes: int | None = None,
+    default: Preprocessing | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Preprocessing]:
+    """The model of a folder, or of a Hub id in the cache, by its configuration: no weights are read."""
+    labels = {} if num_classes is None else {"num_labels": num_classes}
+    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    settings = read_config(name, trust_remote_code, local_files_only=True) or {}
+    if is_timm_config(settings):
+        config = TimmWrapperConfig.from_dict(settings, **labels)
+    else:
+        config = AutoConfig.from_pretrained(name, **local, **labels)
+    with build_limit():
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    if getattr(config, "pretrained_cfg", None) is not None:
+        return model, read_preprocessing(model)
+    try:
+        return model, read_preprocessing(model, open_image_processor(name, **local))
+    except (OSError, ValueError):
+        if default is None:
+            raise
+        return model, default

@@ -1,0 +1,28 @@
+"""The store of a teacher's logits on the training images."""
+
+from .compression import dense_logits, sparse_logits
+from .store import (
+    FORMAT,
+    STORE,
+    StoredTeacher,
+    StoreInfo,
+    TeacherLogits,
+    read_record,
+    shard_path,
+    unfinished,
+    write_shard,
+)
+
+__all__ = [
+    "FORMAT",
+    "STORE",
+    "StoreInfo",
+    "StoredTeacher",
+    "TeacherLogits",
+    "dense_logits",
+    "read_record",
+    "shard_path",
+    "sparse_logits",
+    "unfinished",
+    "write_shard",
+]

@@ -1,0 +1,85 @@
+"""The K largest logits of each image in place of all of them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sparse_logits(
+    logits: Tensor, target: Tensor, top_k: int | None, temperatures: Sequence[float]
+) -> dict[str, Tensor]:
+    """What a shard holds of some samples.
+
+    Args:
+        logits: [n, C] float, of the teacher.
+        target: [n] int64, the heaviest classes of the labels.
+        top_k: K, at most C - 1; None for all classes.
+        temperatures: for `rest_logsumexp`.
+
+    Returns:
+        The fields by name, as the head of this file lists them.
+    """
+    logits = logits.float()
+    num_classes = logits.shape[1]
+    index_dtype = torch.int16 if num_classes <= 2**15 else torch.int32
+    if top_k is None:
+        return {"target": target.to(index_dtype), "logits": logits}
+    target = target[:, None]
+    others = logits.scatter(1, target, -math.inf)
+    top, classes = others.topk(top_k)
+    peak = top[:, :1]
+    peak = peak.masked_fill(peak == -math.inf, 0)  # of a teacher that rules out all others
+    rest = others.scatter(1, classes, -math.inf) - peak
+    target_logit = logits.gather(1, target)
+    return {
+        "target": target[:, 0].to(index_dtype),
+        "target_logit": target_logit[:, 0],
+        "peak_logit": peak[:, 0],
+        # In this order large logits cancel before anything small is subtracted.
+        "log_odds": (target_logit - peak - (others - peak).logsumexp(1, keepdim=True))[:, 0],
+        "classes": classes.to(index_dtype),
+        "values": (top - peak).half(),
+        "rest_logsumexp": torch.stack([(rest / temperature).logsumexp(1) for temperature in temperatures], 1),
+    }
+
+
+def dense_logits(
+    rows: dict[str, Tensor], num_classes: int, temperatures: Sequence[float], temperature: float
+) -> Tensor:
+    """Teacher logits for a loss: those that were stored, or logits like them.
+
+    With K of the C classes, all classes that are not stored get one logit, such that together they have the share among the
+    classes but the target that they had at `temperature`; and the target's logit is such that its probability at
+    temperature 1 is what it was. The row is the teacher's less its peak, which no softmax sees. This is what NKD needs:
+    at another temperature, the target's probability is not the teacher's.
+
+    Args:
+        rows: of [`sparse_logits`], on any device.
+        num_classes: C.
+        temperatures: those of `rest_logsumexp`.
+        temperature: of the loss, one of them.
+
+    Returns:
+        [n, C] float32.
+
+    Example:
+        >>> teacher_logits = torch.tensor([[5.0, 3.0, 2.0, 1.0, 0.0]])
+        >>> rows = sparse_logits(teacher_logits, torch.tensor([0]), 2, [1.0])
+        >>> for logits in (teacher_logits, dense_logits(rows, 5, [1.0], 1.0)):
+        ...     [round(probability, 4) for probability in logits.softmax(1)[0].tolist()]
+        [0.8263, 0.1118, 0.0411, 0.0151, 0.0056]
+        [0.8263, 0.1118, 0.0411, 0.0104, 0.0104]
+    """
+    if "logits" in rows:
+        return rows["logits"]
+    classes, target = rows["classes"].long(), rows["target"].long()[:, None]
+    num_rest = num_classes - 1 - classes.shape[1]
+    dense = rows["log_odds"].new_full((len(target), num_classes), -math.inf)
+    if num_rest:
+        mass = rows["rest_logsumexp"][:, list(temperatures).index(temperature), None]
+        dense = dense.copy_(temperature * (mass - math.log(num_rest)))
+    dense = dense.scatter_(1, classes, rows["values"].float()).scatter_(1, target, -math.inf)
+    others = dense.logsumexp(1, keepdim=True)
+    return dense.scatter_(1, target, torch.where(others == -math.inf, 0, rows["log_odds"][:, None] + others))

@@ -1,0 +1,5 @@
+"""DistillationTrainer and its parts."""
+
+from .trainer import DistillationTrainer
+
+__all__ = ["DistillationTrainer"]

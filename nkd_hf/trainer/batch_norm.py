@@ -1,0 +1,114 @@
+"""BatchNorm: statistics estimated before an evaluation ("precise BN", as pycls and the official RegNet configs do), and the
+batch of one image that it cannot train on."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+
+from ..data.image_datasets import StreamingImageDataset
+from ..data.sampler import EpochDataset, EpochSampler
+from ..data.seeding import seeded
+
+
+def estimate_batch_norm(
+    model: nn.Module,
+    dataset: Dataset | IterableDataset,
+    num_images: int,
+    accelerator: Accelerator,
+    *,
+    key: tuple[int, int],
+    batch_size: int,
+    collate_fn: Callable,
+    num_workers: int = 0,
+) -> None:
+    """Replaces running means and variances by the plain average of those of fresh training batches, over all processes.
+
+    Nothing else changes: parameters, mode and random states are left as they are.
+
+    Args:
+        model (`nn.Module`): its forward takes `pixel_values` [B, 3, H, W]. Without BatchNorm nothing happens.
+        dataset: training samples; of a stream the first ones are taken.
+        num_images (`int`): how many images, all processes together; at least one batch a process.
+        accelerator (`Accelerator`)
+        key (`tuple[int, int]`): seed and step, of which the choice of images is a function.
+        batch_size (`int`): per process.
+        collate_fn: samples -> a dict with `pixel_values`.
+        num_workers (`int`): of the data loader.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    if isinstance(dataset, StreamingImageDataset):
+        dataset, sampler = dataset.for_process(rank, world_size), None
+    elif isinstance(dataset, IterableDataset):
+        dataset = IterableDatasetShard(dataset, batch_size, num_processes=world_size, process_index=rank)
+        sampler = None
+    else:
+        order = EpochSampler(len(dataset), key[0])
+        order.set_epoch(key[1])
+        pairs = itertools.islice(order, rank, None, world_size)
+        sampler = list(pairs) if isinstance(dataset, EpochDataset) else [index for _, index in pairs]
+    loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers)
+    num_batches = max(1, num_images // (batch_size * world_size))
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    # Drop path and the loader draw random numbers, which those of training must not depend on.
+    with seeded(*key), torch.random.fork_rng(devices), accelerator.autocast():
+        pixels = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
+        update_bn(pixels, model, device=accelerator.device)
+    if world_size > 1:
+        for norm in norms:
+            norm.running_mean.copy_(accelerator.reduce(norm.running_mean, "mean"))
+            norm.running_var.copy_(accelerator.reduce(norm.running_var, "mean"))
+
+
+def wants_more_values(error: ValueError) -> bool:
+    """Whether BatchNorm raised an error because a channel had one value, which has no variance."""
+    return "more than 1 value per channel" in str(error)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a module normalises by the statistics of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def smallest_batch(loader: DataLoader, num_devices: int = 1) -> int | None:
+    """How many images the smallest batch of an epoch has on a device, over all processes.
+
+    Args:
+        loader: as accelerate returns it, or any other.
+        num_devices: among which `DataParallel` divides each batch.
+
+    Returns:
+        The number, or None where the loader doesn't tell: a stream, or batches of a sampler of its own.
+    """
+    batches = None if isinstance(loader.dataset, IterableDataset) else loader.batch_sampler
+    sizes = _batch_sizes(batches)
+    # DataParallel gives each device the same number, rounded up, and the last one what is left.
+    return min((_smallest_chunk(size, num_devices) for size in sizes), default=None)
+
+
+def _batch_sizes(batches: BatchSampler | BatchSamplerShard | None) -> set[int]:
+    inner = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+    if type(inner) is not BatchSampler:
+        return set()
+    num_images, size, rest = len(inner.sampler), inner.batch_size, len(inner.sampler) % inner.batch_size
+    rest = 0 if inner.drop_last else rest
+    if not isinstance(batches, BatchSamplerShard):
+        return {size} & {min(size, num_images)} | ({rest} if rest else set())
+    share = size // batches.num_processes if batches.split_batches else size
+    if batches.even_batches or not rest:  # filled up with the first images
+        return {share}
+    return {share, rest % share or share} if batches.split_batches else {share, rest}
+
+
+def _smallest_chunk(size: int, num_devices: int) -> int:
+    chunk = math.ceil(size / num_devices)
+    return size - chunk * (math.ceil(size / chunk) - 1)

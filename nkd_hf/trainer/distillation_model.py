@@ -1,0 +1,358 @@
+"""The module that is trained: a student and whatever its losses train."""
+
+import copy
+import inspect
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import safetensors.torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput
+
+from ..losses.checks import check_labels
+from ..models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
+from ..models.labels import check_class_order
+from ..models.outputs import check_inputs, read_logits
+from ..models.saving import rename_keys, save_student
+
+# What a loss can ask for, by the names of its forward's arguments.
+_LOSS_INPUTS = {
+    "student_logits", "teacher_logits", "labels", "label_smoothing", "token_grid",
+    *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD,
+}  # fmt: skip
+# As in torch.nn.functional.cross_entropy: the label of an image that has none.
+IGNORE_INDEX = -100
+_STACKS = (nn.Sequential, nn.ModuleList)
+# Public attributes of a student that DistillationModel does not lend: Trainer would not move a model with a device map, so that
+# the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
+_NOT_LENT = {"hf_device_map", "push_to_hub"}
+_LOSSES_FILE = "distillation_losses.safetensors"
+# Of a checkpoint with a moving average, whose model.safetensors is the average.
+_UNAVERAGED_FILE = "unaveraged_student.safetensors"
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """The output of a training step's forward pass.
+
+    Args:
+        logits (`Tensor`): [B, C] of the student.
+        losses (`dict[str, Tensor]`): scalars by name, `task` (weighted cross-entropy) first.
+    """
+
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+class DistillationModel(nn.Module):
+    """A student and the losses that train it, as one module.
+
+    What a loss trains (USKD's auxiliary head) must be in the module that `Trainer` trains: its `zero_grad`, gradient
+    clipping, DDP / FSDP and checkpoints cover that module alone. The teacher is not in it.
+
+    The module lends the student's public attributes: `config`, `device`, `dtype`, `get_input_embeddings` and submodules such
+    as `classifier` read as they do on the student. The names of its parameters begin with `student.`.
+
+    Args:
+        student (`PreTrainedModel`): any `*ForImageClassification`.
+        losses (`dict[str, nn.Module]`): each maps some of `student_logits` [B, C], `teacher_logits` [B, C], `labels`,
+            `mid_feature` [B, D] or [B, N, D], and the patch tokens `student_low`, `teacher_low` [B, 2, P, D],
+            `student_high` and `teacher_high` [B, P, D], the feature maps `student_map` and `teacher_map` [B, D, H, W], and
+            the teacher's classifier `teacher_head_weight` [C, D] and `teacher_head_bias` [C], asked for by the names of its
+            forward's arguments, to a dict of weighted components. `token_grid` is the height and width, in patches, of the
+            images that the student's patch tokens come from. A loss that asks for `label_smoothing` is given it, and
+            adds the task loss to its components as `task`, or None where there is a task loss already. The task loss is
+            multiplied with the `task_weight` of each loss that has one (KD's is `1 - alpha`).
+        feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
+        label_smoothing (`float`, defaults to 0.0): of the task loss.
+        ema_decay (`float`, *optional*): of a moving average of the student's weights, which is evaluated and saved.
+
+    Raises:
+        ValueError: a loss asks for something else, or for a feature that is not known for this student.
+    """
+
+    # Trainer would count the labels of a batch for a forward that takes **kwargs.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        losses: dict[str, nn.Module],
+        feature_layer: str | None = None,
+        label_smoothing: float = 0.0,
+        ema_decay: float | None = None,
+    ):
+        super().__init__()
+        check_inputs(student, "the student")
+        self.student = student
+        # Made before a hook is on the student, which would be copied too. Buffers are copied, not averaged, as in mmengine.
+        self.average = None if ema_decay is None else ModelEmaV3(student, ema_decay, exclude_buffers=True)
+        if self.average is not None:
+            self.average.requires_grad_(False)
+        self.losses = nn.ModuleDict(losses)
+        self.label_smoothing = label_smoothing
+        # Of two losses that have a say in it, each takes its share.
+        self.task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in losses.values())
+        self._inputs = {name: list(inspect.signature(loss.forward).parameters) for name, loss in losses.items()}
+        for name, inputs in self._inputs.items():
+            if unknown := set(inputs) - _LOSS_INPUTS:
+                raise ValueError(
+                    f"the forward of distillation loss {name!r} asks for {sorted(unknown)}: "
+                    f"name its arguments from {sorted(_LOSS_INPUTS)}"
+                )
+        if feature_layer is not None and not self.needs("mid_feature"):
+            raise ValueError(f"feature_layer={feature_layer!r} is read by no distillation loss: leave it out")
+        self.taps = {
+            name: FeatureTap(student, feature_layer if name == "mid_feature" else None, kind)
+            for name, kind in STUDENT_FEATURES.items()
+            if self.needs(name)
+        }
+        # The features are for the losses: other calls of the student keep none.
+        for tap in self.taps.values():
+            tap.listen(False)
+        # FSDP shards these blocks one by one.
+        self._no_split_modules = _block_classes(student)
+        self.columns, self._takes_options = _forward_columns(student)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None or name.startswith("_") or name in _NOT_LENT:
+                raise
+            return getattr(student, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        student = self.__dict__.get("_modules", {}).get("student")
+        # A head that is replaced (`trainer.model.classifier = ...`) would otherwise be a module beside the student.
+        if isinstance(value, nn.Module) and student is not None and name in student._modules:
+            setattr(student, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def needs(self, name: str, of: str | None = None) -> bool:
+        """Whether a loss, or the one of that name, asks for this input."""
+        return any(name in inputs for loss, inputs in self._inputs.items() if of in (None, loss))
+
+    @property
+    def tap(self) -> FeatureTap | None:
+        """Where `mid_feature` is read."""
+        return self.taps.get("mid_feature")
+
+    @property
+    def teacher_inputs(self) -> list[str]:
+        """What the losses ask of a teacher: none of it, and there must be no teacher."""
+        return [name for name in ("teacher_logits", *TEACHER_FEATURES, *TEACHER_HEAD) if self.needs(name)]
+
+    def select_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the columns of a batch that the student's forward names."""
+        return {name: inputs[name] for name in self.columns if name in inputs}
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        teacher_outputs: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Runs the student once and, for training, its losses.
+
+        The labels are never passed to the student: rows [B, C] would turn it to binary cross-entropy for good.
+
+        Args:
+            pixel_values (`Tensor`): [B, 3, H, W] float.
+            labels (`Tensor`, *optional*): [B] int64 class indices, or [B, C] float rows that sum to 1.
+            teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
+                `teacher_logits` [B, C] float. The dict, which may be empty, asks for the losses, and needs labels.
+            **kwargs: what the student's forward takes, such as `interpolate_pos_encoding` or `output_hidden_states`. Other
+                columns of a batch (`index`, `position`, `path`, ...) are ignored.
+
+        Returns:
+            `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]; without, what the student returns, in evaluation
+            mode the averaged one where there is an average, and with labels its `loss`: the cross-entropy, in training mode
+            with the label smoothing.
+        """
+        options = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+        columns = self.select_columns(kwargs) | (options if self._takes_options else {})
+        if teacher_outputs is not None:
+            return self._training_output(pixel_values, labels, teacher_outputs, columns)
+        output = _run(self.student if self.training else self.evaluated_student, pixel_values, columns)
+        if labels is None:
+            return output
+        loss = _cross_entropy(output.logits, labels, self.label_smoothing if self.training else 0.0)
+        return output if loss is None else _with_loss(output, loss)
+
+    def _training_output(
+        self, pixel_values: Tensor, labels: Tensor, teacher_outputs: dict[str, Tensor], columns: dict[str, Any]
+    ) -> DistillationOutput:
+        for tap in self.taps.values():
+            tap.listen()
+        output = _run(self.student, pixel_values, columns)
+        logits = read_logits(output, "the student", len(pixel_values), self.student.config.num_labels)
+        # Once for all losses, those of one's own and the task loss among them, which ignores the index of unlabelled images.
+        check_labels(labels, logits.shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
+        if not labels.is_floating_point():
+            labels = labels.long()
+        available = {"student_logits": logits, "labels": labels, **teacher_outputs}
+        for name, tap in self.taps.items():
+            available[name] = tap.take()
+            tap.listen(False)
+        available["token_grid"] = next((tap.grid for tap in self.taps.values() if tap.grid is not None), None)
+        losses = {"task": None}  # the first, whoever computes it
+        for name, loss in self.losses.items():
+            # The first loss that asks for the label smoothing shares the softmax it takes with the task loss.
+            available["label_smoothing"] = self.label_smoothing if losses["task"] is None else None
+            components = loss(**{key: available[key] for key in self._inputs[name]})
+            if "label_smoothing" in self._inputs[name] and losses["task"] is None:
+                losses["task"] = components.pop("task")
+            for component, value in components.items():
+                losses[component if component not in losses else f"{name}_{component}"] = value
+        if losses["task"] is None:
+            losses["task"] = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        if self.task_weight != 1:
+            losses["task"] = self.task_weight * losses["task"]
+        return DistillationOutput(logits=logits, losses=losses)
+
+    @property
+    def evaluated_student(self) -> PreTrainedModel:
+        """The student that is evaluated and saved: the averaged one, where there is an average."""
+        return self.student if self.average is None else self.average.module
+
+    def update_average(self, step: int) -> None:
+        """Moves the average towards the student after an optimiser step, of which `step` were made before.
+
+        As in mmengine, the first step's weights are taken as they are.
+        """
+        self.average.update(self.student, step=step + 1)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Writes the student alone, with `ema_decay` the averaged one, as [`save_student`] does.
+
+        Args:
+            save_directory: the folder.
+            state_dict: of this module, gathered when it is sharded.
+            **kwargs: those of `PreTrainedModel.save_pretrained`.
+        """
+        if state_dict is not None:
+            state_dict = rename_keys("student." if self.average is None else "average.module.", state_dict)
+        save_student(self.evaluated_student, str(save_directory), state_dict, **kwargs)
+
+    def save(self, folder: str, state_dict: dict[str, Tensor], with_losses: bool) -> None:
+        """Writes the student and, into a checkpoint, what the losses train.
+
+        Args:
+            folder: of the student, as [`save_student`] writes it.
+            state_dict: of this module, gathered when it is sharded.
+            with_losses: whether the folder is a checkpoint.
+        """
+        self.save_pretrained(folder, state_dict)
+        if with_losses:
+            _save_tensors(rename_keys("losses.", state_dict), os.path.join(folder, _LOSSES_FILE))
+            if self.average is not None:
+                _save_tensors(rename_keys("student.", state_dict), os.path.join(folder, _UNAVERAGED_FILE))
+
+    def load(self, folder: str) -> None:
+        """Reads student, losses and the moving average from a checkpoint.
+
+        Raises:
+            ValueError: the folder is no checkpoint of this student with these losses and settings, or the student's
+                classes stood in another order.
+        """
+        # Through from_pretrained, which turns the keys of the file into those of the installed version. The checkpoint may
+        # come from anywhere: neither a pickle in it is read nor its config.json.
+        if os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
+            # With peft, from_pretrained would read the weights of the model that the file names.
+            raise ValueError(f"a checkpoint must hold no {ADAPTER_CONFIG_NAME}, got one in {folder}. Remove the file")
+        check_class_order(folder, self.config.id2label)
+        saved, report = type(self.student).from_pretrained(
+            folder, config=copy.deepcopy(self.student.config), use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        if wrong := [f"{kind}: {', '.join(map(str, keys))}" for kind, keys in report.items() if keys]:
+            raise ValueError(f"{folder} was saved by another student: {'; '.join(wrong)}")
+        saved = saved.state_dict()
+        if self.average is None and os.path.isfile(os.path.join(folder, _UNAVERAGED_FILE)):
+            raise ValueError(f"{folder} was saved with ema_decay: set it as it was then")
+        try:
+            self.evaluated_student.load_state_dict(saved)
+            if self.average is not None:
+                self.student.load_state_dict(_load_tensors(folder, _UNAVERAGED_FILE, "ema_decay"))
+            if self.losses.state_dict():
+                self.losses.load_state_dict(_load_tensors(folder, _LOSSES_FILE, "the losses that are set now"))
+        except RuntimeError as error:
+            raise ValueError(f"{folder} was saved by another student or other losses: {error}") from error
+
+
+def _forward_columns(student: PreTrainedModel) -> tuple[list[str], bool]:
+    """The arguments that the student's forward names beside pixels and labels, and whether it takes others of transformers."""
+    parameters = inspect.signature(student.forward).parameters.values()
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    # The output is a ModelOutput whatever the batch says.
+    return [name for name in named if name not in ("pixel_values", "labels", "return_dict")], open_ended
+
+
+def _run(student: PreTrainedModel, pixel_values: Tensor, columns: dict[str, Any]) -> ModelOutput:
+    output = student(pixel_values, **columns)
+    # With return_dict=False in its configuration a student returns a tuple.
+    return ImageClassifierOutput(logits=output[0]) if isinstance(output, tuple) else output
+
+
+def _with_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
+    """The output with the loss in its first place."""
+    if "loss" in {field.name for field in fields(output)}:
+        return type(output)(**{**output, "loss": loss})
+    others = {name: output[name] for name in ("hidden_states", "attentions") if name in output}
+    return ImageClassifierOutput(loss=loss, logits=output.logits, **others)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor | None:
+    """None for labels that are neither class indices nor rows of probabilities, of which a loss of one's own may be made."""
+    if labels.is_floating_point() and labels.shape != logits.shape:
+        return None
+    if not labels.is_floating_point():
+        if labels.shape != logits.shape[:1]:
+            return None
+        labels = labels.long()
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def _block_classes(student: PreTrainedModel) -> set[str]:
+    """The names of the classes whose modules FSDP shards one by one; without any, the student is sharded as one."""
+    if isinstance(student, TimmWrapperForImageClassification):
+        # Its own name is that of a class which no classifier holds, and FSDP stops at that.
+        return _stacked_classes(student.timm_model)
+    return set(student._no_split_modules or ()) & {type(module).__name__ for module in student.modules()}
+
+
+def _stacked_classes(module: nn.Module) -> set[str]:
+    """The classes of the outermost modules with parts of their own that are stacked in a list."""
+    classes = set()
+    for part in module.children():
+        if isinstance(module, _STACKS) and not isinstance(part, _STACKS) and any(part.children()):
+            classes.add(type(part).__name__)
+        else:
+            classes |= _stacked_classes(part)
+    return classes
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    if tensors:
+        tensors = {key: value.contiguous() for key, value in tensors.items()}
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _load_tensors(folder: str, file: str, wanted: str) -> dict[str, Tensor]:
+    path = os.path.join(folder, file)
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} has no {file}: it was saved without {wanted}")
+    return safetensors.torch.load_file(path)

@@ -1,0 +1,164 @@
+"""A loss that is not finite: found without waiting for the device, and said with what is known of its step."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _MicroBatch:
+    step: int
+    learning_rate: float
+    losses: dict[str, Tensor]
+    # [B], not finite where a row of the logits is not; None where they are not known.
+    student_rows: Tensor | None
+    teacher_rows: Tensor | None
+    index: Tensor | None
+    grad_norm: Tensor | float | None = None
+
+
+class LossWatch:
+    """Looks after the losses of the steps whose results have not come back from the device yet.
+
+    Args:
+        world_size: number of processes that train together.
+
+    Example:
+
+    ```python
+    >>> watch = LossWatch()
+    >>> logits = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    >>> watch.add(7, 0.1, {"task": logits.mean()}, logits, None, torch.tensor([4, 2]))
+    >>> watch.close_step(grad_norm=float("nan"), scaled=False)
+    >>> print(watch.fault())
+    the loss of step 7 is not finite (task=nan, learning_rate=0.1, grad_norm=nan). The student's logits are not finite \
+for 1 of 2 samples (2): it diverges; lower learning_rate, warm up for longer, or clip with max_grad_norm. \
+Samples of the batch, by their index in the data: 4, 2
+
+    ```
+    """
+
+    def __init__(self, world_size: int = 1):
+        self._world_size = world_size
+        self._open: list[_MicroBatch] = []
+        self._closed: list[tuple[list[_MicroBatch], Tensor, torch.cuda.Event | None]] = []
+
+    def add(
+        self,
+        step: int,
+        learning_rate: float,
+        losses: Mapping[str, Tensor],
+        student_logits: Tensor | None,
+        teacher_logits: Tensor | None,
+        index: Tensor | None,
+    ) -> None:
+        """Takes the scalars `losses`, and the logits [B, C] and samples' `index` [B] if they are known, of a micro-batch."""
+        # A sum is finite if all of its row is; one read, and [B] is all that is kept.
+        rows = [
+            None if logits is None else logits.detach().sum(-1, dtype=torch.float32)
+            for logits in (student_logits, teacher_logits)
+        ]
+        losses = {name: value.detach() for name, value in losses.items()}
+        self._open.append(_MicroBatch(step, learning_rate, losses, *rows, index))
+
+    def close_step(self, grad_norm: Tensor | float | None, scaled: bool) -> None:
+        """Ends an optimiser step.
+
+        Args:
+            grad_norm: of all processes together.
+            scaled: whether the gradients are scaled (fp16), where infinite ones are in order.
+        """
+        if not self._open:
+            return
+        values = [value for batch in self._open for value in batch.losses.values()]
+        if grad_norm is not None and not scaled:
+            values.append(torch.as_tensor(grad_norm, device=values[0].device))
+        finite, event = torch.stack([value.float() for value in values]).isfinite().all(), None
+        if finite.is_cuda:
+            finite, event = (
+                torch.empty_like(finite, device="cpu", pin_memory=True).copy_(finite, non_blocking=True),
+                (torch.cuda.Event()),
+            )
+            event.record()
+        for batch in self._open:
+            batch.grad_norm = grad_norm
+        self._closed.append((self._open, finite, event))
+        self._open = []
+
+    def fault(self, wait: bool = False) -> str | None:
+        """What is to be said of the first step that is not finite, of those whose result is there.
+
+        Args:
+            wait: whether to wait for the results of all steps.
+        """
+        while self._closed:
+            batches, finite, event = self._closed[0]
+            if event is not None:
+                if wait:
+                    event.synchronize()
+                if not event.query():
+                    return None
+            self._closed.pop(0)
+            if not finite:
+                return _message(batches, self._world_size)
+        return None
+
+
+def _message(batches: list[_MicroBatch], world_size: int) -> str:
+    bad = [batch for batch in batches if not all(math.isfinite(value) for value in _numbers(batch.losses.values()))]
+    batch = bad[0] if bad else batches[-1]
+    known = dict(zip(batch.losses, _numbers(batch.losses.values()), strict=True))
+    known["learning_rate"] = batch.learning_rate
+    if batch.grad_norm is not None:
+        known["grad_norm"] = float(batch.grad_norm)
+    what = "loss" if bad else "gradient norm"
+    parts = [
+        f"the {what} of step {batch.step} is not finite ({', '.join(f'{name}={value:g}' for name, value in known.items())})"
+    ]
+    if bad:
+        parts.append(_cause(batch))
+    elif world_size > 1:
+        parts.append("The losses of this process are finite: another process says why, if one has another")
+    else:
+        parts.append(
+            "The loss is finite, so that its gradient overflows: look for a root, a logarithm or a division near 0 in it"
+        )
+    if batch.index is not None:
+        parts.append(f"Samples of the batch, by their index in the data: {', '.join(map(str, batch.index.tolist()))}")
+    return ". ".join(parts)
+
+
+def _cause(batch: _MicroBatch) -> str:
+    if batch.student_rows is None:
+        return "compute_loss gave it, and of what, it does not tell"
+    student = ~batch.student_rows.isfinite()
+    teacher = torch.zeros_like(student) if batch.teacher_rows is None else ~batch.teacher_rows.isfinite()
+    if teacher.any() and student.any():
+        return (
+            f"Neither the teacher's logits nor the student's are finite, for {_count(teacher, batch)} and "
+            f"{_count(student, batch)}: look at these images, and whether their pixel values are finite"
+        )
+    if teacher.any():
+        return (
+            f"The teacher's logits are not finite for {_count(teacher, batch)}, while the student's are: check the "
+            "teacher's weights, and its precision (fp16 overflows where bf16 and float32 do not)"
+        )
+    if student.any():
+        of_teacher = "" if batch.teacher_rows is None else ", while the teacher's are"
+        return (
+            f"The student's logits are not finite for {_count(student, batch)}{of_teacher}: it diverges; lower "
+            "learning_rate, warm up for longer, or clip with max_grad_norm"
+        )
+    return "The logits are finite, so that the loss itself overflows: lower its weight or its temperature"
+
+
+def _count(rows: Tensor, batch: _MicroBatch) -> str:
+    which = "" if batch.index is None else f" ({', '.join(map(str, batch.index[rows].tolist()))})"
+    return f"{int(rows.sum())} of {len(rows)} samples{which}"
+
+
+def _numbers(values) -> list[float]:
+    return [float(value) for value in values]
