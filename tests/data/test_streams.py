@@ -21,7 +21,7 @@ from nkd_hf import (
     RecipeArguments,
     load_image_dataset,
 )
-from nkd_hf.data import image_datasets as images
+from nkd_hf.data import decoding
 from nkd_hf.data.image_datasets import StreamingImageDataset
 from nkd_hf.recipe.run_folder import settings_of
 
@@ -109,7 +109,7 @@ def without_a_label(row: dict, number: int) -> dict:
 def work(folder: Path) -> None:
     """What the processes of the test below do."""
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-    collator, rows, decoded, read = ImageCollator(10, mixup_alpha=0.8), [], [], images.read_sample
+    collator, rows, decoded, read = ImageCollator(10, mixup_alpha=0.8), [], [], decoding.read_sample
 
     def collate(samples: list[dict]) -> dict:
         rows.append([(sample["epoch"], sample["index"]) for sample in samples])
@@ -128,12 +128,12 @@ def work(folder: Path) -> None:
         trainer.train(**kwargs)
         return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
-    images.read_sample = counted
+    decoding.read_sample = counted
     whole = run()
     result = {"rows": gather_object([rows]), "decoded": gather_object([len(decoded)])}
     resumed = run(resume_from_checkpoint=str(folder / "checkpoint-10"))
     result["equal"] = gather_object([all(torch.equal(whole[name], resumed[name]) for name in whole)])
-    images.read_sample = read
+    decoding.read_sample = read
 
     # A batch that the processes split is the global one, and scales the rate.
     rows = []

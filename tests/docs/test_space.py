@@ -28,7 +28,7 @@ from tiny import digits, native_resnet, native_vit, timm_cnn, timm_deit
 from transformers import ViTImageProcessor, pipeline
 
 from nkd_hf import create_student, load_image_processor
-from nkd_hf.data import image_datasets as images
+from nkd_hf.data import decoding as images
 
 SPACE = Path(__file__).parents[2] / "recipes" / "space"
 # gradio wants an older pillow than the other tests run with; `make test` makes this environment.

@@ -250,14 +250,14 @@ def test_a_card_edited_in_the_same_second_is_kept(hub, student, monkeypatch):
     push_student(student, "me/student")
     repo = hub.repos["models/me/student"]
     (student / "training_args.yaml").write_text("seed: 1\n")
-    read_card = hub_module._read_card
+    read_card = hub_module.read_card
 
     def read_then_edit(*args):
         card = read_card(*args)
         repo.add({"README.md": EDITED})
         return card
 
-    monkeypatch.setattr(hub_module, "_read_card", read_then_edit)
+    monkeypatch.setattr(hub_module, "read_card", read_then_edit)
     with pytest.raises(PushError, match=r"somebody else changed the repo at the same time \(412: A commit has happ"):
         push_student(student, "me/student")
     assert repo.files()["README.md"].decode() == EDITED
@@ -291,7 +291,7 @@ def test_server_error_loses_nothing(hub, student, capsys, step):
 @pytest.mark.parametrize("step", ["create", "put", "commit"])
 def test_time_out_and_lost_connection(hub, student, monkeypatch, step):
     repo = hub.create("me/student")
-    monkeypatch.setattr(hub_module, "_TIMEOUT", 0.2)
+    monkeypatch.setattr("nkd_hf.hub.failures._TIMEOUT", 0.2)
     for kind, words in (
         ("hang", "time-out: http://127.0.0.1:[0-9]+ was silent"),
         ("drop", "no connection to http://"),

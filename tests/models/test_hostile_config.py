@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import resource
 import signal
@@ -106,7 +107,8 @@ def results(tmp_path_factory):
     for name, (settings, _) in PROCESSORS.items():
         write(root / name, RESNET, {})
         change(root / name / "preprocessor_config.json", settings)
-    done = subprocess.run([sys.executable, __file__, str(root)], capture_output=True, text=True)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, __file__, str(root)], capture_output=True, text=True, env=paths)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -116,7 +116,7 @@ def test_the_handler_is_gone_after_training(tmp_path):
 def test_a_second_signal_ends_the_process():
     code = """
 import os, signal
-from nkd_hf.sigterm import Sigterm
+from nkd_hf.trainer.sigterm import Sigterm
 with Sigterm(1):
     os.kill(os.getpid(), signal.SIGTERM)
     print("noted", flush=True)
