@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .hub.model_card import CardInfo
     from .hub.push import push_student
     from .losses import (
+        DistillationLoss,
         DISTLoss,
         DKDLoss,
         KDLoss,
@@ -55,6 +56,7 @@ _NAMES = {
     ),
     "metrics": ("TopKAccuracy",),
     "losses": (
+        "DistillationLoss",
         "DISTLoss",
         "DKDLoss",
         "KDLoss",

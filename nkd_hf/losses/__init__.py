@@ -1,11 +1,12 @@
-"""Distillation losses: for each a module that stores its scalars and what it trains, and a pure function.
+"""Distillation losses: each is a file with its formula, its paper, what it needs and the name that a recipe calls it.
 
-MGD, SRRL and ViTKD, which compute with trained parts from end to end, are modules alone.
-
-They need torch alone. A function takes student tensors, teacher tensors, labels; hyper-parameters are keyword-only. A
-module returns its weighted components by name; their sum is the loss.
+A loss is a module, a subclass of `DistillationLoss`: it stores its hyper-parameters and what it trains, and returns its
+weighted components by name; their sum is the loss. All but MGD, SRRL and ViTKD, which compute with trained parts from end
+to end, are pure functions too: a function takes student tensors, teacher tensors and labels, its hyper-parameters are
+keyword-only, and it documents the arguments of both. The losses need torch alone.
 """
 
+from .base import DistillationLoss
 from .dist import DISTLoss, dist_loss
 from .dkd import DKDLoss, dkd_loss
 from .kd import KDLoss, kd_loss
@@ -20,6 +21,7 @@ from .wttm import WTTMLoss, wttm_loss
 __all__ = [
     "DISTLoss",
     "DKDLoss",
+    "DistillationLoss",
     "KDLoss",
     "MGDLoss",
     "NKDLoss",

@@ -30,17 +30,6 @@ def check_maps(
             raise ValueError(f"{name}_map must be of a float dtype, got {feature_map.dtype}: hand in a layer's output")
 
 
-def check_map_sizes(student_size: tuple[int, int], teacher_size: tuple[int, int]) -> None:
-    """ValueError unless heights and widths are equal."""
-    if tuple(student_size) != tuple(teacher_size):
-        (student_height, student_width), (teacher_height, teacher_width) = student_size, teacher_size
-        raise ValueError(
-            f"MGD's student map is {student_height}x{student_width}, the teacher's {teacher_height}x{teacher_width}: it "
-            "compares them place by place, so choose a teacher whose image size / stride is the student's, or a loss that "
-            "pools them (SRRL)"
-        )
-
-
 def compute_dtype(student_logits: Tensor) -> torch.dtype:
     """float32 for half precisions, the logits' own dtype otherwise."""
     return torch.promote_types(student_logits.dtype, torch.float32)

@@ -1,7 +1,8 @@
 """DIST: relations among the predictions in place of the predictions themselves."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .base import DistillationLoss
 from .checks import check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
@@ -48,15 +49,10 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 1
     return sum(_components(student_logits, teacher_logits, beta, gamma))
 
 
-class DISTLoss(nn.Module):
+class DISTLoss(DistillationLoss):
     """[`dist_loss`] as a module that returns its two components by name; their sum is the loss.
 
-    Args:
-        beta: weight of the inter-class relation, >= 0.
-        gamma: weight of the intra-class relation, >= 0.
-
-    Raises:
-        ValueError: beta or gamma out of range; from the call, what `dist_loss` raises.
+    Its arguments, and what it raises, are those of [`dist_loss`].
 
     Example:
         >>> import torch
@@ -68,6 +64,15 @@ class DISTLoss(nn.Module):
         ['dist_inter_class', 'dist_intra_class']
     """
 
+    name = "DIST"
+    paper = "https://arxiv.org/abs/2205.10536"
+    citation = """@inproceedings{huang2022knowledge,
+  title     = {Knowledge Distillation from A Stronger Teacher},
+  author    = {Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},
+  booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
+  year      = {2022}
+}"""
+
     def __init__(self, beta: float = 1.0, gamma: float = 1.0):
         super().__init__()
         check_scalar("beta", beta)
@@ -76,7 +81,7 @@ class DISTLoss(nn.Module):
         self.gamma = gamma
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        """Weighted components, each a scalar; the arguments are those of [`dist_loss`]."""
+        """Returns the weighted components."""
         inter_class, intra_class = _components(student_logits, teacher_logits, self.beta, self.gamma)
         return {"dist_inter_class": inter_class, "dist_intra_class": intra_class}
 

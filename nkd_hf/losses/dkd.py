@@ -4,8 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .base import DistillationLoss
 from .checks import check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
@@ -63,16 +64,10 @@ def dkd_loss(
     return sum(_components(student_logits, teacher_logits, labels, alpha, beta, temperature))
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(DistillationLoss):
     """[`dkd_loss`] as a module that returns its two components by name; their sum is the loss.
 
-    Args:
-        alpha: weight of the target term, >= 0.
-        beta: weight of the non-target term, >= 0.
-        temperature: of all softmaxes, > 0.
-
-    Raises:
-        ValueError: alpha, beta or temperature out of range; from the call, what `dkd_loss` raises.
+    Its arguments, and what it raises, are those of [`dkd_loss`].
 
     Example:
         >>> import torch
@@ -84,6 +79,15 @@ class DKDLoss(nn.Module):
         ['dkd_target', 'dkd_non_target']
     """
 
+    name = "DKD"
+    paper = "https://arxiv.org/abs/2203.08679"
+    citation = """@inproceedings{zhao2022decoupled,
+  title     = {Decoupled Knowledge Distillation},
+  author    = {Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2022}
+}"""
+
     def __init__(self, alpha: float = 1.0, beta: float = 6.0, temperature: float = 4.0):
         super().__init__()
         check_scalar("alpha", alpha)
@@ -94,7 +98,7 @@ class DKDLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Weighted components, each a scalar; the arguments are those of [`dkd_loss`]."""
+        """Returns the weighted components."""
         target_term, non_target_term = _components(
             student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature
         )

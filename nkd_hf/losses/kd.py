@@ -1,7 +1,8 @@
 """KD: the classic knowledge distillation, soft labels at a raised temperature."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .base import DistillationLoss
 from .checks import check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
@@ -54,16 +55,11 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.
     return alpha * temperature**2 * cross_entropy
 
 
-class KDLoss(nn.Module):
+class KDLoss(DistillationLoss):
     """[`kd_loss`] as a module that returns its one component by name.
 
-    Args:
-        alpha: weight of the term, 0 <= alpha <= 1; `1 - alpha` is `task_weight`, with which the trainer multiplies the
-            task loss, whatever other losses are added to this one.
-        temperature: of both softmaxes, > 0.
-
-    Raises:
-        ValueError: alpha or temperature out of range; from the call, what `kd_loss` raises.
+    Its arguments, and what it raises, are those of [`kd_loss`]. `1 - alpha` is its `task_weight`, with which the trainer
+    multiplies the task loss, whatever other losses are added to this one.
 
     Example:
         >>> import torch
@@ -76,6 +72,15 @@ class KDLoss(nn.Module):
         >>> list(distillation_loss(torch.zeros(2, 10), torch.zeros(2, 10)))
         ['kd']
     """
+
+    name = "KD"
+    paper = "https://arxiv.org/abs/1503.02531"
+    citation = """@article{hinton2015distilling,
+  title   = {Distilling the Knowledge in a Neural Network},
+  author  = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
+  journal = {arXiv preprint arXiv:1503.02531},
+  year    = {2015}
+}"""
 
     def __init__(self, alpha: float = 0.5, temperature: float = 4.0):
         super().__init__()
@@ -90,7 +95,7 @@ class KDLoss(nn.Module):
         return 1 - self.alpha
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        """Weighted component, a scalar; the arguments are those of [`kd_loss`]."""
+        """Returns the weighted component."""
         return {"kd": kd_loss(student_logits, teacher_logits, alpha=self.alpha, temperature=self.temperature)}
 
     def extra_repr(self) -> str:

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_count, check_map_sizes, check_maps, check_scalar, compute_dtype
+from .base import DistillationLoss
+from .checks import check_count, check_maps, check_scalar, compute_dtype
 
 
-class MGDLoss(nn.Module):
+class MGDLoss(DistillationLoss):
     r"""MGD of "Masked Generative Distillation" (ECCV 2022, https://arxiv.org/abs/2205.01529), for classification.
 
     Some channels of the student's last feature map are masked, and two convolutions must generate the teacher's map, all
@@ -43,6 +44,15 @@ class MGDLoss(nn.Module):
         ['mgd']
     """
 
+    name = "MGD"
+    paper = "https://arxiv.org/abs/2205.01529"
+    citation = """@inproceedings{yang2022masked,
+  title     = {Masked Generative Distillation},
+  author    = {Yang, Zhendong and Li, Zhe and Shao, Mingqi and Shi, Dachuan and Yuan, Zehuan and Yuan, Chun},
+  booktitle = {Proceedings of the European Conference on Computer Vision (ECCV)},
+  year      = {2022}
+}"""
+
     def __init__(self, student_channels: int, teacher_channels: int, alpha: float = 7e-5, mask_ratio: float = 0.15):
         super().__init__()
         for name, channels in (("student_channels", student_channels), ("teacher_channels", teacher_channels)):
@@ -63,6 +73,17 @@ class MGDLoss(nn.Module):
             nn.Conv2d(teacher_channels, teacher_channels, kernel_size=3, padding=1),
         )
 
+    @staticmethod
+    def check_map_sizes(student_size: tuple[int, int], teacher_size: tuple[int, int]) -> None:
+        """ValueError unless heights and widths are equal."""
+        if tuple(student_size) != tuple(teacher_size):
+            (student_height, student_width), (teacher_height, teacher_width) = student_size, teacher_size
+            raise ValueError(
+                f"MGD's student map is {student_height}x{student_width}, the teacher's {teacher_height}x{teacher_width}: it "
+                "compares them place by place, so choose a teacher whose image size / stride is the student's, or a loss that "
+                "pools them (SRRL)"
+            )
+
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> dict[str, Tensor]:
         """Weighted component, a scalar: float64 for a float64 map, otherwise float32, autocast or not.
 
@@ -71,7 +92,7 @@ class MGDLoss(nn.Module):
             teacher_map: [B, teacher_channels, H, W] float; gets no gradient.
         """
         check_maps(student_map, teacher_map, self.student_channels, self.teacher_channels, "MGDLoss")
-        check_map_sizes(student_map.shape[2:], teacher_map.shape[2:])
+        self.check_map_sizes(student_map.shape[2:], teacher_map.shape[2:])
         dtype = compute_dtype(student_map)
         noise = torch.rand((len(student_map), self.teacher_channels, 1, 1), device=student_map.device)
         # A sum over all places and channels needs more than the half precision that autocast would choose.

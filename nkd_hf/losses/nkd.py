@@ -3,8 +3,9 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .base import DistillationLoss
 from .checks import check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
 from .normalized import drop_targets, normalized_loss, target_log_odds
 
@@ -68,15 +69,10 @@ def nkd_loss(
     return target_term + non_target_term
 
 
-class NKDLoss(nn.Module):
+class NKDLoss(DistillationLoss):
     """[`nkd_loss`] as a module that returns its two components by name; their sum is the loss.
 
-    Args:
-        gamma: weight of the non-target term, >= 0.
-        temperature: of the non-target term, > 0.
-
-    Raises:
-        ValueError: gamma or temperature out of range; from the call, what `nkd_loss` raises.
+    Its arguments, and what it raises, are those of [`nkd_loss`].
 
     Example:
         >>> import torch
@@ -89,6 +85,16 @@ class NKDLoss(nn.Module):
         {'nkd_target': '0.2303', 'nkd_non_target': '2.1972'}
     """
 
+    name = "NKD"
+    paper = "https://arxiv.org/abs/2303.13005"
+    citation = """@inproceedings{yang2023from,
+  title     = {From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels},
+  author    = {Yang, Zhendong and Zeng, Ailing and Li, Zhe and Zhang, Tianke and Yuan, Chun and Li, Yu},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2023}
+}"""
+    works_from_top_k = True
+
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0):
         super().__init__()
         check_scalar("gamma", gamma)
@@ -99,11 +105,7 @@ class NKDLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, label_smoothing: float | None = None
     ) -> dict[str, Tensor]:
-        """Weighted components, each a scalar; the arguments are those of [`nkd_loss`].
-
-        With a `label_smoothing`, the student's cross-entropy with the labels comes first, as `task`: from the same softmax
-        it costs less than on its own.
-        """
+        """Returns the weighted components, with a `label_smoothing` after the task loss; see [`DistillationLoss`]."""
         target_term, non_target_term, task_loss = _components(
             student_logits, teacher_logits, labels, self.gamma, self.temperature, label_smoothing
         )

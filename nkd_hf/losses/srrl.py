@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import DistillationLoss
 from .checks import check_count, check_maps, check_scalar, check_tensor, compute_dtype
 
 
-class SRRLLoss(nn.Module):
+class SRRLLoss(DistillationLoss):
     r"""SRRL of "Knowledge Distillation via Softmax Regression Representation Learning" (ICLR 2021,
     https://openreview.net/forum?id=ZzwDy_wiWv), section 3.
 
@@ -46,6 +47,15 @@ class SRRLLoss(nn.Module):
         >>> list(distillation_loss(student_map, teacher_map, teacher_logits, weight, bias))
         ['srrl_feature', 'srrl_regression']
     """
+
+    name = "SRRL"
+    paper = "https://openreview.net/forum?id=ZzwDy_wiWv"
+    citation = """@inproceedings{yang2021knowledge,
+  title     = {Knowledge Distillation via Softmax Regression Representation Learning},
+  author    = {Yang, Jing and Martinez, Brais and Bulat, Adrian and Tzimiropoulos, Georgios},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2021}
+}"""
 
     def __init__(self, student_channels: int, teacher_channels: int, alpha: float = 1.0, beta: float = 5.0):
         super().__init__()

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import DistillationLoss
 from .checks import (
     check_count,
     check_labels,
@@ -13,6 +14,7 @@ from .checks import (
     check_tensor,
     compute_dtype,
 )
+from .nkd import NKDLoss
 from .normalized import normalized_loss
 
 
@@ -77,17 +79,15 @@ def uskd_loss(
     return sum(_components(mid_logits, student_logits, labels, alpha, beta, mu)[:3])
 
 
-class USKDLoss(nn.Module):
+class USKDLoss(DistillationLoss):
     """[`uskd_loss`] with its auxiliary head, as a module that returns its three components by name; their sum is the loss.
 
-    The head's parameters (and those of `feature_norm`) train with the student and are dropped with the loss.
+    The head's parameters (and those of `feature_norm`) train with the student and are dropped with the loss. `alpha`, `beta`
+    and `mu` are those of [`uskd_loss`].
 
     Args:
         in_features: D, channels of the mid-layer feature.
         num_classes: C, classes of the student.
-        alpha: weight of the target term, >= 0.
-        beta: weight of the non-target term, >= 0.
-        mu: weight of the weak term, >= 0.
         feature_norm: applied to the feature before it is averaged over its positions, e.g. `nn.LayerNorm(384)` for
             Swin-T, whose official backbone ends each stage with one while timm's doesn't.
 
@@ -107,6 +107,10 @@ class USKDLoss(nn.Module):
         >>> list(components)
         ['uskd_target', 'uskd_non_target', 'uskd_weak']
     """
+
+    name = "USKD"
+    paper = NKDLoss.paper
+    citation = NKDLoss.citation
 
     def __init__(
         self,
@@ -132,16 +136,15 @@ class USKDLoss(nn.Module):
     def forward(
         self, mid_feature: Tensor, student_logits: Tensor, labels: Tensor, label_smoothing: float | None = None
     ) -> dict[str, Tensor]:
-        """Weighted components, each a scalar.
+        """Returns the weighted components, with a `label_smoothing` after the task loss; see [`DistillationLoss`].
 
         Args:
             mid_feature: [B, D] float, or, channels last, [B, ..., D] tokens or pixels, which are averaged. The paper takes a
                 CNN's last stage but one, averaged, and a ViT's class token after the middle block; a ViT whose classifier
                 does not read a class token gives the mean of its patch tokens there.
-            student_logits: [B, C] float logits of the student.
-            labels: [B] integer classes, or [B, C] float mixup / cutmix labels.
-            label_smoothing: asks for the student's cross-entropy with the labels too, which comes first, as `task`: from
-                the same softmax it costs less than on its own.
+            student_logits: as in [`uskd_loss`].
+            labels: as in [`uskd_loss`].
+            label_smoothing: of the task loss.
         """
         self._check_mid_feature(mid_feature, student_logits)
         if self.feature_norm is not None:

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import DistillationLoss
 from .checks import check_count, check_scalar, check_tensor, compute_dtype
 
 
-class ViTKDLoss(nn.Module):
+class ViTKDLoss(DistillationLoss):
     r"""ViTKD of "ViTKD: Practical Guidelines for ViT feature knowledge distillation" (https://arxiv.org/abs/2209.02432).
 
     The student mimics the teacher's patch tokens after the first two blocks. Of its last tokens a random part is replaced
@@ -49,6 +50,16 @@ class ViTKDLoss(nn.Module):
         >>> list(distillation_loss(student_low, student_high, teacher_low, teacher_high))
         ['vitkd_mimicking', 'vitkd_generation']
     """
+
+    name = "ViTKD"
+    paper = "https://arxiv.org/abs/2209.02432"
+    citation = """@article{yang2022vitkd,
+  title   = {ViTKD: Practical Guidelines for ViT feature knowledge distillation},
+  author  = {Yang, Zhendong and Li, Zhe and Zeng, Ailing and Li, Zexian and Yuan, Chun and Li, Yu},
+  journal = {arXiv preprint arXiv:2209.02432},
+  year    = {2022}
+}"""
+    always_decays = ("mask_token",)  # as the optimiser of cls_KD's configurations does
 
     def __init__(
         self, student_dim: int, teacher_dim: int, alpha: float = 3e-5, beta: float = 3e-6, mask_ratio: float = 0.5

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .base import DistillationLoss
 from .checks import check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
@@ -76,15 +77,10 @@ def wsld_loss(
     return alpha * temperature**2 * (weight * cross_entropy).mean()
 
 
-class WSLDLoss(nn.Module):
+class WSLDLoss(DistillationLoss):
     """[`wsld_loss`] as a module that returns its one component by name.
 
-    Args:
-        alpha: weight of the loss, >= 0.
-        temperature: of the soft labels, > 0.
-
-    Raises:
-        ValueError: alpha or temperature out of range; from the call, what `wsld_loss` raises.
+    Its arguments, and what it raises, are those of [`wsld_loss`].
 
     Example:
         >>> import torch
@@ -96,6 +92,15 @@ class WSLDLoss(nn.Module):
         ['wsld']
     """
 
+    name = "WSLD"
+    paper = "https://arxiv.org/abs/2102.00650"
+    citation = """@inproceedings{zhou2021rethinking,
+  title     = {Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective},
+  author    = {Zhou, Helong and Song, Liangchen and Chen, Jiajie and Zhou, Ye and Wang, Guoli and Yuan, Junsong and Zhang, Qian},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2021}
+}"""
+
     def __init__(self, alpha: float = 2.25, temperature: float = 4.0):
         super().__init__()
         check_scalar("alpha", alpha)
@@ -104,7 +109,7 @@ class WSLDLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Weighted component, a scalar; the arguments are those of [`wsld_loss`]."""
+        """Returns the weighted component."""
         loss = wsld_loss(student_logits, teacher_logits, labels, alpha=self.alpha, temperature=self.temperature)
         return {"wsld": loss}
 

@@ -1,8 +1,9 @@
 """WTTM: weighted matching of a transformed teacher."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .base import DistillationLoss
 from .checks import check_other_logits, check_scalar, check_student_logits, compute_dtype
 
 
@@ -61,15 +62,10 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, exponent: float
     return beta * (weight * divergence).mean()
 
 
-class WTTMLoss(nn.Module):
+class WTTMLoss(DistillationLoss):
     """[`wttm_loss`] as a module that returns its one component by name.
 
-    Args:
-        exponent: of the teacher's probabilities, > 0.
-        beta: weight of the loss, >= 0.
-
-    Raises:
-        ValueError: exponent or beta out of range; from the call, what `wttm_loss` raises.
+    Its arguments, and what it raises, are those of [`wttm_loss`].
 
     Example:
         >>> import torch
@@ -81,6 +77,15 @@ class WTTMLoss(nn.Module):
         ['wttm']
     """
 
+    name = "WTTM"
+    paper = "https://arxiv.org/abs/2402.11148"
+    citation = """@inproceedings{zheng2024knowledge,
+  title     = {Knowledge Distillation Based on Transformed Teacher Matching},
+  author    = {Zheng, Kaixiang and Yang, En-Hui},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2024}
+}"""
+
     def __init__(self, exponent: float = 0.2, beta: float = 1.0):
         super().__init__()
         check_scalar("exponent", exponent, positive=True)
@@ -89,7 +94,7 @@ class WTTMLoss(nn.Module):
         self.beta = beta
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        """Weighted component, a scalar; the arguments are those of [`wttm_loss`]."""
+        """Returns the weighted component."""
         return {"wttm": wttm_loss(student_logits, teacher_logits, exponent=self.exponent, beta=self.beta)}
 
     def extra_repr(self) -> str:

@@ -8,36 +8,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..losses import DISTLoss, DKDLoss, KDLoss, MGDLoss, NKDLoss, SRRLLoss, USKDLoss, ViTKDLoss, WSLDLoss, WTTMLoss
-from ..losses.checks import check_map_sizes
-from ..models.features import check_pooled_head, check_token_grids, feature_shape, token_shape
+from ..losses.base import SHAPES, DistillationLoss, loss_inputs, teacher_inputs
+from ..losses.registry import LOSSES, build_losses, find_losses
+from ..models.features import TEACHER_HEAD, check_pooled_head, check_token_grids, feature_shape, token_shape
 from ..models.repo_ids import read_repo_id
 from ..models.students import check_preprocessing, create_student
 
-_LOSSES = {
-    "nkd": NKDLoss,
-    "uskd": USKDLoss,
-    "vitkd": ViTKDLoss,
-    "kd": KDLoss,
-    "dkd": DKDLoss,
-    "wsld": WSLDLoss,
-    "dist": DISTLoss,
-    "wttm": WTTMLoss,
-    "mgd": MGDLoss,
-    "srrl": SRRLLoss,
-}
-# Those whose parameters depend on the teacher's layers.
-_OF_TEACHER_LAYERS = {"vitkd", "mgd", "srrl"}
-# Those of the losses' arguments that the models tell.
-_SHAPES = {
-    "in_features",
-    "num_classes",
-    "feature_norm",
-    "student_dim",
-    "teacher_dim",
-    "student_channels",
-    "teacher_channels",
-}
+# Losses by whether they have a teacher, for the help.
+_WITH_TEACHER = ", ".join(f"`{name}`" for name, loss in LOSSES.items() if teacher_inputs(loss))
+_WITHOUT_TEACHER = ", ".join(f"`{name}`" for name, loss in LOSSES.items() if not teacher_inputs(loss))
+# Stand in for what the models tell, where a loss is built to check its arguments.
+_ANY_SHAPES = dict.fromkeys(SHAPES, 2) | {"feature_norm": None}
 
 
 @dataclass
@@ -76,16 +57,15 @@ class RecipeArguments:
     distillation_loss: str = field(
         default="nkd",
         metadata={
-            "help": "`nkd`, `vitkd`, `kd`, `dkd`, `wsld`, `dist`, `wttm`, `mgd`, `srrl` (need a teacher), `uskd` (has none), "
-            "several joined by + (`nkd+vitkd`), or `none`: the same recipe's baseline."
+            "help": f"{_WITH_TEACHER} (need a teacher), {_WITHOUT_TEACHER} (has none), a loss of your own by module and class "
+            "(`my_losses.MyLoss`, which is imported), several joined by + (`nkd+vitkd`), or `none`: the same recipe's baseline."
         },
     )
     loss_args: dict | None = field(
         default=None,
         metadata={
-            "help": "Arguments of the loss, such as gamma and temperature (nkd), alpha, beta and mu (uskd), alpha, beta and "
-            "mask_ratio (vitkd), alpha and temperature (kd, wsld), alpha, beta and temperature (dkd), beta and gamma (dist), "
-            "exponent and beta (wttm), alpha and mask_ratio (mgd), alpha and beta (srrl); for several losses by their names, {nkd: {gamma: 1.0}, vitkd: {alpha: 3.0e-5}}."
+            "help": "Arguments of the loss, such as {gamma: 1.0} (a wrong one is answered with those that there are); for "
+            "several losses by their names, {nkd: {gamma: 1.0}, vitkd: {alpha: 3.0e-5}}."
         },
     )
     compare_with_baseline: bool = field(
@@ -151,12 +131,6 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
-        losses = self.losses
-        if self.distillation_loss != "none" and (not _LOSSES.keys() >= set(losses) or len(set(losses)) < len(losses)):
-            raise ValueError(
-                f"distillation_loss must be {', '.join(_LOSSES)}, several of them joined by +, or none, "
-                f"got {self.distillation_loss!r}"
-            )
         if self.teacher_logits is not None and (not self.needs_teacher or self.needs_teacher_layers):
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} "
@@ -168,7 +142,7 @@ class RecipeArguments:
                 f"distillation_loss={self.distillation_loss} needs a teacher: set teacher to a Hub id, a folder or an "
                 "architecture, or distillation_loss to uskd, which has none"
             )
-        if losses and not self.needs_teacher and self.teacher is not None:
+        if self.losses and not self.needs_teacher and self.teacher is not None:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: leave it out"
             )
@@ -183,22 +157,34 @@ class RecipeArguments:
             )
         check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
         # Built once for its errors, which should come before a teacher is trained.
-        self.build_loss(**dict.fromkeys(_SHAPES - {"feature_norm"}, 2))
+        self.build_loss(**_ANY_SHAPES)
 
     @property
-    def losses(self) -> list[str]:
-        """The names in `distillation_loss`."""
-        return [] if self.distillation_loss == "none" else self.distillation_loss.split("+")
+    def losses(self) -> dict[str, type[DistillationLoss]]:
+        """The losses that `distillation_loss` names."""
+        return find_losses(self.distillation_loss)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether one of the losses has a teacher."""
-        return any(name != "uskd" for name in self.losses)
+        return any(map(teacher_inputs, self.losses.values()))
 
     @property
     def needs_teacher_layers(self) -> bool:
-        """Whether [`RecipeArguments.loss_shapes`] must be given the teacher."""
-        return not _OF_TEACHER_LAYERS.isdisjoint(self.losses)
+        """Whether one of the losses reads more of a teacher than its logits."""
+        return any(set(teacher_inputs(loss)) - {"teacher_logits"} for loss in self.losses.values())
+
+    @property
+    def losses_of_all_logits(self) -> list[str]:
+        """The names of the losses that need the teacher's logits of all classes."""
+        losses = self.losses.items()
+        return sorted(name for name, loss in losses if teacher_inputs(loss) and not loss.works_from_top_k)
+
+    @property
+    def top_k_temperatures(self) -> list[float]:
+        """The temperatures of the losses that work from the teacher's largest logits."""
+        losses = build_losses(self.losses, self.loss_args or {}, _ANY_SHAPES).values()
+        return [float(loss.temperature) for loss in losses if loss.works_from_top_k]
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -244,29 +230,29 @@ class RecipeArguments:
             ValueError: a loss asks for a feature that is not known for the model, or those of student and teacher cannot be
                 compared.
         """
-        shapes = {}
-        if "uskd" in self.losses:
-            pixel_values = torch.zeros(2, 3, *image_size)
-            feature = feature_shape(student, pixel_values, feature_layer)
+        shapes: dict[str, Any] = {}
+        losses, teacher_image_size = self.losses.values(), teacher_image_size or image_size
+        inputs = {name for loss in losses for name in loss_inputs(loss)}
+        sides = {"student": (student, image_size), "teacher": (teacher, teacher_image_size)}
+        if any("num_classes" in inspect.signature(loss).parameters for loss in losses):
+            shapes["num_classes"] = student.config.num_labels
+        if "mid_feature" in inputs:
+            feature = feature_shape(student, torch.zeros(2, 3, *image_size), feature_layer)
+            shapes["in_features"] = feature[-1]
             # Tokens come from Swin, whose official stages end in a LayerNorm that timm's and transformers' models lack.
-            feature_norm = nn.LayerNorm(feature[-1]) if len(feature) == 3 else None
-            shapes = {
-                "in_features": feature[-1],
-                "num_classes": student.config.num_labels,
-                "feature_norm": feature_norm,
-            }
-        if "vitkd" in self.losses:
-            check_token_grids(student, teacher, image_size, teacher_image_size or image_size)
-            shapes |= {"student_dim": token_shape(student)[1], "teacher_dim": token_shape(teacher)[1]}
-        if "srrl" in self.losses:
-            check_pooled_head(teacher, teacher_image_size or image_size)
-        if not {"mgd", "srrl"}.isdisjoint(self.losses):
-            student_map = _map_shape(student, image_size)
-            teacher_map = _map_shape(teacher, teacher_image_size or image_size)
-            if "mgd" in self.losses:
-                check_map_sizes(student_map[2:], teacher_map[2:])
-            shapes |= {"student_channels": student_map[1], "teacher_channels": teacher_map[1]}
-        return shapes
+            shapes["feature_norm"] = nn.LayerNorm(feature[-1]) if len(feature) == 3 else None
+        for side, (model, _) in sides.items():
+            if not inputs.isdisjoint({f"{side}_low", f"{side}_high"}):
+                shapes[f"{side}_dim"] = token_shape(model)[1]
+        if {"student_dim", "teacher_dim"} <= shapes.keys():
+            check_token_grids(student, teacher, image_size, teacher_image_size)
+        if not inputs.isdisjoint(TEACHER_HEAD):
+            check_pooled_head(teacher, teacher_image_size)
+        maps = {side: _map_shape(*sides[side]) for side in sides if f"{side}_map" in inputs}
+        for loss in losses:
+            if {"student_map", "teacher_map"} <= set(loss_inputs(loss)):
+                loss.check_map_sizes(maps["student"][2:], maps["teacher"][2:])
+        return shapes | {f"{side}_channels": shape[1] for side, shape in maps.items()}
 
     def build_loss(self, **shape) -> nn.Module | dict[str, nn.Module] | None:
         """The distillation loss, or several by name; `shape` is for those that have parameters of their own.
@@ -274,29 +260,11 @@ class RecipeArguments:
         Raises:
             ValueError: `loss_args` do not fit the loss.
         """
-        losses, loss_args = self.losses, self.loss_args or {}
-        if len(losses) < 2:
-            return _build(losses[0], loss_args, shape) if losses else None
-        if wrong := [name for name, args in loss_args.items() if name not in losses or not isinstance(args, dict)]:
-            raise ValueError(
-                f"loss_args of distillation_loss={self.distillation_loss} are by the names of the losses, such as "
-                f"{{{losses[0]}: {{...}}}}, got {', '.join(map(str, wrong))}"
-            )
-        return {name: _build(name, loss_args.get(name, {}), shape) for name in losses}
+        losses = build_losses(self.losses, self.loss_args or {}, shape)
+        return losses if len(losses) > 1 else next(iter(losses.values()), None)
 
 
 def _map_shape(model: nn.Module, image_size: tuple[int, int]) -> torch.Size:
     parameter = next(model.parameters())
     pixel_values = torch.zeros(1, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
     return feature_shape(model, pixel_values, kind="map")
-
-
-def _build(name: str, loss_args: dict, shape: dict) -> nn.Module:
-    loss = _LOSSES[name]
-    parameters = inspect.signature(loss).parameters
-    known = [parameter for parameter in parameters if parameter not in _SHAPES]
-    if unknown := [key for key in loss_args if key not in known]:
-        raise ValueError(
-            f"loss_args of distillation_loss={name} are {', '.join(known)}, got {', '.join(map(str, unknown))}"
-        )
-    return loss(**{key: value for key, value in shape.items() if key in parameters}, **loss_args)

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput
 
+from ..losses.base import loss_inputs
 from ..losses.checks import check_labels
 from ..models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 from ..models.labels import check_class_order
 from ..models.outputs import check_inputs, read_logits
 from ..models.saving import rename_keys, save_student
 
-# What a loss can ask for, by the names of its forward's arguments.
+# What a loss can ask for, by the names of its forward's arguments: those that DistillationLoss lists.
 _LOSS_INPUTS = {
     "student_logits", "teacher_logits", "labels", "label_smoothing", "token_grid",
     *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD,
@@ -61,13 +62,7 @@ class DistillationModel(nn.Module):
 
     Args:
         student (`PreTrainedModel`): any `*ForImageClassification`.
-        losses (`dict[str, nn.Module]`): each maps some of `student_logits` [B, C], `teacher_logits` [B, C], `labels`,
-            `mid_feature` [B, D] or [B, N, D], and the patch tokens `student_low`, `teacher_low` [B, 2, P, D],
-            `student_high` and `teacher_high` [B, P, D], the feature maps `student_map` and `teacher_map` [B, D, H, W], and
-            the teacher's classifier `teacher_head_weight` [C, D] and `teacher_head_bias` [C], asked for by the names of its
-            forward's arguments, to a dict of weighted components. `token_grid` is the height and width, in patches, of the
-            images that the student's patch tokens come from. A loss that asks for `label_smoothing` is given it, and
-            adds the task loss to its components as `task`, or None where there is a task loss already. The task loss is
+        losses (`dict[str, nn.Module]`): by name, each with a forward as [`DistillationLoss`] describes it. The task loss is
             multiplied with the `task_weight` of each loss that has one (KD's is `1 - alpha`).
         feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
         label_smoothing (`float`, defaults to 0.0): of the task loss.
@@ -99,7 +94,7 @@ class DistillationModel(nn.Module):
         self.label_smoothing = label_smoothing
         # Of two losses that have a say in it, each takes its share.
         self.task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in losses.values())
-        self._inputs = {name: list(inspect.signature(loss.forward).parameters) for name, loss in losses.items()}
+        self._inputs = {name: loss_inputs(loss) for name, loss in losses.items()}
         for name, inputs in self._inputs.items():
             if unknown := set(inputs) - _LOSS_INPUTS:
                 raise ValueError(
@@ -317,13 +312,10 @@ def _with_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor | None:
     """None for labels that are neither class indices nor rows of probabilities, of which a loss of one's own may be made."""
-    if labels.is_floating_point() and labels.shape != logits.shape:
+    is_mixed = labels.is_floating_point()
+    if labels.shape != (logits.shape if is_mixed else logits.shape[:1]):
         return None
-    if not labels.is_floating_point():
-        if labels.shape != logits.shape[:1]:
-            return None
-        labels = labels.long()
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float(), labels if is_mixed else labels.long(), label_smoothing=label_smoothing)
 
 
 def _block_classes(student: PreTrainedModel) -> set[str]:

@@ -18,8 +18,6 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.utils import ExplicitEnum
 
-from ..losses import ViTKDLoss
-
 logger = logging.getLogger(__name__)
 
 # What `get_scheduler` passes to the schedules of transformers itself.
@@ -160,8 +158,8 @@ def _kept_by_the_model(model: nn.Module) -> set[str]:
 
 def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
     """The kinds of a parameter of this very module."""
-    if name == "mask_token" and isinstance(module, ViTKDLoss):
-        return set()  # The optimiser of cls_KD's configurations decays it.
+    if name in getattr(module, "always_decays", ()):  # see DistillationLoss
+        return set()
     is_norm = "norm" in type(module).__name__.lower()
     if isinstance(module, nn.Embedding) or _EMBEDDING.search(name):
         return {"embedding"}

@@ -45,9 +45,8 @@ from transformers import (
 )
 
 from nkd_hf import DKDLoss, KDLoss, MGDLoss, NKDLoss, RecipeArguments, SRRLLoss, create_student, load_teacher, losses
-from nkd_hf.hub.model_card.methods import METHODS
+from nkd_hf.losses.registry import LOSSES
 from nkd_hf.models.features import FeatureTap, classifier_head, feature_shape
-from nkd_hf.recipe.arguments import _LOSSES
 from nkd_hf.trainer.distillation_model import DistillationModel
 
 # Name -> module, function, reference, whether it takes labels, components.
@@ -642,12 +641,13 @@ def test_whole_model_compiles():
 
 
 def test_every_loss_has_its_paper():
-    assert set(_LOSSES.values()) == set(METHODS)
-    assert len({method.name for method in METHODS.values()}) == len(METHODS)
-    assert {loss.__name__ for loss in _LOSSES.values()} <= set(losses.__all__)
-    for method in METHODS.values():
-        assert method.citation.startswith("@")
-        assert method.citation.endswith("}")
+    assert len({loss.name for loss in LOSSES.values()}) == len(LOSSES) == 10
+    assert {loss.__name__ for loss in LOSSES.values()} <= set(losses.__all__)
+    for loss in LOSSES.values():
+        assert {"name", "paper", "citation"} <= vars(loss).keys()
+        assert loss.paper.startswith("https://")
+        assert loss.citation.startswith("@")
+        assert loss.citation.endswith("}")
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([1, 2, 0]), torch.eye(5)[[1, 2, 0]] * 0.8 + 0.04])

@@ -11,7 +11,6 @@ from torch import nn
 
 from .curves import read_accuracies
 from .facts import Run, architecture
-from .methods import METHODS
 from .text import code, code_block, link, plain, plain_name
 
 _LIBRARIES = ("nkd_hf", "torch", "transformers", "timm", "datasets", "accelerate", "huggingface_hub")
@@ -175,7 +174,7 @@ def limitations(run: Run) -> str:
 
 def citation(run: Run) -> str:
     """How the papers of the methods are cited; empty where there is none."""
-    citations = dict.fromkeys(METHODS[type(loss)].citation for loss in run.losses.values() if type(loss) in METHODS)
+    citations = dict.fromkeys(filter(None, (vars(type(loss)).get("citation") for loss in run.losses.values())))
     return "## Citation\n\n" + code_block("\n\n".join(citations), "bibtex") if citations else ""
 
 
@@ -200,9 +199,15 @@ def _teacher(run: Run) -> str:
 
 
 def _loss(loss: nn.Module) -> str:
-    method = METHODS.get(type(loss))
-    name = code(type(loss).__name__) if method is None else f"[{method.name}]({method.paper})"
-    return f"{name} ({code(loss.extra_repr())})" if loss.extra_repr() else name
+    name, paper = loss_name(loss), vars(type(loss)).get("paper")
+    name = plain_name(name) if name else code(type(loss).__name__)
+    text = f"[{name}]({paper})" if paper else name
+    return f"{text} ({code(loss.extra_repr())})" if loss.extra_repr() else text
+
+
+def loss_name(loss: nn.Module) -> str | None:
+    """The name of its method that a loss's own class gives: a subclass of NKDLoss is another method than NKD."""
+    return vars(type(loss)).get("name")
 
 
 def _datasets(run: Run) -> str:

@@ -1,0 +1,92 @@
+"""What a distillation loss says of itself, and what it may ask for."""
+
+import inspect
+
+from torch import nn
+
+# Arguments of a loss's constructor that a recipe reads from student and teacher; see `DistillationLoss`.
+SHAPES = (
+    "num_classes",
+    "in_features",
+    "feature_norm",
+    "student_dim",
+    "teacher_dim",
+    "student_channels",
+    "teacher_channels",
+)
+
+
+class DistillationLoss(nn.Module):
+    """A loss that is added to the task loss, the student's cross-entropy with the labels.
+
+    `forward` returns the loss's weighted components, scalars by name: the loss is their sum. It asks for what it needs by
+    the names of its arguments:
+
+    | argument | what it is |
+    |---|---|
+    | `student_logits` | [B, C] float |
+    | `teacher_logits` | [B, C] float |
+    | `labels` | [B] int64 classes, or [B, C] float rows that sum to one (mixup, cutmix) |
+    | `mid_feature` | [B, D] of a middle layer of the student; [B, N, D] tokens of a Swin |
+    | `student_low`, `teacher_low` | [B, 2, P, D] patch tokens of a ViT after its first and its second block |
+    | `student_high`, `teacher_high` | [B, P, D] patch tokens of a ViT after its last block and its final norm |
+    | `token_grid` | height and width of the images of the student, in patches: their product is P |
+    | `student_map`, `teacher_map` | [B, D, H, W] last feature map |
+    | `teacher_head_weight`, `teacher_head_bias` | [C, D] and [C] of the classifier that reads the average of `teacher_map` |
+    | `label_smoothing` | a float, which asks for the task loss, or None |
+
+    A loss that asks for one of `teacher_*` has a teacher, and a loss that asks for none of them has no teacher. The
+    teacher's tensors have no gradient. What the loss trains trains with the student, and is in the checkpoints alone.
+
+    A loss that computes the student's log-softmax anyway may ask for `label_smoothing`, and so spare a second one. If it is a
+    float, the loss puts the task loss with this smoothing among its components, under the name `task`. It is None where
+    another loss does so.
+
+    A recipe passes the items of `loss_args` to the constructor, and these arguments, if the constructor names them:
+    `num_classes` of the student, `in_features` of `mid_feature`, `feature_norm` (an `nn.LayerNorm` for the tokens of a Swin,
+    else None), `student_dim` and `teacher_dim` of the patch tokens, `student_channels` and `teacher_channels` of the maps.
+
+    The trainer takes any `nn.Module` with such a `forward`, a recipe only subclasses of this class.
+
+    Attributes:
+        name (`str`): of the method, in the model card; in lower case its tag. A subclass that gives none is called by the
+            name of the class.
+        paper (`str`): its address.
+        citation (`str`): its BibTeX entry.
+        task_weight (`float`): what the task loss is multiplied with.
+        works_from_top_k (`bool`): whether the largest logits of the teacher suffice. Such a loss reads two things of the
+            teacher: the target's probability, and the probabilities of the other classes among themselves at its
+            `temperature`, an attribute; the smallest of them may be replaced by their mean.
+        always_decays (`tuple[str, ...]`): names of the loss's own parameters that weight decay shrinks even where it spares
+            parameters of such names (`no_weight_decay`).
+
+    Example:
+        >>> import torch
+        >>> from nkd_hf.losses import DistillationLoss
+        >>> class MimicLoss(DistillationLoss):
+        ...     def forward(self, student_logits, teacher_logits):
+        ...         return {"mimic": (student_logits - teacher_logits).square().mean()}
+        >>> MimicLoss()(torch.zeros(2, 10), torch.ones(2, 10))
+        {'mimic': tensor(1.)}
+    """
+
+    name: str = ""
+    paper: str = ""
+    citation: str = ""
+    task_weight: float = 1.0
+    works_from_top_k: bool = False
+    always_decays: tuple[str, ...] = ()
+
+    @staticmethod
+    def check_map_sizes(student_size: tuple[int, int], teacher_size: tuple[int, int]) -> None:
+        """Raises ValueError where the loss cannot compare maps of these heights and widths; a recipe calls it first."""
+
+
+def loss_inputs(loss: nn.Module | type[nn.Module]) -> list[str]:
+    """The names of the arguments of a loss's forward: what it asks for."""
+    return [name for name in inspect.signature(loss.forward).parameters if name != "self"]
+
+
+def teacher_inputs(loss: nn.Module | type[nn.Module]) -> list[str]:
+    """What a loss asks of a teacher."""
+    return [name for name in loss_inputs(loss) if name.startswith("teacher_")]
