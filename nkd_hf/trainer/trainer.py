@@ -37,7 +37,6 @@ from ..hub.model_card.card import write_card
 from ..hub.model_card.curves import OTHER_DATASET
 from ..hub.model_card.facts import CardInfo
 from ..hub.student_files import SETTINGS, publishable
-from ..losses import NKDLoss
 from ..losses.checks import check_labels
 from ..metrics import compute_metrics
 from ..models.features import check_token_grids
@@ -283,7 +282,7 @@ class DistillationTrainer(FiniteTrainer):
         self._stored_temperature = 1.0
         if store.info.top_k is None or not takers:
             return store
-        if others := [type(loss).__name__ for loss in takers if not isinstance(loss, NKDLoss)]:
+        if others := [type(loss).__name__ for loss in takers if not getattr(loss, "works_from_top_k", False)]:
             raise ValueError(
                 f"{', '.join(others)} needs top_k = all, and {store.folder} has the {store.info.top_k} largest logits, from "
                 "which NKD alone can be computed: write a store without --top_k"
