@@ -17,7 +17,6 @@ from ..data.sampler import epoch_order
 from ..errors import PushError
 from ..hub.model_card.facts import describe_teacher
 from ..hub.teacher_logits import push_store
-from ..losses import NKDLoss
 from ..models.architectures import is_architecture
 from ..models.teacher import Teacher
 from ..teacher_logits.compression import sparse_logits
@@ -40,7 +39,7 @@ def _check_recipe(
         raise ValueError(
             f"distillation_loss={recipe.distillation_loss} reads layers of the teacher, and a store has its logits alone"
         )
-    others = set(recipe.losses) - {"nkd", "uskd"}
+    others = recipe.losses_of_all_logits
     if options.top_k != "all" and others:
         raise ValueError(f"{', '.join(sorted(others))} needs top_k = all: leave --top_k out")
     if data.streaming:
@@ -54,9 +53,6 @@ def _check_recipe(
 
 def _store_info(run: Recipe, options: argparse.Namespace, teacher: Teacher, fingerprint: dict[str, Any]) -> StoreInfo:
     num_classes = len(run.id2label)
-    losses, loss_args = run.args.losses, run.args.loss_args or {}
-    nkd_args = loss_args if len(losses) == 1 else loss_args.get("nkd", {})
-    own = [NKDLoss(**nkd_args).temperature] if "nkd" in losses else []
     name = None if is_architecture(run.args.teacher) else public_name(run.args.teacher)
     return StoreInfo(
         num_classes=num_classes,
@@ -64,7 +60,7 @@ def _store_info(run: Recipe, options: argparse.Namespace, teacher: Teacher, fing
         epochs=options.epochs,
         # More there are not beside the target.
         top_k=None if options.top_k == "all" else min(int(options.top_k), num_classes - 1),
-        temperatures=sorted({1.0, *map(float, own), *options.temperatures}),
+        temperatures=sorted({1.0, *run.args.top_k_temperatures, *options.temperatures}),
         shard_size=options.shard_size,
         fingerprint=fingerprint | teacher_fingerprint(run.args, teacher.model, run.training_args.teacher_dtype),
         teacher=describe_teacher(teacher.model, name),
