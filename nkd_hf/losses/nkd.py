@@ -105,7 +105,7 @@ class NKDLoss(DistillationLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, label_smoothing: float | None = None
     ) -> dict[str, Tensor]:
-        """Returns the weighted components, with a `label_smoothing` after the task loss; see [`DistillationLoss`]."""
+        """Returns the weighted components; a `label_smoothing` asks for the task loss too, see [`DistillationLoss`]."""
         target_term, non_target_term, task_loss = _components(
             student_logits, teacher_logits, labels, self.gamma, self.temperature, label_smoothing
         )

@@ -111,10 +111,14 @@ def _import_loss(path: str) -> type[DistillationLoss]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        first = module_name.partition(".")[0]
+        advice = (
+            f"Start the command in the folder of {first}, or install it" if is_missing else f"Correct {module_name}"
+        )
         raise ValueError(
             f"distillation_loss={path} must name a class of a module that Python can import, got "
-            f"{type(error).__name__}: {error}. Start the command in the folder of {module_name.partition('.')[0]}.py, or "
-            "install its package"
+            f"{type(error).__name__}: {' '.join(str(error).split())}. {advice}"
         ) from error
     loss = getattr(module, class_name, None)
     if not (isinstance(loss, type) and issubclass(loss, DistillationLoss)):

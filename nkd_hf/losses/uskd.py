@@ -136,7 +136,7 @@ class USKDLoss(DistillationLoss):
     def forward(
         self, mid_feature: Tensor, student_logits: Tensor, labels: Tensor, label_smoothing: float | None = None
     ) -> dict[str, Tensor]:
-        """Returns the weighted components, with a `label_smoothing` after the task loss; see [`DistillationLoss`].
+        """Returns the weighted components; a `label_smoothing` asks for the task loss too, see [`DistillationLoss`].
 
         Args:
             mid_feature: [B, D] float, or, channels last, [B, ..., D] tokens or pixels, which are averaged. The paper takes a

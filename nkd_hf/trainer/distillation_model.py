@@ -62,8 +62,7 @@ class DistillationModel(nn.Module):
 
     Args:
         student (`PreTrainedModel`): any `*ForImageClassification`.
-        losses (`dict[str, nn.Module]`): by name, each with a forward as [`DistillationLoss`] describes it. The task loss is
-            multiplied with the `task_weight` of each loss that has one (KD's is `1 - alpha`).
+        losses (`dict[str, nn.Module]`): by name, each with a forward as [`DistillationLoss`] describes it.
         feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
         label_smoothing (`float`, defaults to 0.0): of the task loss.
         ema_decay (`float`, *optional*): of a moving average of the student's weights, which is evaluated and saved.

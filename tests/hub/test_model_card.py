@@ -18,6 +18,7 @@ from transformers import TrainerState, ViTImageProcessor
 
 from nkd_hf import (
     DataArguments,
+    DistillationLoss,
     DistillationTrainingArguments,
     NKDLoss,
     Recipe,
@@ -275,6 +276,29 @@ def test_card_of_two_losses_and_of_a_loss_of_the_user(tmp_path):
     # Neither a baseline nor the teacher was measured.
     assert len(table_of(text)) == 1
     assert "without distillation" not in text
+
+
+def test_card_cites_what_a_loss_of_the_user_says_of_itself(tmp_path):
+    class OwnLoss(DistillationLoss):
+        name = "Own-1"
+        paper = "https://arxiv.org/abs/1312.6184"
+        citation = "@misc{own2026,\n  title = {Own}\n}"
+
+    class HalvedLoss(NKDLoss):
+        pass
+
+    class OddLoss(nn.Module):
+        name, paper, citation = "a](b) <c>\n# d", "https://arxiv.org/) [e](f", 7
+
+    losses = {"own": OwnLoss(), "again": OwnLoss(), "halved": HalvedLoss(), "odd": OddLoss()}
+    text = make_card(tmp_path, teacher=load_teacher(timm_cnn(1)), losses=losses)
+    assert text.count("[Own-1](https://arxiv.org/abs/1312.6184)") == 4
+    assert "```bibtex\n@misc{own2026,\n  title = {Own}\n}\n```" in text
+    # Another method than NKD, which is not claimed.
+    assert "`HalvedLoss` (`gamma=1.5, temperature=1.0`)" in text
+    assert "2303.13005" not in text
+    assert "`a](b) <c> # d`" in text
+    assert {"own-1", "a](b) <c> # d"} <= set(metadata_of(text)["tags"])
 
 
 def test_card_of_a_baseline(tmp_path):

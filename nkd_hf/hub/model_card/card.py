@@ -17,7 +17,7 @@ from ...teacher_logits.store import StoredTeacher
 from ..student_files import CARD, read_json
 from .curves import percentages, plot_curves
 from .facts import CardInfo, Run, listed
-from .sections import body, loss_name
+from .sections import body, own_text
 from .text import code, hub_id, plain, plain_name
 
 
@@ -236,7 +236,7 @@ def _metadata(run: Run) -> ModelCardData:
     tags = ["image-classification", *(["timm", "transformers"] if run.is_timm else [])]
     if run.losses:
         tags.append("self-distillation" if run.teacher is None else "knowledge-distillation")
-    tags += [plain(name.lower()) for loss in run.losses.values() if (name := loss_name(loss))]
+    tags += dict.fromkeys(plain(name.lower()) for loss in run.losses.values() if (name := own_text(loss, "name")))
     tags += ["custom_code"] if run.has_own_code else []
     # The relations that the Hub knows are adapter, finetune, merge and quantized (huggingface.co/docs/hub/model-cards);
     # `distill` was asked for in huggingface_hub's issue 3985. A teacher has none of them, so none is claimed. Where the

@@ -18,8 +18,7 @@ _LIBRARIES = ("nkd_hf", "torch", "transformers", "timm", "datasets", "accelerate
 
 def body(run: Run) -> str:
     """The text of the card, without its metadata."""
-    name = plain_name(run.name)
-    title = f"# {name if re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9 ._-]*', name) else code(name)}"
+    title = f"# {_name_or_code(plain_name(run.name))}"
     sections = (summary, results, usage, training, limitations, citation)
     return "\n\n".join([title, *(text for section in sections if (text := section(run)))])
 
@@ -174,8 +173,13 @@ def limitations(run: Run) -> str:
 
 def citation(run: Run) -> str:
     """How the papers of the methods are cited; empty where there is none."""
-    citations = dict.fromkeys(filter(None, (vars(type(loss)).get("citation") for loss in run.losses.values())))
+    citations = dict.fromkeys(filter(None, (own_text(loss, "citation") for loss in run.losses.values())))
     return "## Citation\n\n" + code_block("\n\n".join(citations), "bibtex") if citations else ""
+
+
+def _name_or_code(name: str) -> str:
+    """The name, as a code span where Markdown could read it as something else."""
+    return name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]*", name) else code(name)
 
 
 def _row(name: str, values: Mapping[str, float]) -> str:
@@ -199,15 +203,16 @@ def _teacher(run: Run) -> str:
 
 
 def _loss(loss: nn.Module) -> str:
-    name, paper = loss_name(loss), vars(type(loss)).get("paper")
-    name = plain_name(name) if name else code(type(loss).__name__)
-    text = f"[{name}]({paper})" if paper else name
+    name, paper = own_text(loss, "name"), own_text(loss, "paper")
+    text = _name_or_code(name) if name else code(type(loss).__name__)
+    text = f"[{text}]({paper})" if re.fullmatch(r"https?://[^\s<>()]+", paper) else text
     return f"{text} ({code(loss.extra_repr())})" if loss.extra_repr() else text
 
 
-def loss_name(loss: nn.Module) -> str | None:
-    """The name of its method that a loss's own class gives: a subclass of NKDLoss is another method than NKD."""
-    return vars(type(loss)).get("name")
+def own_text(loss: nn.Module, attribute: str) -> str:
+    """The `name`, `paper` or `citation` that a loss's own class gives: a subclass of NKDLoss is another method than NKD."""
+    text = vars(type(loss)).get(attribute)
+    return text if isinstance(text, str) else ""
 
 
 def _datasets(run: Run) -> str:

@@ -1,0 +1,85 @@
+"""docs/losses.md: its table is the classes', and its loss of one's own works in trainer, recipe, plan and card."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recipe_runs import FEW, IN_PROCESS
+
+from nkd_hf.losses.base import teacher_inputs
+from nkd_hf.losses.registry import LOSSES
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "losses.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+OWN = next(block for block in BLOCKS if "class MimicLoss" in block)
+SETTINGS = re.search(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)[1]
+DIGITS = ROOT / "recipes" / "configs" / "digits_distill_cnn.yaml"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the loss and a config, as the page has them."""
+    (tmp_path / "my_losses.py").write_text(OWN)
+    (tmp_path / "mine.yaml").write_text(f"base: {DIGITS}\ncompare_with_baseline: false\n{SETTINGS}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*command) -> str:
+    # Without PYTHONPATH, a command's sys.path has the folder of its script, not the working directory.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_table():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*?) \| \[.*?\]\((.*?)\) \|$", PAGE, flags=re.MULTILINE)
+    needs = {name: set(teacher_inputs(loss)) for name, loss in LOSSES.items()}
+    words = {
+        name: "a teacher and its features" if inputs - {"teacher_logits"} else "a teacher" if inputs else "nothing"
+        for name, inputs in needs.items()
+    }
+    assert rows == [(name, loss.__name__, words[name], loss.paper) for name, loss in LOSSES.items()]
+
+
+def test_blocks_with_the_loss_in_a_file_of_its_own(folder, monkeypatch):
+    assert len(OWN.strip().splitlines()) <= 30
+    names = {}
+    monkeypatch.syspath_prepend(folder)
+    for block in BLOCKS:
+        code = "from my_losses import MimicLoss" if block == OWN else block
+        exec(compile(code, "losses.md", "exec"), names)
+    entry = names["trainer"].state.log_history[0]
+    components = [entry[name] for name in ("task", "nkd_target", "nkd_non_target", "mimic")]
+    assert min(components) > 0
+    assert entry["loss"] == pytest.approx(sum(components), rel=1e-5)
+    card = (folder / "mimic" / "README.md").read_text()
+    assert "[Mimic](https://arxiv.org/abs/1312.6184) (`weight=0.1`)" in card
+    assert "@inproceedings{ba2014do" in card
+    assert "@inproceedings{yang2023from" in card
+
+
+def test_plan(folder):
+    plan = json.loads(
+        run(Path(sys.executable).with_name("nkd-hf"), "plan", "--config", "mine.yaml", "--json", "--num_processes", "1",
+            "--num_train_images", "100", "--num_classes", "10")
+    )  # fmt: skip
+    assert plan["distillation_loss"] == "nkd+my_losses.MimicLoss"
+    assert plan["teacher"]["name"] == "resnet34"
+
+
+def test_recipe(folder):
+    run(sys.executable, ROOT / "recipes" / "distill_cnn.py", "--config", "mine.yaml", *FEW, *IN_PROCESS,
+        "--num_train_epochs", "1", "--output_dir", "out")  # fmt: skip
+    state = json.loads(next((folder / "out" / "student").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert {"nkd_target", "mimic"} <= state["log_history"][0].keys()
+    card = (folder / "out" / "student" / "README.md").read_text()
+    assert "[NKD](https://arxiv.org/abs/2303.13005) (`gamma=1.0, temperature=1.0`)" in card
+    assert "[Mimic](https://arxiv.org/abs/1312.6184) (`weight=0.1`)" in card
+    assert "@inproceedings{ba2014do" in card
