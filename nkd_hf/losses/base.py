@@ -44,15 +44,16 @@ class DistillationLoss(nn.Module):
 
     A recipe passes the items of `loss_args` to the constructor, and these arguments, if the constructor names them:
     `num_classes` of the student, `in_features` of `mid_feature`, `feature_norm` (an `nn.LayerNorm` for the tokens of a Swin,
-    else None), `student_dim` and `teacher_dim` of the patch tokens, `student_channels` and `teacher_channels` of the maps.
+    else None), `student_dim` and `teacher_dim` of the patch tokens, `student_channels` and `teacher_channels` of the maps. Those
+    of a feature are known where `forward` asks for the feature.
 
     The trainer takes any `nn.Module` with such a `forward`, a recipe only subclasses of this class.
 
     Attributes:
-        name (`str`): of the method, in the model card; in lower case its tag. A subclass that gives none is called by the
-            name of the class.
-        paper (`str`): its address.
-        citation (`str`): its BibTeX entry.
+        name (`str`): of the method, in the model card; in lower case its tag. The card reads name, paper and citation from the
+            class itself, since a subclass is another method: without a name it is called by the name of the class.
+        paper (`str`): the address of the paper.
+        citation (`str`): the BibTeX entry of the paper.
         task_weight (`float`): what the task loss is multiplied with.
         works_from_top_k (`bool`): whether the largest logits of the teacher suffice. Such a loss reads two things of the
             teacher: the target's probability, and the probabilities of the other classes among themselves at its
