@@ -10,16 +10,9 @@ import time
 import types
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-import torch
-from filelock import FileLock
-from hub_server import OTHERS_TOKEN, TOKEN, HubServer
-from huggingface_hub import constants
-from processes import in_processes
 
-# Tiny models: a second thread costs more than it brings, and pytest-xdist gives each core a process of its own.
-torch.set_num_threads(1)
+# What takes seconds to import is imported where it is needed: the process that starts those of pytest-xdist needs none of it.
 
 
 def pytest_collection_finish():
@@ -27,6 +20,10 @@ def pytest_collection_finish():
 
     A collection then takes milliseconds in place of the 0.4 seconds of a million objects of imported modules.
     """
+    import torch
+
+    # Tiny models: a second thread costs more than it brings, and pytest-xdist gives each core a process of its own.
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -35,6 +32,10 @@ def pytest_collection_finish():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with the user `me`, and the client of this process talking to it."""
+    import huggingface_hub
+    from hub_server import OTHERS_TOKEN, TOKEN, HubServer
+    from huggingface_hub import constants
+
     server = HubServer()
     server.users = {TOKEN: "me", OTHERS_TOKEN: "other"}
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -59,7 +60,9 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, worker_id) -> Path:
     """The folder of what distributed_runs.py has run, once for all workers of pytest."""
-    from distributed_runs import read, run  # which imports what few tests need
+    from distributed_runs import read, run
+    from filelock import FileLock
+    from processes import in_processes
 
     folder = tmp_path_factory.getbasetemp()
     folder = (folder if worker_id == "master" else folder.parent) / "distributed-runs"

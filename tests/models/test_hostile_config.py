@@ -3,19 +3,16 @@
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
-
 import pytest
 from tiny import native_resnet, native_vit, timm_cnn, timm_deit
 from transformers import BitImageProcessor
 
+from nkd_hf import create_student, load_image_processor, load_teacher
+from nkd_hf.models.loading import open_classifier
 from nkd_hf.models.saving import save_student
 
 SECONDS, MEMORY = 60, 3 * 2**30
@@ -26,13 +23,13 @@ MODELS = {VIT: native_vit, RESNET: native_resnet, CNN: timm_cnn, DEIT: timm_deit
 CASES = {
     "a billion classes": (CNN, {"num_classes": 10**9, "label_names": None}, "num_classes must be at most"),
     "a billion labels": (VIT, {"num_labels": 10**9, "id2label": None}, "num_labels must be at most"),
-    "a million classes": (CNN, {"num_classes": 10**6, "label_names": None}, "weights"),
-    "a million labels": (VIT, {"num_labels": 10**6, "id2label": None, "label2id": None}, "weights"),
+    "600,000 classes": (CNN, {"num_classes": 600_000, "label_names": None}, "weights"),
+    "600,000 labels": (VIT, {"num_labels": 600_000, "id2label": None, "label2id": None}, "weights"),
     "a million blocks": (RESNET, {"depths": [1, 1, 1, 10**6]}, "far more tensors than"),
     "a million layers": (VIT, {"num_hidden_layers": 10**6}, "far more tensors than"),
     "a billion layers": (VIT, {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
     "many times a million blocks": (RESNET, {"depths": [2**20] * 1000}, "depths must be at most"),
-    "a million blocks of timm": (DEIT, {"model_args": {"depth": 10**6}}, "far more (tensors|parameters) than"),
+    "many blocks of timm": (DEIT, {"model_args": {"depth": 10**5}}, "far more (tensors|parameters) than"),
     "a million channels": (RESNET, {"hidden_sizes": [8, 16, 32, 10**6]}, "far more parameters than"),
     "a million wide": (VIT, {"hidden_size": 10**6, "intermediate_size": 10**6}, "far more parameters than"),
     "a million wide in timm": (DEIT, {"model_args": {"embed_dim": 10**6}}, "far more parameters than"),
@@ -107,10 +104,7 @@ def results(tmp_path_factory):
     for name, (settings, _) in PROCESSORS.items():
         write(root / name, RESNET, {})
         change(root / name / "preprocessor_config.json", settings)
-    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__, str(root)], capture_output=True, text=True, env=paths)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return open_in_processes(root)
 
 
 @pytest.mark.parametrize("name", [*CASES, *PROCESSORS])
@@ -139,11 +133,8 @@ def used() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def main(root):
-    """Opens each folder in a process of its own, with a limit of memory and time, and prints what came of it."""
-    from nkd_hf import create_student, load_image_processor, load_teacher
-    from nkd_hf.models.loading import open_classifier
-
+def open_in_processes(root):
+    """Opens each folder in a process of its own, with a limit of memory and time."""
     # All of them open models by open_pretrained, and image processors by open_image_processor.
     openers = itertools.cycle(
         [
@@ -153,7 +144,7 @@ def main(root):
         ]
     )
     fork, results = multiprocessing.get_context("fork"), {}
-    for folder in sorted(Path(root).iterdir()):
+    for folder in sorted(root.iterdir()):
         receive, send = fork.Pipe(duplex=False)
         process = fork.Process(target=attempt, args=(send, next(openers), str(folder)))
         process.start()
@@ -164,8 +155,4 @@ def main(root):
             process.join()
             results[folder.name] = (f"the process ended with {process.exitcode}", "", 0.0)
         process.join()
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return results
