@@ -8,7 +8,7 @@ import pytest
 from tiny import digits, make_trainer, timm_cnn
 
 from nkd_hf.files import TemporaryFolder, new_folder, remove_leftovers
-from nkd_hf.trainer.hub_trainer import _linked_copy
+from nkd_hf.trainer.pushing import _linked_copy
 
 
 def killed(work) -> None:

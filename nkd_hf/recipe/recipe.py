@@ -329,7 +329,7 @@ class Recipe:
         watch = LossWatch()
         with trainer.accelerator.autocast():
             trainer.compute_loss(trainer.model.train(), batch)
-        watched, trainer._watched = trainer._watched, None
+        watched = trainer.step_guard.take_note()
         if self.training_args.on_non_finite_loss == "error" and watched is not None:
             watch.add(0, self.training_args.learning_rate, index=None, **watched)
             watch.close_step(grad_norm=None, scaled=False)

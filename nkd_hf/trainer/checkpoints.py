@@ -1,13 +1,20 @@
-"""Checkpoint folders: which of them are whole, and what is left of those that are not."""
+"""Finds checkpoints that are whole, and removes what is left of the others."""
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from ..files import remove_leftovers
+from .agreement import decide_in_first, first_fault
+
+logger = logging.getLogger(__name__)
 
 # A checkpoint is written here, inside of `output_dir`, and takes its place when all of it is there.
 UNFINISHED = ".nkd_hf-unfinished"
@@ -17,6 +24,70 @@ REPLACED = "replaced"
 FILES = "checkpoint_files.json"
 _DAMAGED = "damaged-"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# How the names begin of the folders in output_dir from which checkpoints are pushed.
+PUSH_COPY = "_push-"
+SHARE_FOLDER = "Put it on a file system that all nodes share"
+_OF_TRAINER = (
+    "saved by transformers.Trainer, whose checkpoints this trainer does not resume. Pass its model "
+    "(AutoModelForImageClassification.from_pretrained of that folder) as model, and train without resume_from_checkpoint."
+)
+_MODEL_ONLY = (
+    "cannot be resumed: saved with save_only_model, which leaves the optimiser's state out. Train anew without "
+    "resume_from_checkpoint, and without save_only_model if it is to be resumed later"
+)
+
+
+def find_checkpoint(output_dir: str, wanted: str | bool | None) -> str | None:
+    """Returns the checkpoint to resume from, after it has removed what killed processes left in `output_dir`.
+
+    All processes must call this.
+
+    Args:
+        output_dir: the run's folder.
+        wanted: a checkpoint, or True for the last one in `output_dir` that is whole; None and False resume nothing.
+
+    Raises:
+        ValueError: the checkpoint is not whole for all processes, holds the model only, or there is none.
+    """
+    checkpoint = decide_in_first(functools.partial(_find_checkpoint, output_dir, wanted))
+    fault = checkpoint and first_fault(fault_of(str(checkpoint)))
+    if fault:
+        raise ValueError(f"the checkpoint {checkpoint} must be whole for all processes: {fault}. {SHARE_FOLDER}")
+    return checkpoint
+
+
+def _find_checkpoint(folder: str, wanted: str | bool | None) -> str | None:
+    remove_leftovers(PUSH_COPY, folder)
+    for name in remove_unfinished(folder):
+        logger.warning("%s in %s is half-written: it is passed over, and removed.", name, folder)
+    if wanted is True:
+        wanted = last_checkpoint(folder)
+        if wanted is None and any(map(is_model_only, checkpoints(folder))):
+            raise ValueError(f"the checkpoints in {folder} {_MODEL_ONLY}")
+        if wanted is None and any(map(is_of_trainer, checkpoints(folder))):
+            raise ValueError(f"the checkpoints in {folder} cannot be resumed: {_OF_TRAINER}")
+        if wanted is None:
+            raise ValueError(f"{folder} holds no whole checkpoint: train without resume_from_checkpoint")
+    elif wanted and is_of_trainer(str(wanted)):
+        raise ValueError(f"the checkpoint {wanted} cannot be resumed: {_OF_TRAINER}")
+    elif wanted and (fault := fault_of(str(wanted))):
+        raise ValueError(f"the checkpoint {wanted} is not whole: {fault}. Resume from another one")
+    elif wanted and is_model_only(str(wanted)):
+        raise ValueError(f"the checkpoint {wanted} {_MODEL_ONLY}")
+    return wanted or None
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """Returns the last checkpoint that is whole; damaged ones after it are renamed, with a warning.
+
+    One that holds the model only (`save_only_model`) is passed over.
+    """
+    checkpoint, faults = last_whole_checkpoint(output_dir)
+    for damaged, fault in faults.items():
+        logger.warning(
+            "%s is not whole: %s. It is passed over, and now called %s.", damaged, fault, put_aside(damaged)
+        )
+    return checkpoint
 
 
 def write_files(folder: str) -> None:

@@ -1,11 +1,20 @@
-"""A loss that is not finite: found without waiting for the device, and said with what is known of its step."""
+"""Finds a loss that is not finite without waiting for the device, and stops the run or skips the step."""
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import NonFiniteLossError
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row that are skipped before the run is given up: it is not a batch that is at fault then.
+MAX_SKIPPED = 10
 
 
 @dataclass
@@ -105,6 +114,105 @@ Samples of the batch, by their index in the data: 4, 2
             if not finite:
                 return _message(batches, self._world_size)
         return None
+
+
+class StepGuard:
+    """Stops the run at a step that is not finite, or has it skipped, as `on_non_finite_loss` says.
+
+    A run that stops does not wait for the device in each step: on a GPU it may run some steps more, of which none is saved.
+
+    Args:
+        skips: whether such a step is skipped.
+        world_size: number of processes that train together.
+        last_good_checkpoint: the checkpoint that the run was resumed from.
+    """
+
+    def __init__(self, skips: bool, world_size: int = 1, last_good_checkpoint: str | None = None):
+        self.last_good_checkpoint = last_good_checkpoint
+        self._skips = skips
+        self._watch = LossWatch(world_size)
+        self._noted: dict[str, Any] | None = None
+        self._before_step: Any = None
+        self._skipped_in_a_row = 0
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the step that is under way is skipped."""
+        return self._skipped_in_a_row > 0
+
+    def note(self, losses: Mapping[str, Tensor], student_logits: Tensor, teacher_logits: Tensor | None) -> None:
+        """Keeps what `compute_loss` knows of a micro-batch until [`~StepGuard.add`]."""
+        self._noted = {"losses": losses, "student_logits": student_logits, "teacher_logits": teacher_logits}
+
+    def take_note(self) -> dict[str, Any] | None:
+        """Returns what was noted last, if anything was, and forgets it."""
+        noted, self._noted = self._noted, None
+        return noted
+
+    def begin(self, read_state: Callable[[], Any]) -> None:
+        """Reads the state that a step is undone to; in a step of accumulation, before its first micro-batch."""
+        if self._skips and self._before_step is None:
+            self._before_step = read_state()
+
+    def add(self, step: int, learning_rate: float, loss: Tensor, index: Tensor | None) -> None:
+        """Adds a micro-batch to the step.
+
+        Args:
+            step: number of the optimiser step.
+            learning_rate: of the step.
+            loss: the scalar that `compute_loss` returned. One that a subclass overrides may note nothing, or change the sum.
+            index: [B] integers of the samples, where they are known.
+        """
+        noted = self.take_note() or {"losses": {}, "student_logits": None, "teacher_logits": None}
+        noted["losses"] = {**noted["losses"], "loss": loss}
+        self._watch.add(step, learning_rate, index=index, **noted)
+
+    def close_step(
+        self, step: int, grad_norm: Tensor | float | None, scaled: bool, sum_over_processes: Callable[[float], float]
+    ) -> Any:
+        """Ends a step before the optimiser uses its gradient.
+
+        Args:
+            step: number of the optimiser step.
+            grad_norm: of all processes together.
+            scaled: whether the gradients are scaled (fp16), where infinite ones are in order.
+            sum_over_processes: adds up a number over all processes. Called where steps are skipped.
+
+        Returns:
+            What [`~StepGuard.begin`] read, if the step is to be skipped, or None.
+
+        Raises:
+            NonFiniteLossError: a step is not finite and none is skipped, or too many were skipped in a row.
+        """
+        self._watch.close_step(grad_norm, scaled)
+        if not self._skips:
+            self.check()
+            return None
+        fault = self._watch.fault(wait=True)
+        before, self._before_step = self._before_step, None
+        if not sum_over_processes(float(fault is not None)):
+            self._skipped_in_a_row = 0
+            return None
+        self._skipped_in_a_row += 1
+        fault = fault or f"the loss of step {step} is not finite in another process"
+        if self._skipped_in_a_row == MAX_SKIPPED:
+            self._stop(f"{fault}. It is the last of {MAX_SKIPPED} steps in a row")
+        logger.warning("%s. The step is skipped.", fault)
+        return before
+
+    def check(self, wait: bool = False) -> None:
+        """Raises NonFiniteLossError if a step that has ended is not finite.
+
+        Args:
+            wait: whether to wait for the results of all steps.
+        """
+        if fault := self._watch.fault(wait):
+            self._stop(fault)
+
+    def _stop(self, fault: str) -> None:
+        saved = self.last_good_checkpoint
+        kept = f"The last good checkpoint is {saved}" if saved else "No checkpoint was saved before"
+        raise NonFiniteLossError(f"{fault}. {kept}; on_non_finite_loss=skip leaves such steps out")
 
 
 def _message(batches: list[_MicroBatch], world_size: int) -> str:

@@ -537,7 +537,7 @@ def test_one_step_is_the_loss_of_the_models_outputs(tmp_path):
         expected = trainer.model.losses["mgd"](*maps)
         expected |= trainer.model.losses["srrl"](*maps, frozen.forward_head(maps[1]), frozen.fc.weight, frozen.fc.bias)
         expected["task"] = F.cross_entropy(bare.forward_head(maps[0]), batch["labels"])
-    logged = {name: value.item() for name, value in trainer._component_sums.items()}
+    logged = {name: value.item() for name, value in trainer.loss_log.sums.items()}
     assert logged == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
     loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())

@@ -17,7 +17,7 @@ from tiny import digits, make_trainer, native_vit
 
 from nkd_hf import NKDLoss
 from nkd_hf.errors import CheckpointError, failed_write
-from nkd_hf.trainer import checkpoint_trainer
+from nkd_hf.trainer import checkpoint_writer, checkpoints
 from nkd_hf.trainer.agreement import decide_in_first, first_fault
 from nkd_hf.trainer.checkpoints import fault_of
 
@@ -74,14 +74,14 @@ def work(folder: Path) -> None:
     result["fault"] = gather_object([first_fault("a fault" if rank == 1 else None)])
     # The second process sees no checkpoint, and then nothing that the first one writes.
     if rank == 1:
-        checkpoint_trainer.fault_of = lambda checkpoint: "there is no such folder"
+        checkpoints.fault_of = lambda checkpoint: "there is no such folder"
     result["resume"] = error_of(lambda: trainer_in(folder).train(resume_from_checkpoint=True))
-    checkpoint_trainer._PATIENCE = 0.2
+    checkpoint_writer._PATIENCE = 0.2
     if rank == 1:
         path = types.SimpleNamespace(**(vars(os.path) | {"exists": lambda name: False}))
-        checkpoint_trainer.os = types.SimpleNamespace(**(vars(os) | {"path": path}))
+        checkpoint_writer.os = types.SimpleNamespace(**(vars(os) | {"path": path}))
     result["save"] = error_of(trainer_in(folder / "other", max_steps=2).train)
-    checkpoint_trainer.os, checkpoint_trainer.fault_of = os, fault_of
+    checkpoint_writer.os, checkpoints.fault_of = os, fault_of
     result["files"] = sorted(os.listdir(folder / "other"))
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
@@ -138,7 +138,7 @@ def test_a_folder_that_one_process_does_not_see_is_refused_by_all(result):
 def die_in_a_save(folder: Path) -> None:
     trainer = trainer_in(folder, max_steps=2)
     if trainer.args.process_index == 1:
-        trainer._complete = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        trainer.checkpoint_writer.complete = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     trainer.train()
 
 

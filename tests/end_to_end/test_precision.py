@@ -78,7 +78,7 @@ def run_recipe(name: str, precision: str, folder: Path, monkeypatch, *arguments:
         with torch.autocast("cpu", torch.float16, enabled=precision == "fp16"):
             result = compute_loss(self, model, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        assert {loss.dtype, *(value.dtype for value in self._component_sums.values())} == {torch.float32}
+        assert {loss.dtype, *(value.dtype for value in self.loss_log.sums.values())} == {torch.float32}
         return result
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss_in_half)

@@ -307,7 +307,7 @@ def test_one_step_is_the_loss_of_the_models_tokens(tmp_path):
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)}
     torch.manual_seed(0)
     _ = trainer.compute_loss(trainer.model, batch)
-    logged = {name: value.item() for name, value in trainer._component_sums.items()}
+    logged = {name: value.item() for name, value in trainer.loss_log.sums.items()}
     tokens = []
     for model in (student, teacher):
         with torch.no_grad():

@@ -406,7 +406,7 @@ def test_a_full_disk_at_a_checkpoint_of_a_recipe_is_a_message(tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("nkd_hf.trainer.checkpoint_trainer.write_files", full)
+    monkeypatch.setattr("nkd_hf.trainer.checkpoint_writer.write_files", full)
     recipe = recipe_in(tmp_path, save_strategy="epoch")
     with pytest.raises(SystemExit, match=r"^error: the checkpoint of step 2 could not be written to .*No space left"):
         recipe.train_baseline()

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from nkd_hf import NKDLoss, USKDLoss
 from nkd_hf.errors import PushError
-from nkd_hf.trainer import hub_trainer
+from nkd_hf.trainer import pushing
 
 STUDENT = {"config.json", "model.safetensors", "README.md", "training_curves.png", "training_args.yaml"}
 DATA = {"train": digits(0, 64), "evaluation": digits(64, 96)}
@@ -178,7 +178,7 @@ def test_failures_during_training_stop_nothing(hub, tmp_path, caplog):
     hub.fail = Failure("commit", 500)
     trainer.train()
     assert trainer.state.global_step == 4
-    said = [record.message for record in caplog.records if record.name == "nkd_hf.trainer.hub_trainer"]
+    said = [record.message for record in caplog.records if record.name == "nkd_hf.trainer.pushing"]
     assert len(said) == 4
     assert said[0].startswith(f"the push of {folder} to me/student failed: server error of the Hub (500: ")
     assert (
@@ -197,7 +197,7 @@ def test_failures_during_training_stop_nothing(hub, tmp_path, caplog):
     with pytest.raises(PushError, match=again):
         job.result()
     for _ in range(100):  # A future calls back after its result is there.
-        said = [record.message for record in caplog.records if record.name == "nkd_hf.trainer.hub_trainer"]
+        said = [record.message for record in caplog.records if record.name == "nkd_hf.trainer.pushing"]
         if said:
             break
         time.sleep(0.01)
@@ -233,7 +233,7 @@ def test_a_repo_that_cannot_be_made_is_said_before_training(hub, tmp_path, monke
 def push_in_two_processes(folder: Path) -> None:
     # Its sockets are the parent's too, and its thread is the parent's alone.
     huggingface_hub.close_session()
-    hub_trainer._background.__self__._thread_pool = None
+    pushing._background.__self__._thread_pool = None
     trainer = make_trainer(
         folder, timm_cnn(), digits(0, 64), max_steps=1, save_strategy="steps", save_steps=1, push_to_hub=True,
         hub_strategy="checkpoint", hub_token=TOKEN,

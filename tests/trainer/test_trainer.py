@@ -489,5 +489,5 @@ def test_what_is_summed_for_the_log_keeps_no_graph(tmp_path):
     trainer = make_trainer(tmp_path, timm_cnn(), teacher=timm_cnn(seed=1), distillation_loss=NKDLoss())
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)}
     trainer.compute_loss(trainer.model, batch).backward()
-    assert trainer._component_sums.keys() == {"task", "nkd_target", "nkd_non_target"}
-    assert not any(value.requires_grad for value in trainer._component_sums.values())
+    assert trainer.loss_log.sums.keys() == {"task", "nkd_target", "nkd_non_target"}
+    assert not any(value.requires_grad for value in trainer.loss_log.sums.values())

@@ -1,0 +1,133 @@
+"""The callbacks with which DistillationTrainer follows the loop of `Trainer.train`."""
+
+import logging
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from ..data.image_datasets import ImageDataset
+from ..data.sampler import EpochIndices, EpochSampler
+from .checks import check_metric, check_optimizer, check_weights
+from .optimizer_groups import check_no_group_is_empty
+from .sigterm import EXIT_CODE
+
+if TYPE_CHECKING:
+    from .trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class KeepPace(TrainerCallback):
+    """Begins each attempt of a run, saves at the end of an epoch after its evaluation, and ends the run after a SIGTERM."""
+
+    def __init__(self, trainer: "DistillationTrainer"):
+        self.trainer = trainer
+        self.save_after_epoch = self.leaving = False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.save_after_epoch = self.leaving = False
+        self.trainer.begin_attempt()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.trainer.sigterm.came():
+            control.should_save = self.leaving = True
+        # What the end of an epoch logs and evaluates belongs to a checkpoint of its last step.
+        if control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):
+            control.should_save, self.save_after_epoch = False, True
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        control.should_save = control.should_save or self.save_after_epoch
+        self.save_after_epoch = False
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        losses = {name: value for name, value in (metrics or {}).items() if name.endswith("_loss")}
+        bad = [f"{name}={value:g}" for name, value in losses.items() if not math.isfinite(value)]
+        if bad and state.is_world_process_zero:
+            logger.warning(
+                "the evaluation after step %d is not finite (%s): the student's logits are NaN or infinite for some of "
+                "its images, or none of them has a label. Look whether their pixel values are finite; if they are, it "
+                "diverges: lower learning_rate",
+                state.global_step,
+                ", ".join(bad),
+            )
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.leaving:
+            if state.is_world_process_zero:
+                logger.warning(
+                    "SIGTERM came: the run is saved as %s of %d steps, and the process ends. Resume to go on.",
+                    os.path.join(args.output_dir, f"checkpoint-{state.global_step}"),
+                    state.max_steps,
+                )
+            raise SystemExit(EXIT_CODE)
+
+
+class CheckOwnMethods(TrainerCallback):
+    """Checks what an overridden create_optimizer builds, and whether an overridden compute_loss distils."""
+
+    def __init__(self, trainer: "DistillationTrainer"):
+        self.trainer = trainer
+        self.is_first_step = True
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.is_first_step = True
+        # Trainer's own group of what does not decay may be empty.
+        if self.trainer.has_own("create_optimizer"):
+            check_no_group_is_empty(optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        is_first_step, self.is_first_step = self.is_first_step, False
+        own_loss = trainer.distillation_losses and trainer.has_own("compute_loss")
+        if is_first_step and own_loss and not trainer.loss_log.sums and not trainer.step_was_skipped:
+            logger.warning(
+                "compute_loss of %s returned a loss without the distillation losses (%s), which super().compute_loss "
+                "computes. Add its result, or pass no distillation_loss.",
+                type(trainer).__name__,
+                ", ".join(trainer.distillation_losses),
+            )
+
+
+class PrepareTraining(TrainerCallback):
+    """Checks what is known when all is made and no step is done, in every attempt of `auto_find_batch_size`."""
+
+    def __init__(self, trainer: "DistillationTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args, state, control, optimizer: Any = None, train_dataloader: Any = None, **kwargs
+    ) -> None:
+        trainer = self.trainer
+        # Sharding puts parameters of its own in the place of the model's.
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            check_optimizer(trainer, optimizer)
+            check_weights(trainer.student)
+        check_metric(trainer)
+        for dataset in trainer.datasets.values():
+            if isinstance(dataset, ImageDataset):
+                dataset.check_labels()
+        trainer.check_batches(train_dataloader, state.max_steps)
+        trainer.seed_process()
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch: on resume, Trainer's own call stops short of it when there are several processes."""
+
+    def __init__(self, sampler: EpochSampler | EpochIndices):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.sampler.set_epoch(int(state.epoch))
+
+
+class UpdateAverage(TrainerCallback):
+    """Updates the moving average of the student's weights after each optimiser step."""
+
+    def __init__(self, trainer: "DistillationTrainer"):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if not self.trainer.step_was_skipped:
+            model.update_average(state.global_step)

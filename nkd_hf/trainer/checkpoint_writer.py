@@ -1,0 +1,124 @@
+"""Writes a checkpoint beside its place, and moves it there when all processes have written their part."""
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..errors import CheckpointError, failed_write
+from .agreement import decide_in_first, first_fault
+from .checkpoints import REPLACED, SHARE_FOLDER, UNFINISHED, write_files
+
+# What was summed up for the log since its last entry, a list with an entry per process.
+_SUMS = "sums_since_log.json"
+# Seconds in which a file is surely seen on a file system that is shared.
+_PATIENCE = 30.0
+
+
+class CheckpointWriter:
+    """Makes checkpoints that are whole or absent: a run that is killed in between leaves none that is half there.
+
+    `Trainer._save_checkpoint` writes into its place, so that half a checkpoint looks like a whole one, and counts as one
+    when older ones are deleted. All processes must call the methods.
+    """
+
+    def __init__(self):
+        self.is_writing = False
+        self._shared_folder: str | None = None
+
+    @contextmanager
+    def write(self, run_folder: str, state: TrainerState, read_sums: Callable[[], dict[str, Any]]) -> Iterator[str]:
+        """Gives the path that the checkpoint will have, for code that writes it into [`UNFINISHED`] of the run's folder.
+
+        Args:
+            run_folder: holds the checkpoints.
+            state: the trainer's; `best_model_checkpoint` is set to the final path.
+            read_sums: returns what this process has summed up since the last log, fit for JSON.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoints before it are as they were.
+        """
+        name = f"checkpoint-{state.global_step}"
+        written, target = os.path.join(run_folder, UNFINISHED, name), os.path.join(run_folder, name)
+        self.is_writing = True
+        try:
+            self._check_is_shared(run_folder)
+            yield target
+            self.complete(written, target, state, read_sums())
+        except CheckpointError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(os.path.dirname(written), ignore_errors=True)
+            cause, advice = failed_write(error, run_folder)
+            raise CheckpointError(
+                f"the checkpoint of step {state.global_step} could not be written to {run_folder} ({cause}). The "
+                f"checkpoints before it are as they were: {advice}, and resume from the last one"
+            ) from error
+        finally:
+            self.is_writing = False
+
+    def complete(self, written: str, target: str, state: TrainerState, sums: dict[str, Any]) -> None:
+        """Moves a checkpoint to its place when all processes have written their part."""
+        processes, sums = PartialState(), gather_object([sums])
+        is_best = state.best_model_checkpoint == written
+        if is_best:
+            state.best_model_checkpoint = target
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            Path(written, _SUMS).write_text(json.dumps(sums), encoding="utf-8")
+            if is_best:
+                # In the text: save_to_json takes seconds, where the log is long, and Trainer has called it.
+                file = Path(written, TRAINER_STATE_NAME)
+                text = file.read_text(encoding="utf-8").replace(json.dumps(written), json.dumps(target))
+                file.write_text(text, encoding="utf-8")
+            write_files(written)
+            if os.path.isdir(target):  # The same step, saved by an earlier run or a moment ago.
+                os.rename(target, os.path.join(os.path.dirname(written), REPLACED))
+            os.rename(written, target)
+            shutil.rmtree(os.path.dirname(written))
+        processes.wait_for_everyone()
+
+    def _check_is_shared(self, folder: str) -> None:
+        """Raises CheckpointError, in all processes, where one of them does not see what the first one writes."""
+        processes = PartialState()
+        if processes.num_processes == 1 or folder == self._shared_folder:
+            return
+        mark = decide_in_first(functools.partial(_make_mark, folder))
+        until = time.monotonic() + _PATIENCE
+        while not (seen := os.path.exists(mark)) and time.monotonic() < until:
+            time.sleep(0.1)
+        fault = first_fault(None if seen else f"{folder} lacks a file that the first process has written there")
+        if fault:
+            raise CheckpointError(f"output_dir must be one folder for all processes: {fault}. {SHARE_FOLDER}")
+        self._shared_folder = folder
+        if processes.is_main_process:
+            os.remove(mark)
+
+
+def read_sums(checkpoint: str | None, num_processes: int, process: int) -> dict[str, Any] | None:
+    """Returns what a process had summed up for the log when a checkpoint was written; None for another number of processes."""
+    path = Path(checkpoint or "", _SUMS)
+    if checkpoint is None or not path.is_file():
+        return None
+    sums = json.loads(path.read_text(encoding="utf-8"))
+    return sums[process] if len(sums) == num_processes else None
+
+
+def _make_mark(folder: str) -> str:
+    """Writes an empty file into a folder's unfinished part, and returns its path."""
+    os.makedirs(os.path.join(folder, UNFINISHED), exist_ok=True)
+    number, path = tempfile.mkstemp(prefix="seen-by-all-", dir=os.path.join(folder, UNFINISHED))
+    os.close(number)
+    return path

@@ -1,0 +1,160 @@
+"""Where the teacher's outputs of a batch come from: a model, or a store of its logits."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from ..models.features import check_token_grids
+from ..models.preprocessing import read_preprocessing
+from ..models.teacher import Teacher, load_teacher, unwrap_module
+from ..teacher_logits.store import StoredTeacher, TeacherLogits
+from .arguments import DistillationTrainingArguments
+from .distillation_model import DistillationModel
+
+
+class TeacherSource(Protocol):
+    """What the trainer asks of a teacher."""
+
+    @property
+    def description(self) -> Teacher | StoredTeacher:
+        """What the model card says of the teacher."""
+
+    def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns `teacher_logits` [B, C] and the features that the losses ask for, by the names of their arguments."""
+
+
+class LiveTeacher:
+    """A teacher that computes in each step.
+
+    Args:
+        model: the prepared [`Teacher`], possibly wrapped.
+        accelerator: unwraps it.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator):
+        self.model = model
+        self._accelerator = accelerator
+
+    @property
+    def description(self) -> Teacher:
+        return self._accelerator.unwrap_model(self.model)
+
+    def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        logits = self.model(batch["pixel_values"])
+        return {"teacher_logits": logits, **self.description.take_features()}
+
+
+class StoredLogits:
+    """A teacher whose logits of each image and epoch were stored.
+
+    Args:
+        store: what the batches' `teacher_logits` were read from.
+        temperature: of the loss, at which a store of the largest logits alone is made dense.
+    """
+
+    def __init__(self, store: TeacherLogits, temperature: float):
+        self.store = store
+        self._temperature = temperature
+
+    @property
+    def description(self) -> StoredTeacher:
+        return self.store.info.teacher
+
+    def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"teacher_logits": self.store.dense(batch["teacher_logits"], self._temperature)}
+
+
+def open_stored_logits(store: TeacherLogits, model: DistillationModel) -> StoredLogits:
+    """Returns the source that reads a store.
+
+    Raises:
+        ValueError: the store doesn't hold what the losses of the model ask a teacher for.
+    """
+    if set(model.teacher_inputs) - {"teacher_logits"}:
+        raise ValueError(
+            f"the distillation losses ask a teacher for {', '.join(model.teacher_inputs)}, and {store.folder} has its "
+            "logits alone: set a teacher and no teacher_logits"
+        )
+    takers = [loss for name, loss in model.losses.items() if model.needs("teacher_logits", of=name)]
+    if store.info.top_k is None or not takers:
+        return StoredLogits(store, temperature=1.0)
+    if others := [type(loss).__name__ for loss in takers if not getattr(loss, "works_from_top_k", False)]:
+        raise ValueError(
+            f"{', '.join(others)} needs top_k = all, and {store.folder} has the {store.info.top_k} largest logits, from "
+            "which NKD alone can be computed: write a store without --top_k"
+        )
+    temperatures = {float(loss.temperature) for loss in takers}
+    if len(temperatures) > 1 or not temperatures <= set(store.info.temperatures):
+        raise ValueError(
+            f"NKD's temperature must be one of {', '.join(map(str, store.info.temperatures))}, those of "
+            f"{store.folder}, got {', '.join(map(str, temperatures))}: write a store with --temperatures"
+        )
+    return StoredLogits(store, temperatures.pop())
+
+
+def check_teacher_is_asked_for(
+    model: DistillationModel, teacher: Any, store: TeacherLogits | None, args: DistillationTrainingArguments
+) -> None:
+    """Raises ValueError where teacher, store, losses and arguments don't fit each other."""
+    if store is not None and teacher is not None:
+        raise ValueError(
+            f"the teacher's logits are those of {store.folder}: leave teacher out, or the collator's teacher_logits"
+        )
+    has_teacher = teacher is not None or store is not None
+    if bool(model.teacher_inputs) != has_teacher:
+        names = ", ".join(type(loss).__name__ for loss in model.losses.values()) or "none"
+        raise ValueError(
+            f"distillation_loss is {names}, which asks for no teacher: leave teacher (and teacher_logits) out"
+            if has_teacher
+            else f"distillation_loss is {names}, which asks for a teacher: set teacher to a Hub id, folder or model"
+        )
+    if model.taps and args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) cannot read a feature: start the script with "
+            "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if not has_teacher and (unused := args.teacher_settings):
+        raise ValueError(f"{', '.join(unused)} set how a teacher computes, and there is none: leave them out")
+
+
+def open_live_teacher(
+    teacher: str | nn.Module | Teacher,
+    model: DistillationModel,
+    processing_class: BaseImageProcessor | None,
+    args: DistillationTrainingArguments,
+    accelerator: Accelerator,
+) -> LiveTeacher:
+    """Returns the source that runs a teacher, with the student's pixels and classes and in the precision of `args`.
+
+    Raises:
+        ValueError: the teacher can't be opened, is the student itself, or has other classes or layers than are asked for.
+    """
+    if isinstance(teacher, nn.Module):
+        # Another trainer may have compiled its teacher.
+        teacher = unwrap_module(teacher)
+        if teacher is model.student or _have_same_weights(teacher, model.student):
+            raise ValueError(
+                "teacher and student must be two models, got one and the same model, which changes while it teaches. "
+                "Pass copy.deepcopy(student) as teacher."
+            )
+    # A copy, since another trainer, or its owner, may use the teacher too.
+    teacher = load_teacher(teacher).copy()
+    pixels = read_preprocessing(model.student, processing_class)
+    teacher.align(pixels, model.config.id2label)
+    teacher.for_inference(args.teacher_dtype, channels_last=args.teacher_channels_last, compile=args.teacher_compile)
+    teacher.tap(model.teacher_inputs)
+    if model.needs("student_high") and model.needs("teacher_high"):
+        sizes = [wanted and wanted.size for wanted in (pixels, teacher.preprocessing or pixels)]
+        check_token_grids(model.student, teacher.model, *sizes)
+    # Its device is said, since accelerate leaves it to FSDP, which does not see the teacher.
+    prepared = accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
+    return LiveTeacher(prepared, accelerator)
+
+
+def _have_same_weights(teacher: nn.Module, student: nn.Module) -> bool:
+    """Whether the student's parameters, in memory, are the teacher's."""
+    ours, theirs = ({p.data_ptr() for p in model.parameters()} for model in (student, teacher))
+    return ours == theirs != set()
