@@ -1,6 +1,7 @@
 """Makes batches of samples, with mixup, CutMix and a teacher's stored logits."""
 
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -164,3 +165,8 @@ class ImageCollator:
                 "build the student with the dataset's number of labels, or drop unlabelled rows (-1)"
             )
         return label
+
+
+def without_mixing(collator: Callable) -> Callable:
+    """Returns a collator that mixes no images."""
+    return collator.without_mixing() if isinstance(collator, ImageCollator) else collator

@@ -220,6 +220,11 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         stream._process = index, num_processes
         return stream
 
+    @property
+    def is_part(self) -> bool:
+        """Whether this is one process' part of the stream."""
+        return self._process[1] > 1
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the pass with which the next iteration begins, in persistent workers too."""
         self._epoch.value = epoch

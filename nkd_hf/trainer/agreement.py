@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 
-__all__ = ["decide_in_first", "first_fault"]
+__all__ = ["any_process", "decide_in_first", "first_fault"]
 
 _Answer = TypeVar("_Answer")
 
@@ -44,3 +45,8 @@ def first_fault(fault: str | None) -> str | None:
         return None
     number, text = found[0]
     return text if len(faults) == 1 else f"{text} (said by process {number} of {len(faults)})"
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is true in one of the processes. All must call this; it waits for the device."""
+    return bool(reduce(torch.tensor(float(flag), device=PartialState().device), reduction="sum").item())

@@ -3,7 +3,9 @@ batch of one image that it cannot train on."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -12,9 +14,13 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
+from ..data.collator import without_mixing
 from ..data.image_datasets import StreamingImageDataset
 from ..data.sampler import EpochDataset, EpochSampler
 from ..data.seeding import seeded
+
+if TYPE_CHECKING:
+    from .trainer import DistillationTrainer
 
 
 def estimate_batch_norm(
@@ -67,6 +73,38 @@ def estimate_batch_norm(
         for norm in norms:
             norm.running_mean.copy_(accelerator.reduce(norm.running_mean, "mean"))
             norm.running_var.copy_(accelerator.reduce(norm.running_var, "mean"))
+
+
+def update_batch_norm(trainer: "DistillationTrainer") -> None:
+    """Gives a trainer's student statistics of `precise_bn_images` training images, once for all evaluations of a step."""
+    args, step = trainer.args, trainer.state.global_step
+    if args.precise_bn_images is None or trainer.train_dataset is None or trainer.batch_norm_step == step:
+        return
+    estimate_batch_norm(
+        trainer.student,
+        trainer.train_dataset,
+        args.precise_bn_images,
+        trainer.accelerator,
+        key=(args.seed, step),
+        batch_size=args.process_batch_size(trainer._train_batch_size),
+        collate_fn=without_mixing(trainer.data_collator),
+        num_workers=args.dataloader_num_workers,
+    )
+    trainer.batch_norm_step = step
+
+
+@contextmanager
+def explained_single_image(step: int) -> Iterator[None]:
+    """Says what to do where a step's batch has one image, which checks of a stream's length can't see."""
+    try:
+        yield
+    except ValueError as error:
+        if not wants_more_values(error):
+            raise
+        raise ValueError(
+            f"the batch of step {step} must have at least 2 images, got 1. BatchNorm has no statistics of one "
+            "value: set another per_device_train_batch_size. dataloader_drop_last has no effect on streams"
+        ) from error
 
 
 def wants_more_values(error: ValueError) -> bool:

@@ -5,11 +5,15 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import set_seed
 from transformers import TrainerCallback
 
 from ..data.image_datasets import ImageDataset
 from ..data.sampler import EpochIndices, EpochSampler
-from .checks import check_metric, check_optimizer, check_weights
+from ..data.seeding import derived_seeds
+from .arguments import DistillationTrainingArguments
+from .checks import check_batches, check_metric, check_optimizer, check_weights, named_datasets
 from .optimizer_groups import check_no_group_is_empty
 from .sigterm import EXIT_CODE
 
@@ -81,7 +85,7 @@ class CheckOwnMethods(TrainerCallback):
         trainer = self.trainer
         is_first_step, self.is_first_step = self.is_first_step, False
         own_loss = trainer.distillation_losses and trainer.has_own("compute_loss")
-        if is_first_step and own_loss and not trainer.loss_log.sums and not trainer.step_was_skipped:
+        if is_first_step and own_loss and not trainer.loss_log.sums and not trainer.step_guard.step_was_skipped:
             logger.warning(
                 "compute_loss of %s returned a loss without the distillation losses (%s), which super().compute_loss "
                 "computes. Add its result, or pass no distillation_loss.",
@@ -105,11 +109,23 @@ class PrepareTraining(TrainerCallback):
             check_optimizer(trainer, optimizer)
             check_weights(trainer.student)
         check_metric(trainer)
-        for dataset in trainer.datasets.values():
+        for dataset in named_datasets(trainer).values():
             if isinstance(dataset, ImageDataset):
                 dataset.check_labels()
-        trainer.check_batches(train_dataloader, state.max_steps)
-        trainer.seed_process()
+        check_batches(trainer, train_dataloader, state.max_steps)
+        _seed_process(args)
+
+
+def _seed_process(args: DistillationTrainingArguments) -> None:
+    """Gives every process but the first a stream of random numbers of its own.
+
+    All processes are seeded alike, so that they build the same weights; then all would draw the same masks, dropout and
+    drop path. What they draw in common does not come from this stream: see [`training_sampler`]. A run that is resumed
+    gets its streams from its checkpoint.
+    """
+    if args.process_index > 0:
+        common = int(torch.empty((), dtype=torch.int64).random_())
+        set_seed(derived_seeds(common, args.process_index)[0] >> 32)
 
 
 class SetEpoch(TrainerCallback):
@@ -129,5 +145,5 @@ class UpdateAverage(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if not self.trainer.step_was_skipped:
+        if args.ema_decay is not None and not self.trainer.step_guard.step_was_skipped:
             model.update_average(state.global_step)

@@ -107,7 +107,7 @@ class CheckpointWriter:
             os.remove(mark)
 
 
-def read_sums(checkpoint: str | None, num_processes: int, process: int) -> dict[str, Any] | None:
+def find_sums(checkpoint: str | None, num_processes: int, process: int) -> dict[str, Any] | None:
     """Returns what a process had summed up for the log when a checkpoint was written; None for another number of processes."""
     path = Path(checkpoint or "", _SUMS)
     if checkpoint is None or not path.is_file():

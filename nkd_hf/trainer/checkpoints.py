@@ -5,8 +5,10 @@ import functools
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -75,6 +77,18 @@ def _find_checkpoint(folder: str, wanted: str | bool | None) -> str | None:
     elif wanted and is_model_only(str(wanted)):
         raise ValueError(f"the checkpoint {wanted} {_MODEL_ONLY}")
     return wanted or None
+
+
+@contextlib.contextmanager
+def refused_pickles(checkpoint: str | None) -> Iterator[None]:
+    """Says what a checkpoint with a dangerous pickle is, where torch's error advises to run what the file says."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{checkpoint} is not resumed, since a file of it holds more than tensors and could run code: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def last_checkpoint(output_dir: str) -> str | None:

@@ -13,15 +13,19 @@ from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedMo
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from ..data.collator import ImageCollator
+from ..data.dataset_classes import check_dataset_classes
 from ..data.sampler import EpochDataset, EpochSampler
 from ..data.seeding import seeded
 from ..data.transforms import read_transform
 from ..metrics import compute_metrics
+from ..models.labels import check_classifier
 from ..models.preprocessing import read_preprocessing
+from ..models.saving import read_class_names
 from . import optimization
 from .arguments import DistillationTrainingArguments
 from .batch_norm import has_batch_norm, smallest_batch, wants_more_values
 from .loss_log import LossLog
+from .optimizer_groups import check_no_group_is_empty
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -73,9 +77,48 @@ def read_losses(
     return losses
 
 
+def check_student(student: nn.Module) -> None:
+    """Raises ValueError for a student that is none of transformers' image classifiers, or whose classes have no names."""
+    if not isinstance(student, PreTrainedModel):
+        raise ValueError(
+            f"model must be a *ForImageClassification of transformers, got {type(student).__name__}: "
+            'for a timm architecture give create_student("<its name>"), and load weights into its timm_model'
+        )
+    check_classifier(student.config, "the student")
+    read_class_names(student)
+
+
+def check_trainer(trainer: "DistillationTrainer") -> None:
+    """Raises ValueError where what a trainer was given does not fit together: labels, pixels, classes, optimiser's groups."""
+    model, datasets = trainer.accelerator.unwrap_model(trainer.model), named_datasets(trainer)
+    check_label_names(trainer)
+    check_pixels(datasets, model.student, trainer.processing_class)
+    check_dataset_classes(model.config.id2label, datasets)
+    if trainer.optimizer is not None:
+        check_no_group_is_empty(trainer.optimizer)
+
+
+def named_datasets(trainer: "DistillationTrainer") -> dict[str, Any]:
+    """Returns the datasets of training and evaluation, by what errors call them."""
+    if not isinstance(trainer.eval_dataset, dict):
+        return {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
+    evaluation = {f"eval_dataset[{name!r}]": dataset for name, dataset in trainer.eval_dataset.items()}
+    return {"train_dataset": trainer.train_dataset, **evaluation}
+
+
+def is_own_dataset(trainer: "DistillationTrainer", dataset: Any) -> bool:
+    """Whether a dataset that `evaluate` is given is the trainer's: None, a name or a dict, which it takes apart, included."""
+    own = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    return isinstance(dataset, str | dict | type(None)) or any(dataset is other for other in own)
+
+
 def check_label_names(trainer: "DistillationTrainer") -> None:
     """Raises ValueError where Trainer would not find the labels that compute_loss reads."""
-    if "labels" in trainer.label_names or trainer.compute_loss_func is not None or trainer.has_own_evaluation:
+    if (
+        "labels" in trainer.label_names
+        or trainer.compute_loss_func is not None
+        or trainer.has_own("compute_loss", "prediction_step")
+    ):
         return
     raise ValueError(
         f"label_names must contain 'labels', the column that compute_loss reads, got {trainer.label_names}. Rename the "
@@ -140,8 +183,10 @@ def check_batch(batch: dict[str, Any]) -> None:
         )
 
 
-def check_optimizer(trainer: "DistillationTrainer", optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(trainer: "DistillationTrainer", optimizer: torch.optim.Optimizer | None) -> None:
     """Raises ValueError for an optimiser that doesn't train the student and the losses, or a scheduler of another one."""
+    if optimizer is None:  # It will be made when training begins.
+        return
     optimizer = _without_accelerate(optimizer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     optimization.check_optimizer(optimizer, model.student, model.losses)
@@ -176,7 +221,7 @@ def check_metric(trainer: "DistillationTrainer") -> None:
         or args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
         or any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
     )
-    own = trainer.has_own("evaluate") or trainer.has_own("evaluation_loop")
+    own = trainer.has_own("evaluate", "evaluation_loop")
     if metric is None or not is_read or own or trainer.compute_metrics not in (None, compute_metrics):
         return
     known = ["loss"] if trainer.compute_metrics is None else ["loss", "accuracy", "top5_accuracy"]

@@ -6,6 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses.checks import check_labels
+from .distillation_model import IGNORE_INDEX
+
+
+def evaluation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross-entropy of a batch, a float32 scalar, without label smoothing.
+
+    Args:
+        logits: [B, C] float.
+        labels: [B] integers, of which -100 marks an image without a class, or [B, C] float.
+
+    Raises:
+        ValueError: the labels are none of these classes.
+    """
+    check_labels(labels, logits.shape, IGNORE_INDEX)
+    return F.cross_entropy(logits.float(), labels if labels.is_floating_point() else labels.long())
+
 
 class ImageLosses:
     """Collects the cross-entropy of each evaluated image, so that the mean counts every image once.

@@ -7,19 +7,36 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import ConcatDataset, DataLoader, Sampler, Subset
 
-from ..data.collator import ImageCollator
+from ..data.collator import ImageCollator, without_mixing
+from ..data.dataset_classes import check_dataset_classes
 from ..data.image_datasets import StreamingImageDataset
 from ..data.label_check import LabelCheck
 from ..data.sampler import EpochDataset, EpochIndices, EpochSampler, training_sampler
 from ..data.seeding import derived_seeds
 from .arguments import DistillationTrainingArguments
+from .callbacks import SetEpoch
 from .distillation_model import IGNORE_INDEX
 from .sigterm import shield_worker
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
+
+
+# Of a sample or a batch, beside pixels and labels.
+OWN_COLUMNS = ("epoch", "index", "position", "teacher_logits")
+
+
+def seed_samplers(accelerator: Accelerator, args: DistillationTrainingArguments) -> None:
+    """Sets the seed by which accelerate seeds a RandomSampler in several processes.
+
+    Without one it takes torch's initial seed, which the processes have in common until one of their trainers has trained.
+    """
+    if args.world_size > 1 and accelerator.dataloader_config.data_seed is None:
+        accelerator.dataloader_config.data_seed = args.seed
 
 
 def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArguments, collator: Callable) -> EpochSampler:
@@ -53,13 +70,14 @@ def check_holds_no_epoch_dataset(dataset: Any) -> None:
 
 
 def make_training_sampler(
-    sampler_fn: Callable[[Any], Sampler | None], dataset: Any, args: DistillationTrainingArguments, collator: Callable
+    trainer: "DistillationTrainer", sampler_fn: Callable[[Any], Sampler | None], dataset: Any
 ) -> Sampler | None:
     """Returns the sampler that `sampler_fn` makes for a dataset, with the epoch beside the indices of images.
 
     Raises:
         ValueError: the collator needs positions, which the sampler does not give.
     """
+    args, collator = trainer.args, trainer.data_collator
     sampler = training_sampler(sampler_fn(dataset), dataset, read_data_seed(args), args.world_size)
     has_positions = getattr(sampler, "positions", False)
     if isinstance(dataset, EpochDataset) and _needs_positions(collator) and not has_positions:
@@ -68,6 +86,9 @@ def make_training_sampler(
             "mixing in pairs and stored teacher logits need the order of EpochSampler with positions, got "
             f"{type(given).__name__}. Leave _get_train_sampler as it is, or set mix_pairs to false and a teacher"
         )
+    trainer.pop_callback(SetEpoch)
+    if isinstance(sampler, EpochSampler | EpochIndices):
+        trainer.add_callback(SetEpoch(sampler))
     return sampler
 
 
@@ -77,51 +98,46 @@ def read_data_seed(args: DistillationTrainingArguments) -> int:
 
 
 @contextlib.contextmanager
-def loader_settings(trainer: "DistillationTrainer", is_training: bool, divided: bool) -> Iterator[None]:
+def loader_settings(
+    trainer: "DistillationTrainer", dataset: Any, description: str, is_training: bool
+) -> Iterator[Any]:
     """Sets what `Trainer._get_dataloader` reads of the trainer, for one loader.
 
     In evaluation, no images are mixed and none are dropped. Labels are checked by the collator, where the trainer knows
-    what they mean.
+    what they mean. In several processes, each reads its own part of a stream of training images, unless dispatch_batches
+    asks for the first one's reading.
 
-    Args:
-        trainer: as it was before, afterwards.
-        is_training: whether the loader is one of training images.
-        divided: see [`is_divided`].
+    Yields:
+        The dataset, or this process' part of it.
+
+    Raises:
+        ValueError: the classes of an evaluation dataset are not the student's.
     """
     args, collator, config = trainer.args, trainer.data_collator, trainer.accelerator.dataloader_config
     dispatch_batches = config.dispatch_batches
-    if divided:
+    if is_training and _is_divided(trainer, dataset):
+        dataset = dataset.for_process(args.process_index, args.world_size)
         config.dispatch_batches = False
-    if not is_training:
+    elif not is_training:
+        name = "test_dataset" if description == "test" else "eval_dataset"
+        check_dataset_classes(trainer.student.config.id2label, {name: dataset})
         # accelerate dispatches the batches of a stream, which alone counts each image once, unless it is told not to.
         config.dispatch_batches = None
         trainer.args = copy.copy(args)
         trainer.args.dataloader_drop_last = False
     trainer.data_collator = _check_labels_in(trainer, is_training)
     try:
-        yield
+        yield dataset
     finally:
         trainer.args, trainer.data_collator, config.dispatch_batches = args, collator, dispatch_batches
 
 
-def is_divided(trainer: "DistillationTrainer", dataset: Any) -> bool:
-    """Whether each process reads its own part of a training dataset. With dispatch_batches=True the first one reads all."""
-    is_stream = isinstance(dataset, StreamingImageDataset)
-    return is_stream and trainer.args.world_size > 1 and not trainer.accelerator.dispatch_batches
-
-
-def prepare_loader(loader: DataLoader, args: DistillationTrainingArguments, divided: bool) -> DataLoader:
-    """Completes a loader that `accelerate` has prepared, and returns the `DataLoader` inside it.
-
-    Args:
-        loader: what `Trainer._get_dataloader` returned.
-        args: the trainer's.
-        divided: whether its dataset holds the batches of this process alone.
-    """
-    if divided:
+def prepare_loader(trainer: "DistillationTrainer", loader: DataLoader) -> DataLoader:
+    """Completes a loader that `Trainer._get_dataloader` has made, and returns the `DataLoader` inside it."""
+    args, own = trainer.args, loader.base_dataloader
+    if isinstance(own.dataset, IterableDatasetShard) and getattr(own.dataset.dataset, "is_part", False):
         # accelerate's wrapper would pick this process' batches of a stream that holds no others.
-        loader.dataset.num_processes, loader.dataset.process_index = 1, 0
-    own = loader.base_dataloader
+        own.dataset.num_processes, own.dataset.process_index = 1, 0
     if args.dataloader_persistent_workers:
         # A generator of its own: a resumed process makes new iterators where persistent workers keep theirs, and each
         # would take a number from the generator that drop path and masks draw from.
@@ -142,15 +158,15 @@ def end_workers(loaders: list[DataLoader]) -> None:
             loader._iterator = None
 
 
-def without_mixing(collator: Callable) -> Callable:
-    """Returns a collator that mixes no images."""
-    return collator.without_mixing() if isinstance(collator, ImageCollator) else collator
+def _is_divided(trainer: "DistillationTrainer", dataset: Any) -> bool:
+    is_stream = isinstance(dataset, StreamingImageDataset)
+    return is_stream and trainer.args.world_size > 1 and not trainer.accelerator.dispatch_batches
 
 
 def _check_labels_in(trainer: "DistillationTrainer", is_training: bool) -> Callable:
     """Returns the trainer's collator with a check of its labels, which ImageCollator makes itself."""
     collator = trainer.data_collator if is_training else without_mixing(trainer.data_collator)
-    is_own = trainer.has_own("compute_loss") if is_training else trainer.has_own_evaluation
+    is_own = trainer.has_own("compute_loss", *([] if is_training else ["prediction_step"]))
     if is_own or trainer.compute_loss_func is not None or isinstance(collator, ImageCollator):
         return collator
     model = trainer.accelerator.unwrap_model(trainer.model)

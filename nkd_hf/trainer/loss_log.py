@@ -2,10 +2,13 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .trainer import DistillationTrainer
 
 
 class LossLog:
@@ -75,3 +78,20 @@ class LossLog:
             for name, value in state["components"].items()
         }
         self.steps, self.skipped_steps = state["component_steps"], state.get("skipped_steps", 0)
+
+
+def read_sums(trainer: "DistillationTrainer") -> dict[str, Any]:
+    """Returns what a trainer has summed up since its last log, fit for JSON."""
+    return {
+        "loss": trainer._tr_loss.item(),
+        "logged_loss": trainer._total_loss_scalar,
+        "logged_step": trainer._globalstep_last_logged,
+        **trainer.loss_log.state(),
+    }
+
+
+def load_sums(trainer: "DistillationTrainer", sums: Mapping[str, Any]) -> None:
+    """Makes a trainer go on from the [`read_sums`] of a checkpoint."""
+    trainer._tr_loss += sums["loss"]
+    trainer._total_loss_scalar, trainer._globalstep_last_logged = sums["logged_loss"], sums["logged_step"]
+    trainer.loss_log.load(sums, trainer._tr_loss.device)

@@ -4,12 +4,17 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteLossError
+from .agreement import any_process
+from .loss_log import LossLog
+
+if TYPE_CHECKING:
+    from .trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -167,16 +172,13 @@ class StepGuard:
         noted["losses"] = {**noted["losses"], "loss": loss}
         self._watch.add(step, learning_rate, index=index, **noted)
 
-    def close_step(
-        self, step: int, grad_norm: Tensor | float | None, scaled: bool, sum_over_processes: Callable[[float], float]
-    ) -> Any:
-        """Ends a step before the optimiser uses its gradient.
+    def close_step(self, step: int, grad_norm: Tensor | float | None, scaled: bool) -> Any:
+        """Ends a step before the optimiser uses its gradient. Where steps are skipped, all processes must call this.
 
         Args:
             step: number of the optimiser step.
             grad_norm: of all processes together.
             scaled: whether the gradients are scaled (fp16), where infinite ones are in order.
-            sum_over_processes: adds up a number over all processes. Called where steps are skipped.
 
         Returns:
             What [`~StepGuard.begin`] read, if the step is to be skipped, or None.
@@ -190,7 +192,7 @@ class StepGuard:
             return None
         fault = self._watch.fault(wait=True)
         before, self._before_step = self._before_step, None
-        if not sum_over_processes(float(fault is not None)):
+        if not any_process(fault is not None):
             self._skipped_in_a_row = 0
             return None
         self._skipped_in_a_row += 1
@@ -213,6 +215,31 @@ class StepGuard:
         saved = self.last_good_checkpoint
         kept = f"The last good checkpoint is {saved}" if saved else "No checkpoint was saved before"
         raise NonFiniteLossError(f"{fault}. {kept}; on_non_finite_loss=skip leaves such steps out")
+
+
+class StepState(NamedTuple):
+    """What a skipped step must not change, beside weights and optimiser."""
+
+    loss: Tensor
+    log: LossLog
+    buffers: list[Tensor]
+
+    @classmethod
+    def read(cls, trainer: "DistillationTrainer") -> "StepState":
+        """Copies the state of a trainer."""
+        buffers = [buffer.clone() for buffer in trainer.model.buffers()]
+        return cls(trainer._tr_loss.clone(), trainer.loss_log.copy(), buffers)
+
+    def restore(self, trainer: "DistillationTrainer") -> None:
+        """Gives a trainer this state, and counts the step as skipped."""
+        trainer._tr_loss.copy_(self.loss)
+        skipped_steps = trainer.loss_log.skipped_steps + 1
+        trainer.loss_log = self.log.copy()
+        trainer.loss_log.skipped_steps = skipped_steps
+        # The mean of the log is over the steps since then.
+        trainer._globalstep_last_logged += 1
+        for buffer, value in zip(trainer.model.buffers(), self.buffers, strict=True):
+            buffer.copy_(value)
 
 
 def _message(batches: list[_MicroBatch], world_size: int) -> str:

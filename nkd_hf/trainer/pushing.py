@@ -14,6 +14,8 @@ from transformers.utils import PushInProgress
 
 from ..errors import PushError
 from ..files import TemporaryFolder
+from ..hub.model_card.card import write_card
+from ..hub.model_card.facts import CardInfo
 from ..hub.push import create_repo, push_checkpoint, push_student
 from ..hub.student_files import student_files
 from .checkpoints import PUSH_COPY
@@ -24,6 +26,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # One queue: the pushes of a run follow each other.
 _background = HfApi().run_as_future
+
+
+def write_trainers_card(trainer: "DistillationTrainer", name: str | None, info: CardInfo) -> None:
+    """Writes the model card of a trainer's student into `output_dir`."""
+    args, source = trainer.args, trainer.teacher_source
+    repo_id = trainer.hub_model_id or args.hub_model_id
+    write_card(
+        args.output_dir,
+        trainer.student,
+        name=name or os.path.basename(os.path.abspath(args.output_dir)),
+        args=args,
+        state=trainer.state,
+        repo_id=repo_id if repo_id and "/" in repo_id else None,
+        teacher=None if source is None else source.description,
+        losses=trainer.distillation_losses,
+        info=info,
+    )
 
 
 def make_repo(trainer: "DistillationTrainer", token: str | None, private: bool | None, **settings: Any) -> None:
@@ -40,7 +59,6 @@ def make_repo(trainer: "DistillationTrainer", token: str | None, private: bool |
 
 def push_saved_student(
     trainer: "DistillationTrainer",
-    *,
     blocking: bool,
     token: str | None,
     private: bool | None,

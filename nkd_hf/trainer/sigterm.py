@@ -1,6 +1,7 @@
 """SIGTERM, which a cluster sends before it takes a machine: training ends after its step, with a checkpoint."""
 
 import datetime
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 # What a shell reports for a process that SIGTERM has ended: the run is not done.
 EXIT_CODE = 128 + signal.SIGTERM
@@ -72,6 +75,13 @@ class Sigterm:
             return False
         asked[0].wait()
         return bool(asked[1])
+
+    def exit_if_came(self) -> None:
+        """Ends the process, at the end of training, if a process has noted one."""
+        # Twice, since several processes are answered one call late.
+        if any([self.came(), self.came()]):
+            logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
+            raise SystemExit(EXIT_CODE)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         # A forked process inherits the handler.

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
+from ..data.collator import ImageCollator
 from ..models.features import check_token_grids
 from ..models.preprocessing import read_preprocessing
 from ..models.teacher import Teacher, load_teacher, unwrap_module
@@ -65,6 +66,27 @@ class StoredLogits:
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"teacher_logits": self.store.dense(batch["teacher_logits"], self._temperature)}
+
+
+def open_teacher_source(
+    teacher: str | nn.Module | Teacher | None,
+    collator: Any,
+    model: DistillationModel,
+    processing_class: BaseImageProcessor | None,
+    args: DistillationTrainingArguments,
+    accelerator: Accelerator,
+) -> TeacherSource | None:
+    """Returns where the outputs of the teacher come from: `teacher`, or the store of an [`ImageCollator`].
+
+    Raises:
+        ValueError: they are not what the losses of `model` ask for.
+    """
+    store = collator.teacher_logits if isinstance(collator, ImageCollator) else None
+    stored = None if store is None else open_stored_logits(store, model)
+    check_teacher_is_asked_for(model, teacher, store, args)
+    if teacher is None:
+        return stored
+    return open_live_teacher(teacher, model, processing_class, args, accelerator)
 
 
 def open_stored_logits(store: TeacherLogits, model: DistillationModel) -> StoredLogits:
