@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -36,8 +35,6 @@ from .optimization import decayed_parameters
 from .sigterm import Sigterm
 from .student_folder import load_best_student, write_student
 from .teacher_source import LiveTeacher, open_teacher_source
-
-logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):

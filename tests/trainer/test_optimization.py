@@ -546,7 +546,7 @@ def test_the_learning_rate_is_scaled_to_the_global_batch_and_said(tmp_path, capl
         "max_steps": 1,
         "lr_scheduler_type": "constant",
     }
-    with caplog.at_level(logging.WARNING, logger="nkd_hf.trainer.trainer"):
+    with caplog.at_level(logging.WARNING, logger="nkd_hf.trainer.learning_rate"):
         trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 64), callbacks=[seen], base_batch_size=256, **arguments)
         trainer.train()
     assert seen.rates == pytest.approx([0.1 * 32 / 256])
@@ -587,7 +587,7 @@ def test_a_batch_that_is_found_scales_the_rate(tmp_path, monkeypatch, caplog):
         return compute_loss(model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(trainer, "compute_loss", of_small_batches)
-    with caplog.at_level(logging.WARNING, logger="nkd_hf.trainer.trainer"):
+    with caplog.at_level(logging.WARNING, logger="nkd_hf.trainer.learning_rate"):
         trainer.train()
     assert trainer._train_batch_size < 32
     assert seen.rates == pytest.approx([0.1 * trainer._train_batch_size / 32] * 2)
