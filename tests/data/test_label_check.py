@@ -7,7 +7,7 @@ from tiny import digits, make_trainer, native_vit, timm_cnn
 from torch import nn
 
 import nkd_hf.trainer.distillation_model
-import nkd_hf.trainer.trainer
+import nkd_hf.trainer.image_losses
 from nkd_hf import (
     DistillationTrainer,
     DistillationTrainingArguments,
@@ -74,7 +74,7 @@ BAD = {
 def test_labels_of_no_loss_go_unchecked(tmp_path, loss, visible, monkeypatch):
     if not visible:
         # As on a GPU, where the values can't be looked at without waiting for it: the collator has looked before.
-        for module in (nkd_hf.trainer.distillation_model, nkd_hf.trainer.trainer):
+        for module in (nkd_hf.trainer.distillation_model, nkd_hf.trainer.image_losses):
             monkeypatch.setattr(module, "check_labels", lambda *args, **kwargs: None)
     kinds = BAD if loss == "none" and visible else ("multi-hot", "too large")
     for labels, message in (BAD[kind] for kind in kinds):

@@ -463,6 +463,8 @@ def test_a_stage_that_one_process_does_not_see_ends_the_run(tmp_path, monkeypatc
 
 def test_a_setting_without_effect_is_known_by_how_its_name_begins(tmp_path):
     training = DistillationTrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="epoch", report_to="none")
-    settings = run_folder.settings_of(RecipeArguments("resnet18"), DataArguments(max_eval_samples=5), training)
+    settings = run_folder.settings_of(
+        RecipeArguments("resnet18", distillation_loss="none"), DataArguments(max_eval_samples=5), training
+    )
     assert settings["max_eval_samples"] == 5
     assert settings.keys().isdisjoint({"eval_strategy", "push_to_hub", "output_dir", "report_to"})
