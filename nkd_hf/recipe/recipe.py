@@ -46,6 +46,7 @@ from ..teacher_logits.store import TeacherLogits
 from ..trainer.agreement import decide_in_first, first_fault
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.checkpoints import checkpoints, fault_of, is_model_only
+from ..trainer.checks import check_batches
 from ..trainer.non_finite import LossWatch
 from ..trainer.trainer import DistillationTrainer
 from .arguments import RecipeArguments
@@ -312,7 +313,7 @@ class Recipe:
             if trains_student:
                 loader = trainer.get_train_dataloader()
                 *_, max_steps = trainer.set_initial_training_values(trainer.args, loader)
-                trainer.check_batches(loader, max_steps)
+                check_batches(trainer, loader, max_steps)
                 del loader
             del trainer, teacher, loss
         del student
