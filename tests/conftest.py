@@ -1,17 +1,14 @@
 import gc
 import os
-
-gc.disable()  # until pytest_collection_finish: almost all that imports and collection make stays
-
-# What the tests need is on this machine: a look at the Hub would only cost retries.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import time
 import types
 from pathlib import Path
 
 import pytest
 
+gc.disable()  # until pytest_collection_finish: almost all that imports and collection make stays
+# What the tests need is on this machine: a look at the Hub would only cost retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What takes seconds to import is imported where it is needed: the process that starts those of pytest-xdist needs none of it.
 
 

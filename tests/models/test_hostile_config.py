@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import time
+
 import pytest
 from tiny import native_resnet, native_vit, timm_cnn, timm_deit
 from transformers import BitImageProcessor
