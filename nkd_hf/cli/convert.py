@@ -3,7 +3,7 @@
 import argparse
 
 from ..files import new_folder
-from ..models.labels import read_label_file
+from ..models.label_file import read_label_file
 from ..models.mmcls import OFFICIAL_ARCHITECTURES, create_official_student
 from ..models.mmcls_checkpoint import read_mmcls_checkpoint
 from ..models.saving import save_image_processor, save_student

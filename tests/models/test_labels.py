@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from nkd_hf.models.label_file import read_label_file
 from nkd_hf.models.labels import (
     check_class_order,
     class_numbers,
     match_labels,
     normalize_id2label,
-    read_label_file,
     whole_numbers,
 )
 
