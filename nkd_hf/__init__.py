@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .data.collator import ImageCollator
     from .data.image_datasets import ImageDataset, StreamingImageDataset
     from .data.loading import load_image_dataset
+    from .data.student_datasets import make_datasets
     from .data.transforms import processor_transform, train_transform
     from .errors import CheckpointError, NonFiniteLossError, PushError, one_line_errors
     from .hub.model_card import CardInfo
@@ -87,6 +88,7 @@ _NAMES = {
         "StreamingImageDataset",
     ),
     "data.loading": ("load_image_dataset",),
+    "data.student_datasets": ("make_datasets",),
     "data.transforms": (
         "processor_transform",
         "train_transform",

@@ -8,8 +8,8 @@ without and with USKD. `--distillation_loss none` trains the baseline of any con
 With --dataset_name, USKD and the comparison with the baseline stay; the rest of
 configs/digits_self_distill.yaml (student, image size, augmentation, epochs, batch, optimiser, evaluations) belongs to the digits
 alone, and is set on the command line or in a YAML of yours.
-Without a file of `recipes/accelerate`, accelerate takes the one that `accelerate config` wrote, else all GPUs of the machine,
-or one process on the CPU.
+Without a file of `recipes/accelerate`, accelerate reads the file that `accelerate config` wrote. Without that
+file, it uses all GPUs of the machine, or one process on the CPU.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from nkd_hf import (
 )
 
 DIGITS = Path(__file__).parent / "configs" / "digits_self_distill.yaml"
-# What of it is the method's, and holds for other data too.
+# The keys of it that belong to the method, and hold for other data too.
 METHOD = (("distillation_loss", "loss_args"), ("compare_with_baseline",))
 
 

@@ -1,4 +1,4 @@
-"""`nkd-hf evaluate`: top-1, top-5 and throughput of a saved model on a split, with the model's own preprocessing."""
+"""`nkd-hf evaluate`: measures top-1, top-5 and throughput of a saved model on a split, with its own preprocessing."""
 
 import argparse
 import dataclasses
@@ -16,10 +16,9 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from ..data.arguments import DataArguments
-from ..data.image_datasets import ImageDataset, StreamingImageDataset
 from ..data.labels import describe_synsets
 from ..data.loading import load_evaluation_split
-from ..data.transforms import processor_transform
+from ..data.student_datasets import make_evaluation_images
 from ..errors import reason, redact
 from ..metrics import compute_metrics, top5_indices
 from ..models.labels import class_numbers, is_generic, match_labels, whole_numbers
@@ -47,13 +46,13 @@ def evaluate(
         batch_size: images of one forward pass.
         num_workers: processes that read and preprocess images.
         device: where the model runs, such as `cuda`.
-        match_names: whether classes are matched by their names; if not, by their numbers: those that the names are, if
-            all of them are whole numbers, or else their positions.
+        match_names: whether classes are matched by their names. If not, they are matched by their numbers, which are the
+            names where all of these are whole numbers, and else their positions.
 
     Returns:
-        `dict`: `top1` and `top5` (fractions), `images`, `bad_images`, `images_per_second` (from file to prediction, the
-        first batch left out; None when there is no other), `no_predictions` (images for which the model's logits are NaN:
-        they count as wrong), and what was evaluated on what.
+        `dict`: `top1` and `top5` (fractions), `images`, `bad_images`, `images_per_second` (from file to prediction, without
+        the first batch; None when there is no other), `no_predictions` (images for which the model's logits are NaN, which
+        count as wrong), and the names of model, dataset and split with the settings of the evaluation.
 
     Raises:
         ValueError: the dataset cannot be loaded, or its classes are not the model's.
@@ -61,21 +60,8 @@ def evaluate(
     check_inputs(model, "the model")
     processor = load_image_processor(model)
     split_name, split = load_evaluation_split(data)
-    kind = StreamingImageDataset if data.streaming else ImageDataset
-    images = kind(split, processor_transform(processor), on_bad_image=data.on_bad_image, training=False)
-    order = numbers = None
-    label, num_classes = split.features["label"], model.config.num_labels
-    # Only a stream of plain integers has no names; see load_image_dataset.
-    names = label.names if isinstance(label, datasets.ClassLabel) else [f"LABEL_{i}" for i in range(num_classes)]
-    if match_names:
-        order = _order(names, model)
-    elif isinstance(label, datasets.ClassLabel):
-        if len(names) != num_classes and not is_generic(names) and whole_numbers(names) is None:
-            raise ValueError(
-                f"the dataset must have the model's {num_classes} classes, which --ignore_label_names takes by their "
-                f"numbers, got {len(names)}. Name another dataset, or match the classes by their names"
-            )
-        numbers = torch.tensor(class_numbers(names, num_classes))
+    images = make_evaluation_images(split, data, processor)
+    order, numbers = _match_classes(split.features["label"], model, match_names)
     model = model.to(device).eval()
 
     predictions, labels = [], []
@@ -85,7 +71,7 @@ def evaluate(
         for batch in tqdm(loader, desc="Evaluating", disable=None):
             output = model(batch["pixel_values"].to(device, non_blocking=True))
             logits = read_logits(output, "the model", len(batch["labels"]), model.config.num_labels)
-            # To the CPU at once: a time that is taken here then includes the device's work.
+            # To the CPU at once, so that the time below includes the device's work.
             predictions.append(top5_indices(logits if order is None else logits[:, order]).cpu())
             labels.append(batch["labels"])
             if start is None:
@@ -111,12 +97,36 @@ def evaluate(
         "device": str(device),
         "batch_size": batch_size,
         "num_workers": num_workers,
-        "preprocessing": _settings(processor),
+        "preprocessing": _read_settings(processor),
     }
 
 
-def _order(names: list[str], model: PreTrainedModel) -> list[int] | None:
-    """Where the dataset's classes stand among the model's logits; None when in the same order."""
+def _match_classes(
+    label: datasets.ClassLabel | datasets.Value, model: PreTrainedModel, match_names: bool
+) -> tuple[list[int] | None, torch.Tensor | None]:
+    """Matches the classes of a dataset with a model's.
+
+    Returns:
+        Where the dataset's classes stand among the model's logits, and the number that each label stands for among them.
+        None where nothing changes. One of the two is None.
+    """
+    num_classes = model.config.num_labels
+    # Only a stream of plain integers has no names; see load_image_dataset.
+    names = label.names if isinstance(label, datasets.ClassLabel) else [f"LABEL_{i}" for i in range(num_classes)]
+    if match_names:
+        return _find_order(names, model), None
+    if not isinstance(label, datasets.ClassLabel):
+        return None, None
+    if len(names) != num_classes and not is_generic(names) and whole_numbers(names) is None:
+        raise ValueError(
+            f"the dataset must have the model's {num_classes} classes, which --ignore_label_names takes by their "
+            f"numbers, got {len(names)}. Name another dataset, or match the classes by their names"
+        )
+    return None, torch.tensor(class_numbers(names, num_classes))
+
+
+def _find_order(names: list[str], model: PreTrainedModel) -> list[int] | None:
+    """Finds where the dataset's classes stand among the model's logits; None where they are in the same order."""
     num_classes = model.config.num_labels
     names = describe_synsets(names)
     if names == [f"LABEL_{i}" for i in range(len(names))] and len(names) < num_classes:
@@ -131,7 +141,7 @@ def _order(names: list[str], model: PreTrainedModel) -> list[int] | None:
     )
 
 
-def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
+def _read_settings(processor: BaseImageProcessor) -> dict[str, Any]:
     settings = json.loads(processor.to_json_string())
     # timm's transforms follow from data_config.
     settings = settings.get("data_config", settings) | {"processor": type(processor).__name__}
@@ -139,7 +149,7 @@ def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
 
 
 def _check_output(path: Path) -> None:
-    """Writes and removes a file beside the results, or opens the one that they replace, before hours of evaluation."""
+    """Raises ValueError where the results cannot be written, before hours of evaluation."""
     if path.is_dir():
         raise ValueError(
             f"--output must be a file, got the folder {path}. Name a file in it, such as {path / 'top1.json'}"
@@ -159,38 +169,23 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).item()  # A tensor on meta has no value.
     except (RuntimeError, AssertionError) as error:
-        # Of a device that torch was built without, it would list the dispatch table, in 59 lines.
+        # For a device that it was built without, torch lists its dispatch table in 59 lines.
         unknown = isinstance(error, NotImplementedError)
         fault = "this build of torch has no such device" if unknown else reason(error).partition(". ")[0]
         raise ValueError(f"device {device!r} cannot be used: {fault}. Set --device cpu, cuda or cuda:1") from error
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs `nkd-hf evaluate`."""
-    parser = argparse.ArgumentParser(prog="nkd-hf evaluate", description=__doc__, allow_abbrev=False)
-    help_of = {field.name: field.metadata["help"] for field in dataclasses.fields(DataArguments)}
-    parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--dataset", required=True, help=help_of["dataset_name"])
-    parser.add_argument("--dataset_config_name", help=help_of["dataset_config_name"])
-    parser.add_argument("--split", help="default: the first of validation, val, valid, test that exists")
-    parser.add_argument("--image_column_name", help=help_of["image_column_name"])
-    parser.add_argument("--label_column_name", help=help_of["label_column_name"])
-    parser.add_argument("--streaming", action="store_true", help="read the split alone, with no copy on disk")
-    parser.add_argument("--max_samples", type=int, help=help_of["max_eval_samples"])
-    parser.add_argument("--on_bad_image", choices=["error", "skip"], default="error", help=help_of["on_bad_image"])
-    parser.add_argument("--ignore_label_names", action="store_true", help="take the classes by their numbers")
-    parser.add_argument("--batch_size", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        default=min(4, os.cpu_count() or 1),
-        help="processes that read images (default: %(default)s)",
-    )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", metavar="FILE", help="write the results as JSON, too")
-    parser.add_argument("--allow_pickle", action="store_true", help="open weights that are a pickle, tensors alone")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
-    args = parser.parse_args(args)
+    """Runs `nkd-hf evaluate`.
+
+    Args:
+        args: the command line after `nkd-hf evaluate`; None takes `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: with code 2 and a message, where an argument is unknown.
+        ValueError: an argument cannot be used, or as [`evaluate`].
+    """
+    args = _make_parser().parse_args(args)
     if args.output is not None:
         _check_output(Path(args.output))
     if args.batch_size < 1 or args.num_workers < 0:
@@ -224,6 +219,39 @@ def main(args: list[str] | None = None) -> None:
         device=device,
         match_names=not args.ignore_label_names,
     )
+    _print_results(args, results, model)
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nkd-hf evaluate", description=__doc__, allow_abbrev=False)
+    help_of = {field.name: field.metadata["help"] for field in dataclasses.fields(DataArguments)}
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--dataset", required=True, help=help_of["dataset_name"])
+    parser.add_argument("--dataset_config_name", help=help_of["dataset_config_name"])
+    parser.add_argument("--split", help="default: the first of validation, val, valid, test that exists")
+    parser.add_argument("--image_column_name", help=help_of["image_column_name"])
+    parser.add_argument("--label_column_name", help=help_of["label_column_name"])
+    parser.add_argument("--streaming", action="store_true", help="read the split alone, with no copy on disk")
+    parser.add_argument("--max_samples", type=int, help=help_of["max_eval_samples"])
+    parser.add_argument("--on_bad_image", choices=["error", "skip"], default="error", help=help_of["on_bad_image"])
+    parser.add_argument("--ignore_label_names", action="store_true", help="take the classes by their numbers")
+    parser.add_argument("--batch_size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read images (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--allow_pickle", action="store_true", help="open weights that are a pickle, tensors alone")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
+    return parser
+
+
+def _print_results(args: argparse.Namespace, results: dict[str, Any], model: PreTrainedModel) -> None:
     speed = results["images_per_second"]
     measured = (
         "reading, preprocessing and forward pass, without the first batch" if speed else "there is one batch alone"
@@ -237,8 +265,6 @@ def main(args: list[str] | None = None) -> None:
     if results["no_predictions"]:
         print(f"no prediction  {results['no_predictions']} images, whose logits are NaN: they count as wrong")
     print(
-        f"throughput     {f'{speed:.0f} images/s' if speed else 'not measured'} on {device}, batch {args.batch_size}, "
+        f"throughput     {f'{speed:.0f} images/s' if speed else 'not measured'} on {results['device']}, batch {args.batch_size}, "
         f"{args.num_workers} workers ({measured})"
     )
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`nkd-hf plan`: says what a run will do, from its arguments alone."""
+"""`nkd-hf plan`: prints what a run will do, from its arguments alone."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from ..data.arguments import DataArguments
 from ..recipe.arguments import RecipeArguments
 from ..recipe.parser import parse_args
 from ..recipe.plan import PlannedTrainingArguments, make_plan
-from .plan_text import plan_text
+from .plan_text import format_plan
 
 
 @dataclass
@@ -31,4 +31,4 @@ def main(args: list[str] | None = None) -> None:
     types = (RecipeArguments, DataArguments, PlannedTrainingArguments, PlanArguments)
     recipe, data, training, output = parse_args(types, args=args)
     plan = make_plan(recipe, data, training)
-    print(json.dumps(plan, indent=2) if output.json else plan_text(plan))
+    print(json.dumps(plan, indent=2) if output.json else format_plan(plan))

@@ -1,22 +1,18 @@
-"""A plan as text, for who reads it before a run of days."""
+"""Formats a plan for the terminal."""
 
 from typing import Any
 
 _WIDTH = 16
 
 
-def plan_text(plan: dict[str, Any]) -> str:
-    """What [`nkd_hf.recipe.plan.make_plan`] returned, in lines.
-
-    Args:
-        plan: see there.
-    """
-    loss_args = _arguments(plan["loss_args"])
-    own = f"; {_count(plan['loss_parameters'])} parameters of its own" if plan["loss_parameters"] else ""
+def format_plan(plan: dict[str, Any]) -> str:
+    """Formats what [`nkd_hf.recipe.plan.make_plan`] returned, in lines."""
+    loss_args = _format_arguments(plan["loss_args"])
+    own = f"; {_format_count(plan['loss_parameters'])} parameters of its own" if plan["loss_parameters"] else ""
     epochs = f"{plan['epochs']:g} epochs of {plan['num_train_images']:,} images"
     lines = [
-        ("student", f"{_model(plan['student'])}, {plan['student']['num_classes']} classes"),
-        ("teacher", "none" if plan["teacher"] is None else _model(plan["teacher"])),
+        ("student", f"{_format_model(plan['student'])}, {plan['student']['num_classes']} classes"),
+        ("teacher", "none" if plan["teacher"] is None else _format_model(plan["teacher"])),
         ("loss", f"{plan['distillation_loss']}{loss_args and f' ({loss_args})'}{own}"),
         *[
             (_TAPS[name], f"{tap['module']}: {tap['channels']} channels, {tap['reads']}")
@@ -24,19 +20,19 @@ def plan_text(plan: dict[str, Any]) -> str:
         ],
         ("trains", _RUNS[tuple(plan["runs"])]),
         None,
-        ("global batch", _batch(plan)),
-        ("steps", f"{plan['num_steps']:,}, {_number(plan['steps_per_epoch'])} an epoch, {epochs}"),
+        ("global batch", _format_batch(plan)),
+        ("steps", f"{plan['num_steps']:,}, {_format_number(plan['steps_per_epoch'])} an epoch, {epochs}"),
         ("precision", plan["precision"]),
-        ("optimiser", ", ".join(_optimizer(plan))),
-        *_labelled("", _groups(plan["optimizer_groups"])),
-        ("schedule", f"{plan['lr_scheduler_type']}{_in_brackets(_arguments(plan['lr_scheduler_kwargs']))}"),
-        *_labelled("learning rate", _rates(plan["lr_by_epoch"])),
-        *_labelled("augmentation", plan["augmentation"]),
+        ("optimiser", ", ".join(_format_optimizer(plan))),
+        *_label_first("", _format_groups(plan["optimizer_groups"])),
+        ("schedule", f"{plan['lr_scheduler_type']}{_put_in_brackets(_format_arguments(plan['lr_scheduler_kwargs']))}"),
+        *_label_first("learning rate", _format_rates(plan["lr_by_epoch"])),
+        *_label_first("augmentation", plan["augmentation"]),
         None,
-        ("disk", f"at least {_size(plan['disk']['total'])}, without the dataset"),
-        *_labelled("", _disk(plan)),
-        ("memory", f"at least {_size(plan['memory']['total'])} on each GPU, without kernels' workspaces"),
-        *_labelled("", _memory(plan)),
+        ("disk", f"at least {_format_size(plan['disk']['total'])}, without the dataset"),
+        *_label_first("", _format_disk(plan)),
+        ("memory", f"at least {_format_size(plan['memory']['total'])} on each GPU, without kernels' workspaces"),
+        *_label_first("", _format_memory(plan)),
     ]
     text = ["" if line is None else f"{line[0]:{_WIDTH}}{line[1]}" for line in lines]
     return "\n".join([*text, *[f"\nNote: {note.rstrip('.')}." for note in plan["notes"]]])
@@ -52,24 +48,24 @@ _RUNS = {
 }
 
 
-def _labelled(label: str, lines: list[str]) -> list[tuple[str, str]]:
+def _label_first(label: str, lines: list[str]) -> list[tuple[str, str]]:
     return [(label if i == 0 else "", line) for i, line in enumerate(lines)]
 
 
-def _model(model: dict[str, Any]) -> str:
+def _format_model(model: dict[str, Any]) -> str:
     if model["parameters"] is None:
         return f"{model['name']}: parameters and GMACs unknown (see the notes)"
     height, width = model["image_size"]
-    return f"{model['name']}: {_count(model['parameters'])} parameters, {model['gmacs']:.2f} GMACs at {height}x{width}"
+    return f"{model['name']}: {_format_count(model['parameters'])} parameters, {model['gmacs']:.2f} GMACs at {height}x{width}"
 
 
-def _batch(plan: dict[str, Any]) -> str:
+def _format_batch(plan: dict[str, Any]) -> str:
     batch, accumulation = plan["per_device_train_batch_size"], plan["gradient_accumulation_steps"]
     return f"{plan['global_batch_size']} images: {plan['num_processes']} GPUs x {batch} x accumulation {accumulation}"
 
 
-def _optimizer(plan: dict[str, Any]) -> list[str]:
-    parts = [f"{plan['optimizer']}{_in_brackets(plan['optimizer_args'] or '')}"]
+def _format_optimizer(plan: dict[str, Any]) -> list[str]:
+    parts = [f"{plan['optimizer']}{_put_in_brackets(plan['optimizer_args'] or '')}"]
     parts.append(f"gradients clipped at norm {plan['max_grad_norm']:g}" if plan["max_grad_norm"] else "no clipping")
     if plan["ema_decay"] is not None:
         parts.append(f"moving average of the weights with decay {plan['ema_decay']:g}")
@@ -78,7 +74,7 @@ def _optimizer(plan: dict[str, Any]) -> list[str]:
     return parts
 
 
-def _groups(groups: list[dict[str, Any]]) -> list[str]:
+def _format_groups(groups: list[dict[str, Any]]) -> list[str]:
     return [
         f"weight decay {group['weight_decay']:<8g}{group['parameters']:>13,} parameters in {group['tensors']} tensors"
         + (f", {group['loss_parameters']:,} of them the loss's" if group["loss_parameters"] else "")
@@ -86,8 +82,8 @@ def _groups(groups: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _rates(rates: list[float] | None) -> list[str]:
-    """Each rate that is new, or, where nearly all are, a dozen of them with the highest."""
+def _format_rates(rates: list[float] | None) -> list[str]:
+    """Formats each rate that is new; where there are more than twelve, about a dozen of them with the highest."""
     if rates is None:
         return ["unknown (see the notes)"]
     starts = [epoch for epoch, rate in enumerate(rates) if epoch == 0 or rate != rates[epoch - 1]]
@@ -101,22 +97,22 @@ def _rates(rates: list[float] | None) -> list[str]:
     return [f"{f'epoch {epoch}':<18}{rates[epoch]:.4g}" for epoch in sorted(shown)]
 
 
-def _disk(plan: dict[str, Any]) -> list[str]:
+def _format_disk(plan: dict[str, Any]) -> list[str]:
     disk = plan["disk"]
     one = (
-        f"{_size(disk['checkpoint'])} each"
+        f"{_format_size(disk['checkpoint'])} each"
         if len(plan["runs"]) == 1
-        else f"the student's {_size(disk['checkpoint'])} each"
+        else f"the student's {_format_size(disk['checkpoint'])} each"
     )
     lines = {
         f"checkpoints: up to {disk['num_checkpoints']} at once, {one}": disk["checkpoints"],
         "what is saved at the end": disk["models"],
         "the teacher's weights": disk["teacher"],
     }
-    return [f"{_size(size):>10}  {text}" for text, size in lines.items() if size]
+    return [f"{_format_size(size):>10}  {text}" for text, size in lines.items() if size]
 
 
-def _memory(plan: dict[str, Any]) -> list[str]:
+def _format_memory(plan: dict[str, Any]) -> list[str]:
     what = {
         "weights": "weights of student and loss",
         "gradients": "gradients",
@@ -129,37 +125,37 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     }
     sizes = plan["memory"]
     return [
-        f"{'unknown' if sizes[name] is None else _size(sizes[name]):>10}  {text}"
+        f"{'unknown' if sizes[name] is None else _format_size(sizes[name]):>10}  {text}"
         for name, text in what.items()
         if sizes[name] != 0
     ]
 
 
-def _arguments(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_value(value)}" for name, value in arguments.items())
+def _format_arguments(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_format_value(value)}" for name, value in arguments.items())
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
-        return f"({_arguments(value)})"
+        return f"({_format_arguments(value)})"
     if isinstance(value, list):
-        return "/".join(_value(item) for item in value)
+        return "/".join(_format_value(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _in_brackets(text: str) -> str:
+def _put_in_brackets(text: str) -> str:
     return f" ({text})" if text else ""
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:,}" if value == int(value) else f"{value:,.2f}"
 
 
-def _count(number: int) -> str:
+def _format_count(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number:,}"
 
 
-def _size(number: int) -> str:
+def _format_size(number: int) -> str:
     unit, name = next(
         (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if number >= unit or unit == 1e3
     )

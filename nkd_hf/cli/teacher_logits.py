@@ -1,28 +1,26 @@
-"""`nkd-hf teacher-logits`: runs the teacher ahead of time, so that training reads its logits and runs none.
+"""`nkd-hf teacher-logits`: runs the teacher ahead of time, so that a training reads its logits and runs no teacher.
 
     accelerate launch -m nkd_hf.cli teacher-logits --config FILE --output DIR --epochs N
 
-FILE is the recipe's, and its arguments can be overridden as there. A second start goes on where the first one stopped; with
-larger N it adds epochs, and with a smaller one takes none away. Several machines need one folder that all of them see, or
-each writes its shards, which can be copied together.
+FILE is the recipe's, and its arguments can be overridden as in a recipe. A second start goes on where the first one stopped;
+with a larger N it adds epochs, and with a smaller one it removes none. Several machines need one folder that all of them see,
+or each writes its shards into its own folder, and these are copied into one.
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ..data.arguments import DataArguments
-from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..errors import PushError
+from ..hub.teacher_logits import push_store
 from ..models.repo_ids import read_repo_id
-from ..models.teacher import load_teacher
 from ..recipe.arguments import RecipeArguments
-from ..recipe.logit_writer import _begin, _check_recipe, _finish, _store_info, _write_shards
+from ..recipe.logit_writer import write_teacher_logits
 from ..recipe.parser import parse_args
-from ..recipe.recipe import Recipe
-from ..recipe.teacher_accuracy import ON_STUDENT_PIXELS
+from ..teacher_logits.store import StoreInfo, unfinished
 from ..trainer.arguments import DistillationTrainingArguments
 
 
@@ -45,43 +43,27 @@ def main(args: list[str] | None = None) -> None:
 
 
 def write_store(args: list[str] | None = None) -> str | None:
-    """Does what `nkd-hf teacher-logits` does in one of the processes; what came in the way at its end is returned."""
-    options, rest = _parser().parse_known_args(args)
+    """Runs the command in one of its processes, and returns what is wrong at its end, if anything is."""
+    options, rest = _make_parser().parse_known_args(args)
     _check_options(options)
     types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-    # The recipe's own results are not made here.
+    # The store is the result: nothing of the recipe's own is pushed.
     rest += ["--output_dir", options.output, "--push_to_hub", "false"]
     recipe, data, training = parse_args(types, args=rest)
-    _check_recipe(recipe, data, training, options)
-    recipe = dataclasses.replace(recipe, teacher_logits=None)
-
-    run = Recipe(recipe, data, training)
-    run.check(trains_student=False)
-    run.train_teacher()
-    run.open_teacher()
-    run.data_args = dataclasses.replace(data, mix_pairs=True)
-    student = run.create(recipe.student, recipe.student_args)
-    teacher = load_teacher(run.teacher)
-    teacher.align(read_preprocessing(student, load_image_processor(student)), run.id2label)
-    info = _store_info(run, options, teacher, run.fingerprint(student))
-    # The weights that are hashed in the fingerprint are those before they are rounded.
-    teacher.for_inference(
-        training.teacher_dtype, channels_last=training.teacher_channels_last, compile=training.teacher_compile
+    info = write_teacher_logits(
+        recipe,
+        data,
+        training,
+        options.epochs,
+        top_k=None if options.top_k == "all" else int(options.top_k),
+        temperatures=options.temperatures,
+        batch_size=options.batch_size,
+        shard_size=options.shard_size,
     )
-    teacher.to(training.device)
-
-    folder = Path(options.output)
-    info = _begin(folder, info)
-    train, _ = run.datasets(student)
-    _write_shards(folder, info, run, teacher, train, options.batch_size)
-    if info.teacher_accuracy is None or info.teacher_own_accuracy is None:
-        run.measure_teacher()
-        info.teacher_accuracy, info.teacher_own_accuracy = run.results[ON_STUDENT_PIXELS], run.results["teacher"]
-    PartialState().wait_for_everyone()
-    return _finish(folder, info, options) if training.process_index == 0 else None
+    return _report(Path(training.output_dir), info, options) if training.process_index == 0 else None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nkd-hf teacher-logits",
         description="Writes the teacher's logits on the augmented images of N epochs; a recipe reads them with "
@@ -126,3 +108,27 @@ def _check_options(options: argparse.Namespace) -> None:
         options.push_to_hub = read_repo_id(options.push_to_hub, "--push_to_hub", "dataset")
     if any(not temperature > 0 for temperature in options.temperatures):
         raise ValueError(f"--temperatures must be positive, got {options.temperatures}")
+
+
+def _report(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str | None:
+    """Prints what is in the store, pushes it, and returns what is wrong, if anything is."""
+    missing = unfinished(folder, info, info.epochs)
+    if missing:
+        return f"{len(missing)} shards are not in {folder}: copy those of the other machines into it"
+    size = sum(path.stat().st_size for path in folder.glob("epoch-*/shard-*.safetensors"))
+    samples = info.epochs * info.num_samples
+    print(
+        f"\nThe teacher's top-1 accuracy is {info.teacher_own_accuracy:.2%} with its own preprocessing, "
+        f"{info.teacher_accuracy:.2%} on the student's pixels."
+    )
+    print(
+        f"{folder}: {info.epochs} epochs of {info.num_samples} images, {size / 1e6:.1f} MB, {size / samples:.0f} bytes each."
+    )
+    print(f"Train with it: --teacher_logits {folder}")
+    if options.push_to_hub is None:
+        return None
+    try:
+        print(f"It is on the Hub: {push_store(folder, options.push_to_hub, options.private)}")
+    except (PushError, ValueError) as error:
+        return str(error)
+    return None

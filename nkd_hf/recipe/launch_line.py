@@ -1,4 +1,4 @@
-"""The command line of a run, as a model card may show it."""
+"""Reads the command line of a run, for its model card."""
 
 import os
 import shlex
@@ -10,16 +10,16 @@ from ..hub.model_card.text import plain_name
 
 
 def launch_line(argv: Sequence[str] | None = None) -> str | None:
-    """The command that started this process, as somebody else would type it; None in a notebook or an interpreter.
+    """Returns the command that started this process, without paths and tokens; None in a notebook or an interpreter.
 
-    The options of `accelerate launch` are told from the environment that it leaves: number of processes and machines, and
-    mixed precision. Options whose name ends in `token` are left out.
+    The options of `accelerate launch` are read from the environment variables that it sets: number of processes and machines,
+    and mixed precision. Options whose name ends in `token` are omitted.
 
     Args:
-        argv: script and arguments; None takes those of this process.
+        argv: script and arguments; None takes this process's.
     """
     if argv is None:
-        # A notebook's __main__ has no file; that of a tool (`pytest`, `python -m ...`) is no script of the user's.
+        # In a notebook, __main__ has no file. In a tool (`pytest`, `python -m ...`), its file is not the user's script.
         argv = [getattr(sys.modules["__main__"], "__file__", None) or "", *sys.argv[1:]]
     script = Path(argv[0])
     if script.suffix != ".py" or script.name == "__main__.py":
@@ -47,7 +47,7 @@ def _launcher(is_recipe: bool, on_cpu: bool) -> list[str]:
         return ["torchrun", *machines, "--nproc_per_node", str(num_processes // max(1, num_machines))]
     words = ["accelerate", "launch"]
     if is_recipe and num_processes > 1:
-        # Started in another way, it can be started in this one.
+        # A recipe that was started with torchrun can be started in this way, too.
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         name = "fsdp2" if sharded else "cpu" if on_cpu else "two_machines" if machines else "eight_gpus"
         words += ["--config_file", f"recipes/accelerate/{name}.yaml"]

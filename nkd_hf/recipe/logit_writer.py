@@ -1,37 +1,117 @@
-"""Runs a teacher ahead of time and writes its logits."""
+"""Runs a teacher ahead of time, and writes its logits into a store."""
 
-import argparse
+import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.arguments import DataArguments
+from ..data.collator import ImageCollator
+from ..data.image_datasets import ImageDataset
 from ..data.sampler import epoch_order
-from ..errors import PushError
+from ..data.student_datasets import make_collator
 from ..hub.model_card.facts import describe_teacher
-from ..hub.teacher_logits import push_store
 from ..models.architectures import is_architecture
-from ..models.teacher import Teacher
+from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..models.teacher import Teacher, load_teacher
 from ..teacher_logits.compression import sparse_logits
 from ..teacher_logits.store import STORE, StoreInfo, shard_path, unfinished, write_shard
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
-from .fingerprint import fingerprint_differences, library_versions, public_name, teacher_fingerprint
+from .fingerprint import compare_fingerprints, fingerprint_teacher, hide_path, read_versions
 from .recipe import Recipe
+from .report import ON_STUDENT_PIXELS
 
 logger = logging.getLogger(__name__)
 
 
+def write_teacher_logits(
+    recipe: RecipeArguments,
+    data: DataArguments,
+    training: DistillationTrainingArguments,
+    epochs: int,
+    *,
+    top_k: int | None = None,
+    temperatures: Sequence[float] = (),
+    batch_size: int = 256,
+    shard_size: int = 32768,
+) -> StoreInfo:
+    """Runs a recipe's teacher on the augmented images of its epochs, and writes the logits into a store.
+
+    All processes call this, and each writes its part of the shards. What is in the folder already is not written again.
+
+    Args:
+        recipe: names the teacher, which is trained first where it is named by an architecture.
+        data: the dataset and its augmentation; images are mixed in pairs.
+        training: `output_dir` is the folder of the store. It must not push.
+        epochs: how many; a store of more keeps them.
+        top_k: how many logits are stored beside the target's; None stores all.
+        temperatures: of NKD, for `top_k`; the recipe's and 1 are always there.
+        batch_size: images of a forward pass, even.
+        shard_size: samples in a file, even.
+
+    Returns:
+        What is in `store.json`, with the teacher's accuracies.
+
+    Raises:
+        ValueError: the recipe has no teacher whose logits could be stored, or its arguments, models and data do not fit
+            each other.
+        SystemExit: with a message, when the folder holds another store.
+    """
+    _check_recipe(recipe, data, training, top_k)
+    run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
+    run.check(trains_student=False)
+    run.train_teacher()
+    run.open_teacher()
+    student = run.create(recipe.student, recipe.student_args)
+    teacher = load_teacher(run.teacher)
+    teacher.align(read_preprocessing(student, load_image_processor(student)), run.id2label)
+    info = StoreInfo(
+        num_classes=len(run.id2label),
+        num_samples=len(run.data["train"]),
+        epochs=epochs,
+        # There are no more beside the target.
+        top_k=None if top_k is None else min(top_k, len(run.id2label) - 1),
+        temperatures=sorted({1.0, *recipe.top_k_temperatures, *temperatures}),
+        shard_size=shard_size,
+        # Of the weights before for_inference rounds them.
+        fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher.model, training.teacher_dtype),
+        teacher=describe_teacher(
+            teacher.model, None if is_architecture(recipe.teacher) else hide_path(recipe.teacher)
+        ),
+        versions=read_versions(),
+    )
+    teacher.for_inference(
+        training.teacher_dtype, channels_last=training.teacher_channels_last, compile=training.teacher_compile
+    )
+    teacher.to(training.device)
+
+    try:
+        info = decide_in_first(functools.partial(_open_store, run.folder, info))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    images, _ = run.datasets(student)
+    collator = make_collator(data, info.num_classes, training.seed, mix_pairs=True)
+    _write_shards(run.folder, info, teacher, training, images, collator, batch_size)
+    if info.teacher_accuracy is None or info.teacher_own_accuracy is None:
+        run.measure_teacher()
+        info.teacher_accuracy, info.teacher_own_accuracy = run.results[ON_STUDENT_PIXELS], run.results["teacher"]
+    PartialState().wait_for_everyone()
+    if training.process_index == 0:
+        info.write(run.folder)
+    return info
+
+
 def _check_recipe(
-    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, options: argparse.Namespace
+    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, top_k: int | None
 ) -> None:
     if not recipe.needs_teacher or recipe.teacher is None:
         raise ValueError("the recipe has no teacher: set teacher, and a distillation_loss such as nkd")
@@ -40,8 +120,8 @@ def _check_recipe(
             f"distillation_loss={recipe.distillation_loss} reads layers of the teacher, and a store has its logits alone"
         )
     others = recipe.losses_of_all_logits
-    if options.top_k != "all" and others:
-        raise ValueError(f"{', '.join(sorted(others))} needs top_k = all: leave --top_k out")
+    if top_k is not None and others:
+        raise ValueError(f"{', '.join(others)} needs top_k = all: leave --top_k out")
     if data.streaming:
         raise ValueError("teacher logits need streaming off: a stream has no order in which they could be stored")
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -51,39 +131,15 @@ def _check_recipe(
         )
 
 
-def _store_info(run: Recipe, options: argparse.Namespace, teacher: Teacher, fingerprint: dict[str, Any]) -> StoreInfo:
-    num_classes = len(run.id2label)
-    name = None if is_architecture(run.args.teacher) else public_name(run.args.teacher)
-    return StoreInfo(
-        num_classes=num_classes,
-        num_samples=len(run.data["train"]),
-        epochs=options.epochs,
-        # More there are not beside the target.
-        top_k=None if options.top_k == "all" else min(int(options.top_k), num_classes - 1),
-        temperatures=sorted({1.0, *run.args.top_k_temperatures, *options.temperatures}),
-        shard_size=options.shard_size,
-        fingerprint=fingerprint | teacher_fingerprint(run.args, teacher.model, run.training_args.teacher_dtype),
-        teacher=describe_teacher(teacher.model, name),
-        versions=library_versions(),
-    )
-
-
-def _begin(folder: Path, info: StoreInfo) -> StoreInfo:
-    """Writes `store.json`, or looks whether the store in the folder can go on."""
-    try:
-        return decide_in_first(functools.partial(_opened, folder, info))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-def _opened(folder: Path, info: StoreInfo) -> StoreInfo:
+def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:
+    """Writes `store.json`, or checks that the store in the folder can go on, and returns what is in it then."""
     if (folder / STORE).exists():
         earlier = StoreInfo.read(folder)
         shape = ("num_classes", "top_k", "temperatures", "shard_size")
         before, now = ({name: getattr(each, name) for name in shape} | each.fingerprint for each in (earlier, info))
         # The hash of the weights says more.
         del now["teacher_revision"]
-        if differences := fingerprint_differences(
+        if differences := compare_fingerprints(
             before | {"versions": earlier.versions}, now | {"versions": info.versions}
         ):
             raise ValueError(
@@ -100,24 +156,26 @@ def _opened(folder: Path, info: StoreInfo) -> StoreInfo:
 
 
 def _write_shards(
-    folder: Path, info: StoreInfo, run: Recipe, teacher: Teacher, train: torch.utils.data.Dataset, batch_size: int
+    folder: Path,
+    info: StoreInfo,
+    teacher: Teacher,
+    training: DistillationTrainingArguments,
+    images: ImageDataset,
+    collator: ImageCollator,
+    batch_size: int,
 ) -> None:
-    """Each process writes every n-th shard, but for those that are there."""
-    training = run.training_args
+    """Writes every n-th shard in each of n processes, but for those that are there."""
     shards = [(epoch, shard) for epoch in range(info.epochs) for shard in range(info.num_shards)]
     missing = set(unfinished(folder, info, info.epochs))
     shards = [key for key in shards[training.process_index :: training.world_size] if key in missing]
     batches = _ShardBatches(shards, info, batch_size)
-    loader = iter(
-        DataLoader(
-            train, batch_sampler=batches, collate_fn=run.collator(), num_workers=training.dataloader_num_workers
-        )
-    )
-    total = sum(len(positions_of(info, shard)) for _, shard in shards)
+    workers = training.dataloader_num_workers
+    loader = iter(DataLoader(images, batch_sampler=batches, collate_fn=collator, num_workers=workers))
+    total = sum(len(_shard_positions(info, shard)) for _, shard in shards)
     silent = training.disable_tqdm or training.process_index > 0
     with tqdm(total=total, desc="Running the teacher", unit="image", disable=silent) as bar:
         for epoch, shard in shards:
-            positions, parts = positions_of(info, shard), []
+            positions, parts = _shard_positions(info, shard), []
             for _ in range(0, len(positions), batch_size):
                 batch = next(loader)
                 logits = teacher(batch["pixel_values"].to(training.device)).float()
@@ -132,13 +190,13 @@ def _write_shards(
             write_shard(shard_path(folder, epoch, shard), rows)
 
 
-def positions_of(info: StoreInfo, shard: int) -> range:
-    """The positions of a shard."""
+def _shard_positions(info: StoreInfo, shard: int) -> range:
+    """The positions of a shard's samples in the order of an epoch."""
     return range(info.num_samples)[shard * info.shard_size : (shard + 1) * info.shard_size]
 
 
 class _ShardBatches:
-    """The keys of the samples of some shards, batch by batch: a batch ends where its shard ends."""
+    """Yields the keys of the samples of some shards, batch by batch. A batch ends where its shard ends."""
 
     def __init__(self, shards: list[tuple[int, int]], info: StoreInfo, batch_size: int):
         self.shards, self.info, self.batch_size = shards, info, batch_size
@@ -150,8 +208,8 @@ class _ShardBatches:
                 fingerprint = self.info.fingerprint
                 order = epoch_order(self.info.num_samples, fingerprint["data_seed"], epoch, fingerprint["shuffle"])
                 known = epoch
-            positions = list(positions_of(self.info, shard))
-            # The last sample of an odd dataset stands twice, as EpochSampler hands it out, and is not mixed.
+            positions = list(_shard_positions(self.info, shard))
+            # The last sample of an odd dataset stands twice, as EpochSampler gives it, and is not mixed.
             positions += positions[-1:] * (len(positions) % 2)
             for start in range(0, len(positions), self.batch_size):
                 yield [(epoch, order[position], position) for position in positions[start : start + self.batch_size]]
@@ -164,28 +222,3 @@ def _check_finite(logits: torch.Tensor, epoch: int, positions: range) -> None:
             f"the teacher's logits are not finite, in epoch {epoch} between the positions {positions.start} and "
             f"{positions.stop}: try --teacher_dtype float32, or bf16 in place of fp16"
         )
-
-
-def _finish(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str | None:
-    """Says what there is, and pushes it; what came in the way is returned."""
-    info.write(folder)
-    missing = unfinished(folder, info, info.epochs)
-    if missing:
-        return f"{len(missing)} shards are not in {folder}: copy those of the other machines into it"
-    size = sum(path.stat().st_size for path in folder.glob("epoch-*/shard-*.safetensors"))
-    samples = info.epochs * info.num_samples
-    print(
-        f"\nThe teacher's top-1 accuracy is {info.teacher_own_accuracy:.2%} with its own preprocessing, "
-        f"{info.teacher_accuracy:.2%} on the student's pixels."
-    )
-    print(
-        f"{folder}: {info.epochs} epochs of {info.num_samples} images, {size / 1e6:.1f} MB, {size / samples:.0f} bytes each."
-    )
-    print(f"Train with it: --teacher_logits {folder}")
-    if options.push_to_hub is None:
-        return None
-    try:
-        print(f"It is on the Hub: {push_store(folder, options.push_to_hub, options.private)}")
-    except (PushError, ValueError) as error:
-        return str(error)
-    return None

@@ -1,4 +1,4 @@
-"""Arguments of a recipe: a YAML file gives the defaults, the command line overrides them."""
+"""Parses the arguments of a recipe: a YAML file gives the defaults, the command line overrides them."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..errors import ConfigError
-from .yaml_file import Loader, describe_value, read_config, unusable
+from .yaml_file import Loader, describe_value, find_fault, read_config
 
 _RESERVED = ("config", "base")
 _YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
@@ -33,16 +33,16 @@ def parse_args(
 ) -> tuple[Any, ...]:
     """Fills dataclasses from a YAML file (`--config FILE`) and from the command line, which wins.
 
-    A key of the YAML is the name of a field, spelled alike. Its value must have the field's type: nothing is converted
-    but an integer for a float field. `null` means `None`, where the field allows it. Lists and mappings replace the
+    A key of the YAML is the name of a field. Its value must have the field's type: nothing is converted but an integer for
+    a float field. `null` means `None`, where the field allows it. Lists and mappings replace the
     field's value as a whole. On the command line a list is `--name a b`, a mapping is JSON (`--name '{"a": 1}'`).
 
     The key `base: other.yaml` names another YAML, relative to the file it stands in, whose values the file overrides.
 
     Two rules of YAML 1.2 are followed where PyYAML keeps those of 1.1: `1e-3` is a number, and a bare `no` is a
-    string (`save_strategy: no`), which a bool field still takes as false (so too `yes`, `on` and `off`). What the two
-    read as different values (`010`, `1:30`) is an error, and so is what no run can use, from either place: NaN, an
-    integer of more than 64 bits, in a mapping a date or bytes.
+    string (`save_strategy: no`), which a bool field still reads as false (so too `yes`, `on` and `off`). A value that the
+    two read differently (`010`, `1:30`) is an error, and so is a value that no run can use, in the file or on the command
+    line: NaN, an integer of more than 64 bits, in a mapping a date or bytes.
 
     Args:
         dataclass_types: one dataclass or several, such as a `transformers.TrainingArguments` and some of your own.
@@ -59,9 +59,9 @@ def parse_args(
         One instance of each dataclass, in order.
 
     Raises:
-        SystemExit: with code 2 and a short message on stderr, as argparse does, for an unknown key or argument, a
-            value of the wrong type, a YAML that cannot be read, has a key twice, is no mapping or is its own base, and
-            for what a dataclass's `__post_init__` raises for its values; the message names the argument.
+        SystemExit: with code 2 and a short message on stderr, as argparse does: a key or argument is unknown, a value has
+            the wrong type, a YAML cannot be read, has a key twice, is no mapping or is its own base, or a dataclass's
+            `__post_init__` refuses its values. The message names the argument.
         ValueError: when two of the dataclasses have a field of the same name, or one has a field `config` or `base`.
 
     Example:
@@ -91,7 +91,7 @@ def parse_args(
             values = read_config(Path(default_config))
             kept = set()
             for group in default_config_keeps:
-                # What is given as the file has it is no other choice.
+                # The file's own value on the command line is no other choice.
                 if group[0] not in given or (group[0] in values and given[group[0]] == str(values[group[0]][0])):
                     kept |= set(group)
             parser.set_config(default_config, kept)
@@ -103,7 +103,7 @@ def parse_args(
 class _Parser(HfArgumentParser):
     def __init__(self, dataclass_types: type | Iterable[type]):
         dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-        self.type_hints = _type_hints(dataclass_types)
+        self.type_hints = _read_type_hints(dataclass_types)
         # An abbreviation that is unique today is ambiguous or another field once a field is added.
         super().__init__(
             dataclass_types,
@@ -122,7 +122,7 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
 
     def describe_default(self, path: Path, unless: Sequence[str], keeps: Sequence[Sequence[str]]) -> None:
-        """Says in --help what holds without --config."""
+        """Adds to --help which values hold without --config."""
         self.description += f" Without --config, those of {path.name} are"
         if unless:
             options = " or ".join(f"--{name}" for name in unless)
@@ -137,46 +137,48 @@ class _Parser(HfArgumentParser):
             if keys is not None and key not in keys:
                 continue
             if key not in self.type_hints:
-                raise ConfigError(f"{file}: unknown key {key!r}{_closest(str(key), self.type_hints)}")
-            value = _check(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
+                raise ConfigError(f"{file}: unknown key {key!r}{_suggest(str(key), self.type_hints)}")
+            value = _check_value(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
             self.set_defaults(**{key: value})
             actions[key].required = False
 
     def parse_into_dataclasses(self, args: list[str]) -> tuple[Any, ...]:
-        # Not parse_args_into_dataclasses: it reads a file `<script>.args` unasked, and constructs the dataclasses
-        # (seconds for TrainingArguments) before anything can be said about unknown arguments.
+        # HfArgumentParser.parse_args_into_dataclasses reads a file `<script>.args` unasked, and constructs the dataclasses
+        # (seconds for TrainingArguments) before it looks for unknown arguments.
         namespace, unknown = self.parse_known_args(args)
         if options := [token.split("=", 1)[0] for token in unknown if token.startswith("-")]:
-            self.error(f"unknown argument {options[0]}{_closest(options[0], self._option_string_actions)}")
+            self.error(f"unknown argument {options[0]}{_suggest(options[0], self._option_string_actions)}")
         if unknown:
             self.error(f"unexpected value {unknown[0]!r}: it follows no argument that takes it")
         for name in self.type_hints:
-            if fault := unusable(getattr(namespace, name)):
+            if fault := find_fault(getattr(namespace, name)):
                 self.error(f"argument --{name}: {fault}")
         return tuple(self._build(cls, vars(namespace)) for cls in self.dataclass_types)
 
     def _build(self, cls: type, namespace: dict[str, Any]) -> Any:
-        """One dataclass; what it raises for its values becomes a message that names an argument."""
+        """Constructs a dataclass. An error that it raises for its values becomes a message that names an argument."""
         fields = [field for field in dataclasses.fields(cls) if field.init]
         values = {field.name: namespace[field.name] for field in fields}
         try:
             return cls(**values)
         except Exception as error:
             message = " ".join(str(error).split())
-            defaults = {field.name: _default(field) for field in fields if _default(field) is not dataclasses.MISSING}
+            defaults = {
+                field.name: _get_default(field) for field in fields if _get_default(field) is not dataclasses.MISSING
+            }
             given = {name: default for name, default in defaults.items() if values[name] != default}
             if not isinstance(error, ValueError):
-                if _raises(cls, values | given):  # not for the values
+                if _raises(cls, values | given):  # with the defaults too: it is a bug
                     raise
                 message = f"{type(error).__name__}: {message}"
             elif any(re.search(rf"\b{name}\b", message) for name in values if name in given or name not in defaults):
                 self.error(message)
-            # Those without which it would have gone well.
+            # The message names no argument, so each argument is blamed whose default alone would have prevented the error.
             blamed = [name for name, default in given.items() if not _raises(cls, values | {name: default})] or given
             self.error(f"{', '.join(f'{name}={values[name]!r:.60}' for name in blamed)}: {message}")
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _get_default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -188,8 +190,8 @@ def _raises(cls: type, values: dict[str, Any]) -> bool:
     return False
 
 
-def _type_hints(dataclass_types: list[type]) -> dict[str, Any]:
-    """The type of each field; argparse's own message on a name that occurs twice does not say where."""
+def _read_type_hints(dataclass_types: list[type]) -> dict[str, Any]:
+    """Reads the type of each field, and raises ValueError where two dataclasses have a field of one name."""
     type_hints, owners = {}, {}
     for cls in dataclass_types:
         hints = get_type_hints(cls)
@@ -210,8 +212,8 @@ def _type_hints(dataclass_types: list[type]) -> dict[str, Any]:
 
 
 def _read_options(prog: str, args: list[str]) -> tuple[str | None, dict[str, str]]:
-    """The file of --config, and the fields that the command line sets, with the text that follows them."""
-    # A parser of its own: the full one would miss the required arguments that the YAML is yet to give.
+    """Reads the file of --config, and the fields that the command line sets with the text that follows them."""
+    # _Parser would exit for required arguments, which stand in the YAML.
     parser = ArgumentParser(prog=prog, usage=SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     config = parser.parse_known_args(args)[0].config
@@ -223,22 +225,23 @@ def _read_options(prog: str, args: list[str]) -> tuple[str | None, dict[str, str
     return config, given
 
 
-def _check(value: Any, type_hint: Any, choices: Iterable[str] | None, where: str) -> Any:
-    """The value as the field takes it, or an error that begins with `where`."""
+def _check_value(value: Any, type_hint: Any, choices: Iterable[str] | None, where: str) -> Any:
+    """Converts a value to the type of its field, or raises ConfigError with a message that begins with `where`."""
     got = f"got {describe_value(value)}"
     try:
         checked = _convert(value, type_hint)
     except TypeError:
         expected = _describe_type(type_hint)
-        raise ConfigError(f"{where}: expected {expected}, {got}{_mend(value, type_hint)}") from None
+        raise ConfigError(f"{where}: expected {expected}, {got}{_advise(value, type_hint)}") from None
     for item in checked if isinstance(checked, list) else [checked]:
         if choices is not None and item is not None and item not in choices:
             expected = ", ".join(map(repr, choices))
-            raise ConfigError(f"{where}: expected one of {expected}, {got}{_closest(str(item), choices)}")
+            raise ConfigError(f"{where}: expected one of {expected}, {got}{_suggest(str(item), choices)}")
     return checked
 
 
-def _mend(value: Any, type_hint: Any) -> str:
+def _advise(value: Any, type_hint: Any) -> str:
+    """Says how to write a value so that it has the type of its field; an empty text where nothing helps."""
     if value is None:
         return ": remove the line to keep the default"
     with contextlib.suppress(TypeError):
@@ -253,7 +256,7 @@ def _mend(value: Any, type_hint: Any) -> str:
 
 
 def _convert(value: Any, type_hint: Any) -> Any:
-    """The value as a field of this type takes it; TypeError when it does not fit."""
+    """Converts a value to a type, or raises TypeError where it does not fit."""
     origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
     if origin in (Union, types.UnionType):
         converted = []
@@ -283,7 +286,7 @@ def _convert(value: Any, type_hint: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON has it, and so the files that a run is written down in."""
+    """Whether JSON, in which a run is recorded, has such a value."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
@@ -291,7 +294,7 @@ def _is_plain(value: Any) -> bool:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_make_dict)
     except (ValueError, RecursionError) as error:
         raise ArgumentTypeError(f"expected a mapping in JSON such as '{{\"a\": 1}}', got {text!r}: {error}") from error
     if not isinstance(value, dict):
@@ -299,7 +302,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for i, (key, _) in enumerate(pairs):
         if any(key == other for other, _ in pairs[:i]):
             raise ValueError(f"the key {key!r} occurs twice: keep one")
@@ -316,6 +319,6 @@ def _describe_type(type_hint: Any) -> str:
     return names.get(origin) or ("null" if origin is type(None) else getattr(origin, "__name__", str(origin)))
 
 
-def _closest(name: str, names: Iterable[str]) -> str:
+def _suggest(name: str, names: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, names, n=1)
     return f": did you mean {matches[0]!r}?" if matches else ""

@@ -1,7 +1,7 @@
-"""What a run will do, reckoned from its arguments alone: `nkd-hf plan --config FILE [--json]`.
+"""Plans a run from its arguments alone, for `nkd-hf plan`.
 
-Models are built on torch's meta device, which has shapes and no values. The number of GPUs and of images is what the config
-records; this machine, its launcher's environment variables, the network and the dataset are not looked at.
+Models are built on torch's meta device, which has shapes and no values. The numbers of GPUs and of images are those in the
+config. Nothing is read of this machine, of the launcher's environment variables, of the network or of the dataset.
 """
 
 import math
@@ -22,31 +22,31 @@ from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import SCHEDULES, lr_factor
 from .arguments import RecipeArguments
 from .plan_costs import (
+    count_disk_bytes,
+    count_memory_bytes,
     count_parameters,
-    disk_bytes,
+    count_state_bytes,
     forward_gmacs,
-    memory_bytes,
-    optimizer_groups,
-    optimizer_state_bytes,
+    list_optimizer_groups,
 )
 from .plan_models import open_student, open_teacher
 
 
 class PlannedTrainingArguments(DistillationTrainingArguments):
-    """The arguments of a run that is not made here: nothing is asked of this machine.
+    """The arguments of a run on another machine: nothing is asked of this one.
 
-    What only another machine may have is taken out, since it changes none of what is planned: tf32, `torch.compile`, FSDP
-    and DeepSpeed.
+    Settings that this machine may lack, and that change nothing in a plan, are removed: tf32, `torch.compile`, FSDP and
+    DeepSpeed.
     """
 
-    # In place of properties that look for devices and join the launcher's process group.
+    # TrainingArguments has properties of these names, which look for devices and join the launcher's process group.
     device = torch.device("cpu")
     n_gpu = 1
 
     def __post_init__(self):
         self.is_sharded = bool(self.fsdp or self.deepspeed)
         self.is_compiled = self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
-        self.use_cpu = True  # half precision is refused where there is no GPU
+        self.use_cpu = True  # TrainingArguments refuses half precision on a machine without GPU, but not with use_cpu
         self.tf32 = self.fsdp = self.deepspeed = None
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         launched = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
@@ -58,7 +58,7 @@ class PlannedTrainingArguments(DistillationTrainingArguments):
 
 
 def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
-    """Reckons what a recipe will do.
+    """Plans what a recipe will do.
 
     Args:
         recipe: `num_processes` must be set.
@@ -71,7 +71,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
         rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
         `global_batch_size`; `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and
-        `memory` in bytes: what is needed at the least. The rest says what it is.
+        `memory` in bytes, the least that is needed. The other keys are named as the arguments.
 
     Raises:
         ValueError: the arguments do not say enough, or do not fit the models.
@@ -80,7 +80,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         if value is None or value < 1:
             raise ValueError(f"the plan needs {name}, got {value}: set it in the config, or give --{name}")
     notes: list[str] = []
-    steps = _steps(recipe, data, training)
+    steps = _count_steps(recipe, data, training)
     with torch.device("meta"):
         student, pixels = open_student(recipe, data)
         teacher, teacher_pixels = open_teacher(recipe, data, pixels, notes)
@@ -119,7 +119,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         runs["baseline"] = DistillationModel(student, {})
     if losses:
         runs["student"] = model
-    states = {name: optimizer_state_bytes(trained, training, notes) for name, trained in runs.items()}
+    states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
 
     learning_rate = training.scaled_learning_rate(steps["global_batch_size"])
     if learning_rate != training.learning_rate:
@@ -134,7 +134,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         notes.append(
             "activation checkpointing and torch.compile keep some activations and compute others anew: they are not counted"
         )
-    groups = optimizer_groups(model, training)
+    groups = list_optimizer_groups(model, training)
     return {
         "student": student_plan,
         "teacher": teacher_plan,
@@ -158,10 +158,10 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "learning_rate": learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type.value,
         "lr_scheduler_kwargs": training.lr_scheduler_kwargs or {},
-        "lr_by_epoch": _learning_rates(steps, training, learning_rate, notes),
-        "augmentation": _augmentation(data, training, pixels),
-        "disk": disk_bytes(runs, states, steps, training, None if trains_teacher else teacher),
-        "memory": memory_bytes(
+        "lr_by_epoch": _plan_learning_rates(steps, training, learning_rate, notes),
+        "augmentation": _describe_augmentation(data, training, pixels),
+        "disk": count_disk_bytes(runs, states, steps, training, None if trains_teacher else teacher),
+        "memory": count_memory_bytes(
             model,
             pixels.size,
             teacher,
@@ -186,7 +186,7 @@ def _describe(name: str, model: nn.Module | None, pixels: Preprocessing | None) 
     }
 
 
-def _steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
+def _count_steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     global_batch_size = training.global_batch_size(batch, recipe.num_processes)
     images = min(data.num_train_images, data.max_train_samples or data.num_train_images)
@@ -197,7 +197,7 @@ def _steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTraini
         num_steps = streaming_max_steps(images, epochs, global_batch_size)
         steps_per_epoch = num_steps / epochs
     else:
-        # As the Trainer's data loader counts them: its last batches are filled up, or dropped.
+        # As the Trainer's data loader counts them: it fills the last batches up, or drops them.
         batches = BatchSampler(range(images), batch, training.dataloader_drop_last)
         split = training.accelerator_config.split_batches
         batches = BatchSamplerShard(batches, recipe.num_processes, 0, split_batches=split)
@@ -218,10 +218,10 @@ def _steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTraini
     }
 
 
-def _learning_rates(
+def _plan_learning_rates(
     steps: dict[str, Any], training: PlannedTrainingArguments, learning_rate: float, notes: list[str]
 ) -> list[float] | None:
-    """The rate of the first step of each epoch; None where it depends on the evaluations."""
+    """Computes the rate of the first step of each epoch; None where it depends on the evaluations."""
     name, num_steps, kwargs = training.lr_scheduler_type.value, steps["num_steps"], training.lr_scheduler_kwargs
     if name in SCHEDULES:
         # The recipe sets max_steps for a stream.
@@ -229,7 +229,7 @@ def _learning_rates(
         epochs, rate = training.num_train_epochs, training.learning_rate
         factor = lr_factor(name, num_steps, epochs, rate, kwargs, max_steps=num_steps if is_set else -1)
     else:
-        # The way of the Trainer's optimiser: its groups have the scaled rate, its defaults the one that is set.
+        # As in the optimiser that Trainer makes: its groups have the scaled rate, its defaults the rate that is set.
         optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)
         optimizer.param_groups[0]["lr"] = learning_rate
         warmup_steps = training.get_warmup_steps(num_steps)
@@ -245,7 +245,9 @@ def _learning_rates(
     return [learning_rate * factor(step) for step in first_steps if step < num_steps]
 
 
-def _augmentation(data: DataArguments, training: PlannedTrainingArguments, pixels: Preprocessing) -> list[str]:
+def _describe_augmentation(
+    data: DataArguments, training: PlannedTrainingArguments, pixels: Preprocessing
+) -> list[str]:
     height, width = pixels.size
     smallest, largest = data.random_resized_crop
     crop = f"random resized crop {height}x{width}, {smallest:g} to {largest:g} of the area, {pixels.interpolation}"

@@ -1,4 +1,4 @@
-"""What a model costs: multiplications, and bytes on disk and on a GPU. Models may be on the meta device."""
+"""Counts what a model costs: multiplications, and bytes on disk and on a GPU. Models may be on the meta device."""
 
 import math
 from collections.abc import Iterable
@@ -18,20 +18,20 @@ from ..trainer.optimization import decayed_parameters
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers they hold."""
+    """Counts the numbers in parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def forward_gmacs(model: nn.Module, size: tuple[int, int]) -> float:
-    """Multiplications with additions of one image's forward pass, in 1e9: convolutions, matrix products and attention."""
-    # With gradients: without them the counter stumbles over modules that are handed a parameter (timm's CaiT, PiT).
+    """Counts the multiplications with additions of one image's forward pass, in 1e9: convolutions, matrix products, attention."""
+    # With gradients: without them FlopCounterMode fails on modules that get a parameter as input (timm's CaiT, PiT).
     with FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, 3, *size, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2e9
 
 
-def optimizer_groups(model: DistillationModel, training: DistillationTrainingArguments) -> list[dict[str, Any]]:
-    """The optimiser's groups, as the trainer makes them: what decays and what does not, of student and losses."""
+def list_optimizer_groups(model: DistillationModel, training: DistillationTrainingArguments) -> list[dict[str, Any]]:
+    """Lists the optimiser's groups as the trainer makes them: with and without weight decay, of student and losses."""
     if training.no_weight_decay is None:
         decayed = Trainer.get_decay_parameter_names(None, model)  # reads nothing of a trainer
     else:
@@ -54,17 +54,17 @@ def optimizer_groups(model: DistillationModel, training: DistillationTrainingArg
     return groups
 
 
-def optimizer_state_bytes(model: nn.Module, training: DistillationTrainingArguments, notes: list[str]) -> int | None:
-    """Bytes of the optimiser's state after a step, which is made without values; None, with a note, where that fails."""
+def count_state_bytes(model: nn.Module, training: DistillationTrainingArguments, notes: list[str]) -> int | None:
+    """Counts the bytes of the optimiser's state after a step on the meta device; None, with a note, where the step fails."""
     parameters = [nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     try:
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(training, model)
-        # The fused kernels have the same state, and want a GPU.
+        # The fused kernels have the same state, and need a GPU.
         optimizer = optimizer_class(parameters, **{key: value for key, value in kwargs.items() if key != "fused"})
         optimizer.step()
-    except Exception as error:  # whatever a library for optimisers, or its absence, comes up with
+    except Exception as error:  # a library of optimisers, or its absence, may raise anything
         note = f"the state of optim={training.optim.value} is not counted: {reason(error)}"
         if note not in notes:
             notes.append(note)
@@ -74,19 +74,19 @@ def optimizer_state_bytes(model: nn.Module, training: DistillationTrainingArgume
     )
 
 
-def disk_bytes(
+def count_disk_bytes(
     runs: dict[str, DistillationModel],
     optimizer_states: dict[str, int | None],
     steps: dict[str, Any],
     training: DistillationTrainingArguments,
     teacher: nn.Module | None,
 ) -> dict[str, int]:
-    """Bytes that runs write, each into a folder of its own, and of the teacher's weights; without the dataset.
+    """Counts the bytes that runs write, each into a folder of its own, and the teacher's weights, but not the dataset.
 
     Args:
-        runs: what each of them trains, the last one being the result.
-        optimizer_states: bytes of each run.
-        steps: `num_steps` and `epochs` of each.
+        runs: the models that they train; the last one is the result.
+        optimizer_states: the bytes of each run's optimiser state.
+        steps: `num_steps` and `epochs` of each run.
         training: when checkpoints are written, and how many are kept.
         teacher: where it is not one of the runs.
 
@@ -121,7 +121,7 @@ def disk_bytes(
     }
 
 
-def memory_bytes(
+def count_memory_bytes(
     model: DistillationModel,
     size: tuple[int, int],
     teacher: nn.Module | None,
@@ -130,12 +130,12 @@ def memory_bytes(
     training: DistillationTrainingArguments,
     with_activations: bool = True,
 ) -> dict[str, int | None]:
-    """Bytes of the tensors that one GPU holds between forward and backward pass; kernels' workspaces come on top.
+    """Counts the bytes of the tensors that one GPU holds between forward and backward pass, without kernels' workspaces.
 
     Args:
         model: on the meta device, for the activations.
         size: height and width of the images.
-        teacher: in float32, which is counted as `training.teacher_dtype` says.
+        teacher: in float32; it is counted in `training.teacher_dtype`.
         optimizer_state: bytes.
         batch_size: images of one batch of a GPU.
         training: the precision, and whether there is a moving average.
@@ -148,7 +148,7 @@ def memory_bytes(
     pixel_values = torch.empty(batch_size, 3, *size, device="meta")
     activations = None
     if with_activations:
-        activations = activation_bytes(model.student, pixel_values, 2 if training.bf16 or training.fp16 else 4)
+        activations = count_activation_bytes(model.student, pixel_values, 2 if training.bf16 or training.fp16 else 4)
     teacher_bytes = 0 if teacher is None else _bytes(teacher)
     sizes = {
         "weights": _bytes(model),
@@ -163,10 +163,10 @@ def memory_bytes(
 
 
 class _KeptTensors(TorchFunctionMode):
-    """Collects what autograd keeps of a forward pass.
+    """Collects the tensors that autograd keeps of a forward pass.
 
-    Attention is the exception: on the meta device its plain form runs, which keeps more than the fused kernels of a GPU do.
-    What these keep at the least is counted in its place: query, key and value.
+    Attention is the exception. On the meta device its plain form runs, which keeps more than the fused kernels of a GPU. In its
+    place, query, key and value are counted, which these kernels keep at the least.
     """
 
     def __init__(self):
@@ -192,8 +192,14 @@ class _KeptTensors(TorchFunctionMode):
             self._in_attention = False
 
 
-def activation_bytes(student: nn.Module, pixel_values: Tensor, bytes_per_value: int) -> int:
-    """What a training step's forward pass keeps, without the weights and the pixels; autocast keeps 2 bytes at the least."""
+def count_activation_bytes(student: nn.Module, pixel_values: Tensor, bytes_per_value: int) -> int:
+    """Counts the bytes that a training step's forward pass keeps, without the weights and the pixels.
+
+    Args:
+        student: on the meta device.
+        pixel_values: of a batch.
+        bytes_per_value: 4, or 2 under autocast, which keeps 2 bytes at the least.
+    """
     mode = _KeptTensors()
     with torch.autograd.graph.saved_tensors_hooks(mode.keep, lambda tensor: tensor), mode:
         student.train()(pixel_values)

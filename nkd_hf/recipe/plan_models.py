@@ -1,4 +1,4 @@
-"""Opens student and teacher by their shapes alone, with no network: call it under `torch.device("meta")`."""
+"""Opens the shapes of student and teacher without a network. The functions are called under `torch.device("meta")`."""
 
 import os
 
@@ -19,12 +19,12 @@ from .arguments import RecipeArguments
 
 
 def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Module, Preprocessing]:
-    """The student and what it expects of its pixels.
+    """Opens the student, and reads the preprocessing that it expects.
 
     Raises:
         ValueError: it is no architecture and not on this machine, or its arguments do not fit.
     """
-    # What is neither, create_student has an answer to.
+    # A name that is neither an architecture nor a path nor an id goes to create_student, which says what is near.
     if is_architecture(recipe.student) or not ("/" in recipe.student or os.path.isdir(recipe.student)):
         return _create(recipe, data, recipe.student, recipe.student_args)
     if fault := path_fault(recipe.student):
@@ -49,7 +49,7 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
 def open_teacher(
     recipe: RecipeArguments, data: DataArguments, student_pixels: Preprocessing, notes: list[str]
 ) -> tuple[nn.Module | None, Preprocessing | None]:
-    """The teacher; None where there is none, or where nothing on this machine tells its shapes."""
+    """Opens the teacher as [`open_student`] does; None, with a note, where it does not run or is not on this machine."""
     if not recipe.needs_teacher:
         return None, None
     if recipe.teacher_logits is not None:
@@ -87,7 +87,7 @@ def _open_config(
     default: Preprocessing | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Preprocessing]:
-    """The model of a folder, or of a Hub id in the cache, by its configuration: no weights are read."""
+    """Builds the model of a folder, or of a Hub id in the cache, from its configuration; no weights are read."""
     labels = {} if num_classes is None else {"num_labels": num_classes}
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     settings = read_config(name, trust_remote_code, local_files_only=True) or {}

@@ -1,39 +1,35 @@
-"""The folder of a recipe's run: whether a start goes on with the run in it, or begins one."""
+"""The folder of a run: its lock, its record, and whether a start goes on with the run in it or begins one."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.arguments import DataArguments
-from ..errors import redact
+from ..errors import failed_write, redact
 from ..files import write_text
+from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
-from ..trainer.checkpoints import checkpoints, remove_unfinished
+from ..trainer.checkpoints import checkpoints, fault_of, is_model_only, remove_unfinished
 from .arguments import RecipeArguments
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
 RESULTS = "results.json"
-# Other folders in a run's are somebody else's.
+# The folders of the trained models. A run touches no other folder beside them.
 STAGES = ("teacher", "baseline", "student")
 _SETTINGS = "run.yaml"
-# There while all is trained and the results are written, but not all is reported: the push is to come.
+# This file exists from the writing of the results until the push is done and the report is complete.
 _UNREPORTED = ".unreported"
 _LOCK = ".lock"
-# Seconds in which a process that was ended a moment ago is surely gone.
-_PATIENCE = 5.0
-# By how their names begin, the arguments that change neither what is trained nor with what.
+_LOCK_TIMEOUT = 5.0  # seconds; a killed run may take a moment to release its lock
+# How the names of arguments begin that change neither the training nor its data.
 _WITHOUT_EFFECT = (
     "dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch", "ddp_timeout",
     "disable_tqdm", "eval_", "hub_", "license", "local_rank", "log_", "logging_", "num_processes", "output_dir",
@@ -42,89 +38,159 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
-# The files of the locks that this process holds, by their folders.
-_held: dict[Path, int] = {}
+_Answer = TypeVar("_Answer")
+# The locks that this process holds, by their folders.
+_locks: dict[Path, FileLock] = {}
 
 
-def hold(folder: Path) -> None:
-    """Makes the folder of a run and keeps other processes from it, until this one ends or calls [`release`].
+def lock_folder(folder: Path) -> None:
+    """Makes the folder of a run and keeps other processes from it, until this one ends or calls [`unlock_folder`].
 
-    Where the platform or the file system has no locks, nobody is kept from it.
+    Where the file system has no locks, no process is kept from it.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
         OSError: it cannot be made or written to.
     """
-    release(folder)
+    unlock_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    _held[folder.resolve()] = file
-    until = time.monotonic() + _PATIENCE
-    while fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                release(folder)
-                raise ValueError(
-                    f"another run is at work in {folder}: wait until it ends, or choose another --output_dir"
-                ) from None
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return
-        else:
-            return
+    path = folder / _LOCK
+    path.open("ab").close()  # so that an OSError of FileLock is one of a file system without locks
+    # A soft lock, a file that is there, would outlive a process that is killed. thread_local would bind it to this thread.
+    lock = FileLock(path, timeout=_LOCK_TIMEOUT, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another run is at work in {folder}: wait until it ends, or choose another --output_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    _locks[folder.resolve()] = lock
 
 
-def release(folder: Path) -> None:
+def unlock_folder(folder: Path) -> None:
     """Lets other processes have the folder."""
-    file = _held.pop(folder.resolve(), None)
-    if file is not None:
-        os.close(file)
+    if lock := _locks.pop(folder.resolve(), None):
+        lock.release()
 
 
-def _leave_to_parent() -> None:
-    # A lock lasts as long as a process has its file open, and a DataLoader's worker can outlive its parent.
-    for file in _held.values():
-        os.close(file)
-    _held.clear()
+def open_run(folder: Path, settings: dict[str, Any], training: DistillationTrainingArguments) -> tuple[bool, bool]:
+    """Locks the folder of a run, and finds out whether this start goes on with the run in it.
 
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-def settings_of(
-    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments
-) -> dict[str, Any]:
-    """What two starts must have in common for the second to go on with the run of the first."""
-    settings = dataclasses.asdict(recipe) | dataclasses.asdict(data) | training.to_dict()
-    settings = {name: value for name, value in settings.items() if not name.startswith(_WITHOUT_EFFECT)}
-    # Where the store lies has no effect, and what is in it is compared with the run by its own fingerprint.
-    settings["teacher_logits"] = recipe.teacher_logits and "a store"
-    settings["world_size"] = training.world_size
-    # A stream's workers divide its images among them, and without one the process is one.
-    settings["stream_workers"] = max(1, training.dataloader_num_workers) if data.streaming else None
-    # Through JSON, as it will be read. A credential that was renewed is no other setting.
-    return json.loads(redact(json.dumps(settings, default=str)))
-
-
-def continues(folder: Path, settings: dict[str, Any], afresh: bool = False) -> bool:
-    """Whether the run in the folder goes on; the folder stays as it is.
-
-    A run that was stopped goes on, also one that [`is_trained`]. A finished one does not, and none does if `afresh`:
-    [`clear`] makes room for the next one.
+    A run that was stopped goes on, and so does one that is named by a checkpoint of it.
 
     Args:
         folder: `output_dir` of the recipe.
-        settings: see [`settings_of`].
-        afresh: whether the run in it is given up.
+        settings: see [`collect_settings`].
+        training: says whether to resume, and from where.
+
+    Returns:
+        Whether the run goes on, and whether all is trained there.
+
+    Raises:
+        ValueError: the checkpoint that is named cannot be resumed, another process works in the folder, or the folder holds
+            a run with other settings.
+        OSError: the folder cannot be written to.
+    """
+    checkpoint = named_checkpoint(training)
+    if checkpoint is not None:  # Whoever names a checkpoint knows which run it is of: settings are not compared.
+        check_checkpoint(checkpoint)
+        lock_folder(folder)
+        return True, False
+    lock_folder(folder)
+    restarts = str(training.resume_from_checkpoint).lower() == "false"
+    goes_on = can_continue(folder, settings, restarts)
+    if not has_run(folder):
+        clear_run(
+            folder, settings
+        )  # There is nothing to lose, and a folder that is read-only is said before the data load.
+    return goes_on, goes_on and is_trained(folder)
+
+
+def named_checkpoint(training: DistillationTrainingArguments) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names; None where it is unset, true or false."""
+    wanted = str(training.resume_from_checkpoint)
+    return None if wanted.lower() in ("none", "true", "false") else wanted
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Raises ValueError where a checkpoint cannot be resumed."""
+    fault = fault_of(checkpoint)
+    if fault is None and is_model_only(checkpoint):
+        fault = "saved with save_only_model, which leaves the optimiser's state out"
+    if fault is not None:
+        raise ValueError(
+            f"the checkpoint {checkpoint} cannot be resumed: {fault}. Nothing was trained yet: name another "
+            "one, or leave --resume_from_checkpoint out, and the run in output_dir goes on by itself"
+        )
+
+
+def decide_in_folder(folder: Path, decide: Callable[[], _Answer]) -> _Answer:
+    """Calls a function that reads or writes a run's folder in the first process, and returns its result in all of them.
+
+    Raises:
+        SystemExit: with a message, where the function raises ValueError or OSError.
+    """
+    try:
+        return decide_in_first(decide)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        cause, advice = failed_write(error, folder)
+        raise SystemExit(
+            f"error: the folder {folder} cannot be written to ({cause}): {advice}, or choose another --output_dir"
+        ) from error
+
+
+@contextlib.contextmanager
+def exit_if_not_written(what: str, folder: Path) -> Iterator[None]:
+    """Ends the process with a message where a file of a run cannot be written.
+
+    Raises:
+        SystemExit: in place of the OSError, or what safetensors raises.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause, advice = failed_write(error, folder)
+        raise SystemExit(
+            f"error: {what} could not be written to {folder} ({cause}). The checkpoints are as they were: {advice}, and "
+            "start the run again"
+        ) from error
+
+
+def collect_settings(
+    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments
+) -> dict[str, Any]:
+    """Collects the settings that two starts must share for the second to go on with the run of the first."""
+    settings = dataclasses.asdict(recipe) | dataclasses.asdict(data) | training.to_dict()
+    settings = {name: value for name, value in settings.items() if not name.startswith(_WITHOUT_EFFECT)}
+    # The place of a store has no effect, and check_fingerprint compares its content with the run.
+    settings["teacher_logits"] = recipe.teacher_logits and "a store"
+    settings["world_size"] = training.world_size
+    # A stream's workers divide its images among them; without workers, the process reads them as one worker does.
+    settings["stream_workers"] = max(1, training.dataloader_num_workers) if data.streaming else None
+    # Through JSON, as _describe_differences reads them. Without credentials, so that a renewed one is no other setting.
+    return json.loads(redact(json.dumps(settings, default=str)))
+
+
+def can_continue(folder: Path, settings: dict[str, Any], restarts: bool = False) -> bool:
+    """Whether this start goes on with the run in the folder, which stays as it is.
+
+    It goes on with a run that was stopped, also in its report (see [`is_trained`]), and never with a finished one: then
+    [`clear_run`] makes room for a new run.
+
+    Args:
+        folder: `output_dir` of the recipe.
+        settings: see [`collect_settings`].
+        restarts: whether a new run is asked for in any case.
 
     Raises:
         ValueError: the folder holds a run with other settings, or with a record of them that cannot be read.
     """
-    is_next = has_run(folder) and not afresh
-    if is_next and (differences := _differences(folder / _SETTINGS, settings)):
+    is_next = has_run(folder) and not restarts
+    if is_next and (differences := _describe_differences(folder / _SETTINGS, settings)):
         raise ValueError(
             f"{folder} holds a run with other settings ({differences}): set another output_dir, "
             "or start anew in its place with --resume_from_checkpoint false"
@@ -132,19 +198,19 @@ def continues(folder: Path, settings: dict[str, Any], afresh: bool = False) -> b
     return is_next and (is_trained(folder) or not (folder / RESULTS).is_file())
 
 
-def clear(folder: Path, settings: dict[str, Any]) -> None:
-    """Removes the run in the folder, if there is one, and records the settings of the next one.
+def clear_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Removes the run in the folder, if there is one, and records the settings of the new one.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     (folder / _UNREPORTED).unlink(missing_ok=True)
-    # Where there is no run yet, the trainer says what a first save that was killed has left.
+    # Where there is no run yet, the trainer reports the remains of a first save that was killed.
     for stage in STAGES if has_run(folder) else ():
         remove_unfinished(str(folder / stage))
         for checkpoint in checkpoints(str(folder / stage)):
             shutil.rmtree(checkpoint)
-    for path in reversed(_state_files(folder)):  # The results last: until then the run counts as finished.
+    for path in reversed(_list_state_files(folder)):  # The results last: until then the run counts as finished.
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
@@ -152,35 +218,36 @@ def clear(folder: Path, settings: dict[str, Any]) -> None:
 
 def has_run(folder: Path) -> bool:
     """Whether a run, finished or not, has left something in the folder."""
-    return any(path.exists() for path in _state_files(folder)) or any(
+    return any(path.exists() for path in _list_state_files(folder)) or any(
         checkpoints(str(folder / stage)) for stage in STAGES
     )
 
 
-def _state_files(folder: Path) -> list[Path]:
-    """The files by which a run is known, the results first."""
+def _list_state_files(folder: Path) -> list[Path]:
+    """Lists the files that only a run writes, the results first."""
     return [folder / RESULTS, *(folder / stage / TRAINER_STATE_NAME for stage in STAGES)]
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether the run has its results, and has yet to report them to the end."""
+    """Whether the run has written its results, and its report is not complete."""
     return (folder / _UNREPORTED).exists() and (folder / RESULTS).is_file()
 
 
 def write_results(folder: Path, results: dict[str, float | None]) -> None:
-    """Writes the results of a run, which [`is_trained`] then."""
+    """Writes the results of a run; from now on it [`is_trained`]."""
+    # The mark first: results without it would count as a finished run.
     (folder / _UNREPORTED).touch()
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
-def finish(folder: Path) -> None:
-    """The next start in the folder begins a new run."""
+def finish_run(folder: Path) -> None:
+    """Marks the run as finished, so that the next start in the folder begins a new one, and unlocks the folder."""
     (folder / _UNREPORTED).unlink(missing_ok=True)
-    release(folder)
+    unlock_folder(folder)
 
 
-def stage_history(folder: Path) -> list[dict[str, float]] | None:
-    """The log of a model that was trained and evaluated to its end; None if it was not."""
+def read_history(folder: Path) -> list[dict[str, float]] | None:
+    """Reads the log of a model that was trained and evaluated to its end; None where there is none."""
     try:
         history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
         return history if any("eval_accuracy" in entry for entry in history) else None
@@ -188,8 +255,8 @@ def stage_history(folder: Path) -> list[dict[str, float]] | None:
         return None
 
 
-def _differences(record: Path, settings: dict[str, Any]) -> str:
-    """How the settings differ from those in the record; a field that is None there or here may be missing."""
+def _describe_differences(record: Path, settings: dict[str, Any]) -> str:
+    """Describes how the settings differ from those in the record; a missing field is one that is None."""
     if not record.is_file():
         return f"it has no {_SETTINGS}"
     try:

@@ -1,5 +1,7 @@
 """Measures a teacher on the pixels of its own preprocessing and on the student's, and names what makes the two differ."""
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,23 +10,67 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, EvalPrediction
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from ..data.transforms import processor_transform
 from ..metrics import compute_metrics, top5_indices
-from ..models.preprocessing import read_processor
+from ..models.preprocessing import Preprocessing, load_image_processor, read_preprocessing, read_processor
 from ..models.teacher import Teacher
+from ..trainer.arguments import DistillationTrainingArguments
+from .report import ON_STUDENT_PIXELS, say
 
-# The key in `results.json` of the teacher's accuracy on the pixels that it is distilled on.
-ON_STUDENT_PIXELS = "teacher_on_student_pixels"
+logger = logging.getLogger(__name__)
+
 # Normalised pixels that differ by less have the same source: one step of 8 bits is 0.02, by rounding in the resizing.
 _TOLERANCE = 0.1
+# A larger difference of the teacher's two accuracies, a fraction, is a warning.
+_MOST_LOST = 0.01
 
 
-def teacher_metrics(
+def measure_teacher(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    evaluate: Callable[[Teacher, BaseImageProcessor], dict[str, float]],
+    training: DistillationTrainingArguments,
+    own: dict[str, float] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Measures a teacher with its own preprocessing and, where the student's pixels differ, on these.
+
+    Args:
+        teacher: which is copied, and stays as it is.
+        student: whose pixels and classes the teacher gets in training.
+        evaluate: gives the accuracies of a teacher on images that a processor has prepared.
+        training: how the teacher computes.
+        own: the accuracies with its own preprocessing, where they are known.
+
+    Returns:
+        The accuracies by their keys in `results.json`: `teacher`, and `teacher_on_student_pixels` where these differ.
+    """
+    own_processor, given = load_image_processor(teacher.model), load_image_processor(student)
+    prepared = _prepare(teacher, read_preprocessing(student, given), student, training)
+    if has_same_pixels(prepared, own_processor, given):
+        return {"teacher": own or evaluate(prepared, given)}
+    on_student_pixels = evaluate(prepared, given)
+    if own is None:
+        prepared = _prepare(teacher, teacher.preprocessing, student, training)
+        own = evaluate(prepared, own_processor)
+    return {"teacher": own, ON_STUDENT_PIXELS: on_student_pixels}
+
+
+def _prepare(
+    teacher: Teacher, pixels: Preprocessing, student: PreTrainedModel, training: DistillationTrainingArguments
+) -> Teacher:
+    """Copies the teacher and prepares the copy to compute as in training, for these pixels."""
+    copy = teacher.copy()
+    copy.align(pixels, student.config.id2label)
+    copy = copy.for_inference(training.teacher_dtype, channels_last=training.teacher_channels_last)
+    return copy.to(training.device)
+
+
+def evaluate_teacher(
     teacher: Teacher, loader: DataLoader, accelerator: Accelerator, disable_tqdm: bool = False
 ) -> dict[str, float]:
-    """Measures a teacher on the images of a loader, each counted once over all processes.
+    """Evaluates a teacher on the images of a loader, each counted once over all processes.
 
     Args:
         teacher: aligned to the loader's pixels and labels, on the loader's device.
@@ -43,6 +89,42 @@ def teacher_metrics(
         predictions.append(answer.cpu())
         labels.append(label.cpu())
     return compute_metrics(EvalPrediction(torch.cat(predictions).numpy(), torch.cat(labels).numpy()))
+
+
+def say_teacher_accuracy(
+    accuracies: dict[str, dict[str, float]],
+    teacher: Teacher,
+    student: PreTrainedModel,
+    training: DistillationTrainingArguments,
+) -> None:
+    """Prints what [`measure_teacher`] returned, and warns of a teacher from which a student learns little."""
+    num_classes, is_first = student.config.num_labels, training.process_index == 0
+    own = accuracies["teacher"]["accuracy"]
+    given = accuracies.get(ON_STUDENT_PIXELS, accuracies["teacher"])["accuracy"]
+    if given <= 1.5 / num_classes and is_first:
+        logger.warning(
+            "The teacher's top-1 is %.2f %%, where guessing gives %.2f %%: a student learns nothing good from it. Train "
+            "it for longer or at another learning_rate, or name a pretrained teacher.",
+            100 * given,
+            100 / num_classes,
+        )
+    if ON_STUDENT_PIXELS not in accuracies:
+        say(training, f"The teacher's top-1: {own:.2%}, on pixels that are the student's as well")
+        return
+    say(
+        training,
+        f"The teacher's top-1: {own:.2%} with its own preprocessing, {given:.2%} on the student's pixels, which it is "
+        "distilled on",
+    )
+    if abs(own - given) > _MOST_LOST and is_first:
+        differences = describe_differences(load_image_processor(teacher.model), load_image_processor(student))
+        logger.warning(
+            "The teacher's top-1 is %.2f %% on the student's pixels and %.2f %% with its own preprocessing: %s. Set these "
+            "for the student as the teacher has them, where the student should learn from the better one.",
+            100 * given,
+            100 * own,
+            ", ".join(differences) or "their image processors differ",
+        )
 
 
 def has_same_pixels(teacher: Teacher, own: BaseImageProcessor, student: BaseImageProcessor) -> bool:
@@ -67,9 +149,9 @@ def has_same_pixels(teacher: Teacher, own: BaseImageProcessor, student: BaseImag
     return seen[0][0].shape == wanted.shape and (seen[0][0] - wanted).abs().max().item() < _TOLERANCE
 
 
-def differences(teacher: BaseImageProcessor, student: BaseImageProcessor) -> list[str]:
+def describe_differences(teacher: BaseImageProcessor, student: BaseImageProcessor) -> list[str]:
     """Names the settings of evaluation in which two image processors differ, but for the normalisation."""
-    settings = [_geometry(processor) for processor in (teacher, student)]
+    settings = [_read_geometry(processor) for processor in (teacher, student)]
     return [
         f"{name} is {settings[1][name]} for the student and {settings[0][name]} for the teacher"
         for name in settings[0]
@@ -77,7 +159,7 @@ def differences(teacher: BaseImageProcessor, student: BaseImageProcessor) -> lis
     ]
 
 
-def _geometry(processor: BaseImageProcessor) -> dict[str, Any]:
+def _read_geometry(processor: BaseImageProcessor) -> dict[str, Any]:
     pixels, settings = read_processor(processor), processor.to_dict()
     height, width = pixels.size
     if data_config := settings.get("data_config"):

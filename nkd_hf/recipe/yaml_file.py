@@ -1,4 +1,4 @@
-"""Reads the YAML files that hold a recipe's settings."""
+"""Reads the YAML files that hold the arguments of a recipe."""
 
 import math
 import re
@@ -9,18 +9,18 @@ import yaml
 
 from ..errors import ConfigError
 
-_MOST_VALUES = 10_000  # of a file, its aliases written out
+_MOST_VALUES = 10_000  # in a file, with each alias counted as the values that it stands for
 
 
 def read_config(path: Path, below: tuple[Path, ...] = ()) -> dict[Any, tuple[Any, Path]]:
-    """Reads a YAML file and those that its `base` leads to.
+    """Reads a YAML file, the file that its `base` names, and so on.
 
     Args:
-        path: of the file.
-        below: the files that lead here by their `base`.
+        path: the file.
+        below: the files whose `base` led to this one.
 
     Returns:
-        Each key's value and the file that it stands in.
+        The value of each key, and the file that it stands in.
 
     Raises:
         ConfigError: a file cannot be read or is no mapping; the message names the file and, if it is no YAML, the line.
@@ -63,9 +63,9 @@ def read_config(path: Path, below: tuple[Path, ...] = ()) -> dict[Any, tuple[Any
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with the numbers and booleans of YAML 1.2, in which a key that occurs twice is an error.
+    """Loads YAML with the numbers and booleans of YAML 1.2, and refuses a key that occurs twice.
 
-    All that is wrong with a value is a `MarkedYAMLError`, which knows its line.
+    A value that it refuses is a `MarkedYAMLError`, which has the line.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -102,7 +102,7 @@ class Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
         if type(value) in (int, float):
             text = node.value.lower()
-            fault = unusable(value)
+            fault = find_fault(value)
             if ":" in text or (isinstance(value, int) and re.match(r"[-+]?0[0-7_]", text)):
                 fault = f"{node.value} is {value} in YAML 1.1 and something else in YAML 1.2: write {value}, or put it in quotes"
             elif isinstance(value, float) and math.isinf(value) and "inf" not in text:
@@ -113,7 +113,7 @@ class Loader(yaml.SafeLoader):
 
 
 def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
-    """The values of a node, its aliases written out: a few lines of aliases of aliases can stand for millions."""
+    """Counts the values of a node, and refuses too many: a few lines of aliases of aliases can stand for millions."""
     if node in counts:
         if counts[node] is None:
             raise yaml.MarkedYAMLError(problem="an alias stands in what it names", problem_mark=node.start_mark)
@@ -133,19 +133,19 @@ Loader.add_implicit_resolver(
 )
 
 
-def unusable(value: Any) -> str | None:
-    """What makes a value, or one in it, useless to any run, wherever it came from; None when nothing does."""
+def find_fault(value: Any) -> str | None:
+    """Says why no run can use a value, or one in it; None where nothing is wrong."""
     if isinstance(value, float) and math.isnan(value):
         return "expected a number, got nan: no run can use it"
     if type(value) is int and not -(2**63) <= value < 2**63:
         return "expected an integer of at most 64 bits, got a larger one"
     if isinstance(value, list | dict):
-        return next(filter(None, map(unusable, value.values() if isinstance(value, dict) else value)), None)
+        return next(filter(None, map(find_fault, value.values() if isinstance(value, dict) else value)), None)
     return None
 
 
 def describe_value(value: Any) -> str:
-    """A value as a message names it."""
+    """Describes a value for a message."""
     text = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     if value is None:
         return "null"

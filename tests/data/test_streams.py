@@ -23,7 +23,7 @@ from nkd_hf import (
 )
 from nkd_hf.data import decoding
 from nkd_hf.data.image_datasets import StreamingImageDataset
-from nkd_hf.recipe.run_folder import settings_of
+from nkd_hf.recipe.run_folder import collect_settings
 
 NUM_ROWS = 121
 
@@ -87,7 +87,9 @@ def test_other_workers_are_another_run_of_a_stream_alone(tmp_path):
     for streaming in (False, True):
         data = DataArguments(streaming=streaming, num_train_images=10)
         settings[streaming] = [
-            settings_of(recipe, data, DistillationTrainingArguments(str(tmp_path), dataloader_num_workers=workers))
+            collect_settings(
+                recipe, data, DistillationTrainingArguments(str(tmp_path), dataloader_num_workers=workers)
+            )
             for workers in (0, 1, 2)
         ]
     assert settings[False][0] == settings[False][1] == settings[False][2]

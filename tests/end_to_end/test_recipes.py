@@ -31,7 +31,7 @@ from nkd_hf import (
 )
 from nkd_hf.data.labels import label_names
 from nkd_hf.models.saving import save_student
-from nkd_hf.recipe.run_folder import settings_of, stage_history
+from nkd_hf.recipe.run_folder import collect_settings, read_history
 
 
 def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -145,7 +145,7 @@ def test_baseline_of_a_recipe_from_a_stream(tmp_path):
     history = [{"epoch": 1.0, "step": 6, "eval_accuracy": 0.5, "eval_top5_accuracy": 0.9}]
     for num_train_images, end in ((96, 4.0), (None, 6)):
         recipe.data_args.num_train_images = num_train_images
-        recipe._note("baseline", history)
+        recipe._record("baseline", history)
         assert recipe.curves["baseline"] == [(end, 0.5)]
 
 
@@ -289,7 +289,7 @@ def test_comparators_by_name_alone_and_added_with_mixup(tmp_path, teachers, reci
                "--logging_steps", "1")  # fmt: skip
     student = tmp_path / "student"
     assert done.results["distilled"] == pytest.approx(top1(student, evaluated(student)))
-    first = stage_history(tmp_path / "student")[0]
+    first = read_history(tmp_path / "student")[0]
     components = [name for name in first if name == "task" or name.startswith(tuple(loss.split("+")))]
     assert "task" in components
     assert len(components) > len(loss.split("+"))
@@ -333,11 +333,11 @@ def test_maps_that_cannot_be_aligned_are_refused_before_the_teacher_is_trained(t
 def test_where_a_store_lies_is_no_setting_but_whether_there_is_one_is():
     data, training = DataArguments(), DistillationTrainingArguments("x", report_to="none", use_cpu=True)
     here, there = (
-        settings_of(RecipeArguments("resnet18", teacher_logits=folder), data, training) for folder in ("a", "b/c")
+        collect_settings(RecipeArguments("resnet18", teacher_logits=folder), data, training) for folder in ("a", "b/c")
     )
     assert here == there
-    assert here != settings_of(RecipeArguments("resnet18", teacher="resnet34"), data, training)
-    live = settings_of(RecipeArguments("resnet18", teacher="a"), data, training)
+    assert here != collect_settings(RecipeArguments("resnet18", teacher="resnet34"), data, training)
+    live = collect_settings(RecipeArguments("resnet18", teacher="a"), data, training)
     assert {name for name in live if live[name] != here[name]} == {"teacher", "teacher_logits"}
 
 

@@ -29,6 +29,7 @@ from nkd_hf import (
     parse_args,
 )
 from nkd_hf.recipe import recipe as recipe_module
+from nkd_hf.recipe.build import build_loss
 from nkd_hf.trainer.optimization import lr_factor
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -171,7 +172,7 @@ def row(request, photographs, tmp_path, monkeypatch):
     recipe = Recipe(*arguments_of(request.param, photographs, tmp_path))
     student = recipe.create(recipe.args.student, recipe.args.student_args)
     teacher = load_teacher(recipe.teacher or recipe.args.teacher) if recipe.args.needs_teacher else None
-    loss = recipe.args.build_loss(**recipe._loss_shapes(student, teacher))
+    loss = build_loss(recipe.args, recipe.training_args, student, teacher)
     train, validation = recipe.datasets(student)
     trainer = DistillationTrainer(
         model=student, teacher=teacher, distillation_loss=loss, args=recipe.training_args,

@@ -35,6 +35,7 @@ from nkd_hf.hub.model_card.text import hub_id, plain, plain_name
 from nkd_hf.models.saving import save_student
 from nkd_hf.models.teacher import load_teacher
 from nkd_hf.recipe.launch_line import launch_line
+from nkd_hf.recipe.report import make_card_info
 
 TOKEN = "hf_" + "abcDEF12" * 4
 # What the Hub takes for each key, as far as it is documented.
@@ -783,7 +784,7 @@ def test_card_info_of_a_recipe(tmp_path):
     options = ["--config", config, "--output_dir", str(tmp_path), "--license", "mit", "--max_eval_samples", "40"]
     recipe = Recipe(*parse_args(classes, args=options))
     recipe.accuracies = {"baseline": {"accuracy": 0.5, "top5_accuracy": 0.75}}
-    info = recipe._card_info()
+    info = make_card_info(recipe.args, recipe.data_args, recipe.data, recipe.accuracies)
     assert (info.dataset, info.dataset_split, info.license) == ("digits", None, "mit")
     assert (info.num_train_images, info.num_eval_images) == (1437, 40)
     assert (info.teacher, info.baseline) == (None, {"accuracy": 0.5, "top5_accuracy": 0.75})

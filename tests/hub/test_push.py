@@ -515,7 +515,7 @@ def test_a_credential_in_an_address_is_written_nowhere_and_not_pushed(student, a
     from nkd_hf.hub.model_card.text import plain_name
     from nkd_hf.hub.student_files import check_publishable
     from nkd_hf.recipe.arguments import RecipeArguments
-    from nkd_hf.recipe.run_folder import settings_of
+    from nkd_hf.recipe.run_folder import collect_settings
     from nkd_hf.trainer.arguments import DistillationTrainingArguments
 
     is_secret = address != shown
@@ -524,7 +524,7 @@ def test_a_credential_in_an_address_is_written_nowhere_and_not_pushed(student, a
     assert plain_name(f"--dataset_name={address}") == f"--dataset_name={shown}"
     if address.startswith("https"):
         data = DataArguments(dataset_name=address if ".parquet?" not in address else address + "&x=a.parquet")
-        settings = settings_of(
+        settings = collect_settings(
             RecipeArguments("resnet18", distillation_loss="uskd"),
             data,
             DistillationTrainingArguments("out", use_cpu=True),

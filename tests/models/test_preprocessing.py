@@ -31,7 +31,7 @@ from nkd_hf import (
 )
 from nkd_hf.models.preprocessing import Preprocessing, read_preprocessing, read_processor
 from nkd_hf.models.teacher import Teacher
-from nkd_hf.recipe.fingerprint import fingerprint_differences
+from nkd_hf.recipe.fingerprint import compare_fingerprints
 
 PROCESSORS = sorted(
     {
@@ -298,9 +298,9 @@ def test_a_teacher_of_other_channels(tmp_path):
 
 
 def test_channel_order_is_in_a_stores_fingerprint():
-    assert fingerprint_differences({"channel_order": [2, 1, 0]}, {}) == "channel_order: store [2, 1, 0], run None"
-    assert fingerprint_differences({}, {"channel_order": [2, 1, 0]}) == "channel_order: store None, run [2, 1, 0]"
-    assert fingerprint_differences({"seed": 1}, {}) == ""
+    assert compare_fingerprints({"channel_order": [2, 1, 0]}, {}) == "channel_order: store [2, 1, 0], run None"
+    assert compare_fingerprints({}, {"channel_order": [2, 1, 0]}) == "channel_order: store None, run [2, 1, 0]"
+    assert compare_fingerprints({"seed": 1}, {}) == ""
 
 
 @pytest.mark.parametrize(

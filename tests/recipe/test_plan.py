@@ -16,8 +16,8 @@ from tiny import digits, make_trainer, native_resnet, timm_cnn, timm_deit
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, USKDLoss
 from nkd_hf.cli import main
-from nkd_hf.cli.plan_text import plan_text
-from nkd_hf.recipe.plan_costs import activation_bytes
+from nkd_hf.cli.plan_text import format_plan
+from nkd_hf.recipe.plan_costs import count_activation_bytes
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 # A small student on 37 images.
@@ -330,7 +330,7 @@ def test_disk_and_memory(plan):
 @pytest.mark.parametrize("half", [False, True])
 def test_activations_are_a_lower_bound(create, half):
     with torch.device("meta"):
-        planned = activation_bytes(create(), torch.empty(4, 3, 32, 32), 2 if half else 4)
+        planned = count_activation_bytes(create(), torch.empty(4, 3, 32, 32), 2 if half else 4)
     student, pixel_values = create().train(), torch.randn(4, 3, 32, 32)
     kept = {}
 
@@ -432,7 +432,7 @@ def test_vitkd(plan, error, tmp_path):
 def test_tap_of_a_vit_without_a_class_token(plan):
     figures = plan(student="vit_base_patch16_siglip_224", student_args={"depth": 4}, distillation_loss="uskd")
     assert figures["tap"] == {"module": "timm_model.blocks.1", "channels": 768, "reads": "mean of the patch tokens"}
-    assert "timm_model.blocks.1: 768 channels, mean of the patch tokens\n" in plan_text(figures)
+    assert "timm_model.blocks.1: 768 channels, mean of the patch tokens\n" in format_plan(figures)
 
 
 def test_comparators_of_maps_and_the_teachers_precision(plan, error):
@@ -445,9 +445,9 @@ def test_comparators_of_maps_and_the_teachers_precision(plan, error):
     half = plan(**small, teacher_dtype="bf16")
     assert half["memory"]["teacher"] == figures["memory"]["teacher"] // 2
     assert half["disk"] == figures["disk"]
-    assert "teacher, in bf16" in plan_text(half)
+    assert "teacher, in bf16" in format_plan(half)
     assert re.search(
-        r"^tap, map +timm_model.layer4: 12 channels, feature map$", plan_text(figures), flags=re.MULTILINE
+        r"^tap, map +timm_model.layer4: 12 channels, feature map$", format_plan(figures), flags=re.MULTILINE
     )
     vit = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     wrong = error(**small | {"teacher": "deit_tiny_patch16_224", "teacher_args": vit, "distillation_loss": "mgd"})

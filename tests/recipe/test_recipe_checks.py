@@ -223,8 +223,8 @@ def test_a_teacher_of_larger_images_is_measured_on_its_own_and_on_the_students(t
 def test_a_teacher_of_the_students_pixels_is_measured_once(tmp_path, big_teacher, capsys, monkeypatch):
     teacher, _ = big_teacher
     passes = []
-    measure = recipe_module.teacher_metrics
-    monkeypatch.setattr(recipe_module, "teacher_metrics", lambda *args: passes.append(args) or measure(*args))
+    measure = recipe_module.evaluate_teacher
+    monkeypatch.setattr(recipe_module, "evaluate_teacher", lambda *args: passes.append(args) or measure(*args))
     recipe = run(
         "distill_cnn", "--output_dir", str(tmp_path), "--teacher", teacher, "--image_size", "64", "--crop_pct", "0.875",
         "--max_steps", "2",

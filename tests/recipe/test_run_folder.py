@@ -1,6 +1,7 @@
 """A recipe's folder: who works in it, what in it is the run's, and what is said when it is not in order."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -15,8 +16,18 @@ import pytest
 from hub_server import Failure
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, parse_args
-from nkd_hf.recipe import run_folder
-from nkd_hf.recipe.run_folder import clear, continues, finish, hold, is_trained, release, stage_history, write_results
+from nkd_hf.recipe import recipe as recipe_module
+from nkd_hf.recipe import run_folder, stage
+from nkd_hf.recipe.run_folder import (
+    can_continue,
+    clear_run,
+    finish_run,
+    is_trained,
+    lock_folder,
+    read_history,
+    unlock_folder,
+    write_results,
+)
 from nkd_hf.trainer.checkpoints import UNFINISHED, fault_of, remove_unfinished
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "digits_distill_cnn.yaml"
@@ -56,9 +67,9 @@ def run(folder: Path, **settings: str) -> Recipe:
 
 def begin(folder: Path, settings: dict, afresh: bool = False) -> bool:
     """As a recipe does whose checks pass: whether the run in the folder goes on."""
-    goes_on = continues(folder, settings, afresh)
+    goes_on = can_continue(folder, settings, afresh)
     if not goes_on:
-        clear(folder, settings)
+        clear_run(folder, settings)
     return goes_on
 
 
@@ -70,7 +81,7 @@ def stopped_run(folder: Path) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(run_folder, "_PATIENCE", 0.2)
+    monkeypatch.setattr(run_folder, "_LOCK_TIMEOUT", 0.2)
 
 
 # Who works in it
@@ -82,7 +93,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, monkeyp
         [sys.executable, "-c", f"{code}; print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        monkeypatch.setattr(run_folder, "_PATIENCE", 0.2)
+        monkeypatch.setattr(run_folder, "_LOCK_TIMEOUT", 0.2)
         with pytest.raises(SystemExit) as error:
             recipe_in(tmp_path)
         assert error.value.code == (
@@ -90,16 +101,16 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, monkeyp
         )
         assert {path.name for path in tmp_path.iterdir()} == {".lock"}
         other.kill()
-        monkeypatch.setattr(run_folder, "_PATIENCE", 5.0)
-        hold(tmp_path)
-    release(tmp_path)
+        monkeypatch.setattr(run_folder, "_LOCK_TIMEOUT", 5.0)
+        lock_folder(tmp_path)
+    unlock_folder(tmp_path)
 
 
 def test_a_forked_worker_that_outlives_its_parent_keeps_nobody_out(tmp_path, impatient):
     reader, writer = os.pipe()
     parent = os.fork()
     if parent == 0:
-        hold(tmp_path)
+        lock_folder(tmp_path)
         worker = os.fork()
         if worker == 0:
             time.sleep(60)
@@ -110,40 +121,36 @@ def test_a_forked_worker_that_outlives_its_parent_keeps_nobody_out(tmp_path, imp
     worker = int(os.read(reader, 20))
     try:
         with pytest.raises(ValueError, match="another run is at work"):
-            hold(tmp_path)
+            lock_folder(tmp_path)
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
-        hold(tmp_path)
+        lock_folder(tmp_path)
     finally:
         os.kill(worker, signal.SIGKILL)
-        release(tmp_path)
+        unlock_folder(tmp_path)
 
 
 def test_a_process_may_start_again_in_its_own_folder_also_when_it_was_deleted(tmp_path):
-    hold(tmp_path / "run")
-    hold(tmp_path / "run")
+    lock_folder(tmp_path / "run")
+    lock_folder(tmp_path / "run")
     (tmp_path / "run" / ".lock").unlink()
     (tmp_path / "run").rmdir()
-    hold(tmp_path / "run")
-    release(tmp_path / "run")
-    assert (tmp_path / "run").resolve() not in run_folder._held
+    lock_folder(tmp_path / "run")
+    unlock_folder(tmp_path / "run")
+    assert (tmp_path / "run").resolve() not in run_folder._locks
 
 
-@pytest.mark.parametrize("without", ["platform", "file system"])
-def test_without_locks_a_run_goes_on(tmp_path, monkeypatch, without):
-    if without == "platform":
-        monkeypatch.setattr(run_folder, "fcntl", None)
-    else:
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_a_run_goes_on(tmp_path, monkeypatch, code):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
 
-        def refuse(*args):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
-    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: pytest.fail("there is nothing to wait for"))
-    hold(tmp_path)
-    assert tmp_path.resolve() in run_folder._held
-    release(tmp_path)
-    assert tmp_path.resolve() not in run_folder._held
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("there is nothing to wait for"))
+    lock_folder(tmp_path)
+    lock_folder(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    unlock_folder(tmp_path)
 
 
 # What in it is the run's
@@ -195,7 +202,7 @@ def test_a_run_whose_report_was_stopped_goes_on_with_it(tmp_path):
     assert begin(tmp_path, SETTINGS)
     assert is_trained(tmp_path)
     assert (tmp_path / "student" / "checkpoint-4").is_dir()
-    finish(tmp_path)
+    finish_run(tmp_path)
     assert not begin(tmp_path, SETTINGS)
     assert not (tmp_path / "student" / "checkpoint-4").exists()
     write_results(tmp_path, results)
@@ -208,7 +215,7 @@ def test_a_recipe_that_was_killed_in_its_report_trains_nothing_again(tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recipe, "_show_pipeline", killed)
+        patch.setattr(recipe_module, "show_example", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     assert (tmp_path / "accuracy.png").is_file()
@@ -359,18 +366,23 @@ def test_a_model_without_a_whole_log_is_not_trained_yet(tmp_path, content):
     path = tmp_path / "trainer_state.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert stage_history(tmp_path) is None
+    assert read_history(tmp_path) is None
 
 
 @pytest.mark.parametrize(
-    ("method", "limit", "said"),
+    ("module", "function", "limit", "said"),
     [
-        ("_writes", 100_000, "the baseline could not be written to {folder}/baseline (SafetensorError: "),
-        ("_writes", 10, "the baseline could not be written to {folder}/baseline (OSError: "),
-        ("_plot", 10, "the report could not be written to {folder} (OSError: "),
+        (
+            stage,
+            "exit_if_not_written",
+            100_000,
+            "the baseline could not be written to {folder}/baseline (SafetensorError: ",
+        ),
+        (stage, "exit_if_not_written", 10, "the baseline could not be written to {folder}/baseline (OSError: "),
+        (recipe_module, "plot_curves", 10, "the report could not be written to {folder} (OSError: "),
     ],
 )
-def test_a_full_disk_after_training_is_said_and_the_run_goes_on(tmp_path, method, limit, said):
+def test_a_full_disk_after_training_is_said_and_the_run_goes_on(tmp_path, module, function, limit, said):
     folder = tmp_path / "run"
     reader, writer = os.pipe()
     pid = os.fork()
@@ -378,13 +390,13 @@ def test_a_full_disk_after_training_is_said_and_the_run_goes_on(tmp_path, method
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             recipe = recipe_in(folder, save_strategy="epoch")
-            original = getattr(Recipe, method)
+            original = getattr(module, function)
 
             def on_a_full_disk(*args):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                 return original(*args)
 
-            setattr(Recipe, method, on_a_full_disk)
+            setattr(module, function, on_a_full_disk)
             recipe.train_baseline()
             recipe.report()
         except SystemExit as exit:
@@ -435,12 +447,12 @@ def test_results_of_a_run_that_is_killed_while_it_writes_them(tmp_path, monkeypa
 
     stopped_run(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(*((Path, "touch") if stop == "touch" else (run_folder.os, "replace")), kill)
+        patch.setattr(*((Path, "touch") if stop == "touch" else (os, "replace")), kill)
         with pytest.raises(KeyboardInterrupt):
             write_results(tmp_path, {"distilled": 0.5})
     assert not (tmp_path / "results.json").exists()
     assert not is_trained(tmp_path)
-    assert continues(tmp_path, SETTINGS, False)
+    assert can_continue(tmp_path, SETTINGS, False)
     write_results(tmp_path, {"distilled": 0.5})
     assert is_trained(tmp_path)
 
@@ -448,22 +460,16 @@ def test_results_of_a_run_that_is_killed_while_it_writes_them(tmp_path, monkeypa
 def test_a_stage_that_one_process_does_not_see_ends_the_run(tmp_path, monkeypatch):
     # The first answer is that of the first process, the second one that of each for itself.
     views = iter([[{"eval_accuracy": 0.5}], None])
-    monkeypatch.setattr("nkd_hf.recipe.recipe.stage_history", lambda folder: next(views))
-    recipe = Recipe.__new__(Recipe)
-    recipe.folder, recipe.goes_on, recipe.args = (
-        tmp_path,
-        True,
-        RecipeArguments(student="resnet18", distillation_loss="uskd"),
-    )
+    monkeypatch.setattr(stage, "read_history", lambda folder: next(views))
     with pytest.raises(
         SystemExit, match=r"must be one folder for all processes: .*/teacher lacks the trained teacher$"
     ):
-        recipe._train("teacher", None)
+        stage.find_trained(tmp_path / "teacher")
 
 
 def test_a_setting_without_effect_is_known_by_how_its_name_begins(tmp_path):
     training = DistillationTrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="epoch", report_to="none")
-    settings = run_folder.settings_of(
+    settings = run_folder.collect_settings(
         RecipeArguments("resnet18", distillation_loss="none"), DataArguments(max_eval_samples=5), training
     )
     assert settings["max_eval_samples"] == 5

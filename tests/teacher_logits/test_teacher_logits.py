@@ -45,10 +45,10 @@ from nkd_hf.data.transforms import PIXELS_VERSION
 from nkd_hf.hub.teacher_logits import find_store, push_store
 from nkd_hf.models.preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from nkd_hf.models.saving import save_student
-from nkd_hf.recipe.fingerprint import check_fingerprint, run_fingerprint, weights_sha256
+from nkd_hf.recipe.fingerprint import check_fingerprint, fingerprint_run, hash_weights
 from nkd_hf.recipe.parser import parse_args
 from nkd_hf.recipe.plan import PlannedTrainingArguments, make_plan
-from nkd_hf.recipe.run_folder import stage_history
+from nkd_hf.recipe.run_folder import read_history
 from nkd_hf.teacher_logits.compression import dense_logits, sparse_logits
 from nkd_hf.teacher_logits.store import (
     STORE,
@@ -395,7 +395,7 @@ def train(folder: Path, *given: str) -> tuple[Recipe, list[dict]]:
     recipe.train_teacher()
     recipe.train_baseline()
     recipe.train_student()
-    return recipe, stage_history(folder / "student")
+    return recipe, read_history(folder / "student")
 
 
 @pytest.fixture(scope="module")
@@ -525,7 +525,7 @@ def fingerprint(data: dict | None = None, **training) -> dict:
     loaded = load_image_dataset(args, training.seed)
     student = timm_cnn()
     pixels = read_preprocessing(student, load_image_processor(student))
-    return run_fingerprint(args, training, loaded["train"], [str(i) for i in range(10)], pixels)
+    return fingerprint_run(args, training, loaded["train"], [str(i) for i in range(10)], pixels)
 
 
 CHANGES = {
@@ -625,7 +625,7 @@ def test_new_weights_of_a_teacher_on_the_hub_are_noticed(hub, teacher, tmp_path,
 def test_the_teachers_precision_is_of_the_store_and_what_rounds_alone_is_not(teacher, tmp_path):
     store = write(tmp_path / "bf16", teacher, "--teacher_dtype", "bf16", "--teacher_channels_last", "true")
     assert store.info.fingerprint["teacher_dtype"] == "bf16"
-    assert store.info.fingerprint["teacher_sha256"] == weights_sha256(load_teacher(teacher).model)
+    assert store.info.fingerprint["teacher_sha256"] == hash_weights(load_teacher(teacher).model)
     assert not {"teacher_channels_last", "teacher_compile"} & set(store.info.fingerprint)
     more = ["--teacher_dtype", "bf16", "--teacher_channels_last", "true"]
     _, live = train(tmp_path / "live", *arguments(teacher, *more, "--mix_pairs", "true"))
@@ -643,14 +643,14 @@ def test_the_teachers_precision_is_of_the_store_and_what_rounds_alone_is_not(tea
 
 def test_the_hash_of_weights_is_of_names_and_values():
     model = timm_cnn()
-    before = weights_sha256(model)
-    assert before == weights_sha256(timm_cnn()) != weights_sha256(timm_cnn(seed=1))
+    before = hash_weights(model)
+    assert before == hash_weights(timm_cnn()) != hash_weights(timm_cnn(seed=1))
     model.timm_model.fc.bias.data[0] += 1
-    assert weights_sha256(model) != before
+    assert hash_weights(model) != before
     # Equal bytes under other names, and in another shape.
     values = torch.arange(4.0)
     hashes = {
-        weights_sha256(SimpleNamespace(state_dict=lambda state=state: state))
+        hash_weights(SimpleNamespace(state_dict=lambda state=state: state))
         for state in ({"a": values}, {"b": values}, {"a": values.view(2, 2)}, {"a": values.view(torch.int32)})
     }
     assert len(hashes) == 4
@@ -669,7 +669,7 @@ def test_the_hash_of_images_is_of_some_that_are_spread_over_all(row):
         train = Dataset.from_dict(rows, features).cast_column("image", datasets.Image(decode=False))
         training = DistillationTrainingArguments("unused", report_to="none", use_cpu=True)
         pixels = read_preprocessing(timm_cnn())
-        return run_fingerprint(DataArguments(), training, train, ["a", "b"], pixels)["images_sha256"]
+        return fingerprint_run(DataArguments(), training, train, ["a", "b"], pixels)["images_sha256"]
 
     before = images_sha256(images)
     images[row] = images[row] + 1
@@ -821,7 +821,7 @@ def test_a_fingerprint_passes_bad_rows(tmp_path):
     train = datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
     pixels = Preprocessing((0.5,) * 3, (0.5,) * 3, (32, 32), "bilinear")
     training = DistillationTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    fingerprint = run_fingerprint(DataArguments(), training, train, ["a"], pixels)
+    fingerprint = fingerprint_run(DataArguments(), training, train, ["a"], pixels)
     assert fingerprint["num_samples"] == 6
     rows = ImageDataset(train, lambda image: image, on_bad_image="skip")
     with pytest.raises(ValueError, match="all 6 rows are bad"):

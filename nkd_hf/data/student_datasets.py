@@ -1,0 +1,92 @@
+"""Makes the datasets and the collator of a training: the splits of a dataset as one student expects their images."""
+
+import datasets
+from datasets import DatasetDict, IterableDatasetDict
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..teacher_logits.store import TeacherLogits
+from .arguments import DataArguments
+from .collator import ImageCollator
+from .image_datasets import ImageDataset, StreamingImageDataset
+from .loading import load_image_dataset
+from .transforms import processor_transform, train_transform
+
+ImageDatasets = tuple[ImageDataset, ImageDataset] | tuple[StreamingImageDataset, StreamingImageDataset]
+
+
+def make_datasets(
+    data_arguments: DataArguments, student: PreTrainedModel, seed: int = 42
+) -> tuple[ImageDataset | StreamingImageDataset, ImageDataset | StreamingImageDataset, ImageCollator]:
+    """Makes all that [`DistillationTrainer`] needs of a dataset: the images of training and evaluation, and the collator.
+
+    Size, normalisation and interpolation of the images are the student's, as its image processor has them.
+
+    Args:
+        data_arguments ([`DataArguments`]): the dataset, its augmentation, mixup and CutMix.
+        student (`PreTrainedModel`): the model that is trained on the images, such as one of [`create_student`].
+        seed (`int`, *optional*, defaults to 42): draws the validation split where one must be made, the augmentation and
+            the mixing. Set it to the `seed` of the training arguments.
+
+    Returns:
+        `(train_dataset, eval_dataset, data_collator)`, the arguments of [`DistillationTrainer`] of these names.
+
+    Raises:
+        ValueError: the dataset cannot be loaded, as in [`load_image_dataset`], or the student has no image processor.
+
+    Example:
+        >>> from nkd_hf import DataArguments, create_student, make_datasets
+        >>> student = create_student("resnet18", num_labels=10, image_size=32)
+        >>> train, evaluation, collator = make_datasets(DataArguments(dataset_name="digits", mixup_alpha=0.2), student)
+        >>> len(train), len(evaluation)
+        (1437, 360)
+        >>> batch = collator([train[0], train[1]])
+        >>> batch["pixel_values"].shape, batch["labels"].shape
+        (torch.Size([2, 3, 32, 32]), torch.Size([2, 10]))
+    """
+    splits = load_image_dataset(data_arguments, seed)
+    train, evaluation = make_image_datasets(splits, data_arguments, student, seed)
+    return train, evaluation, make_collator(data_arguments, student.config.num_labels, seed)
+
+
+def make_image_datasets(
+    splits: DatasetDict | IterableDatasetDict, data_arguments: DataArguments, student: PreTrainedModel, seed: int
+) -> ImageDatasets:
+    """Makes the images of training and of evaluation out of what [`load_image_dataset`] returned."""
+    processor = load_image_processor(student)
+    pixels = read_preprocessing(student, processor)
+    transform = train_transform(
+        data_arguments, pixels.size, pixels.mean, pixels.std, pixels.interpolation, pixels.channel_order
+    )
+    kind = StreamingImageDataset if data_arguments.streaming else ImageDataset
+    train = kind(splits["train"], transform, seed, data_arguments.on_bad_image)
+    return train, make_evaluation_images(splits["validation"], data_arguments, processor, seed)
+
+
+def make_evaluation_images(
+    split: datasets.Dataset | datasets.IterableDataset,
+    data_arguments: DataArguments,
+    processor: BaseImageProcessor,
+    seed: int = 0,
+) -> ImageDataset | StreamingImageDataset:
+    """Makes the images of a split as an image processor prepares them for evaluation."""
+    kind = StreamingImageDataset if data_arguments.streaming else ImageDataset
+    return kind(split, processor_transform(processor), seed, data_arguments.on_bad_image, training=False)
+
+
+def make_collator(
+    data_arguments: DataArguments,
+    num_labels: int,
+    seed: int,
+    mix_pairs: bool = False,
+    teacher_logits: TeacherLogits | None = None,
+) -> ImageCollator:
+    """Makes the collator with the mixing of the arguments; `mix_pairs` asks for pairs where the arguments do not."""
+    return ImageCollator(
+        num_labels,
+        data_arguments.mixup_alpha,
+        data_arguments.cutmix_alpha,
+        seed,
+        mix_pairs=data_arguments.mix_pairs or mix_pairs,
+        teacher_logits=teacher_logits,
+    )

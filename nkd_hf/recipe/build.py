@@ -1,0 +1,99 @@
+"""Builds what a run needs out of its arguments: the process, models, loss, and the steps of a stream."""
+
+import math
+
+import datasets
+import torch
+from torch import nn
+from transformers import IntervalStrategy, PreTrainedModel, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from ..data.arguments import DataArguments, streaming_max_steps
+from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..models.teacher import Teacher
+from ..trainer.arguments import DistillationTrainingArguments
+from .arguments import RecipeArguments
+
+
+def set_up_process(training: DistillationTrainingArguments) -> None:
+    """Switches progress bars off where that is asked for, and sets the number of PyTorch's threads on the CPU."""
+    if training.disable_tqdm:
+        datasets.disable_progress_bars()
+        disable_progress_bar()
+    if training.device.type == "cpu":
+        # Workers and PyTorch's threads share the cores; threads that wait for each other make steps several times
+        # slower than fewer of them.
+        torch.set_num_threads(max(1, torch.get_num_threads() - training.dataloader_num_workers))
+
+
+def runs_teacher(recipe: RecipeArguments) -> bool:
+    """Whether a teacher computes in this run: the loss has one, and its logits are not stored."""
+    return recipe.needs_teacher and recipe.teacher_logits is None
+
+
+def create_model(
+    recipe: RecipeArguments, name: str, model_args: dict | None, id2label: dict[int, str], seed: int
+) -> PreTrainedModel:
+    """Builds a student or teacher by its name; the seed makes the weights of baseline and student the same."""
+    set_seed(seed)
+    return recipe.create(name, model_args, id2label=id2label)
+
+
+def build_loss(
+    recipe: RecipeArguments,
+    training: DistillationTrainingArguments,
+    student: PreTrainedModel,
+    teacher: Teacher | None = None,
+) -> nn.Module | dict[str, nn.Module] | None:
+    """Builds the distillation loss, or several by name, for the layers of these models.
+
+    Raises:
+        ValueError: the loss does not fit the models; see [`RecipeArguments.loss_shapes`].
+    """
+    size = read_preprocessing(student, load_image_processor(student)).size
+    model = teacher_size = None
+    if recipe.needs_teacher_layers:
+        model, teacher_size = teacher.model, teacher.preprocessing and teacher.preprocessing.size
+    return recipe.build_loss(**recipe.loss_shapes(student, size, model, training.feature_layer, teacher_size))
+
+
+def count_epochs(training: DistillationTrainingArguments, num_images: int) -> int:
+    """The epochs of a training on a number of images, of which the last one may end early."""
+    if training.max_steps <= 0:
+        return math.ceil(training.num_train_epochs)
+    steps_per_epoch = math.ceil(num_images / training.global_batch_size())
+    return math.ceil(training.max_steps / max(1, steps_per_epoch))
+
+
+def images_per_epoch(data: DataArguments) -> int | None:
+    """The images of one pass through a stream; None where nobody has counted them."""
+    images, limit = data.num_train_images, data.max_train_samples
+    return min(images, limit) if images is not None and limit is not None else images
+
+
+def set_stream_steps(data: DataArguments, training: DistillationTrainingArguments) -> int | None:
+    """Sets the steps of a training from a stream, which has no length: what the arguments say in epochs becomes steps.
+
+    Returns:
+        The steps of an epoch; None where the number of images is unknown.
+
+    Raises:
+        ValueError: something is set in epochs, and the number of images is unknown.
+    """
+    batch, images = training.global_batch_size(), images_per_epoch(data)
+    if training.max_steps <= 0:
+        training.max_steps = streaming_max_steps(images, training.num_train_epochs, batch)
+    for kind in ("eval", "save", "logging"):
+        if getattr(training, f"{kind}_strategy") == IntervalStrategy.EPOCH:
+            setattr(training, f"{kind}_strategy", IntervalStrategy.STEPS)
+            setattr(training, f"{kind}_steps", streaming_max_steps(images, 1, batch))
+    return None if images is None else streaming_max_steps(images, 1, batch)
+
+
+def passed_epochs(entry: dict[str, float], data: DataArguments, training: DistillationTrainingArguments) -> float:
+    """The epochs after which an entry of the log was made; the steps, in a stream whose images nobody has counted."""
+    if not data.streaming:
+        return entry["epoch"]
+    # To the Trainer, a stream is one epoch.
+    images = images_per_epoch(data)
+    return entry["step"] if images is None else entry["step"] * training.global_batch_size() / images

@@ -1,0 +1,123 @@
+"""Checks that can fail before anything is trained: names, classes, and the loss of one image."""
+
+from typing import Any
+
+from ..data.arguments import DataArguments
+from ..errors import redact
+from ..files import path_fault
+from ..hub.model_card.licences import check_license
+from ..models.architectures import is_architecture
+from ..models.labels import class_numbers
+from ..models.students import check_name
+from ..models.teacher import Teacher
+from ..trainer.arguments import DistillationTrainingArguments
+from ..trainer.checks import check_batches
+from ..trainer.non_finite import LossWatch
+from ..trainer.trainer import DistillationTrainer
+from .arguments import RecipeArguments
+from .build import runs_teacher
+
+
+def check_arguments(recipe: RecipeArguments, training: DistillationTrainingArguments) -> None:
+    """Checks what the arguments alone tell.
+
+    Raises:
+        ValueError: the Hub knows no such licence, or the loss has no teacher for which something is set.
+    """
+    check_license(recipe.license)
+    if training.teacher_settings and not recipe.needs_teacher:
+        raise ValueError(
+            f"{', '.join(training.teacher_settings)} set how a teacher computes, and distillation_loss="
+            f"{recipe.distillation_loss} has none: leave them out"
+        )
+
+
+def check_names(recipe: RecipeArguments) -> None:
+    """Looks for the folders of student and teacher, without opening them.
+
+    Raises:
+        ValueError: there is no such folder, or no such architecture.
+    """
+    names = {"student": recipe.student}
+    if runs_teacher(recipe):
+        names["teacher"] = recipe.teacher
+    for role, name in names.items():
+        if is_architecture(name):
+            continue
+        check_name(name)
+        if fault := path_fault(name):
+            raise ValueError(f"{role} {name!r} is not opened: {fault}")
+
+
+def check_classes(recipe: RecipeArguments, data: DataArguments, names: list[str]) -> None:
+    """Checks the classes of the data.
+
+    Args:
+        recipe: says whether a teacher's classes are matched by their numbers.
+        data: may record the number of classes.
+        names: the names of the classes, by label.
+
+    Raises:
+        ValueError: there is one class alone, or another number than `num_classes`, or the names are numbers that are not the
+            positions of a teacher's logits.
+    """
+    if len(names) < 2:
+        raise ValueError(
+            f"{redact(data.dataset_name)!r} must have two classes at least, got {names}. Set "
+            "label_column_name, or name another dataset"
+        )
+    if data.num_classes not in (None, len(names)):
+        raise ValueError(
+            f"num_classes is {data.num_classes}, but {redact(data.dataset_name)!r} has {len(names)} classes: set it to "
+            "that, or leave it out"
+        )
+    if recipe.ignore_label_names:
+        class_numbers(names, len(names))
+
+
+def check_number_of_classes(teacher: Teacher, recipe: RecipeArguments, data: DataArguments, num_classes: int) -> None:
+    """Checks that a teacher whose classes are matched by their numbers has as many as the data.
+
+    Raises:
+        ValueError: it has another number.
+    """
+    got = teacher.model.config.num_labels
+    if got != num_classes:
+        raise ValueError(
+            f"teacher must have {num_classes} classes, as {redact(data.dataset_name)!r} has, got "
+            f"{got} of {recipe.teacher}. ignore_label_names takes them by their numbers, so these must be "
+            "the same: load a teacher that was trained on these classes"
+        )
+
+
+def check_one_step(trainer: DistillationTrainer, sample: dict[str, Any]) -> None:
+    """Computes the loss of one image, twice since BatchNorm needs more than one value; not under FSDP or DeepSpeed.
+
+    Args:
+        trainer: of student and teacher; its collator is an [`ImageCollator`].
+        sample: an image of the evaluation.
+
+    Raises:
+        ValueError: the models do not fit the loss, or the loss is not finite and `on_non_finite_loss` is `error`.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    args = trainer.args
+    batch = trainer.data_collator.without_mixing()([sample, sample])
+    batch = {name: value.to(args.device) for name, value in batch.items()}
+    watch = LossWatch()
+    with trainer.accelerator.autocast():
+        trainer.compute_loss(trainer.model.train(), batch)
+    watched = trainer.step_guard.take_note()
+    if args.on_non_finite_loss == "error" and watched is not None:
+        watch.add(0, args.learning_rate, index=None, **watched)
+        watch.close_step(grad_norm=None, scaled=False)
+        if fault := watch.fault(wait=True):
+            raise ValueError(f"an image gives no finite loss before anything is trained: {fault}")
+
+
+def check_batch_sizes(trainer: DistillationTrainer) -> None:
+    """Checks the sizes of a training's batches; see [`~nkd_hf.trainer.checks.check_batches`]."""
+    loader = trainer.get_train_dataloader()
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, loader)
+    check_batches(trainer, loader, max_steps)

@@ -1,0 +1,136 @@
+"""One training of a run: of the teacher, the baseline or the student, into a folder of its own."""
+
+import copy
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.bad_images import BadImageReport
+from ..data.collator import ImageCollator
+from ..data.student_datasets import ImageDatasets
+from ..errors import CheckpointError
+from ..metrics import compute_metrics, top5_indices
+from ..models.labels import check_class_order
+from ..models.loading import open_classifier
+from ..models.preprocessing import load_image_processor
+from ..models.teacher import Teacher
+from ..trainer.agreement import first_fault
+from ..trainer.arguments import DistillationTrainingArguments
+from ..trainer.checkpoints import checkpoints
+from ..trainer.trainer import DistillationTrainer
+from .report import say
+from .run_folder import decide_in_folder, exit_if_not_written, read_history
+
+
+def make_trainer(
+    training: DistillationTrainingArguments,
+    folder: Path,
+    student: PreTrainedModel,
+    datasets: ImageDatasets,
+    collator: ImageCollator,
+    loss: nn.Module | dict[str, nn.Module] | None = None,
+    teacher: PreTrainedModel | Teacher | None = None,
+    steps_per_epoch: int | None = None,
+    **changes,
+) -> DistillationTrainer:
+    """Makes the trainer of one model.
+
+    Args:
+        training: the arguments of the run, of which the trainer gets a copy.
+        folder: of the model.
+        student: the model that is trained.
+        datasets: the images of training and of evaluation.
+        collator: makes the batches.
+        loss: of the distillation; None trains with the task's loss alone, and without what is set for a teacher.
+        teacher: of the loss.
+        steps_per_epoch: of a stream.
+        **changes: arguments that differ from the run's.
+    """
+    args = copy.copy(training)
+    for argument, value in {"output_dir": str(folder), "push_to_hub": False, **changes}.items():
+        setattr(args, argument, value)
+    args.hub_model_id = args.hub_model_id or Path(training.output_dir).name
+    if loss is None:
+        args.feature_layer = args.teacher_dtype = None
+        args.teacher_channels_last = args.teacher_compile = False
+    train, validation = datasets
+    return DistillationTrainer(
+        model=student,
+        teacher=teacher,
+        distillation_loss=loss,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
+        processing_class=load_image_processor(student),
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=top5_indices,
+        callbacks=[BadImageReport(steps_per_epoch)],
+    )
+
+
+def train_model(trainer: DistillationTrainer, name: str, checkpoint: str | None, with_card: bool) -> None:
+    """Trains, saves and evaluates one model.
+
+    Args:
+        trainer: of the model.
+        name: `teacher`, `baseline` or `student`.
+        checkpoint: where the training goes on; None starts it from the beginning.
+        with_card: whether a model card is written beside the weights.
+
+    Raises:
+        SystemExit: with a message, when a checkpoint or the model cannot be written.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from error
+    # As an internal call, which does not push: Recipe.report pushes, after it has written the figures.
+    with exit_if_not_written(f"the {name}", folder):
+        trainer.save_model(_internal_call=True)
+    trainer.evaluate()
+    with exit_if_not_written(f"the {name}", folder):
+        if args.precise_bn_images is not None:
+            trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
+        trainer.save_state()
+        if with_card:
+            trainer.create_model_card(model_name=args.hub_model_id.split("/")[-1])
+
+
+def find_trained(folder: Path) -> list[dict[str, float]] | None:
+    """Finds the log of a model that an earlier start has trained to its end; None where there is none.
+
+    Raises:
+        SystemExit: with a message, when one of the processes does not see the model that the first one sees.
+    """
+    history = decide_in_folder(folder.parent, lambda: read_history(folder))
+    if history is None:
+        return None
+    fault = first_fault(None if read_history(folder) == history else f"{folder} lacks the trained {folder.name}")
+    if fault:
+        raise SystemExit(f"error: output_dir must be one folder for all processes: {fault}")
+    return history
+
+
+def open_trained(folder: Path, student: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
+    """Puts the weights of a model that an earlier start has trained into a model of the same architecture, and returns it."""
+    check_class_order(str(folder), student.config.id2label)
+    trained = open_classifier(str(folder), trust_remote_code=trust_remote_code)
+    student.load_state_dict(trained.state_dict())
+    return student
+
+
+def find_last_checkpoint(trainer: DistillationTrainer) -> str | None:
+    """Finds the checkpoint where a training goes on, and says so; None where it starts from the beginning."""
+    args = trainer.args
+    checkpoint = trainer.last_checkpoint()
+    if checkpoint is not None:
+        say(args, f"Goes on from {checkpoint}")
+        return checkpoint
+    missing = f"There is no checkpoint in {args.output_dir}"
+    if checkpoints(args.output_dir):
+        missing = f"The checkpoints in {args.output_dir} hold the model only (save_only_model)"
+    say(args, f"{missing}: this training starts from the beginning")
+    return None
