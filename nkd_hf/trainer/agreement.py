@@ -16,7 +16,7 @@ def decide_in_first(decide: Callable[[], _Answer]) -> _Answer:
     """Calls a function in the first process, and returns its result in all of them. All must call this.
 
     Raises:
-        ValueError, OSError: those of the function, in all processes: one that raises alone leaves the others waiting.
+        ValueError, OSError: the function's error, in all processes: if one raised alone, the others would wait for it.
     """
     outcome: list = [None, None]
     if PartialState().is_main_process:
@@ -31,10 +31,10 @@ def decide_in_first(decide: Callable[[], _Answer]) -> _Answer:
 
 
 def first_fault(fault: str | None) -> str | None:
-    """Returns what the first process with a fault has found, in all processes. All must call this.
+    """Returns the fault of the first process that has one, in all processes. All must call this.
 
     Args:
-        fault: of this process.
+        fault: this process's own.
 
     Returns:
         The fault, with the number of the process where there are several, or None where no process has one.

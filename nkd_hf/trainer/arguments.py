@@ -11,7 +11,7 @@ from .optimization import NO_DECAY_KINDS, SCHEDULES, EpochSchedule, check_argume
 
 NON_FINITE = ("error", "skip")
 TEACHER_DTYPES = ("float32", "bf16", "fp16")
-# What transformers takes and no run can be made with.
+# TrainingArguments accepts other values, with which no run works.
 _POSITIVE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("base_batch_size", "precise_bn_images", "eval_accumulation_steps", "ddp_timeout"),
@@ -31,38 +31,40 @@ class DistillationTrainingArguments(TrainingArguments):
     Args:
         feature_layer (`str`, *optional*): the student's submodule whose output USKD's auxiliary head reads. None takes
             the paper's layer for the architectures that it names.
-        teacher_dtype (`str`, *optional*): `float32`, `bf16` or `fp16`: in which precision the teacher's weights are kept and
-            its logits computed, whatever that of the student. None keeps the weights as they are opened (float32 for a Hub
-            id or folder), and computes in the student's mixed precision, or in float32 for a store of its logits.
+        teacher_dtype (`str`, *optional*): `float32`, `bf16` or `fp16`: the precision of the teacher's weights and
+            computation, whatever the student's precision. None keeps the weights as they are opened (float32 for a Hub id
+            or folder), and computes in the student's mixed precision, or in float32 for a store of its logits.
         teacher_channels_last (`bool`, defaults to `False`): whether the teacher, a CNN, computes in this memory format.
         teacher_compile (`bool`, defaults to `False`): whether the teacher is compiled with `torch.compile`; `torch_compile`
-            compiles student and teacher. These two change its logits by rounding alone.
+            compiles student and teacher. `teacher_channels_last` and `teacher_compile` change the teacher's logits by
+            rounding alone.
         lr_scheduler_type (`str`, defaults to `"linear"`): one of `TrainingArguments`, or one that counts in epochs, with
             these `lr_scheduler_kwargs`: `multistep` (milestones, gamma), `exponential_by_epoch` (gamma),
             `constant_then_linear` (constant_steps, constant_factor), `cosine_by_epoch` (warmup_epochs, warmup_factor,
             warmup_by, min_lr); see `nkd_hf.trainer.optimization`.
         base_batch_size (`int`, *optional*): the global batch (per-device batch x processes x accumulation; processes that
             split a batch, as `split_batches` of `accelerator_config` says, count once) that
-            `learning_rate` is meant for. A run with another one scales the rate linearly, and says so. None leaves it.
-        no_weight_decay (`list[str]`, *optional*): which parameters of student and losses have none, of `norm` (weights
-            and biases of normalisation layers), `bias` (all biases) and `embedding` (class and distillation tokens,
-            position embeddings, relative position biases). An empty list decays everything. None keeps the `Trainer`'s
-            own rule: no biases and no LayerNorm, but BatchNorm's weights and the embeddings decay.
+            `learning_rate` is meant for. A run with another global batch scales the rate linearly, with a warning. None
+            never scales it.
+        no_weight_decay (`list[str]`, *optional*): the parameters of student and losses without weight decay, some of `norm`
+            (weights and biases of normalisation layers), `bias` (all biases) and `embedding` (class and distillation
+            tokens, position embeddings, relative position biases). An empty list decays everything. None keeps the
+            `Trainer`'s own rule: no biases and no LayerNorm, but BatchNorm's weights and the embeddings decay.
         ema_decay (`float`, *optional*): keeps an exponential moving average of the student's weights, updated after each
-            optimiser step: decay x average + (1 - decay) x weights. It is what is evaluated and saved.
-        precise_bn_images (`int`, *optional*): before each evaluation, the statistics of BatchNorm are estimated anew on
+            optimiser step: decay x average + (1 - decay) x weights. The average is evaluated and saved.
+        precise_bn_images (`int`, *optional*): before each evaluation, the statistics of BatchNorm are estimated again on
             this many training images, all processes together.
-        on_non_finite_loss (`str`, defaults to `"error"`): what a step does whose loss or gradient norm is NaN or infinite:
-            `error` stops the run and names the step; `skip` leaves the step out, names it, and stops after 10 in a row.
-            To skip, the host waits for the device in each step.
+        on_non_finite_loss (`str`, defaults to `"error"`): what to do where a step's loss or gradient norm is NaN or
+            infinite: `error` stops the run and names the step; `skip` skips the step, names it, and stops after 10 in a
+            row. With `skip`, the host waits for the device in each step.
         remove_unused_columns (`bool`, defaults to `False`): image transforms run on columns that the model does not take.
         ddp_find_unused_parameters (`bool`, defaults to `False`): every parameter has a gradient in each step.
         logging_nan_inf_filter (`bool`, defaults to `False`): the filter hides a loss that is not finite, and waits for
             the GPU in each step.
 
     Raises:
-        ValueError: a value is out of its range, or one that no run of several processes could be made with
-            (`save_on_each_node`, `even_batches` of `accelerator_config`).
+        ValueError: a value is out of its range, or does not work with several processes (`save_on_each_node`,
+            `even_batches` of `accelerator_config`).
     """
 
     feature_layer: str | None = field(
@@ -193,10 +195,10 @@ class DistillationTrainingArguments(TrainingArguments):
                     raise ValueError(f"{argument} must be {expected}, got {value}: leave it out for its default")
 
     def process_batch_size(self, batch_size: int | None = None, num_processes: int | None = None) -> int:
-        """Images of one batch of a process.
+        """Returns the number of images in one batch of a process.
 
         Args:
-            batch_size: what the data loader is built with. None is `train_batch_size`, which `auto_find_batch_size` lowers.
+            batch_size: the data loader's. None is `train_batch_size`, which `auto_find_batch_size` lowers.
             num_processes: None is the number of processes of this run.
         """
         batch_size = self.train_batch_size if batch_size is None else batch_size
@@ -204,17 +206,17 @@ class DistillationTrainingArguments(TrainingArguments):
         return batch_size // num_processes if self.accelerator_config.split_batches else batch_size
 
     def global_batch_size(self, batch_size: int | None = None, num_processes: int | None = None) -> int:
-        """Images of one optimiser step, of all processes and accumulated batches; arguments as `process_batch_size`."""
+        """Returns the number of images in one optimiser step of all processes; arguments as in `process_batch_size`."""
         num_processes = self.world_size if num_processes is None else num_processes
         return self.process_batch_size(batch_size, num_processes) * num_processes * self.gradient_accumulation_steps
 
     def scaled_learning_rate(self, global_batch_size: int) -> float:
-        """`learning_rate`, in proportion to the global batch where `base_batch_size` says what it is meant for."""
+        """Returns `learning_rate`, times the global batch over `base_batch_size` where that is set."""
         if self.base_batch_size is None:
             return self.learning_rate
         return self.learning_rate * global_batch_size / self.base_batch_size
 
     @property
     def teacher_settings(self) -> list[str]:
-        """The names of those that set how the teacher computes, of which something is asked."""
+        """The names of the arguments about the teacher's computation that are set."""
         return [name for name in ("teacher_dtype", "teacher_channels_last", "teacher_compile") if getattr(self, name)]

@@ -34,16 +34,16 @@ def estimate_batch_norm(
     collate_fn: Callable,
     num_workers: int = 0,
 ) -> None:
-    """Replaces running means and variances by the plain average of those of fresh training batches, over all processes.
+    """Replaces running means and variances by their plain average over new training batches of all processes.
 
     Nothing else changes: parameters, mode and random states are left as they are.
 
     Args:
         model (`nn.Module`): its forward takes `pixel_values` [B, 3, H, W]. Without BatchNorm nothing happens.
-        dataset: training samples; of a stream the first ones are taken.
+        dataset: training samples; a stream's first ones are read.
         num_images (`int`): how many images, all processes together; at least one batch a process.
         accelerator (`Accelerator`)
-        key (`tuple[int, int]`): seed and step, of which the choice of images is a function.
+        key (`tuple[int, int]`): seed and step, which determine the choice of images.
         batch_size (`int`): per process.
         collate_fn: samples -> a dict with `pixel_values`.
         num_workers (`int`): of the data loader.
@@ -65,7 +65,7 @@ def estimate_batch_norm(
     loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers)
     num_batches = max(1, num_images // (batch_size * world_size))
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    # Drop path and the loader draw random numbers, which those of training must not depend on.
+    # Drop path and the loader draw random numbers here. Training's random numbers must not depend on them.
     with seeded(*key), torch.random.fork_rng(devices), accelerator.autocast():
         pixels = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
         update_bn(pixels, model, device=accelerator.device)
@@ -76,7 +76,7 @@ def estimate_batch_norm(
 
 
 def update_batch_norm(trainer: "DistillationTrainer") -> None:
-    """Gives a trainer's student statistics of `precise_bn_images` training images, once for all evaluations of a step."""
+    """Estimates the student's statistics on `precise_bn_images` training images, once for all evaluations of a step."""
     args, step = trainer.args, trainer.state.global_step
     if args.precise_bn_images is None or trainer.train_dataset is None or trainer.batch_norm_step == step:
         return
@@ -95,7 +95,7 @@ def update_batch_norm(trainer: "DistillationTrainer") -> None:
 
 @contextmanager
 def explained_single_image(step: int) -> Iterator[None]:
-    """Says what to do where a step's batch has one image, which checks of a stream's length can't see."""
+    """Explains BatchNorm's error for a batch of one image, which `check_batches` cannot foresee for a stream."""
     try:
         yield
     except ValueError as error:
@@ -118,18 +118,18 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def smallest_batch(loader: DataLoader, num_devices: int = 1) -> int | None:
-    """How many images the smallest batch of an epoch has on a device, over all processes.
+    """Returns how many images the smallest batch of an epoch has on a device, over all processes.
 
     Args:
         loader: as accelerate returns it, or any other.
-        num_devices: among which `DataParallel` divides each batch.
+        num_devices: `DataParallel` divides each batch among them.
 
     Returns:
-        The number, or None where the loader doesn't tell: a stream, or batches of a sampler of its own.
+        The number, or None where it is unknown: for a stream or a batch sampler of another class.
     """
     batches = None if isinstance(loader.dataset, IterableDataset) else loader.batch_sampler
     sizes = _batch_sizes(batches)
-    # DataParallel gives each device the same number, rounded up, and the last one what is left.
+    # DataParallel gives each device the same number, rounded up, and the last one the rest.
     return min((_smallest_chunk(size, num_devices) for size in sizes), default=None)
 
 

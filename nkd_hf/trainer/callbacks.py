@@ -37,7 +37,7 @@ class KeepPace(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.trainer.sigterm.came():
             control.should_save = self.leaving = True
-        # What the end of an epoch logs and evaluates belongs to a checkpoint of its last step.
+        # The checkpoint of an epoch's last step is saved after the log and evaluation of that epoch, and holds them.
         if control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):
             control.should_save, self.save_after_epoch = False, True
 
@@ -77,7 +77,7 @@ class CheckOwnMethods(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         self.is_first_step = True
-        # Trainer's own group of what does not decay may be empty.
+        # Trainer.create_optimizer may make an empty group of parameters without weight decay.
         if self.trainer.has_own("create_optimizer"):
             check_no_group_is_empty(optimizer)
 
@@ -95,7 +95,7 @@ class CheckOwnMethods(TrainerCallback):
 
 
 class PrepareTraining(TrainerCallback):
-    """Checks what is known when all is made and no step is done, in every attempt of `auto_find_batch_size`."""
+    """Checks model, optimiser and data before the first step of every attempt of `auto_find_batch_size`."""
 
     def __init__(self, trainer: "DistillationTrainer"):
         self.trainer = trainer
@@ -104,7 +104,7 @@ class PrepareTraining(TrainerCallback):
         self, args, state, control, optimizer: Any = None, train_dataloader: Any = None, **kwargs
     ) -> None:
         trainer = self.trainer
-        # Sharding puts parameters of its own in the place of the model's.
+        # FSDP and DeepSpeed replace the model's parameters with their own.
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             check_optimizer(trainer, optimizer)
             check_weights(trainer.student)
@@ -119,9 +119,9 @@ class PrepareTraining(TrainerCallback):
 def _seed_process(args: DistillationTrainingArguments) -> None:
     """Gives every process but the first a stream of random numbers of its own.
 
-    All processes are seeded alike, so that they build the same weights; then all would draw the same masks, dropout and
-    drop path. What they draw in common does not come from this stream: see [`training_sampler`]. A run that is resumed
-    gets its streams from its checkpoint.
+    Trainer seeds all processes alike, so that they build the same weights. With that seed, all would also draw the same
+    masks, dropout and drop path. The common order of images does not come from this stream: see [`training_sampler`]. A
+    resumed run reads its streams from its checkpoint.
     """
     if args.process_index > 0:
         common = int(torch.empty((), dtype=torch.int64).random_())
@@ -129,7 +129,7 @@ def _seed_process(args: DistillationTrainingArguments) -> None:
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch: on resume, Trainer's own call stops short of it when there are several processes."""
+    """Tells the sampler its epoch: on resume with several processes, Trainer's own call does not reach the sampler."""
 
     def __init__(self, sampler: EpochSampler | EpochIndices):
         self.sampler = sampler

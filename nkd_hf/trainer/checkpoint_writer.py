@@ -21,16 +21,16 @@ from ..errors import CheckpointError, failed_write
 from .agreement import decide_in_first, first_fault
 from .checkpoints import REPLACED, SHARE_FOLDER, UNFINISHED, write_files
 
-# What was summed up for the log since its last entry, a list with an entry per process.
+# The sums for the log since its last entry, a list with an entry per process.
 _SUMS = "sums_since_log.json"
-# Seconds in which a file is surely seen on a file system that is shared.
+# Seconds to wait until a file shows up on a shared file system.
 _PATIENCE = 30.0
 
 
 class CheckpointWriter:
-    """Makes checkpoints that are whole or absent: a run that is killed in between leaves none that is half there.
+    """Writes checkpoints that are whole or absent, even if the run is killed while it writes one.
 
-    `Trainer._save_checkpoint` writes into its place, so that half a checkpoint looks like a whole one, and counts as one
+    `Trainer._save_checkpoint` writes to the final path, so that half a checkpoint looks like a whole one, and counts as one
     when older ones are deleted. All processes must call the methods.
     """
 
@@ -40,15 +40,16 @@ class CheckpointWriter:
 
     @contextmanager
     def write(self, run_folder: str, state: TrainerState, read_sums: Callable[[], dict[str, Any]]) -> Iterator[str]:
-        """Gives the path that the checkpoint will have, for code that writes it into [`UNFINISHED`] of the run's folder.
+        """Yields a checkpoint's final path to a `with` block, which writes the checkpoint into [`UNFINISHED`] of the
+        folder.
 
         Args:
             run_folder: holds the checkpoints.
             state: the trainer's; `best_model_checkpoint` is set to the final path.
-            read_sums: returns what this process has summed up since the last log, fit for JSON.
+            read_sums: returns this process's sums since the last log, in types of JSON.
 
         Raises:
-            CheckpointError: it could not be written; the checkpoints before it are as they were.
+            CheckpointError: it could not be written; the checkpoints before it are unchanged.
         """
         name = f"checkpoint-{state.global_step}"
         written, target = os.path.join(run_folder, UNFINISHED, name), os.path.join(run_folder, name)
@@ -79,7 +80,7 @@ class CheckpointWriter:
         if processes.is_main_process:
             Path(written, _SUMS).write_text(json.dumps(sums), encoding="utf-8")
             if is_best:
-                # In the text: save_to_json takes seconds, where the log is long, and Trainer has called it.
+                # Replaced in the text: a second save_to_json would take seconds where the log is long.
                 file = Path(written, TRAINER_STATE_NAME)
                 text = file.read_text(encoding="utf-8").replace(json.dumps(written), json.dumps(target))
                 file.write_text(text, encoding="utf-8")
@@ -91,7 +92,7 @@ class CheckpointWriter:
         processes.wait_for_everyone()
 
     def _check_is_shared(self, folder: str) -> None:
-        """Raises CheckpointError, in all processes, where one of them does not see what the first one writes."""
+        """Raises CheckpointError, in all processes, where one of them does not see the first one's files."""
         processes = PartialState()
         if processes.num_processes == 1 or folder == self._shared_folder:
             return
@@ -108,7 +109,7 @@ class CheckpointWriter:
 
 
 def find_sums(checkpoint: str | None, num_processes: int, process: int) -> dict[str, Any] | None:
-    """Returns what a process had summed up for the log when a checkpoint was written; None for another number of processes."""
+    """Returns the sums that a process had when a checkpoint was written; None for another number of processes."""
     path = Path(checkpoint or "", _SUMS)
     if checkpoint is None or not path.is_file():
         return None

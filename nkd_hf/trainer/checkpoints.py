@@ -1,4 +1,4 @@
-"""Finds checkpoints that are whole, and removes what is left of the others."""
+"""Finds whole checkpoints, and removes half-written ones."""
 
 import contextlib
 import functools
@@ -18,15 +18,15 @@ from .agreement import decide_in_first, first_fault
 
 logger = logging.getLogger(__name__)
 
-# A checkpoint is written here, inside of `output_dir`, and takes its place when all of it is there.
+# The folder in `output_dir` into which a checkpoint is written. CheckpointWriter moves the complete one to its place.
 UNFINISHED = ".nkd_hf-unfinished"
-# In there: a checkpoint of the same step, until the new one has taken its place.
+# The folder in UNFINISHED that keeps an older checkpoint of the same step until the new one is in its place.
 REPLACED = "replaced"
 # The files of a checkpoint and their sizes; written last.
 FILES = "checkpoint_files.json"
 _DAMAGED = "damaged-"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# How the names begin of the folders in output_dir from which checkpoints are pushed.
+# The names of the folders in output_dir from which checkpoints are pushed begin with this.
 PUSH_COPY = "_push-"
 SHARE_FOLDER = "Put it on a file system that all nodes share"
 _OF_TRAINER = (
@@ -40,7 +40,7 @@ _MODEL_ONLY = (
 
 
 def find_checkpoint(output_dir: str, wanted: str | bool | None) -> str | None:
-    """Returns the checkpoint to resume from, after it has removed what killed processes left in `output_dir`.
+    """Removes what killed processes left in `output_dir`, and returns the checkpoint to resume from.
 
     All processes must call this.
 
@@ -81,7 +81,7 @@ def _find_checkpoint(folder: str, wanted: str | bool | None) -> str | None:
 
 @contextlib.contextmanager
 def refused_pickles(checkpoint: str | None) -> Iterator[None]:
-    """Says what a checkpoint with a dangerous pickle is, where torch's error advises to run what the file says."""
+    """Raises ValueError for a checkpoint with a dangerous pickle; torch's own error advises to run the pickle's code."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -94,7 +94,7 @@ def refused_pickles(checkpoint: str | None) -> Iterator[None]:
 def last_checkpoint(output_dir: str) -> str | None:
     """Returns the last checkpoint that is whole; damaged ones after it are renamed, with a warning.
 
-    One that holds the model only (`save_only_model`) is passed over.
+    A checkpoint that holds the model only (`save_only_model`) is ignored.
     """
     checkpoint, faults = last_whole_checkpoint(output_dir)
     for damaged, fault in faults.items():
@@ -105,16 +105,16 @@ def last_checkpoint(output_dir: str) -> str | None:
 
 
 def write_files(folder: str) -> None:
-    """Notes the files of a checkpoint that is all there."""
+    """Records the files of a complete checkpoint and their sizes."""
     sizes = {name: size for name, size in _sizes(Path(folder)).items() if name != FILES}
     Path(folder, FILES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
 def fault_of(folder: str) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole.
+    """Describes what is wrong with a checkpoint, or returns None if it is whole.
 
-    A file that is missing, or that is longer or shorter than it was, is found. Text files are only read, since a
-    checkpoint that went through the Hub has lost the paths of its machine.
+    A missing file is a fault, and so is a file of another size than recorded. Sizes of text files are not compared, since a
+    push to the Hub shortens the paths in them.
     """
     if not os.path.isdir(folder):
         return "there is no such folder"
@@ -154,9 +154,9 @@ def is_model_only(folder: str) -> bool:
 
 
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
-    """The checkpoint with the most steps that is whole, and the faults of those with more steps, by folder.
+    """Returns the whole checkpoint with the most steps, and the faults of damaged ones with more steps, by folder.
 
-    One that holds the model only is neither, and so is one of `transformers.Trainer`.
+    Checkpoints that hold the model only, and those of `transformers.Trainer`, are ignored.
     """
     faults = {}
     for folder in checkpoints(output_dir)[::-1]:
@@ -171,16 +171,16 @@ def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
 
 
 def checkpoints(output_dir: str) -> list[str]:
-    """The folders `checkpoint-*` by their steps."""
+    """Lists the folders `checkpoint-*` in the order of their steps."""
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     folders = [os.path.join(output_dir, name) for name in sorted(filter(_NAME.fullmatch, names), key=_step)]
     return [folder for folder in folders if os.path.isdir(folder)]
 
 
 def remove_old(output_dir: str, step: int, limit: int | None, best: str | None) -> None:
-    """Deletes checkpoints beyond `limit`: those of an abandoned run, with more steps, then those with the fewest steps.
+    """Deletes checkpoints beyond `limit`: first those with more steps (of an abandoned run), then those with the fewest.
 
-    The one of `step` and the best one stay. Times of files say nothing, since clocks are set back.
+    The checkpoint of `step` and the best one stay. File times are not read, since a clock may be set back.
     """
     folders = checkpoints(output_dir)
     if not limit or limit < 0:
@@ -197,7 +197,7 @@ def _step(folder: str) -> int:
 
 
 def put_aside(folder: str) -> str:
-    """Renames a damaged checkpoint, which would count as a whole one when old ones are deleted; the new path."""
+    """Renames a damaged checkpoint, which `remove_old` would count as a whole one, and returns the new path."""
     parent, name = os.path.split(folder)
     target = os.path.join(parent, _DAMAGED + name)
     shutil.rmtree(target, ignore_errors=True)
@@ -206,13 +206,13 @@ def put_aside(folder: str) -> str:
 
 
 def remove_unfinished(output_dir: str) -> list[str]:
-    """Removes what a process that was killed had begun to write; the names of these checkpoints."""
+    """Removes what a killed process left in [`UNFINISHED`], and returns the names of these checkpoints."""
     folder = Path(output_dir, UNFINISHED)
     names = os.listdir(folder) if folder.is_dir() else []
     names = [name for name in names if name == REPLACED or _NAME.fullmatch(name)]
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # somebody else's files are in it
+    with contextlib.suppress(OSError):  # it holds other files
         folder.rmdir()
     return names
 

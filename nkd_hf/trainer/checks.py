@@ -57,7 +57,7 @@ def read_losses(
     """Returns the distillation losses by name.
 
     Raises:
-        ValueError: one is no module, a name is no text without a dot, or `compute_loss_func` would replace them.
+        ValueError: a loss is no module, a name is no text or has a dot, or `compute_loss_func` would replace the losses.
     """
     losses = {} if distillation_loss is None else distillation_loss
     losses = dict(losses) if isinstance(losses, dict) else {"distillation": losses}
@@ -78,7 +78,7 @@ def read_losses(
 
 
 def check_student(student: nn.Module) -> None:
-    """Raises ValueError for a student that is none of transformers' image classifiers, or whose classes have no names."""
+    """Raises ValueError for a student that is no image classifier of transformers, or whose classes have no names."""
     if not isinstance(student, PreTrainedModel):
         raise ValueError(
             f"model must be a *ForImageClassification of transformers, got {type(student).__name__}: "
@@ -89,7 +89,7 @@ def check_student(student: nn.Module) -> None:
 
 
 def check_trainer(trainer: "DistillationTrainer") -> None:
-    """Raises ValueError where what a trainer was given does not fit together: labels, pixels, classes, optimiser's groups."""
+    """Raises ValueError where the labels, pixels, classes or optimiser groups of a trainer do not fit each other."""
     model, datasets = trainer.accelerator.unwrap_model(trainer.model), named_datasets(trainer)
     check_label_names(trainer)
     check_pixels(datasets, model.student, trainer.processing_class)
@@ -99,7 +99,7 @@ def check_trainer(trainer: "DistillationTrainer") -> None:
 
 
 def named_datasets(trainer: "DistillationTrainer") -> dict[str, Any]:
-    """Returns the datasets of training and evaluation, by what errors call them."""
+    """Returns the datasets of training and evaluation, by the names that errors give them."""
     if not isinstance(trainer.eval_dataset, dict):
         return {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
     evaluation = {f"eval_dataset[{name!r}]": dataset for name, dataset in trainer.eval_dataset.items()}
@@ -107,7 +107,7 @@ def named_datasets(trainer: "DistillationTrainer") -> dict[str, Any]:
 
 
 def is_own_dataset(trainer: "DistillationTrainer", dataset: Any) -> bool:
-    """Whether a dataset that `evaluate` is given is the trainer's: None, a name or a dict, which it takes apart, included."""
+    """Whether the dataset passed to `evaluate` is the trainer's own. None, a name and a dict of datasets count as own."""
     own = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     return isinstance(dataset, str | dict | type(None)) or any(dataset is other for other in own)
 
@@ -167,7 +167,7 @@ def check_pixels(
 
 
 def check_batch(batch: dict[str, Any]) -> None:
-    """Raises ValueError for a batch without labels, or without the pixels of images that were preprocessed."""
+    """Raises ValueError for a batch without labels, or without the pixels of preprocessed images."""
     if "labels" not in batch:
         raise ValueError(f"the batch must hold pixel_values and labels, got {', '.join(batch)}: see data_collator")
     pixel_values = batch.get("pixel_values")
@@ -185,7 +185,7 @@ def check_batch(batch: dict[str, Any]) -> None:
 
 def check_optimizer(trainer: "DistillationTrainer", optimizer: torch.optim.Optimizer | None) -> None:
     """Raises ValueError for an optimiser that doesn't train the student and the losses, or a scheduler of another one."""
-    if optimizer is None:  # It will be made when training begins.
+    if optimizer is None:  # Trainer makes the optimiser when training begins.
         return
     optimizer = _without_accelerate(optimizer)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -213,7 +213,7 @@ def check_weights(student: nn.Module) -> None:
 
 
 def check_metric(trainer: "DistillationTrainer") -> None:
-    """Raises ValueError where no evaluation will have the metric that best model, schedule or early stopping read."""
+    """Raises ValueError where best model, schedule or early stopping read a metric that no evaluation has."""
     args, metric = trainer.args, trainer.args.metric_for_best_model
     is_read = (
         args.load_best_model_at_end
@@ -239,8 +239,8 @@ def check_batches(trainer: "DistillationTrainer", loader: DataLoader, max_steps:
     """Raises ValueError where a batch of one image would end training in BatchNorm, or an odd one can't be paired.
 
     Args:
-        trainer: whose model the batches are for.
-        loader: of the training images. One without a length passes.
+        trainer: its model trains on the batches.
+        loader: of the training images. A loader without a length passes.
         max_steps: optimiser steps of the run.
     """
     args, collator = trainer.args, trainer.data_collator
@@ -272,7 +272,7 @@ def check_batches(trainer: "DistillationTrainer", loader: DataLoader, max_steps:
 
 
 def _one_image_fails(trainer: "DistillationTrainer", loader: DataLoader) -> bool:
-    """Whether a step with one image ends in BatchNorm, which takes it where the maps have more than one pixel."""
+    """Whether BatchNorm fails in a step with one image; it does not where its feature maps have more than one pixel."""
     sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler).sampler
     key = next(iter(sampler)) if isinstance(sampler, EpochSampler) else 0
     key = (0, key) if isinstance(loader.dataset, EpochDataset) and not isinstance(key, tuple) else key
@@ -289,7 +289,7 @@ def _one_image_fails(trainer: "DistillationTrainer", loader: DataLoader) -> bool
 
 @contextmanager
 def _without_a_trace(trainer: "DistillationTrainer") -> Iterator[nn.Module]:
-    """Gives the model for a step that leaves buffers, modes, random numbers and log as they were."""
+    """Yields the model for a step, and restores buffers, modes, random numbers and log after it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     buffers, modes = [b.clone() for b in model.buffers()], {module: module.training for module in model.modules()}
     log, trainer.loss_log = trainer.loss_log, LossLog()

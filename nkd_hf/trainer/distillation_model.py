@@ -22,19 +22,19 @@ from ..models.labels import check_class_order
 from ..models.outputs import check_inputs, read_logits
 from ..models.saving import rename_keys, save_student
 
-# What a loss can ask for, by the names of its forward's arguments: those that DistillationLoss lists.
+# The arguments that a loss's forward may name: those that DistillationLoss lists.
 _LOSS_INPUTS = {
     "student_logits", "teacher_logits", "labels", "label_smoothing", "token_grid",
     *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD,
 }  # fmt: skip
-# As in torch.nn.functional.cross_entropy: the label of an image that has none.
+# The label of an image without a class, as in torch.nn.functional.cross_entropy.
 IGNORE_INDEX = -100
 _STACKS = (nn.Sequential, nn.ModuleList)
 # Public attributes of a student that DistillationModel does not lend: Trainer would not move a model with a device map, so that
 # the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
 _NOT_LENT = {"hf_device_map", "push_to_hub"}
 _LOSSES_FILE = "distillation_losses.safetensors"
-# Of a checkpoint with a moving average, whose model.safetensors is the average.
+# The student in a checkpoint with a moving average, whose model.safetensors is the average.
 _UNAVERAGED_FILE = "unaveraged_student.safetensors"
 
 
@@ -54,8 +54,8 @@ class DistillationOutput(ModelOutput):
 class DistillationModel(nn.Module):
     """A student and the losses that train it, as one module.
 
-    What a loss trains (USKD's auxiliary head) must be in the module that `Trainer` trains: its `zero_grad`, gradient
-    clipping, DDP / FSDP and checkpoints cover that module alone. The teacher is not in it.
+    Layers of a loss (USKD's auxiliary head) must be in the module that `Trainer` trains: its `zero_grad`, gradient
+    clipping, DDP / FSDP and checkpoints cover that module alone. The teacher is not part of the module.
 
     The module lends the student's public attributes: `config`, `device`, `dtype`, `get_input_embeddings` and submodules such
     as `classifier` read as they do on the student. The names of its parameters begin with `student.`.
@@ -68,7 +68,7 @@ class DistillationModel(nn.Module):
         ema_decay (`float`, *optional*): of a moving average of the student's weights, which is evaluated and saved.
 
     Raises:
-        ValueError: a loss asks for something else, or for a feature that is not known for this student.
+        ValueError: a loss asks for an unknown input, or for a feature that is not known for this student.
     """
 
     # Trainer would count the labels of a batch for a forward that takes **kwargs.
@@ -85,13 +85,13 @@ class DistillationModel(nn.Module):
         super().__init__()
         check_inputs(student, "the student")
         self.student = student
-        # Made before a hook is on the student, which would be copied too. Buffers are copied, not averaged, as in mmengine.
+        # Made before the taps, whose hooks would be copied too. Buffers are copied, not averaged, as in mmengine.
         self.average = None if ema_decay is None else ModelEmaV3(student, ema_decay, exclude_buffers=True)
         if self.average is not None:
             self.average.requires_grad_(False)
         self.losses = nn.ModuleDict(losses)
         self.label_smoothing = label_smoothing
-        # Of two losses that have a say in it, each takes its share.
+        # Where several losses have a task_weight, the weights multiply.
         self.task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in losses.values())
         self._inputs = {name: loss_inputs(loss) for name, loss in losses.items()}
         for name, inputs in self._inputs.items():
@@ -107,7 +107,7 @@ class DistillationModel(nn.Module):
             for name, kind in STUDENT_FEATURES.items()
             if self.needs(name)
         }
-        # The features are for the losses: other calls of the student keep none.
+        # The taps listen for the losses alone: other calls of the student keep no features.
         for tap in self.taps.values():
             tap.listen(False)
         # FSDP shards these blocks one by one.
@@ -132,17 +132,17 @@ class DistillationModel(nn.Module):
             super().__setattr__(name, value)
 
     def needs(self, name: str, of: str | None = None) -> bool:
-        """Whether a loss, or the one of that name, asks for this input."""
+        """Whether a loss asks for this input; with `of`, whether the loss of that name does."""
         return any(name in inputs for loss, inputs in self._inputs.items() if of in (None, loss))
 
     @property
     def tap(self) -> FeatureTap | None:
-        """Where `mid_feature` is read."""
+        """The tap that reads `mid_feature`."""
         return self.taps.get("mid_feature")
 
     @property
     def teacher_inputs(self) -> list[str]:
-        """What the losses ask of a teacher: none of it, and there must be no teacher."""
+        """The inputs that the losses read from a teacher. If there are none, there must be no teacher."""
         return [name for name in ("teacher_logits", *TEACHER_FEATURES, *TEACHER_HEAD) if self.needs(name)]
 
     def select_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -158,20 +158,20 @@ class DistillationModel(nn.Module):
     ) -> ModelOutput:
         """Runs the student once and, for training, its losses.
 
-        The labels are never passed to the student: rows [B, C] would turn it to binary cross-entropy for good.
+        The labels are never passed to the student: rows [B, C] would switch its loss to binary cross-entropy for good.
 
         Args:
             pixel_values (`Tensor`): [B, 3, H, W] float.
             labels (`Tensor`, *optional*): [B] int64 class indices, or [B, C] float rows that sum to 1.
             teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
-                `teacher_logits` [B, C] float. The dict, which may be empty, asks for the losses, and needs labels.
+                `teacher_logits` [B, C] float. With a dict, even an empty one, the losses are computed, which needs labels.
             **kwargs: what the student's forward takes, such as `interpolate_pos_encoding` or `output_hidden_states`. Other
                 columns of a batch (`index`, `position`, `path`, ...) are ignored.
 
         Returns:
-            `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]; without, what the student returns, in evaluation
-            mode the averaged one where there is an average, and with labels its `loss`: the cross-entropy, in training mode
-            with the label smoothing.
+            `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]. Without, the output of the student, or in
+            evaluation mode of the averaged student where there is one. With labels it has a `loss`: the cross-entropy, in
+            training mode with the label smoothing.
         """
         options = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         columns = self.select_columns(kwargs) | (options if self._takes_options else {})
@@ -190,7 +190,7 @@ class DistillationModel(nn.Module):
             tap.listen()
         output = _run(self.student, pixel_values, columns)
         logits = read_logits(output, "the student", len(pixel_values), self.student.config.num_labels)
-        # Once for all losses, those of one's own and the task loss among them, which ignores the index of unlabelled images.
+        # One check for all losses, the user's own included. The task loss ignores the label of images without a class.
         check_labels(labels, logits.shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
         if not labels.is_floating_point():
             labels = labels.long()
@@ -199,9 +199,9 @@ class DistillationModel(nn.Module):
             available[name] = tap.take()
             tap.listen(False)
         available["token_grid"] = next((tap.grid for tap in self.taps.values() if tap.grid is not None), None)
-        losses = {"task": None}  # the first, whoever computes it
+        losses = {"task": None}  # the first entry, whichever loss computes it
         for name, loss in self.losses.items():
-            # The first loss that asks for the label smoothing shares the softmax it takes with the task loss.
+            # The first loss that reads label_smoothing computes the task loss too, from the same softmax.
             available["label_smoothing"] = self.label_smoothing if losses["task"] is None else None
             components = loss(**{key: available[key] for key in self._inputs[name]})
             if "label_smoothing" in self._inputs[name] and losses["task"] is None:
@@ -220,9 +220,9 @@ class DistillationModel(nn.Module):
         return self.student if self.average is None else self.average.module
 
     def update_average(self, step: int) -> None:
-        """Moves the average towards the student after an optimiser step, of which `step` were made before.
+        """Moves the average towards the student after optimiser step number `step`, counted from 0.
 
-        As in mmengine, the first step's weights are taken as they are.
+        As in mmengine, the average starts with the weights after the first step.
         """
         self.average.update(self.student, step=step + 1)
 
@@ -241,7 +241,7 @@ class DistillationModel(nn.Module):
         save_student(self.evaluated_student, str(save_directory), state_dict, **kwargs)
 
     def save(self, folder: str, state_dict: dict[str, Tensor], with_losses: bool) -> None:
-        """Writes the student and, into a checkpoint, what the losses train.
+        """Writes the student and, into a checkpoint, the losses' weights and the student before averaging.
 
         Args:
             folder: of the student, as [`save_student`] writes it.
@@ -261,8 +261,8 @@ class DistillationModel(nn.Module):
             ValueError: the folder is no checkpoint of this student with these losses and settings, or the student's
                 classes stood in another order.
         """
-        # Through from_pretrained, which turns the keys of the file into those of the installed version. The checkpoint may
-        # come from anywhere: neither a pickle in it is read nor its config.json.
+        # from_pretrained turns the keys of the file into those of the installed version. The checkpoint may come from
+        # anywhere: no pickle in it is read, nor its config.json.
         if os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
             # With peft, from_pretrained would read the weights of the model that the file names.
             raise ValueError(f"a checkpoint must hold no {ADAPTER_CONFIG_NAME}, got one in {folder}. Remove the file")
@@ -287,7 +287,7 @@ class DistillationModel(nn.Module):
 
 
 def _forward_columns(student: PreTrainedModel) -> tuple[list[str], bool]:
-    """The arguments that the student's forward names beside pixels and labels, and whether it takes others of transformers."""
+    """Returns the arguments that the student's forward names beside pixels and labels, and whether it takes **kwargs."""
     parameters = inspect.signature(student.forward).parameters.values()
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
@@ -302,7 +302,7 @@ def _run(student: PreTrainedModel, pixel_values: Tensor, columns: dict[str, Any]
 
 
 def _with_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
-    """The output with the loss in its first place."""
+    """Returns the output with the loss as its first entry."""
     if "loss" in {field.name for field in fields(output)}:
         return type(output)(**{**output, "loss": loss})
     others = {name: output[name] for name in ("hidden_states", "attentions") if name in output}
@@ -310,7 +310,7 @@ def _with_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor | None:
-    """None for labels that are neither class indices nor rows of probabilities, of which a loss of one's own may be made."""
+    """Returns None for labels that are neither class indices nor rows of probabilities: a user's own loss may read them."""
     is_mixed = labels.is_floating_point()
     if labels.shape != (logits.shape if is_mixed else logits.shape[:1]):
         return None
@@ -320,13 +320,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Te
 def _block_classes(student: PreTrainedModel) -> set[str]:
     """The names of the classes whose modules FSDP shards one by one; without any, the student is sharded as one."""
     if isinstance(student, TimmWrapperForImageClassification):
-        # Its own name is that of a class which no classifier holds, and FSDP stops at that.
+        # TimmWrapper's own _no_split_modules names a class that no classifier holds, and FSDP fails on it.
         return _stacked_classes(student.timm_model)
     return set(student._no_split_modules or ()) & {type(module).__name__ for module in student.modules()}
 
 
 def _stacked_classes(module: nn.Module) -> set[str]:
-    """The classes of the outermost modules with parts of their own that are stacked in a list."""
+    """Returns the class names of the outermost modules that stand in a list and have submodules."""
     classes = set()
     for part in module.children():
         if isinstance(module, _STACKS) and not isinstance(part, _STACKS) and any(part.children()):

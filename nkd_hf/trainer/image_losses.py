@@ -18,7 +18,7 @@ def evaluation_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [B] integers, of which -100 marks an image without a class, or [B, C] float.
 
     Raises:
-        ValueError: the labels are none of these classes.
+        ValueError: a label is not one of the C classes.
     """
     check_labels(labels, logits.shape, IGNORE_INDEX)
     return F.cross_entropy(logits.float(), labels if labels.is_floating_point() else labels.long())
@@ -27,8 +27,8 @@ def evaluation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class ImageLosses:
     """Collects the cross-entropy of each evaluated image, so that the mean counts every image once.
 
-    `Trainer.evaluation_loop` takes the mean over batches, the last of which may be smaller, or filled up with images that
-    were counted before.
+    `Trainer.evaluation_loop` takes the mean over batches. The last batch may be smaller, or filled up with images that
+    other batches have.
     """
 
     def __init__(self):
@@ -40,12 +40,12 @@ class ImageLosses:
         Args:
             logits: [B, C] float.
             labels: [B] integers, of which -100 marks an image without a class, or [B, C] float.
-            gather: returns a tensor's rows from all processes, each image's once.
+            gather: returns a tensor's rows from all processes, one row for each image.
         """
         targets = labels if labels.is_floating_point() else labels.long()
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         if not labels.is_floating_point():
-            # A mark that no cross-entropy has: mean ignores it, while a loss of NaN counts.
+            # No cross-entropy is -inf, so `mean` ignores this mark, while a loss of NaN counts.
             losses = torch.where(targets == -100, -torch.inf, losses)
         self._losses.append(gather(losses))
 

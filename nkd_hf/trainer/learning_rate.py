@@ -1,4 +1,4 @@
-"""The learning rate of a run: scaled to its global batch, and by a schedule of its epochs."""
+"""Scales the learning rate to the global batch, and makes the schedules that count in epochs."""
 
 import logging
 
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 def scale_learning_rate(optimizer: Optimizer, args: DistillationTrainingArguments, batch_size: int) -> None:
-    """Scales the rates of an optimiser by the global batch over `base_batch_size`, from those that it was made with.
+    """Sets the rates of an optimiser to its first ones, times the global batch over `base_batch_size`.
 
     Args:
-        optimizer: may have been scaled before, to another batch.
+        optimizer: its rates may already be scaled to another batch.
         args: the trainer's.
         batch_size: images of one device in this attempt, see `auto_find_batch_size`.
     """
@@ -35,7 +35,7 @@ def scale_learning_rate(optimizer: Optimizer, args: DistillationTrainingArgument
 
 
 def make_schedule(optimizer: Optimizer, args: DistillationTrainingArguments, num_steps: int) -> LambdaLR | None:
-    """Returns the scheduler of one of this package's [`SCHEDULES`], or None for one of transformers."""
+    """Returns the scheduler of one of this package's [`SCHEDULES`], or None for a schedule of transformers."""
     name = args.lr_scheduler_type.value
     if name not in SCHEDULES:
         return None

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from .trainer import DistillationTrainer
 
 
-# Of a sample or a batch, beside pixels and labels.
+# Columns of a sample or a batch beside pixels and labels.
 OWN_COLUMNS = ("epoch", "index", "position", "teacher_logits")
 
 
 def seed_samplers(accelerator: Accelerator, args: DistillationTrainingArguments) -> None:
     """Sets the seed by which accelerate seeds a RandomSampler in several processes.
 
-    Without one it takes torch's initial seed, which the processes have in common until one of their trainers has trained.
+    Without a seed, accelerate takes torch's initial seed, which differs between processes once a trainer has trained.
     """
     if args.world_size > 1 and accelerator.dataloader_config.data_seed is None:
         accelerator.dataloader_config.data_seed = args.seed
@@ -43,7 +43,7 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
     """Returns the sampler of an image dataset.
 
     Raises:
-        ValueError: `train_sampling_strategy` is none for images.
+        ValueError: `train_sampling_strategy` is neither random nor sequential.
     """
     strategy = args.train_sampling_strategy
     if strategy not in ("random", "sequential"):
@@ -101,11 +101,11 @@ def read_data_seed(args: DistillationTrainingArguments) -> int:
 def loader_settings(
     trainer: "DistillationTrainer", dataset: Any, description: str, is_training: bool
 ) -> Iterator[Any]:
-    """Sets what `Trainer._get_dataloader` reads of the trainer, for one loader.
+    """Sets the trainer's attributes that `Trainer._get_dataloader` reads, for one loader.
 
-    In evaluation, no images are mixed and none are dropped. Labels are checked by the collator, where the trainer knows
-    what they mean. In several processes, each reads its own part of a stream of training images, unless dispatch_batches
-    asks for the first one's reading.
+    In evaluation, no images are mixed and none are dropped. The collator checks labels, unless the user's own code computes
+    the loss. In several processes, each reads its own part of a stream of training images, unless dispatch_batches makes
+    the first one read for all.
 
     Yields:
         The dataset, or this process' part of it.
@@ -121,7 +121,7 @@ def loader_settings(
     elif not is_training:
         name = "test_dataset" if description == "test" else "eval_dataset"
         check_dataset_classes(trainer.student.config.id2label, {name: dataset})
-        # accelerate dispatches the batches of a stream, which alone counts each image once, unless it is told not to.
+        # With None, accelerate dispatches the batches of a stream. Only then each image counts once.
         config.dispatch_batches = None
         trainer.args = copy.copy(args)
         trainer.args.dataloader_drop_last = False
@@ -136,11 +136,11 @@ def prepare_loader(trainer: "DistillationTrainer", loader: DataLoader) -> DataLo
     """Completes a loader that `Trainer._get_dataloader` has made, and returns the `DataLoader` inside it."""
     args, own = trainer.args, loader.base_dataloader
     if isinstance(own.dataset, IterableDatasetShard) and getattr(own.dataset.dataset, "is_part", False):
-        # accelerate's wrapper would pick this process' batches of a stream that holds no others.
+        # The stream holds this process' part alone, which accelerate's wrapper must not divide again.
         own.dataset.num_processes, own.dataset.process_index = 1, 0
     if args.dataloader_persistent_workers:
-        # A generator of its own: a resumed process makes new iterators where persistent workers keep theirs, and each
-        # would take a number from the generator that drop path and masks draw from.
+        # The loader gets its own generator: a new iterator draws from it, and a resumed process makes more iterators than
+        # one with persistent workers. Torch's default generator is that of drop path and masks.
         own.generator = torch.Generator().manual_seed(derived_seeds(args.seed, args.process_index)[0])
     own.worker_init_fn = functools.partial(shield_worker, own.worker_init_fn)
     return own
@@ -149,8 +149,8 @@ def prepare_loader(trainer: "DistillationTrainer", loader: DataLoader) -> DataLo
 def end_workers(loaders: list[DataLoader]) -> None:
     """Ends persistent workers, which would live as long as the trainer.
 
-    A trainer ends as garbage: the queues of its workers may be closed before it tells them to leave, and it then waits
-    for five seconds for each.
+    Garbage collection may close a worker's queue before it tells the worker to leave, and then waits five seconds for each
+    worker.
     """
     for loader in loaders:
         if loader._iterator is not None:

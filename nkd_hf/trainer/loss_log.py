@@ -34,7 +34,7 @@ class LossLog:
     def __init__(self, skipped_steps: int = 0):
         self.skipped_steps = skipped_steps
         self.sums: dict[str, Tensor] = {}
-        # Of optimiser steps, of which a step of accumulation is a part.
+        # Optimiser steps; a micro-batch is a part of one.
         self.steps = 0.0
 
     def add(self, components: Mapping[str, Tensor], share: float) -> None:
@@ -58,13 +58,13 @@ class LossLog:
         return means
 
     def copy(self) -> "LossLog":
-        """Returns a log of the same sums, which stays as it is when this one goes on."""
+        """Returns a log of the same sums, which later calls of `add` do not change."""
         other = copy.copy(self)
         other.sums = dict(self.sums)
         return other
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint records, fit for JSON."""
+        """Returns the sums and steps that a checkpoint records, in types of JSON."""
         return {
             "components": {name: value.item() for name, value in self.sums.items()},
             "component_steps": self.steps,
@@ -72,7 +72,7 @@ class LossLog:
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Goes on from a [`state`], with float32 sums on a device."""
+        """Continues from a [`state`], with float32 sums on a device."""
         self.sums = {
             name: torch.tensor(value, dtype=torch.float32, device=device)
             for name, value in state["components"].items()
@@ -81,7 +81,7 @@ class LossLog:
 
 
 def read_sums(trainer: "DistillationTrainer") -> dict[str, Any]:
-    """Returns what a trainer has summed up since its last log, fit for JSON."""
+    """Returns the sums of a trainer since its last log, in types of JSON."""
     return {
         "loss": trainer._tr_loss.item(),
         "logged_loss": trainer._total_loss_scalar,
@@ -91,7 +91,7 @@ def read_sums(trainer: "DistillationTrainer") -> dict[str, Any]:
 
 
 def load_sums(trainer: "DistillationTrainer", sums: Mapping[str, Any]) -> None:
-    """Makes a trainer go on from the [`read_sums`] of a checkpoint."""
+    """Makes a trainer continue from the [`read_sums`] of a checkpoint."""
     trainer._tr_loss += sums["loss"]
     trainer._total_loss_scalar, trainer._globalstep_last_logged = sums["logged_loss"], sums["logged_step"]
     trainer.loss_log.load(sums, trainer._tr_loss.device)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Steps in a row that are skipped before the run is given up: it is not a batch that is at fault then.
+# Steps in a row that are skipped before the run stops: then a single batch is not the cause.
 MAX_SKIPPED = 10
 
 
@@ -27,7 +27,7 @@ class _MicroBatch:
     step: int
     learning_rate: float
     losses: dict[str, Tensor]
-    # [B], not finite where a row of the logits is not; None where they are not known.
+    # [B], not finite where a row of the logits is not finite; None where the logits are not known.
     student_rows: Tensor | None
     teacher_rows: Tensor | None
     index: Tensor | None
@@ -35,7 +35,7 @@ class _MicroBatch:
 
 
 class LossWatch:
-    """Looks after the losses of the steps whose results have not come back from the device yet.
+    """Keeps the losses of steps whose results have not come back from the device yet.
 
     Args:
         world_size: number of processes that train together.
@@ -69,8 +69,8 @@ Samples of the batch, by their index in the data: 4, 2
         teacher_logits: Tensor | None,
         index: Tensor | None,
     ) -> None:
-        """Takes the scalars `losses`, and the logits [B, C] and samples' `index` [B] if they are known, of a micro-batch."""
-        # A sum is finite if all of its row is; one read, and [B] is all that is kept.
+        """Adds a micro-batch: scalars `losses`, and logits [B, C] and the samples' `index` [B] where they are known."""
+        # The sum of a row is finite if the whole row is, so that [B] sums are kept in place of the logits.
         rows = [
             None if logits is None else logits.detach().sum(-1, dtype=torch.float32)
             for logits in (student_logits, teacher_logits)
@@ -103,7 +103,7 @@ Samples of the batch, by their index in the data: 4, 2
         self._open = []
 
     def fault(self, wait: bool = False) -> str | None:
-        """What is to be said of the first step that is not finite, of those whose result is there.
+        """Describes the first step that is not finite, among those whose results have arrived, or returns None.
 
         Args:
             wait: whether to wait for the results of all steps.
@@ -122,9 +122,9 @@ Samples of the batch, by their index in the data: 4, 2
 
 
 class StepGuard:
-    """Stops the run at a step that is not finite, or has it skipped, as `on_non_finite_loss` says.
+    """Stops the run at a step that is not finite, or skips the step, as `on_non_finite_loss` says.
 
-    A run that stops does not wait for the device in each step: on a GPU it may run some steps more, of which none is saved.
+    With `error` the host does not wait for the device in each step: on a GPU some more steps may run. None is saved.
 
     Args:
         skips: whether such a step is skipped.
@@ -142,7 +142,7 @@ class StepGuard:
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the step that is under way is skipped."""
+        """Whether the current step is skipped."""
         return self._skipped_in_a_row > 0
 
     def note(self, losses: Mapping[str, Tensor], student_logits: Tensor, teacher_logits: Tensor | None) -> None:
@@ -150,12 +150,12 @@ class StepGuard:
         self._noted = {"losses": losses, "student_logits": student_logits, "teacher_logits": teacher_logits}
 
     def take_note(self) -> dict[str, Any] | None:
-        """Returns what was noted last, if anything was, and forgets it."""
+        """Returns the last note, or None, and forgets it."""
         noted, self._noted = self._noted, None
         return noted
 
     def begin(self, read_state: Callable[[], Any]) -> None:
-        """Reads the state that a step is undone to; in a step of accumulation, before its first micro-batch."""
+        """Reads the state to which a skipped step is undone; with accumulation, before the first micro-batch."""
         if self._skips and self._before_step is None:
             self._before_step = read_state()
 
@@ -165,7 +165,7 @@ class StepGuard:
         Args:
             step: number of the optimiser step.
             learning_rate: of the step.
-            loss: the scalar that `compute_loss` returned. One that a subclass overrides may note nothing, or change the sum.
+            loss: the scalar that `compute_loss` returned. An overridden compute_loss may note nothing, or change the sum.
             index: [B] integers of the samples, where they are known.
         """
         noted = self.take_note() or {"losses": {}, "student_logits": None, "teacher_logits": None}
@@ -218,7 +218,7 @@ class StepGuard:
 
 
 class StepState(NamedTuple):
-    """What a skipped step must not change, beside weights and optimiser."""
+    """The state that a skipped step must not change, beside weights and optimiser."""
 
     loss: Tensor
     log: LossLog
@@ -231,12 +231,12 @@ class StepState(NamedTuple):
         return cls(trainer._tr_loss.clone(), trainer.loss_log.copy(), buffers)
 
     def restore(self, trainer: "DistillationTrainer") -> None:
-        """Gives a trainer this state, and counts the step as skipped."""
+        """Restores this state in a trainer, and counts the step as skipped."""
         trainer._tr_loss.copy_(self.loss)
         skipped_steps = trainer.loss_log.skipped_steps + 1
         trainer.loss_log = self.log.copy()
         trainer.loss_log.skipped_steps = skipped_steps
-        # The mean of the log is over the steps since then.
+        # Trainer averages the loss over the steps since this one; the skipped step must not count.
         trainer._globalstep_last_logged += 1
         for buffer, value in zip(trainer.model.buffers(), self.buffers, strict=True):
             buffer.copy_(value)

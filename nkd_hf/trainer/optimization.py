@@ -1,7 +1,7 @@
 """Learning rate schedules and weight decay groups of the paper's tables.
 
-The schedules count in epochs, as the official configurations do, and are evaluated at every optimiser step. Each is a closed
-form of the step, so that a run that is resumed, and a plan that trains nothing, read the same rates.
+The schedules count in epochs, as the official configurations do, and are evaluated at every optimiser step. Each is a
+closed form of the step, so that a resumed run and `nkd-hf plan` read the same rates.
 """
 
 import inspect
@@ -20,9 +20,9 @@ from transformers.utils import ExplicitEnum
 
 logger = logging.getLogger(__name__)
 
-# What `get_scheduler` passes to the schedules of transformers itself.
+# Arguments that `get_scheduler` itself passes to the schedules of transformers.
 _PASSED = ("optimizer", "num_warmup_steps", "num_training_steps")
-# `get_scheduler` ignores the kwargs of the first two, and passes those of the others to the class that it names.
+# `get_scheduler` ignores the kwargs of _WITHOUT_KWARGS, and passes those of _CLASSES to the class.
 _WITHOUT_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 _CLASSES = {SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau, SchedulerType.GREEDY: GreedyLR}
 
@@ -40,13 +40,13 @@ def multistep(
     milestones: Sequence[float],
     gamma: float = 0.1,
 ) -> float:
-    """Multiplied by `gamma` at each of the `milestones`, in epochs and parts of them."""
+    """Multiplies by `gamma` at each of the `milestones`, in epochs (fractions are allowed)."""
     epochs = _epochs(step, run)
     return gamma ** sum(epochs >= milestone for milestone in milestones)
 
 
 def exponential_by_epoch(step: int, run: _Run, *, gamma: float) -> float:
-    """Multiplied by `gamma` after each epoch."""
+    """Multiplies by `gamma` after each epoch."""
     return gamma ** _epoch(step, run)
 
 
@@ -75,8 +75,9 @@ def cosine_by_epoch(
     """A line from `warmup_factor` to 1 over `warmup_epochs`, then a cosine that falls to `min_lr` with each epoch.
 
     The line reaches 1 at the last step (`warmup_by="step"`) or in the last epoch (`"epoch"`) of the warm-up, as mmengine's
-    LinearLR does. A warm-up of one epoch by epoch is an epoch at `warmup_factor`, as there (where, other than here, the
-    rate stays at that factor afterwards: `LinearParamScheduler` of mmengine 0.10 multiplies nothing once its `end` is reached).
+    LinearLR does. A warm-up of one epoch by epoch is an epoch at `warmup_factor`, as in mmengine. There, unlike here, the
+    rate stays at that factor afterwards: `LinearParamScheduler` of mmengine 0.10 multiplies nothing once its `end` is
+    reached.
     """
     epoch = _epoch(step, run)
     if _epochs(step, run) < warmup_epochs:
@@ -99,7 +100,7 @@ SCHEDULES = {
 }
 EpochSchedule = ExplicitEnum("EpochSchedule", {name.upper(): name for name in SCHEDULES})
 
-# What may be kept from weight decay. The official configurations name these embeddings (DeiT, Swin).
+# Kinds of parameters that can be kept from weight decay. The official configurations name these embeddings (DeiT, Swin).
 NO_DECAY_KINDS = ("norm", "bias", "embedding")
 # Names of parameters, after the last dot, in timm and transformers: cls_token_0, reg_token, class_embedding, pos_embed1,
 # position_embeddings, rel_pos_h, patch_pos, height_rel, relative_position_bias_table, attention_biases, probe.
@@ -118,7 +119,7 @@ _MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> list[str]:
-    """Names of the parameters that decay.
+    """Returns the names of the parameters that decay.
 
     Args:
         model (`nn.Module`)
@@ -148,7 +149,7 @@ def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> li
 
 
 def _kept_by_the_model(model: nn.Module) -> set[str]:
-    """The names that a timm model in `model` lists itself, by full name."""
+    """Returns the full names of the parameters in the `no_weight_decay()` of timm models in `model`."""
     kept = set()
     for prefix, module in model.named_modules():
         if callable(getattr(module, "no_weight_decay", None)):
@@ -157,7 +158,7 @@ def _kept_by_the_model(model: nn.Module) -> set[str]:
 
 
 def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
-    """The kinds of a parameter of this very module."""
+    """Returns the kinds of a parameter that the module itself owns."""
     if name in getattr(module, "always_decays", ()):  # see DistillationLoss
         return set()
     is_norm = "norm" in type(module).__name__.lower()
@@ -165,7 +166,7 @@ def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
         return {"embedding"}
     if _BIAS.search(name):
         return {"bias", "norm"} if is_norm else {"bias"}
-    # [C], or [C, 1, 1] and the like, but for the weights of convolutions.
+    # Shapes [C], [C, 1, 1] and the like, except the weights of convolutions.
     is_scale = parameter.ndim < 2 or (
         parameter.ndim > 2 and parameter.numel() == max(parameter.shape) and not isinstance(module, _MATRICES)
     )
@@ -173,9 +174,9 @@ def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module, losses: nn.Module) -> None:
-    """Raises ValueError where an optimiser would leave the layers of a loss, or all of the student, as they are."""
+    """Raises ValueError where an optimiser does not train the layers of a loss, or trains nothing of the student."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    # GaLore and its like, by layers, have an optimiser for each parameter.
+    # Layer-wise optimisers such as GaLore have an optimiser for each parameter.
     trained |= {id(parameter) for parameter in getattr(optimizer, "optimizer_dict", {})}
     left_out = [
         name for name, p in losses.named_parameters(prefix="losses") if p.requires_grad and id(p) not in trained
@@ -198,7 +199,7 @@ def lr_factor(
     *,
     max_steps: int = -1,
 ) -> Callable[[int], float]:
-    """A schedule as `torch.optim.lr_scheduler.LambdaLR` wants it.
+    """Returns a schedule as the function that `torch.optim.lr_scheduler.LambdaLR` takes.
 
     With `max_steps`, epochs are spread evenly over the steps, so that the run goes through the whole schedule. Without it,
     epochs begin where the data's do; the last one may be a part of an epoch (`num_train_epochs=2.5`).
@@ -207,12 +208,12 @@ def lr_factor(
         name (`str`): one of `SCHEDULES`.
         num_steps (`int`): optimiser steps of the run.
         num_epochs (`float`): epochs of the run.
-        learning_rate (`float`): what `min_lr` is a part of; a rate that is scaled to the global batch scales both.
+        learning_rate (`float`): `min_lr` is a fraction of this rate; scaling to the global batch scales both.
         arguments (`dict`, *optional*): keyword arguments of the schedule.
         max_steps (`int`, defaults to -1): the training argument; positive where it sets `num_steps`.
 
     Returns:
-        A function of the optimiser step (from 0) that gives the factor.
+        A function of the optimiser step (from 0) that returns the factor.
 
     Raises:
         ValueError: `arguments` are not the schedule's.
@@ -302,7 +303,7 @@ def _check_arguments_of_transformers(schedule: SchedulerType, arguments: dict, l
         if re.search("int|float", annotation) and not (are_numbers or value is None):
             raise ValueError(f"lr_scheduler_kwargs: {key} must be a finite number, got {str(value)!r:.60}")
     _check_floor(arguments, learning_rate)
-    # One that is built here needs what the Trainer's will need; lists have an entry for each of its two groups.
+    # This scheduler needs the same arguments as the Trainer's; lists have an entry for each of the Trainer's two groups.
     groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}]
     optimizer = torch.optim.SGD(groups, learning_rate or 1.0)
     try:
@@ -325,7 +326,7 @@ def _check_floor(arguments: dict, learning_rate: float) -> None:
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that no float reaches
+    except OverflowError:  # an integer too large for a float
         return False
 
 

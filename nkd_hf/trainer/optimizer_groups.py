@@ -4,9 +4,9 @@ import torch
 
 
 def check_no_group_is_empty(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError for a group without parameters, which is what a grouping by the wrong names ends in.
+    """Raises ValueError for a group without parameters, the result of grouping by the wrong names.
 
-    torch accepts such a group, and what should have been in it trains with the settings of another one.
+    torch accepts such a group, and its intended parameters then train with the settings of another group.
     """
     for number, group in enumerate(optimizer.param_groups):
         if not group["params"]:

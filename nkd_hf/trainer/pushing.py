@@ -90,7 +90,7 @@ def push_saved_student(
     if blocking:
         return push()
     job = _background(push)
-    job.add_done_callback(_say_failure)  # Few look into a future.
+    job.add_done_callback(_say_failure)  # Few callers read the exception of a future.
     trainer.push_in_progress = PushInProgress([job])
     return job
 
@@ -101,7 +101,7 @@ def push_saved_checkpoint(trainer: "DistillationTrainer", checkpoint_folder: str
     if trainer.push_in_progress is not None and not trainer.push_in_progress.is_done():
         if not args.hub_always_push:
             return
-        wait_for_push(trainer)  # It reads the files that are written now.
+        wait_for_push(trainer)  # The running push reads the files that are overwritten below.
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     checkpoint = Path(checkpoint_folder)
     for file in student_files(checkpoint, in_checkpoint=True):
@@ -136,7 +136,7 @@ def _say_failure(job: Future) -> None:
 
 
 def _warned(push: Callable) -> Callable:
-    """A push that fails during training is a warning: training goes on, and the next save pushes again."""
+    """Turns the failure of a push into a warning: training goes on, and the next save pushes again."""
 
     def warned(*args: Any, **kwargs: Any) -> None:
         try:
@@ -153,7 +153,7 @@ def _push_copy(copy: TemporaryFolder, *args: Any, **kwargs: Any) -> None:
 
 
 def _linked_copy(checkpoint: Path, parent: str) -> TemporaryFolder:
-    """The checkpoint's files, for as long as the push takes: `save_total_limit` may delete the checkpoint before."""
+    """Links the checkpoint's files into a temporary folder: `save_total_limit` may delete them before the push ends."""
     copy = TemporaryFolder(PUSH_COPY, parent)
     for path in checkpoint.rglob("*"):
         target = Path(copy.name, path.relative_to(checkpoint))

@@ -19,9 +19,9 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Sigterm:
-    """Notes a SIGTERM while it is entered. A second one ends the process as it would have without this.
+    """Notes a SIGTERM within its `with` block. A second SIGTERM ends the process as usual.
 
-    A handler that somebody else has set stays in place, and nothing is noted then.
+    A handler that other code has set stays in place, and then nothing is noted.
 
     Args:
         world_size: number of processes; all of them must enter and ask equally often.
@@ -52,7 +52,7 @@ class Sigterm:
             signal.signal(signal.SIGTERM, self._note)
             self._installed = True
         if self._world_size > 1:
-            # On the CPU, whatever the tensors of the training are on: asking must not wait for a GPU.
+            # On the CPU, also where training runs on a GPU: asking must not wait for the GPU.
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self
 
@@ -65,11 +65,11 @@ class Sigterm:
             dist.destroy_process_group(self._group)
 
     def came(self) -> bool:
-        """Whether a process has noted one: the same answer in all processes, which may come one call late."""
+        """Whether a process has noted a SIGTERM. The answer is the same in all processes, and may come one call late."""
         if self._group is None:
             return self._noted
         asked, flag = self._asked, torch.tensor(int(self._noted))
-        # Answered while the next step runs.
+        # The answer arrives while the next step runs.
         self._asked = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True), flag
         if asked is None:
             return False
@@ -77,8 +77,8 @@ class Sigterm:
         return bool(asked[1])
 
     def exit_if_came(self) -> None:
-        """Ends the process, at the end of training, if a process has noted one."""
-        # Twice, since several processes are answered one call late.
+        """Exits at the end of training if a process has noted a SIGTERM."""
+        # Asked twice, since with several processes the answer comes one call late.
         if any([self.came(), self.came()]):
             logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
             raise SystemExit(EXIT_CODE)
@@ -92,14 +92,14 @@ class Sigterm:
 
 
 def shield_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`: the worker lives until its parent ends it.
+    """Keeps a worker alive until its parent ends it, as a DataLoader's `worker_init_fn`.
 
-    A cluster and `torchrun` send SIGTERM to all processes of a group, and a worker that is gone would take the step down
-    that a checkpoint is to be saved after.
+    A cluster and `torchrun` send SIGTERM to all processes of a group. The step before the last checkpoint would fail if a
+    worker were gone.
     """
     if init is not None:
         init(worker_id)
-    if sys.platform == "linux":  # elsewhere a signal does not tell where it came from
+    if sys.platform == "linux":  # elsewhere a signal does not name its sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_for, args=(os.getppid(),), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The files of a trained student and of its checkpoints."""
+"""Writes the files of a trained student and of its checkpoints, and loads the best checkpoint."""
 
 import json
 import logging
@@ -29,12 +29,12 @@ def write_student(
     """Writes the plain student with its preprocessing and the settings of its run.
 
     Args:
-        model: whose student is written.
-        folder: is made where it is missing.
+        model: holds the student that is written.
+        folder: is created if it is missing.
         state_dict: the gathered weights of `model`, where it is sharded.
         processing_class: the student's image processor. Without one, a warning says that `pipeline` cannot open the folder.
-        args: the settings, of which tokens and paths are not written.
-        in_checkpoint: whether what the losses train is written, too.
+        args: the settings; their tokens and paths are not written.
+        in_checkpoint: whether the weights of the losses are written, too.
     """
     os.makedirs(folder, exist_ok=True)
     model.save(folder, model.state_dict() if state_dict is None else state_dict, with_losses=in_checkpoint)
@@ -48,14 +48,14 @@ def write_student(
                 "DistillationTrainer(processing_class=...).",
                 folder,
             )
-    # Through JSON, which turns what YAML has no name for (paths, numpy's numbers) into text.
+    # JSON turns objects that YAML has no name for (paths, numpy's numbers) into text.
     settings = json.loads(json.dumps(args.to_dict(), default=str))
     text = yaml.safe_dump(publishable(settings), sort_keys=False)
     Path(folder, SETTINGS).write_text(text, encoding="utf-8")
 
 
 def load_best_student(model: DistillationModel, checkpoint: str) -> bool:
-    """Loads the weights of the best checkpoint, and returns whether it could: a damaged one is a warning.
+    """Loads the weights of the best checkpoint, or warns and returns False if the checkpoint is damaged.
 
     All processes must call this.
     """

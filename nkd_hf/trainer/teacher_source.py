@@ -17,11 +17,11 @@ from .distillation_model import DistillationModel
 
 
 class TeacherSource(Protocol):
-    """What the trainer asks of a teacher."""
+    """The methods of a teacher that the trainer calls."""
 
     @property
     def description(self) -> Teacher | StoredTeacher:
-        """What the model card says of the teacher."""
+        """The teacher as the model card describes it."""
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns `teacher_logits` [B, C] and the features that the losses ask for, by the names of their arguments."""
@@ -32,7 +32,7 @@ class LiveTeacher:
 
     Args:
         model: the prepared [`Teacher`], possibly wrapped.
-        accelerator: unwraps it.
+        accelerator: unwraps the model.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
@@ -52,7 +52,7 @@ class StoredLogits:
     """A teacher whose logits of each image and epoch were stored.
 
     Args:
-        store: what the batches' `teacher_logits` were read from.
+        store: the store that the batches' `teacher_logits` were read from.
         temperature: of the loss, at which a store of the largest logits alone is made dense.
     """
 
@@ -76,10 +76,10 @@ def open_teacher_source(
     args: DistillationTrainingArguments,
     accelerator: Accelerator,
 ) -> TeacherSource | None:
-    """Returns where the outputs of the teacher come from: `teacher`, or the store of an [`ImageCollator`].
+    """Returns the source of the teacher's outputs: `teacher`, or the store of an [`ImageCollator`].
 
     Raises:
-        ValueError: they are not what the losses of `model` ask for.
+        ValueError: teacher or store do not fit the losses of `model`.
     """
     store = collator.teacher_logits if isinstance(collator, ImageCollator) else None
     stored = None if store is None else open_stored_logits(store, model)
@@ -93,7 +93,7 @@ def open_stored_logits(store: TeacherLogits, model: DistillationModel) -> Stored
     """Returns the source that reads a store.
 
     Raises:
-        ValueError: the store doesn't hold what the losses of the model ask a teacher for.
+        ValueError: the store lacks outputs that the losses of the model read from a teacher.
     """
     if set(model.teacher_inputs) - {"teacher_logits"}:
         raise ValueError(
@@ -152,7 +152,8 @@ def open_live_teacher(
     """Returns the source that runs a teacher, with the student's pixels and classes and in the precision of `args`.
 
     Raises:
-        ValueError: the teacher can't be opened, is the student itself, or has other classes or layers than are asked for.
+        ValueError: the teacher can't be opened, is the student itself, or lacks the student's classes or a layer that a
+            loss reads.
     """
     if isinstance(teacher, nn.Module):
         # Another trainer may have compiled its teacher.
@@ -171,12 +172,12 @@ def open_live_teacher(
     if model.needs("student_high") and model.needs("teacher_high"):
         sizes = [wanted and wanted.size for wanted in (pixels, teacher.preprocessing or pixels)]
         check_token_grids(model.student, teacher.model, *sizes)
-    # Its device is said, since accelerate leaves it to FSDP, which does not see the teacher.
+    # device_placement is set, since accelerate leaves the device to FSDP, which does not see the teacher.
     prepared = accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
     return LiveTeacher(prepared, accelerator)
 
 
 def _have_same_weights(teacher: nn.Module, student: nn.Module) -> bool:
-    """Whether the student's parameters, in memory, are the teacher's."""
+    """Whether teacher and student share their parameters in memory."""
     ours, theirs = ({p.data_ptr() for p in model.parameters()} for model in (student, teacher))
     return ours == theirs != set()

@@ -42,8 +42,8 @@ class DistillationTrainer(Trainer):
 
     Everything that `transformers.Trainer` does works as it does there; docs/trainer.md has the differences in one table.
     `trainer.model` is one module that holds the student and whatever the losses train; `trainer.student` is the plain
-    student, and the only thing that is saved outside of `checkpoint-*`. A checkpoint is whole or absent, SIGTERM ends
-    training with one, and a loss that is not finite ends the run or has its step skipped, by `on_non_finite_loss`. Pushes
+    student, and the only part that is saved outside of `checkpoint-*`. A checkpoint is whole or absent. After SIGTERM the
+    trainer saves one and exits. A loss that is not finite ends the run or skips the step, see `on_non_finite_loss`. Pushes
     hold the student alone, and with the `hub_strategy` `checkpoint` or `all_checkpoints` the checkpoints, too.
 
     Args:
@@ -56,12 +56,12 @@ class DistillationTrainer(Trainer):
         teacher (`str`, `nn.Module` or [`Teacher`], *optional*): a Hub id, a folder or a model; see [`load_teacher`].
         distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): such as [`NKDLoss`] or [`USKDLoss`], see
             `nkd_hf.losses`, or several by name, which add up. None trains with the task loss alone: the baseline.
-        card_info ([`CardInfo`], *optional*): what the model card says beyond what the trainer knows, such as the dataset.
+        card_info ([`CardInfo`], *optional*): facts for the model card that the trainer does not know, such as the dataset.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
-        ValueError: what is given doesn't fit together: losses and teacher, the classes of student, teacher and datasets, their
-            pixels, layers that a loss reads, optimiser and scheduler. Regression and several labels an image are refused.
+        ValueError: arguments don't fit each other: losses and teacher, the classes of student, teacher and datasets, their
+            pixels, layers that a loss reads, optimiser and scheduler. Regression and several labels per image are refused.
 
     Example:
 
@@ -116,7 +116,7 @@ class DistillationTrainer(Trainer):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         # The smoothing is in the model's task loss, for both kinds of labels.
         self.label_smoother = None
-        # Trainer sets it in each step. compute_loss and training_step may be called by hand.
+        # Trainer sets this number in each step. compute_loss and training_step may be called outside of training.
         self.current_gradient_accumulation_steps = 1
         checks.check_trainer(self)
         own = self.accelerator.unwrap_model(self.model), self.processing_class, args, self.accelerator
@@ -131,7 +131,7 @@ class DistillationTrainer(Trainer):
         return DistillationModel(student, losses, args.feature_layer, args.label_smoothing_factor, args.ema_decay)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        # model_init returns a student, and Trainer needs the module that is trained, with losses as they were at first.
+        # model_init returns a student, and Trainer needs a DistillationModel. Each trial starts with the losses as passed.
         losses = copy.deepcopy(self.distillation_losses)
         return self._with_losses(super().call_model_init(trial), losses, self.args)
 
@@ -147,14 +147,14 @@ class DistillationTrainer(Trainer):
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The [`Teacher`] that computes in each step, possibly wrapped."""
+        """The [`Teacher`] that runs in each step, possibly wrapped, or None."""
         source = self.teacher_source
         return source.model if isinstance(source, LiveTeacher) else None
 
     # ---- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Task loss plus distillation losses; under `torch.no_grad()`, as evaluation runs, the cross-entropy alone.
+        """Returns task loss plus distillation losses; under `torch.no_grad()`, as in evaluation, the cross-entropy alone.
 
         Args:
             model: `trainer.model`, possibly wrapped.
@@ -184,7 +184,7 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        if not self.is_in_train:  # Called by hand: there is no step to stop at or to undo.
+        if not self.is_in_train:  # Called outside of training: there is no step to stop at or to undo.
             return super().training_step(model, inputs, *args, **kwargs)
         self.step_guard.begin(functools.partial(StepState.read, self))
         step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]
@@ -200,19 +200,19 @@ class DistillationTrainer(Trainer):
         before = self.step_guard.close_step(step, grad_norm, has_scaler)
         if before is None:
             return grad_norm
-        # Without gradients an optimiser changes neither a parameter nor its state. A gradient scaler needs to see them,
-        # and then skips the step by itself.
+        # Without gradients an optimiser changes neither a parameter nor its state. A gradient scaler must see infinite
+        # gradients to skip the step itself.
         if not has_scaler:
             model.zero_grad(set_to_none=True)
         before.restore(self)
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The components stand beside `loss` and are averaged as it is: over steps, accumulation and processes.
+        # The components stand beside `loss` and are averaged in the same way: over steps, accumulation and processes.
         if "loss" in logs:
             gather = functools.partial(nested_gather, parallel_mode=self.args.parallel_mode)
             logs = {"loss": logs["loss"], **self.loss_log.means(gather), **logs}
-        # Trainer divides what was summed up since the resume by the steps since then. Here both are the run's.
+        # Trainer divides the loss since the resume by the steps since the resume. Here both are the whole run's.
         if "train_loss" in logs:
             num_steps = self.state.global_step - self.loss_log.skipped_steps
             logs["train_loss"] = self._total_loss_scalar / max(num_steps, 1)
@@ -227,7 +227,7 @@ class DistillationTrainer(Trainer):
         return decayed_parameters(model, self.args.no_weight_decay)
 
     def create_scheduler(self, num_training_steps, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
-        # Trainer knows transformers' schedules alone, and a rate that may be meant for another global batch.
+        # Trainer.create_scheduler knows transformers' schedules alone, and does not scale the rate to the global batch.
         if self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
@@ -241,7 +241,7 @@ class DistillationTrainer(Trainer):
     # ---- data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        # (epoch, index) pairs make the augmentation a function of both in every worker; set_epoch would not reach them.
+        # (epoch, index) pairs make the augmentation a function of both in each worker, which set_epoch would not reach.
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(train_dataset, EpochDataset):
             return loaders.make_epoch_sampler(train_dataset, self.args, self.data_collator)
@@ -249,7 +249,7 @@ class DistillationTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # With remove_unused_columns, Trainer keeps what the forward of trainer.model names, which is not the student's.
+        # With remove_unused_columns, Trainer keeps the columns of DistillationModel.forward, not of the student's forward.
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns += [*self.accelerator.unwrap_model(self.model).columns, *loaders.OWN_COLUMNS]
@@ -272,7 +272,7 @@ class DistillationTrainer(Trainer):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if not checks.is_own_dataset(self, eval_dataset):
             for entry in self.state.log_history[start : start + 1]:
-                # In the log, where it outlives a resume: the model card speaks of held-out images alone.
+                # The log keeps the mark over a resume. The model card reports held-out images alone.
                 entry[OTHER_DATASET] = True
         return metrics
 
@@ -283,7 +283,7 @@ class DistillationTrainer(Trainer):
         if keys is None:
             keys = [*getattr(self.student.config, "keys_to_ignore_at_inference", ["cache"]), "loss"]
         loss, logits, labels = super().prediction_step(model, inputs, False, keys)
-        if ignore_keys is None and isinstance(logits, tuple):  # of a student with more outputs, from images without labels
+        if ignore_keys is None and isinstance(logits, tuple):  # several outputs, and images without labels
             logits = logits[0]
         label = labels[self.label_names.index("labels")] if isinstance(labels, tuple) else labels
         if isinstance(logits, Tensor) and isinstance(label, Tensor):
@@ -293,7 +293,7 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        # BatchNorm's statistics are each process's own; the first one's are saved.
+        # Each process has its own BatchNorm statistics. All evaluate with those of the first, which are saved.
         for buffer in self.student.buffers():
             broadcast(buffer)
         self.image_losses = ImageLosses()
@@ -318,10 +318,10 @@ class DistillationTrainer(Trainer):
 
         Raises:
             ValueError: the checkpoint is not whole, holds the model only (`save_only_model`), or there is none.
-            CheckpointError, NonFiniteLossError: training has ended; the checkpoints before are as they were.
-            SystemExit: with code 143, when SIGTERM came; the last checkpoint is of the last step.
+            CheckpointError, NonFiniteLossError: training has ended; earlier checkpoints are unchanged.
+            SystemExit: with code 143, after SIGTERM; the last checkpoint is that of the last step.
         """
-        # Trainer.train takes a checkpoint that is half there.
+        # Trainer.train would resume from a half-written checkpoint.
         checkpoint = self._resumed_from = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         with Sigterm(self.args.world_size, self.args.ddp_timeout) as self.sigterm:
             try:
@@ -330,13 +330,13 @@ class DistillationTrainer(Trainer):
             finally:
                 loaders.end_workers(self._loaders)
             self.sigterm.exit_if_came()
-            self.step_guard.check(wait=True)  # of the last steps, if nothing was saved after them
+            self.step_guard.check(wait=True)  # the last steps, if no checkpoint was saved after them
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def begin_attempt(self) -> None:
-        """Prepares a run whose model and optimizer are made, again for each batch size that `auto_find_batch_size` tries."""
+        """Prepares a run once its model and optimizer exist, again for each batch size of `auto_find_batch_size`."""
         loaders.end_workers(self._loaders)
-        # An interrupted run, or an attempt before this one, may have left some.
+        # An interrupted run or an earlier attempt may have left sums.
         self.loss_log, self.batch_norm_step = LossLog(), None
         skips = self.args.on_non_finite_loss == "skip"
         self.step_guard = StepGuard(skips, self.args.world_size, self._resumed_from)
@@ -349,17 +349,17 @@ class DistillationTrainer(Trainer):
         return decide_in_first(functools.partial(last_checkpoint, self.args.output_dir))
 
     def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, *args) -> tuple[int, int]:
-        # Resumed at its end in the middle of an epoch, Trainer trains for a step more.
+        # Trainer would train one more step when it resumes at the last step, in the middle of an epoch.
         trained = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, *args)
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        # With save_strategy=best the answer takes the place of what SIGTERM has asked for.
+        # With save_strategy=best, Trainer sets control.should_save to this answer, also after KeepPace has set it to True.
         is_best = super()._determine_best_metric(*args, **kwargs)
         return is_best or (self._pace.leaving and not self._pace.save_after_epoch)
 
     def _get_output_dir(self, trial: Any) -> str:
-        # Where Trainer._save_checkpoint writes; CheckpointWriter moves the checkpoint from there to its place.
+        # Trainer._save_checkpoint writes into this folder; CheckpointWriter moves the checkpoint from there to its place.
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, UNFINISHED) if self.checkpoint_writer.is_writing else folder
 
@@ -396,19 +396,19 @@ class DistillationTrainer(Trainer):
             super()._load_best_model()
         elif not load_best_student(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint):
             return
-        # It was saved with the statistics that it was evaluated with.
+        # The checkpoint holds the BatchNorm statistics that it was evaluated with.
         self.batch_norm_step = self.state.global_step
 
     # ---- Hub
 
     def create_model_card(self, language=None, license=None, tags=None, model_name=None, **kwargs) -> None:
-        # Trainer's card knows neither loss nor teacher, and takes the place of one that a person has edited.
+        # Trainer.create_model_card knows neither loss nor teacher, and overwrites a card that a person has edited.
         if self.is_world_process_zero():
             info = self.card_info.updated(language, license, tags, **kwargs)
             pushing.write_trainers_card(self, model_name, info)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        # At construction: a missing permission is told before anything is trained, and in words of this package.
+        # Trainer calls init_hf_repo at construction, so that a missing permission fails before training, with our message.
         if self.is_world_process_zero():
             pushing.make_repo(self, token, private)
 
@@ -422,16 +422,16 @@ class DistillationTrainer(Trainer):
 
         Args:
             commit_message (`str`): the commit's title.
-            blocking: whether to wait; else the files in `output_dir` must stay as they are until it is done.
+            blocking: whether to wait; else the files in `output_dir` must stay as they are until the push is done.
             token, revision, private: None takes `hub_token`, `hub_revision` and `hub_private_repo`.
             overwrite_card: whether a model card that a person has edited on the Hub is replaced.
-            **kwargs: those of `create_model_card`.
+            **kwargs: arguments of `create_model_card`.
 
         Returns the commit, or a `Future` of it, in the first process, and None in others. Raises what [`push_student`] does.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         pushing.wait_for_push(self)
-        # Before all that can fail, and on all processes: the weights may be sharded.
+        # Saved before any step that can fail, and by all processes, since the weights may be sharded.
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -440,7 +440,7 @@ class DistillationTrainer(Trainer):
         return pushing.push_saved_student(self, blocking, token, private, settings, card=kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer pushes all of output_dir, with a pickle of the arguments, and before a checkpoint is all written.
+        # Trainer._push_from_checkpoint pushes all of output_dir with training_args.bin, before the checkpoint is complete.
         if self.checkpoint_writer.is_writing or self.args.hub_strategy == HubStrategy.END:
             return
         self.accelerator.wait_for_everyone()  # Each process writes files of its own into the checkpoint.
