@@ -1,28 +1,32 @@
 PYTHON ?= python3
 SOURCES = nkd_hf recipes tests benchmarks
 
-.PHONY: demo test test-oldest test-slow test-rows quality style
+.PHONY: help demo test test-oldest test-slow test-rows quality style
 
-demo: .venv/installed
+# `make` alone shows the list, too.
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{printf "%-18s%s\n", $$1, $$2}'
+
+demo: .venv/installed  ## install into .venv, then distil a DeiT on the digits
 	.venv/bin/accelerate launch recipes/distill_deit.py
 
-test: .venv/installed-test .venv/installed-space
+test: .venv/installed-test .venv/installed-space  ## run the tests, but for the long ones
 	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
 
-test-oldest: .venv/oldest/installed
+test-oldest: .venv/oldest/installed  ## run the tests with the oldest versions that setup.cfg admits
 	.venv/oldest/bin/python -m pytest --numprocesses auto --dist worksteal
 
-test-slow: .venv/installed-test
+test-slow: .venv/installed-test  ## run the long tests: the three recipes in full, resuming, memory
 	.venv/bin/python -m pytest -m slow
 
-test-rows: .venv/installed-test
+test-rows: .venv/installed-test  ## take one training step of each row of the paper's tables
 	.venv/bin/python -m pytest -m rows -s
 
-quality: .venv/installed-test
+quality: .venv/installed-test  ## check the code with ruff
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
 
-style: .venv/installed-test
+style: .venv/installed-test  ## apply ruff's fixes and format
 	.venv/bin/ruff check --fix $(SOURCES)
 	.venv/bin/ruff format $(SOURCES)
 

@@ -1,4 +1,4 @@
-"""The lower bounds of setup.cfg, and what is used of Trainer's private names."""
+"""The lower bounds and the files of setup.cfg, and the private names of Trainer that the package uses."""
 
 import ast
 import configparser
@@ -30,6 +30,17 @@ def test_the_oldest_versions_are_the_lower_bounds():
     bounds = config["options"]["install_requires"].strip().splitlines()
     lines = (ROOT / "constraints" / "oldest.txt").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == [bound.replace(">=", "==") for bound in bounds]
+
+
+def test_the_wheel_has_every_file_of_the_package():
+    # `packages = find:` takes the folders that have an __init__.py, and package_data what else is named.
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    package = ROOT / "nkd_hf"
+    files = [file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert {file.parent for file in files} == {file.parent for file in package.rglob("__init__.py")}
+    others = {str(file.relative_to(package)) for file in files if file.suffix != ".py"}
+    assert others == {config["options.package_data"]["nkd_hf"]} == {"py.typed"}
 
 
 def test_private_names_of_trainer_are_listed():

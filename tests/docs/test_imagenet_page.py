@@ -164,6 +164,6 @@ def test_what_the_text_names_exists(script, rows):
     assert all(f" {number} " in PAGE for number in (*images, SHUFFLE_BUFFER))
     for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", PAGE):
         assert link.startswith("https://") or (ROOT / "benchmarks" / link).is_file(), link
-    for heading, page in (("Input", "benchmarks/README.md"), ("The paper's rows", "README.md")):
+    for heading, page in (("Input", "benchmarks/README.md"), ("The paper's rows", "docs/reproducing.md")):
         assert f"## {heading}\n" in (ROOT / page).read_text(encoding="utf-8")
     assert "\ntest-rows:" in (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -96,7 +96,9 @@ def test_recipe_with_few_samples(tmp_path, recipe):
 @pytest.mark.parametrize("recipe", ["distill_deit", "distill_cnn", "self_distill"])
 def test_figures_of_the_readme(tmp_path, recipe):
     row = next(
-        line for line in (ROOT / "README.md").read_text().splitlines() if f"launch recipes/{recipe}.py` |" in line
+        line
+        for line in (ROOT / "docs" / "quickstart.md").read_text().splitlines()
+        if f"launch recipes/{recipe}.py` |" in line
     )
     launch(recipe, "--output_dir", str(tmp_path), "--disable_tqdm", "true")
     results = json.loads((tmp_path / "results.json").read_text())
