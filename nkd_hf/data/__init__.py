@@ -1,4 +1,4 @@
-"""From a row of a dataset to a batch."""
+"""Opens datasets, and turns their rows into batches."""
 
 from .arguments import DataArguments, streaming_max_steps
 from .labels import describe_synsets, label_names

@@ -101,7 +101,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if not self._is_parquet:  # whose files may have addresses
+        if not self._is_parquet:  # parquet files may have addresses
             self.dataset_name = read_repo_id(self.dataset_name, "dataset_name", "dataset")
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {self.on_bad_image!r}")
@@ -135,7 +135,7 @@ class DataArguments:
 
 
 def streaming_max_steps(num_train_images: int, num_train_epochs: float, global_batch_size: int) -> int:
-    """The Trainer's `max_steps` for a stream: optimiser steps in which `num_train_epochs` epochs of images pass.
+    """Returns the Trainer's `max_steps` for a stream: the optimiser steps for `num_train_epochs` epochs of images.
 
     Args:
         num_train_images: images in an epoch.

@@ -1,4 +1,4 @@
-"""Which images of a run were bad, said at the end of each epoch."""
+"""Reports at the end of each epoch which images of a run were bad."""
 
 import logging
 
@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 class BadImageReport(TrainerCallback):
     """Counts and lists the bad images at the end of each epoch, and those of the evaluation data after each evaluation.
 
-    It speaks of [`ImageDataset`] and [`StreamingImageDataset`] with `on_bad_image="skip"`, and only when something was
-    bad: once, in the main process, for the workers of all processes.
+    It reports on [`ImageDataset`] and [`StreamingImageDataset`] with `on_bad_image="skip"`, and only when an image was bad:
+    once, in the main process, for the workers of all processes.
 
     Args:
         steps_per_epoch (`int`, *optional*): optimiser steps after which to report as well. To the Trainer, a stream is
@@ -35,7 +35,7 @@ class BadImageReport(TrainerCallback):
         self.steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        # At the last step, the end of the Trainer's epoch follows.
+        # The last step is skipped here, since on_epoch_end follows.
         if (
             self.steps_per_epoch
             and state.global_step % self.steps_per_epoch == 0 < state.max_steps - state.global_step
@@ -50,9 +50,9 @@ class BadImageReport(TrainerCallback):
 
 
 def describe_bad_images(dataset: ImageDataset | StreamingImageDataset) -> str | None:
-    """How many images were bad so far and which, at most 20 of them; None if there was none.
+    """Returns how many images were bad so far, and names at most 20 of them; None if there was none.
 
-    With several processes, all must call it: each knows of those alone that it met itself.
+    With several processes, all must call this: each process knows only the bad images that it has read itself.
     """
     kind = "training" if dataset.training else "evaluation"
     if isinstance(dataset, StreamingImageDataset):

@@ -18,33 +18,33 @@ class ImageCollator:
 
     With both alphas set, each batch gets mixup or cutmix, with equal chance. Every image is mixed with its predecessor in
     the batch (so batches must be shuffled) and one ratio holds for the whole batch. Labels are not smoothed. Samples that
-    carry `epoch` and `index` are mixed as a pure function of the seed and of these; others draw from torch's global
+    carry `epoch` and `index` are mixed as a pure function of the seed, `epoch` and `index`; others draw from torch's global
     generator.
 
     With `mix_pairs`, the samples at the positions 2k and 2k + 1 of the epoch's permutation are mixed with each other: for
-    each pair, mixup or cutmix and its ratio are drawn from the seed, the epoch and the positions. What becomes of an image
-    is then a function of seed and epoch alone, whatever the number of workers and processes, and whatever the batch of each
-    process, which must be even. The last sample of an odd dataset, which stands twice, is not mixed.
+    each pair, mixup or cutmix and its ratio are drawn from the seed, the epoch and the positions. The mix of an image is
+    then a function of seed and epoch alone, whatever the number of workers and processes and the batch of each process,
+    which must be even. The last sample of an odd dataset, which comes twice, is not mixed.
 
-    Labels are checked here because it costs no GPU synchronisation: a label out of range would otherwise be an
-    unreadable device-side assertion.
+    Labels are checked here, where it costs no GPU synchronisation: on a GPU, a label out of range is an unreadable
+    device-side assertion.
 
     Args:
         num_labels: number of classes.
         mixup_alpha: parameter of mixup's Beta(alpha, alpha); 0 switches mixup off.
         cutmix_alpha: the same for cutmix.
         seed: integer.
-        mix_pairs: see above; samples must carry `epoch` and `position`, as those of [`EpochSampler`] with `positions` do.
-        teacher_logits: a store, whose rows come with the batch; samples must carry `epoch` and `position`.
+        mix_pairs: see above; samples must carry `epoch` and `position`, which [`EpochSampler`] with `positions` sets.
+        teacher_logits: a store, whose rows are added to the batch; samples must carry `epoch` and `position`.
 
     Call with a list of samples `{"pixel_values": [3, H, W] float, "labels" or "label": int}`, with or without `epoch`,
     `index` and `position`. Returns `pixel_values` [B, 3, H, W], `labels`: [B] int64, or [B, num_labels] float32 after
-    mixing, with samples that carry it, as those of training do, `index` [B] int64, and with a store `teacher_logits`, the
-    dict of [`~nkd_hf.teacher_logits.store.TeacherLogits.read`].
+    mixing, `index` [B] int64 if the samples carry it (training's do), and with a store `teacher_logits`, the dict of
+    [`~nkd_hf.teacher_logits.store.TeacherLogits.read`].
 
     Raises:
-        ValueError: an argument is out of range; a label is not an integer from 0 to `num_labels - 1`; a pair is torn, or
-            a target is not that of the store.
+        ValueError: an argument is out of range; a label is not an integer from 0 to `num_labels - 1`; a pair is split, or a
+            target differs from that of the store.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ class ImageCollator:
             raise ValueError("stored teacher logits are of images that were mixed in pairs: set mix_pairs")
 
     def without_mixing(self) -> "ImageCollator":
-        """The same collator for evaluation: integer labels, no mixing."""
+        """Returns the same collator for evaluation: integer labels, no mixing."""
         return ImageCollator(self.num_labels, seed=self.seed)
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
@@ -120,7 +120,7 @@ class ImageCollator:
         return batch | ({"index": torch.tensor([sample["index"] for sample in samples])} if known else {})
 
     def _mix_in_pairs(self, pixel_values: Tensor, labels: Tensor, samples: list[dict]) -> Tensor:
-        """Mixes the pixels in place; the labels [B, num_labels] are returned."""
+        """Mixes the pixels in place, and returns the labels [B, num_labels]."""
         mixed_labels = F.one_hot(labels, self.num_labels).float()
         for row in range(0, len(samples), 2):
             pair = slice(row, row + 2)

@@ -14,13 +14,13 @@ from .labels import describe_synsets
 def check_dataset_classes(id2label: Mapping[Any, str] | Sequence[str], by_argument: Mapping[str, Any]) -> None:
     """Checks that the labels of image datasets are the student's classes.
 
-    Names are compared as [`~nkd_hf.data.labels.label_names`] gives them. The numbers `0` to `n-1`, or `LABEL_0` and so on, tell
-    nothing and match any others but the same numbers in another order.
+    Names are compared as [`~nkd_hf.data.labels.label_names`] gives them. The numbers `0` to `n-1`, or `LABEL_0` and so on,
+    are no names: they match any names except the same numbers in another order.
 
     Args:
         id2label: the student's.
-        by_argument: datasets by the names of their arguments. Those that are neither an `ImageDataset` nor a
-            `StreamingImageDataset`, nor a `Subset` or `ConcatDataset` of them, pass.
+        by_argument: datasets by the names of their arguments. Only `ImageDataset`, `StreamingImageDataset` and a `Subset`
+            or `ConcatDataset` of them are checked.
 
     Raises:
         ValueError: a dataset has more classes than the student, or has other names, or the same ones in another order,

@@ -16,7 +16,8 @@ from ..errors import BadSampleError, reason
 from .seeding import seeded
 
 _ORIENTATION = PIL.ExifTags.Base.Orientation
-# The formats that are opened. Pillow's others hold no photographs, and some start a program, as EPS does Ghostscript.
+# The formats that are opened. Pillow's other formats hold no photographs, and some start a program, as EPS does
+# Ghostscript.
 FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
@@ -27,32 +28,32 @@ _ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4:/
 
 
 def takes_tensors(transform: Callable) -> bool:
-    """Whether it takes [3, H, W] uint8 tensors as well as images, as [`~nkd_hf.data.transforms.train_transform`] may."""
+    """Whether a transform takes [3, H, W] uint8 tensors too, as that of [`~nkd_hf.data.transforms.train_transform`]."""
     return getattr(transform, "takes_tensors", False)
 
 
 def draws_from_torch(transform: Callable) -> bool:
-    """Whether it draws from torch's generator alone, and says so by a true attribute of this name."""
+    """Whether a transform draws from torch's generator alone, as its attribute of this name says."""
     return getattr(transform, "draws_from_torch", False)
 
 
 def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.Image.Image | torch.Tensor, int]:
-    """The RGB image and the label of an encoded row.
+    """Decodes the RGB image of a row, and returns it with the label.
 
-    Bad are: no image, an empty file, a truncated one, one that is no image of the [`FORMATS`] (whatever its name says),
-    one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), one whose long side is more than 50 times its short
-    one (both read from the header, before memory is taken), a path that is not read (see [`read_bytes`]), and a label that
-    is null or negative. An animation is its first frame; an image of any other size from 1 x 1 is good.
+    Bad are: no image, an empty file, a truncated one, a file that is no image of the [`FORMATS`] (whatever its name says),
+    an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), an image whose long side is more than 50 times
+    its short side (both read from the header, before memory is taken), a path that is not read (see [`read_bytes`]), and a
+    label that is null or negative. Of an animation the first frame is read. An image of any other size from 1 x 1 is good.
 
     Images turn upright by their EXIF tag and become RGB just as in transformers' pipeline (CMYK is converted, alpha is
-    dropped), with one difference: there, all that is brighter than 255 of 65535 in 16-bit grayscale becomes white; here,
-    the upper 8 bits are kept, as Pillow does with 16-bit RGB. 32-bit integer and float pixels, for which no format says
-    what white is, are taken as 0..255, and are bad if they are not.
+    dropped), with one difference: the pipeline makes all 16-bit grayscale pixels above 255 of 65535 white; here, the upper
+    8 bits are kept, as Pillow does with 16-bit RGB. 32-bit integer and float pixels, for which no format defines white, are
+    read as 0..255, and an image with other values is bad.
 
     Args:
         sample: `image` as `{"bytes", "path"}` or None, and `label`, an integer or None.
         name: what the row is called in the error.
-        as_tensor: whether the image may come as a tensor [3, H, W] uint8. A plain JPEG then does: torchcodec decodes it to
+        as_tensor: whether the image may be a tensor [3, H, W] uint8. That of a plain JPEG then is: torchcodec decodes it to
             the same values in less time.
 
     Returns:
@@ -78,7 +79,7 @@ def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.I
 
 
 def read_bytes(encoded: dict) -> bytes | None:
-    """The file of an encoded image: its bytes, or what its path names on this machine or, in a stream, on the Hub.
+    """Reads the file of an encoded image: its bytes, or the file at its path on this machine or, in a stream, on the Hub.
 
     Args:
         encoded: `{"bytes", "path"}`.
@@ -87,7 +88,7 @@ def read_bytes(encoded: dict) -> bytes | None:
         The bytes; None where there are neither bytes nor a path.
 
     Raises:
-        ValueError: the path is an address that is not of the Hub, which a row could use to have anything fetched.
+        ValueError: the path is an address outside of the Hub. Otherwise, a row could make this process fetch anything.
         OSError: the file cannot be read.
     """
     path, content = encoded["path"], encoded["bytes"]
@@ -121,25 +122,25 @@ def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:
         raise ValueError("it is empty, of 0 bytes")
     image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size
-    # Pillow merely warns up to twice its limit, without a name, and then takes up to 0.7 GB, in each worker.
+    # Up to twice its limit Pillow merely warns, without naming the image, and then takes up to 0.7 GB in each worker.
     if PIL.Image.MAX_IMAGE_PIXELS is not None and width * height > PIL.Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} are more than {PIL.Image.MAX_IMAGE_PIXELS} pixels: scale it down")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"{width} x {height} pixels are a strip of more than {MAX_ASPECT_RATIO} : 1: crop it")
     is_plain = image.format == "JPEG" and image.mode == "RGB"
     if as_tensor and is_plain and image.getexif().get(_ORIENTATION, 1) == 1:
-        with contextlib.suppress(RuntimeError):  # Pillow decodes it too, or says what is wrong with it
+        with contextlib.suppress(RuntimeError):  # Pillow decodes the file below, or says what is wrong with it
             return decode_jpeg(content, mode="RGB")
     image.load()  # a PNG's EXIF tags may lie behind its pixels
     return image if image.getexif().get(_ORIENTATION) is None else PIL.ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # of 16 bits in either case
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # both have 16 bits
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         low, high = np.min(image), np.max(image)
-        # Fractions of 1 would turn black.
+        # Pixels in 0..1 would turn black.
         if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
             raise ValueError(f"its 32-bit pixels go from {low:g} to {high:g}, expected 0 to 255: store it with 8 bits")
     return image.convert("RGB")

@@ -1,6 +1,6 @@
 """Datasets of decoded and transformed images, map-style and streamed.
 
-What changes the pixels of training raises `PIXELS_VERSION` of transforms.py.
+Raise `PIXELS_VERSION` of transforms.py with every change that changes the pixels of training.
 """
 
 import copy
@@ -26,38 +26,38 @@ from .stream_parts import shuffled_part
 
 logger = logging.getLogger(__name__)
 
-# Rows held by each worker to shuffle a stream: some 200 MB of ImageNet's JPEGs.
+# Rows that each worker keeps to shuffle a stream: some 200 MB of ImageNet's JPEGs.
 SHUFFLE_BUFFER = 2048
 # How many bad images a report names.
 NUM_NAMED = 20
 
 
 class ImageDataset(EpochDataset):
-    """Samples of a dataset that fits on disk, decoded and transformed when asked for.
+    """Decodes and transforms the samples of a dataset on disk when they are read.
 
-    The transform of a sample is a pure function of `(seed, epoch, index)`, whatever the number of workers: ask for
-    `dataset[(epoch, index)]`, as [`~nkd_hf.data.sampler.EpochSampler`] does, and [`~nkd_hf.DistillationTrainer`] with any other
-    sampler. Images are read as [`read_sample`] says.
+    The transform of a sample is a pure function of `(seed, epoch, index)`, whatever the number of workers, when it is read
+    as `dataset[(epoch, index)]`. [`~nkd_hf.data.sampler.EpochSampler`] and, for any other sampler,
+    [`~nkd_hf.DistillationTrainer`] do so. [`read_sample`] reads the images.
 
-    A plain `dataset[index]`, as all other loaders and wrapped datasets ask for it, knows no epoch: in training, the requests
-    for a row are counted over all workers, and the first one gets epoch 0, the next one epoch 1. Each process counts for
-    itself, and a new process, such as that of a resumed run, starts at 0.
+    A plain `dataset[index]`, as in all other loaders and wrapped datasets, has no epoch: in training, the requests for a
+    row are counted over all workers; the first one gets epoch 0, the next one epoch 1. Each process counts for itself, and
+    a new process, such as that of a resumed run, starts at 0.
 
     Args:
         dataset: a `datasets.Dataset` with the columns `image` and `label`, such as a split of [`~nkd_hf.data.loading.load_image_dataset`].
-        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, of [3, H, W] uint8 too.
+        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, from [3, H, W] uint8 too.
         seed: integer.
         on_bad_image: `error`, or `skip`: the next good row takes the place of a bad one (see [`read_sample`]), so that
             lengths stay as they are. In evaluation that row then counts twice: with N bad rows of M, accuracy is off by
             N / M at the most. [`~nkd_hf.data.bad_images.BadImageReport`] says which rows they are.
         training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
 
-    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch`, `index` and `draw`, which is 0
-    where it is the row's first one in this epoch.
+    A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch`, `index` and `draw`, which is
+    0 for the row's first sample in this epoch.
 
     Raises:
-        ValueError: the dataset is empty, lacks a column or has labels that are no integers; on access: a bad row, with
-            its file, or all rows are bad.
+        ValueError: the dataset is empty, lacks a column or has labels that are no integers; on access: the row is bad (its
+            file is named), or all rows are.
 
     Example:
         >>> from nkd_hf.data.arguments import DataArguments
@@ -87,7 +87,7 @@ class ImageDataset(EpochDataset):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.training = training
-        # One flag a row, in memory that workers share: setting it twice is harmless, so it needs no lock.
+        # One flag per row, in memory that workers share. It needs no lock, since setting a flag twice is harmless.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
 
@@ -116,7 +116,7 @@ class ImageDataset(EpochDataset):
         return self._bad.nonzero().flatten().tolist()
 
     def describe_row(self, row: int, sample: dict | None = None) -> str:
-        """`row 5 of the training data (folder/file.jpg)`; the sample is read where it is not handed in."""
+        """`row 5 of the training data (folder/file.jpg)`; the sample is read if it is not passed."""
         path = ((self.dataset[row] if sample is None else sample)["image"] or {}).get("path")
         return f"row {row} of the {'training' if self.training else 'evaluation'} data" + (
             f" ({path})" if path else ""
@@ -130,7 +130,7 @@ class ImageDataset(EpochDataset):
             return 0, 0
         epoch = int(self._requests[index])
         self._requests[index] += 1
-        # In the next epoch another process may get the row, for which it is the first request: its draw is another one.
+        # In the next epoch another process may count its first request for the row; the rank makes that another draw.
         return epoch, -int(os.environ.get("RANK", 0))
 
     def get_sample(self, epoch: int, index: int, draw: int = 0) -> dict:
@@ -155,30 +155,30 @@ class ImageDataset(EpochDataset):
 
 
 class StreamingImageDataset(torch.utils.data.IterableDataset):
-    """Samples of a streamed dataset, decoded and transformed as they pass.
+    """Decodes and transforms the samples of a streamed dataset.
 
     In training the stream never ends: pass follows pass, each in another order (the shards' and a buffer's), so that all
-    batches are full and a run that is resumed by skipping batches sees what it would have seen. Give the Trainer
-    `max_steps` (see [`~nkd_hf.data.arguments.streaming_max_steps`]). In evaluation there is one pass, in order.
+    batches are full, and a run that is resumed by skipping batches reads the same samples as one without a break. Give the
+    Trainer `max_steps` (see [`~nkd_hf.data.arguments.streaming_max_steps`]). In evaluation there is one pass, in order.
 
     A stream has no row numbers: the transform is a pure function of `(seed, pass, CRC-32 of the encoded image)`, whatever
-    the number of workers; where the image is a file of its own, its folder and name stand for its content. In training,
+    the number of workers; where the image is a file of its own, the CRC-32 is that of its folder and name. In training,
     all workers of all processes (see [`~StreamingImageDataset.for_process`]) divide each pass into equal parts, by shards
     and, where these do not come out even, by rows (see [`~nkd_hf.data.stream_parts.shuffled_part`]): a shard that several
     workers share is read by each of them, and decoded once.
 
     Args:
         dataset: a `datasets.IterableDataset` with the columns `image` and `label`.
-        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, of [3, H, W] uint8 too.
+        transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, from [3, H, W] uint8 too.
         seed: integer.
-        on_bad_image: `error`, or `skip`: a bad sample is left out, and the stream goes on with the next good one.
+        on_bad_image: `error`, or `skip`: a bad sample is skipped, and the stream goes on with the next good one.
         training: whether to shuffle, to go on for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
 
     Samples are those of [`ImageDataset`], without `draw`.
 
     Raises:
-        ValueError: the dataset lacks a column or has labels that are no integers; on iteration: a bad image, with its
-            file, or not one that is good.
+        ValueError: the dataset lacks a column or has labels that are no integers; on iteration: an image is bad (its file
+            is named), or all are.
     """
 
     def __init__(
@@ -197,11 +197,11 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         self.on_bad_image = on_bad_image
         self.training = training
         self._process = 0, 1
-        # Shared with workers. A lock of the fork context could not be handed to a spawned worker; this one fits both.
+        # Shared with workers. A lock of the fork context cannot be passed to a spawned worker; this lock fits both.
         context = multiprocessing.get_context("spawn")
         self._num_bad = context.Value("q", 0)
         self._epoch = context.Value("q", 0)
-        # The names of the first bad images, a line each: bounded, as this memory must be had before there are workers.
+        # The names of the first bad images, one per line, in memory of a fixed size: it is allocated before workers start.
         self._bad_names = context.Array("c", 512 * NUM_NAMED)
 
     @property
@@ -211,12 +211,12 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
 
     @property
     def bad_names(self) -> list[str]:
-        """The different bad images met so far by all workers together; of many, the first ones."""
+        """The names of the different bad images that all workers met so far; of many, the first ones."""
         return [name.decode(errors="replace") for name in self._bad_names.value.splitlines()]
 
     def for_process(self, index: int, num_processes: int) -> "StreamingImageDataset":
-        """The same stream as one of several processes trains on it: their parts of a pass hold each image once."""
-        stream = copy.copy(self)  # which shares counts and epoch
+        """Returns one process' part of the stream; the parts of all processes hold each image of a pass once."""
+        stream = copy.copy(self)  # the copy shares counts and epoch
         stream._process = index, num_processes
         return stream
 
@@ -226,7 +226,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         return self._process[1] > 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the pass with which the next iteration begins, in persistent workers too."""
+        """Sets the pass at which the next iteration begins, in persistent workers too."""
         self._epoch.value = epoch
 
     def __iter__(self) -> Iterator[dict]:
@@ -243,7 +243,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         fruitless = 0
         for epoch in itertools.count(self._epoch.value):
             num_rows = num_good = 0
-            # In each pass another part, so that nobody always gets the one that is a row longer.
+            # In each pass another part, so that no worker always reads a part that is a row longer.
             for encoded in self._pass(epoch, (index * num_workers + worker_id + epoch) % num_parts, num_parts):
                 num_rows += 1
                 sample = self._sample(epoch, encoded)
@@ -251,15 +251,15 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
                     num_good += 1
                     yield sample
             fruitless = 0 if num_good else fruitless + 1
-            # A part of a small stream can be empty, or bad, for some passes.
+            # A part of a small stream can be empty, or hold bad images alone, for some passes.
             if fruitless >= (10 * num_parts if num_parts > 1 else 1):
                 if num_rows == 0:
                     raise ValueError("the stream has no rows: name another split")
                 raise ValueError(f"all {num_rows} images of a pass are bad: see the warnings above")
 
     def _pass(self, epoch: int, part: int, num_parts: int) -> Iterator[dict]:
-        # A new seed and not `dataset.set_epoch`, whose number all workers share: they reach their next pass at different
-        # times.
+        # A new seed per pass, since `dataset.set_epoch` sets the number of all workers, which reach their next pass at
+        # different times.
         seed = derived_seeds(self.seed, epoch)[1] >> 1
         if num_parts == 1:
             return iter(self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
@@ -283,7 +283,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         return {"pixel_values": pixels, "labels": label, "epoch": epoch, "index": key}
 
     def _note_bad(self, name: str) -> bool:
-        """Counts a bad image; True where it is named for the first time."""
+        """Counts a bad image, and returns whether its name is new."""
         with self._num_bad.get_lock():
             self._num_bad.value += 1
             names, line = self._bad_names.value, f"{name}\n".encode(errors="replace")

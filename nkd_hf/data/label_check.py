@@ -1,4 +1,4 @@
-"""Checks labels while they are on the CPU, where it makes no device wait."""
+"""Checks labels on the CPU, where the check makes no device wait."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from ..losses.checks import check_labels
 
 
 class LabelCheck:
-    """A collator that checks the labels of another one's batches, in the process or worker that makes them.
+    """A collator that checks the labels in the batches of another collator, in the process or worker that makes them.
 
-    On a GPU the losses can't look at the values of labels without waiting for it, and a class out of range is an assertion
-    of the device that can't be read.
+    On a GPU the losses can't check the values of labels without waiting for it, and a class out of range is an unreadable
+    assertion of the device.
 
     Args:
-        collator: gives a mapping. What it calls `labels` is checked.
+        collator: returns a mapping, whose `labels` are checked.
         num_labels: number of classes.
         ignore_index: see [`check_labels`].
 

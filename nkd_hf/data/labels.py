@@ -1,4 +1,4 @@
-"""The names of a dataset's classes, and one numbering for all of its splits."""
+"""Reads the names of a dataset's classes, and numbers the classes alike in all splits."""
 
 import functools
 import logging
@@ -24,10 +24,10 @@ _Split = TypeVar("_Split", Dataset, IterableDataset)
 
 
 def label_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
-    """The class names of what [`load_image_dataset`] returned, by label: `dict(enumerate(names))` is an `id2label`.
+    """Returns the class names of the splits of [`load_image_dataset`], by label: `dict(enumerate(names))` is an `id2label`.
 
     Raises:
-        ValueError: a stream whose labels are integers without names.
+        ValueError: the data is a stream whose labels are integers without names.
 
     Example:
         >>> from nkd_hf.data import DataArguments, load_image_dataset
@@ -44,7 +44,7 @@ def label_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
 
 
 def describe_synsets(names: list[str]) -> list[str]:
-    """ImageNet's descriptions, where classes are named by its WordNet synsets, as folders of ImageNet are.
+    """Returns ImageNet's descriptions for names that are WordNet synsets, as those of ImageNet's folders; others unchanged.
 
     Example:
         >>> describe_synsets(["n01440764", "n01443537"])
@@ -88,7 +88,7 @@ def _check_parquet_classes(loaded: DatasetDict | IterableDatasetDict, args: Data
         )
 
 
-# In the order in which they are looked for.
+# In the order of preference.
 _LABEL_COLUMNS = ["label", "labels", "fine_label"]
 
 
@@ -102,7 +102,7 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
     for name, split in splits.items():
         names = split.features["label"].names
         found = {names[label] for label in split.unique("label") if label is not None and label >= 0}
-        # The folder of a class without images is no class to `datasets`, unless another split has some.
+        # `datasets` ignores the folder of a class without images, unless another split has images of the class.
         path = split[0]["image"]["path"] or "" if len(split) and split[0]["image"] else ""
         is_class = os.path.isabs(path) and Path(path).parent.name in names
         folders = {entry.name for entry in os.scandir(Path(path).parents[1]) if entry.is_dir()} if is_class else set()
@@ -120,7 +120,7 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
 
 
 def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Gives text and plain integer labels a `ClassLabel` that holds for all splits; numbers are in order."""
+    """Casts text and plain integer labels to one `ClassLabel` for all splits; names that are numbers are in order."""
     feature = splits["train"].features["label"]
     if isinstance(feature, datasets.ClassLabel):
         return _in_order_of_numbers(splits)
@@ -136,7 +136,7 @@ def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
 
 
 def _in_order_of_numbers(splits: dict[str, _Split]) -> dict[str, _Split]:
-    """Numbers the classes by their names where these are whole numbers: as text, 10 would come before 2."""
+    """Orders the classes by number where their names are whole numbers: as text, 10 would come before 2."""
     ordered = {}
     for key, split in splits.items():
         feature = split.features["label"]
@@ -161,8 +161,8 @@ def _renumber(label: int | None, number: dict[int, int]) -> dict[str, int | None
 
 
 def _cast_labels(split: Dataset, feature: datasets.Value | datasets.ClassLabel) -> Dataset:
-    # The label column alone, as casting the dataset would write all images to the cache once more; and at once, as
-    # Dataset.cast handles the schema, with all names of classes, in every thousand rows.
+    # Casts the label column alone, since Dataset.cast on the whole dataset would write all images to the cache again; and
+    # as one table, since Dataset.cast handles the schema, with all class names, for every thousand rows.
     labels = split["label"][:]
     if isinstance(feature, datasets.ClassLabel) and _is_text(split.features["label"]):
         numbers = {name: number for number, name in enumerate(feature.names)}

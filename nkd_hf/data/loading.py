@@ -30,23 +30,23 @@ from .row_paths import check_data_files, keep_within
 
 
 def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | IterableDatasetDict:
-    """Loads an image-classification dataset in one shape, whatever it was.
+    """Loads an image-classification dataset of any shape as two splits with `image` and `label`.
 
     Args:
         args: what to load.
-        seed: draws the validation split where one must be made (stratified by label if each class has images enough),
-            and the subsets of `max_train_samples` and `max_eval_samples`.
+        seed: draws the validation split where one must be made (stratified by label if each class has enough images), and
+            the subsets of `max_train_samples` and `max_eval_samples`.
 
     Returns:
         The splits `train` and `validation` with the columns `image` (encoded: `datasets.Image(decode=False)`) and `label`
         (`ClassLabel`; text labels become the sorted names, plain integers `LABEL_0`, `LABEL_1`, ...), numbered alike in
-        both. Where all names are whole numbers, as those of the folders `0` to `11`, they stand in the order of these. In
-        a stream, integers without names stay integers. A warning names the classes, and the folders of classes,
-        that have no images in a split.
+        both. Names that are all whole numbers, such as those of the folders `0` to `11`, are in the order of the numbers.
+        In a stream, integers without names stay integers. A warning names the classes, and the folders of classes, that
+        have no images in a split.
 
     Raises:
-        ValueError: the dataset cannot be reached, or has no such split, column or kind of label, or a split has no rows;
-            the message says which there are. Or local parquet files number their classes differently.
+        ValueError: the dataset cannot be reached, has no such split, column or kind of label (the message names those that
+            exist), a split has no rows, or local parquet files number their classes differently.
 
     Example:
         >>> data = load_image_dataset(DataArguments(dataset_name="digits", max_eval_samples=100))
@@ -133,7 +133,7 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         raise
     except (
         *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
-        *(yaml.YAMLError, pickle.UnpicklingError),  # of its card, and of a tar file: nothing of it was run
+        *(yaml.YAMLError, pickle.UnpicklingError),  # from its card, and from a tar file: no code in them was run
     ) as error:
         if how := gate(error, name, "dataset"):
             raise ValueError(f"dataset_name={redact(args.dataset_name)!r} could not be loaded: {how}") from error
@@ -156,7 +156,7 @@ _EXPECTED = (
     "Hub (check its name and dataset_config_name; if it is gated, accept its terms on its page and run `hf auth login`; with "
     "no network, only one that was loaded before)"
 )
-# What `datasets` says where a split has no rows: a file with none, or none in all of its files.
+# Parts of datasets' errors for a split without rows: one for an empty file, one where all files are empty.
 _EMPTY_SPLIT = ("BatchSize must be greater than 0", "corresponds to no data")
 
 
@@ -170,7 +170,7 @@ def _pick_split(loaded: dict, wanted: str | None, candidates: list[str], option:
 
 
 def _pick_columns(split, args: DataArguments):
-    """The split with `image` and `label` alone."""
+    """Returns the split with the columns `image` and `label` alone."""
     if split.features is None:
         raise ValueError(
             f"{redact(args.dataset_name)!r} does not say which columns its stream has: load it without streaming"
@@ -198,7 +198,7 @@ def _pick_columns(split, args: DataArguments):
     split = split.select_columns(list(columns))
     for source, target in columns.items():
         if target == "image" and isinstance(split.features[source], datasets.Image):
-            # Before anything else: in a stream, a step that follows would decode each image, and stop at a bad one.
+            # Cast first, since in a stream any later step would decode each image, and stop at a bad one.
             split = split.cast_column(source, datasets.Image(decode=False))
     split = split.rename_columns({source: target for source, target in columns.items() if source != target})
     image, label = split.features["image"], split.features["label"]
@@ -208,7 +208,7 @@ def _pick_columns(split, args: DataArguments):
             f"the image column is {image}, expected images, encoded bytes or paths: set image_column_name"
         )
     if isinstance(split, Dataset) and label in (datasets.Value("float32"), datasets.Value("float64")):
-        # One missing label makes the integers of a CSV file floats. (A stream would cut fractions off as it passes.)
+        # One missing label makes the integers of a CSV file floats. (In a stream, the cast would cut fractions off.)
         try:
             split = _cast_labels(split, datasets.Value("int64"))
         except pa.ArrowInvalid as error:
@@ -226,7 +226,7 @@ def _pick_columns(split, args: DataArguments):
     return keep_within(split, os.path.expanduser(args.dataset_name))
 
 
-# In the order in which they are looked for.
+# In the order of preference.
 _EVALUATION_SPLITS = ("validation", "val", "valid", "test")
 IMAGE_DTYPES = ("binary", "large_binary", "string", "large_string")
 INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -238,7 +238,7 @@ def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> Non
             f"the labels of {redact(args.dataset_name)!r} are text, and a stream does not say which there are: load without "
             "streaming, or store the dataset with `class_encode_column`"
         )
-    # Here, since DataLoader workers with nothing to do cannot tell whether others have something.
+    # Checked here, since a DataLoader worker without rows cannot tell whether other workers have some.
     try:
         empty = next(iter(split), None) is None
     except pa.ArrowInvalid as error:
@@ -250,13 +250,13 @@ def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> Non
 
 
 def _first_rows(split: IterableDataset, limit: int) -> IterableDataset:
-    # As one shard: `take` alone divides the number among shards, so that several workers would get other rows.
+    # As one shard: `take` alone divides the number among shards, so that several workers would read other rows.
     rows = ExamplesIterable(_keyed_rows, {"stream": split.take(limit)})
     return IterableDataset(rows, info=split.info.copy(), split=split.split)
 
 
 def _keyed_rows(stream: IterableDataset) -> Iterator[tuple[int, dict]]:
-    # `iter` and not __iter__, which divides the shards among the workers of a DataLoader.
+    # stream.iter, since stream.__iter__ divides the shards among the workers of a DataLoader.
     for number, batch in enumerate(stream.iter(batch_size=1)):
         yield number, {name: values[0] for name, values in batch.items()}
 

@@ -22,14 +22,14 @@ _Split = TypeVar("_Split", Dataset, IterableDataset)
 
 
 def check_data_files(name: str) -> None:
-    """Refuses a dataset whose card names data files outside of it, before `datasets` opens or fetches them.
+    """Refuses a dataset whose card names data files outside of the dataset, before `datasets` opens or fetches them.
 
     Args:
         name: a folder, or a Hub id.
 
     Raises:
         OutsideError: the card names an address, an absolute path or one with `..`.
-        OSError: the card cannot be read, or not be fetched.
+        OSError: the card cannot be read or fetched.
     """
     for file in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
         path = _card(name, file)
@@ -49,10 +49,10 @@ def check_data_files(name: str) -> None:
 
 
 def keep_within(split: _Split, name: str) -> _Split:
-    """Casts the images to `Image(decode=False)` and refuses paths outside of the dataset, in a stream as a row comes.
+    """Casts the images to `Image(decode=False)` and refuses paths outside of the dataset, in a stream when a row is read.
 
     Args:
-        split: whose `image` is an image, encoded bytes or a path.
+        split: its column `image` holds images, encoded bytes or paths.
         name: the folder, file, glob or Hub id that the user named.
 
     Raises:
@@ -62,7 +62,7 @@ def keep_within(split: _Split, name: str) -> _Split:
     image = datasets.Image(decode=False)
     if isinstance(split, IterableDataset):
         if isinstance(split.features["image"], datasets.Image):
-            # As plain columns: Image.encode_example would put the file that a path names in place of the row's bytes.
+            # Cast to plain columns, since Image.encode_example would replace the row's bytes with the file at its path.
             columns = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
             split = split.cast_column("image", columns)
         check = functools.partial(_check_row, name=name, folders=folders, prefixes=prefixes)
@@ -83,7 +83,7 @@ def keep_within(split: _Split, name: str) -> _Split:
 
 
 def _is_plainly_inside(paths: Any, folders: list[str]) -> Any:
-    """Of many rows at once; False also where a look at the path must tell."""
+    """Whether many paths at once are inside; False also where `_is_inside` must decide."""
     inside = functools.reduce(pc.or_, [pc.starts_with(paths, os.path.join(folder, "")) for folder in folders])
     return pc.and_not(inside, pc.match_substring_regex(paths, r"\.\.|::"))
 
@@ -100,7 +100,7 @@ def _check_row(image: Any, name: str, folders: list[str], prefixes: list[str]) -
     if content is None and not _is_inside(path, folders, prefixes):
         raise OutsideError(f"a row of {_refusal(name, path)}")
     if content is not None and os.path.isfile(path):
-        path = None  # Image.encode_example, which map calls with the answer, would read that file.
+        path = None  # `map` calls Image.encode_example with this result, which would read that file.
     return {"image": {"bytes": content, "path": path}}
 
 
@@ -112,7 +112,7 @@ def _refusal(name: str, path: str) -> str:
 
 
 def _is_inside(path: str, folders: list[str], prefixes: list[str]) -> bool:
-    place = path.split("::")[-1]  # of an archive, the archive itself
+    place = path.split("::")[-1]  # for a file in an archive, the archive
     if "://" in place:
         return place.startswith(tuple(prefixes)) and ".." not in place.split("/")
     place = os.path.abspath(place)
@@ -120,7 +120,7 @@ def _is_inside(path: str, folders: list[str], prefixes: list[str]) -> bool:
 
 
 def _own_places(name: str) -> tuple[list[str], list[str]]:
-    """The folders of a dataset, with those that `datasets` extracts archives into, and its addresses on the Hub."""
+    """Returns a dataset's folders, with those into which `datasets` extracts archives, and its addresses on the Hub."""
     folders = [datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH]
     prefixes = []
     if os.path.isdir(name):
@@ -132,13 +132,13 @@ def _own_places(name: str) -> tuple[list[str], list[str]]:
     else:
         folders.append(os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset")))
         prefixes += [f"hf://datasets/{name}@", f"hf://datasets/{name}/"]
-    # As it is named, and as `datasets` resolves it.
+    # Both the path as named, and the path as `datasets` resolves it.
     absolute = {os.path.abspath(folder) for folder in folders} | {os.path.realpath(folder) for folder in folders}
     return sorted(absolute), prefixes
 
 
 def _glob_parent(name: str) -> str:
-    """The folder of a file or of a glob's files, up to its first wildcard."""
+    """Returns the folder of a file, or the folder of a glob up to its first wildcard."""
     parts = os.path.dirname(name).split("/")
     plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     return "/".join(parts[:plain])
@@ -151,12 +151,12 @@ def _card(name: str, file: str) -> str | None:
     try:
         return hf_hub_download(name, file, repo_type="dataset")
     except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
-        # `datasets` says that there is no such repository, or opens what it loaded before where there is no network.
+        # `datasets` then says that there is no such repository or, without a network, opens its cached copy.
         return None
 
 
 def _places(configs: Any) -> Iterator[str]:
-    """All paths and patterns in the `configs` of a card."""
+    """Yields all paths and patterns in the `configs` of a card."""
     for config in configs if isinstance(configs, list) else []:
         if isinstance(config, dict):
             yield from _texts([config.get("data_files"), config.get("data_dir")])

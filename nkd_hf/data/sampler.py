@@ -13,11 +13,10 @@ from .seeding import derived_seeds, seeded
 
 
 class EpochDataset(Dataset):
-    """A map-style dataset whose items are asked for as `(epoch, index)`, `(epoch, index, position)` or `(epoch, index,
-    position, draw)`.
+    """A map-style dataset whose keys are `(epoch, index)`, `(epoch, index, position)` or `(epoch, index, position, draw)`.
 
-    Subclasses define `__len__` and `get_sample(epoch, index)`, whose result should be a pure function of the two. A plain
-    index means epoch 0, or what `plain_key` makes of it. A position goes into the sample. A draw that is not 0 is another
+    Subclasses define `__len__` and `get_sample(epoch, index)`, whose result should be a pure function of epoch and index.
+    `plain_key` returns the epoch of a plain index. A position is copied into the sample. A draw other than 0 is another
     sample of the same row in the same epoch: `get_sample(epoch, index, draw)`.
     """
 
@@ -25,11 +24,11 @@ class EpochDataset(Dataset):
         raise NotImplementedError
 
     def get_sample(self, epoch: int, index: int) -> dict:
-        """The sample at `index` (0 <= index < len(self)) as it is in `epoch`."""
+        """Returns the sample at `index` (0 <= index < len(self)) in `epoch`."""
         raise NotImplementedError
 
     def plain_key(self, index: int) -> tuple[int, int]:
-        """The epoch and the draw of the sample that a plain index (0 <= index < len(self)) asks for."""
+        """Returns the epoch and the draw of the sample for a plain index (0 <= index < len(self))."""
         return 0, 0
 
     def __getitem__(
@@ -47,7 +46,7 @@ class EpochDataset(Dataset):
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-    """The permutation of an epoch: a pure function of the arguments.
+    """Returns the permutation of an epoch: a pure function of the arguments.
 
     Args:
         num_samples: length of the dataset.
@@ -66,18 +65,18 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -
 
 
 class EpochSampler(Sampler[tuple[int, ...]]):
-    """Hands `(epoch, index)` pairs to an [`EpochDataset`], each index once an epoch.
+    """Yields the keys `(epoch, index)` of an [`EpochDataset`], each index once an epoch.
 
-    The order is a pure function of `(seed, epoch)`: it is the same in all processes, reads no global generator, and a
-    resumed epoch gets the order that it had.
+    The order is a pure function of `(seed, epoch)`: it is the same in all processes and in a resumed epoch, and reads no
+    global generator.
 
     Args:
         num_samples: length of the dataset.
         seed: integer.
         shuffle: `False` keeps the order of the dataset.
-        positions: hands out `(epoch, index, position)`, the position being that in the epoch's permutation.
-        pairs: the positions 2k and 2k + 1 belong together: the last sample of an odd dataset comes twice, so that no pair
-            is torn when the last batches are filled up with the first samples.
+        positions: whether keys are `(epoch, index, position)`, with the position in the epoch's permutation.
+        pairs: whether the positions 2k and 2k + 1 belong together: the last sample of an odd dataset then comes twice, so
+            that no pair is split when the last batches are filled up with the first samples.
 
     Raises:
         ValueError: `num_samples` is not positive.
@@ -128,16 +127,16 @@ def check_positions(samples: list[dict]) -> None:
 
 __all__ = ["EpochIndices", "training_sampler"]
 
-# Indices that are drawn at a time: the generators of a process are seeded for each block, which takes 20 microseconds.
+# How many indices are drawn at a time: `seeded` takes 20 microseconds for each block.
 _BLOCK = 64
 
 
 class EpochIndices(Sampler[Any]):
-    """Adds the epoch to the indices of a sampler, and to those of a repeated row how often it came before in this epoch.
+    """Adds the epoch to the indices of a sampler and, for a repeated row, how often it came before in this epoch.
 
-    The sampler draws from `random`, numpy and torch as they are seeded by seed and epoch. All processes, of which each
-    goes through the whole sampler and takes its share, then agree on the order, and a resumed epoch gets the order that it
-    had. (A sampler with a generator of its own draws from that.)
+    `random`, numpy and torch are seeded by seed and epoch while the sampler draws. All processes, each of which goes
+    through the whole sampler and takes its share, then agree on the order, and a resumed epoch has the same order. (A
+    sampler with a generator of its own draws from its generator.)
 
     Args:
         sampler: yields indices; keys of an [`EpochDataset`] pass as they are.
@@ -181,7 +180,7 @@ class EpochIndices(Sampler[Any]):
             yield (epoch, index) if times[index] == 1 else (epoch, index, None, int(times[index]) - 1)
 
     def _indices(self, epoch: int) -> Iterator[Any]:
-        # With a fourth part, the key is that of no row's augmentation.
+        # With a fourth part and draw 0, the key differs from that of every row's augmentation.
         with seeded(self.seed, epoch, -1, 0):
             indices = iter(self.sampler)
         for block in itertools.count():
@@ -193,11 +192,11 @@ class EpochIndices(Sampler[Any]):
 
 
 def training_sampler(sampler: Sampler | None, dataset: Dataset, seed: int, num_processes: int = 1) -> Sampler | None:
-    """The sampler of a training, with the epoch and with an order that all processes share.
+    """Returns a sampler for training, with the epoch and with an order that all processes share.
 
     Args:
-        sampler: as `Trainer._get_train_sampler` returns it; None is the order of the dataset.
-        dataset: what it samples from.
+        sampler: as `Trainer._get_train_sampler` returns it; None keeps the order of the dataset.
+        dataset: the dataset that the sampler's indices are for.
         seed: integer.
         num_processes: how many processes train.
 
@@ -208,7 +207,7 @@ def training_sampler(sampler: Sampler | None, dataset: Dataset, seed: int, num_p
         return sampler
     if isinstance(dataset, EpochDataset):
         return EpochIndices(SequentialSampler(dataset) if sampler is None else sampler, seed, len(dataset))
-    # accelerate gives a RandomSampler one seed in all processes.
+    # accelerate seeds a RandomSampler alike in all processes.
     if num_processes == 1 or sampler is None or isinstance(sampler, RandomSampler | SequentialSampler):
         return sampler
     return EpochIndices(sampler, seed)

@@ -11,7 +11,7 @@ import torch
 
 
 def derived_seeds(*key: int) -> tuple[int, int, int]:
-    """Three independent 64-bit seeds that depend on the integers alone. A hash, since nearby keys must not correlate."""
+    """Returns three independent 64-bit seeds, a hash of the integers: seeds of nearby keys must not correlate."""
     digest = hashlib.blake2b(repr([operator.index(part) for part in key]).encode(), digest_size=24).digest()
     return tuple(int.from_bytes(digest[start : start + 8], "little") for start in (0, 8, 16))
 
@@ -20,14 +20,14 @@ def derived_seeds(*key: int) -> tuple[int, int, int]:
 def seeded(*key: int, torch_only: bool = False) -> Iterator[None]:
     """Makes `random`, numpy's global generator and torch's CPU generator a pure function of the integers.
 
-    They are put back on leaving, also after an exception: with `num_workers=0` the samples are made in the process
-    that trains, whose own draws (dropout, drop path) must not depend on them. (One thing is lost: the second half of a
-    pair of normals that `np.random.randn` had in store.) No other generator, such as a GPU's, is touched.
+    The generators' states are restored at the end, also after an exception: with `num_workers=0` the samples are made in
+    the process that trains, whose own draws (dropout, drop path) must not depend on the samples. (One thing is lost: the
+    second half of a pair of normals that `np.random.randn` keeps.) No other generator, such as a GPU's, is touched.
 
     Args:
         key: any integers, for example `seed, epoch, index`.
-        torch_only: leave `random` and numpy alone, whose states are large, where nothing draws from them; torch's draws are
-            the same in either case.
+        torch_only: whether `random` and numpy, whose states are large, stay as they are, for code that does not draw from
+            them; torch's draws are the same in either case.
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ def seeded(*key: int, torch_only: bool = False) -> Iterator[None]:
 @contextmanager
 def _python_and_numpy_seeded(python_seed: int, numpy_seed: int) -> Iterator[None]:
     python_state = random.getstate()
-    # Exchanging the generator, since np.random.get_state and set_state would double the cost of all this.
+    # The generator is exchanged, since np.random.get_state and set_state would double the cost of `seeded`.
     numpy_generator = np.random.get_bit_generator()
     random.seed(python_seed)
     np.random.set_bit_generator(np.random.PCG64(numpy_seed))

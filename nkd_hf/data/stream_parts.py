@@ -12,7 +12,7 @@ from datasets import IterableDataset
 __all__ = ["shuffled_part"]
 
 _Row = TypeVar("_Row")
-# Shards that are read in turn, as in `IterableDataset.shuffle`: rows of one class often follow each other in a shard.
+# How many shards are read in turn, as in `IterableDataset.shuffle`: rows of one class often follow each other in a shard.
 _SHARDS_AT_ONCE = 10
 
 
@@ -22,17 +22,17 @@ def shuffled_part(
     """Reads one of the equal parts of a stream, which together hold each row once.
 
     N shards lie end to end, each cut into `num_parts` pieces (a row's piece is its number modulo `num_parts`), and every
-    part is N pieces that follow each other. A part so reads N / `num_parts` shards and at most two of its neighbours',
-    and parts differ in size by no more than their shards do.
+    part is N pieces that follow each other. So a part reads N / `num_parts` shards and pieces of at most two more, and
+    parts differ in size by no more than shards do.
 
     Args:
-        dataset: not shuffled. All parts must be read with the same one.
+        dataset: not shuffled. All parts must be read from the same dataset.
         part: from 0.
         num_parts: how many parts there are, which may be more than shards.
         seed: of the orders of shards and rows.
         buffer_size: rows among which the next one is drawn.
     """
-    # fsspec keeps a lock that a forked process may find taken: datasets' own loop over a worker's shards resets it.
+    # fsspec's lock may be held when a process is forked. `datasets` resets it in its own loop over a worker's shards.
     fsspec.asyn.reset_lock()
     num_shards = dataset.num_shards
     order = np.random.default_rng(seed).permutation(num_shards)
@@ -40,7 +40,7 @@ def shuffled_part(
 
     def rows(place: int) -> Iterator[dict[str, Any]]:
         shard = dataset.shard(num_shards, int(order[place]))
-        # Its __iter__ would divide the rows among the DataLoader's workers once more.
+        # shard.__iter__ would divide the rows among the DataLoader's workers once more.
         for number, batch in enumerate(shard.iter(batch_size=1)):
             if (place * num_parts + number % num_parts) // num_shards == part:
                 yield {name: values[0] for name, values in batch.items()}

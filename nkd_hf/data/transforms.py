@@ -21,8 +21,8 @@ from ..errors import reason
 from ..models.preprocessing import read_processor
 from .arguments import DataArguments
 
-# Raised with every change of the code that makes other training pixels of the same image, seed and arguments: in images.py
-# (decoding), in batches.py (order, draws, mixing) and here. Stores of teacher logits from before are then refused.
+# Raise this with every change that makes other training pixels of the same image, seed and arguments: in decoding.py,
+# image_datasets.py, sampler.py, seeding.py, collator.py and here. Older stores of teacher logits are then refused.
 PIXELS_VERSION = 3
 
 
@@ -34,11 +34,11 @@ def train_transform(
     interpolation: str = "bilinear",
     channel_order: Sequence[int] | None = None,
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
-    """The augmentation of training images, up to normalisation.
+    """Returns the augmentation of training images, up to normalisation.
 
     torchvision's random crop and flip, then with `auto_augment` timm's RandAugment and with `random_erasing` its erasing,
-    as in the DeiT recipes. All of it keeps no state and draws only from `random`, numpy and torch's CPU generator, so that
-    [`~nkd_hf.data.seeding.seeded`] governs it.
+    as in the DeiT recipes. The transform keeps no state and draws only from `random`, numpy and torch's CPU generator,
+    which [`~nkd_hf.data.seeding.seeded`] seeds.
 
     Args:
         args: the augmentation.
@@ -46,13 +46,13 @@ def train_transform(
         mean: of red, green and blue, for pixels in 0..1.
         std: of red, green and blue, for pixels in 0..1.
         interpolation: `bilinear` or `bicubic`.
-        channel_order: which of red (0), green (1) and blue (2) each channel of the result is. None means the order that
-            `mean` has, where it comes from [`~nkd_hf.models.preprocessing.read_preprocessing`], else red, green and blue.
+        channel_order: which of red (0), green (1) and blue (2) each channel of the result is. None takes
+            `mean.channel_order`, which [`~nkd_hf.models.preprocessing.read_preprocessing`] sets, else red, green and blue.
 
     Returns:
         A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. It also takes a tensor [3, H, W] uint8, and says so with
-        an attribute `takes_tensors`; crops that are resized from the two differ by one step of 8 bits, rarely two (bicubic:
-        up to three), before RandAugment.
+        an attribute `takes_tensors`; the resized crops of image and tensor differ by one step of 8 bits, rarely two
+        (bicubic: up to three), before RandAugment.
 
     Raises:
         ValueError: `auto_augment` is not in timm's syntax; unknown interpolation.
@@ -81,7 +81,7 @@ def train_transform(
 
 
 class TransformColours(NamedTuple):
-    """What a transform makes of colours and sizes; see [`~nkd_hf.models.preprocessing.Preprocessing`]."""
+    """The colours and the size of a transform's result; see [`~nkd_hf.models.preprocessing.Preprocessing`]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -89,12 +89,12 @@ class TransformColours(NamedTuple):
     size: tuple[int, int]
 
     def is_near(self, other: Any, field: str) -> bool:
-        """Whether a field differs by less than a step of 8 bits from that of another, or of a `Preprocessing`."""
+        """Whether a field differs by a step of 8 bits at most from that of another, or of a `Preprocessing`."""
         return max(abs(a - b) for a, b in zip(getattr(self, field), getattr(other, field), strict=True)) <= 1 / 255
 
 
 def read_transform(transform: Any) -> TransformColours | None:
-    """Reads what [`train_transform`] or [`processor_transform`] was made with; None for a transform of another kind."""
+    """Reads the colours of a [`train_transform`] or [`processor_transform`]; None for a transform of another kind."""
     if isinstance(transform, _TrainTransform):
         mean, std = (
             tuple(round(value, 6) for value in values.flatten().tolist()) for values in (transform.mean, transform.std)
@@ -103,14 +103,14 @@ def read_transform(transform: Any) -> TransformColours | None:
     if isinstance(transform, partial) and transform.func is _process:
         try:
             pixels = read_processor(transform.args[0])
-        except ValueError:  # It does what train_transform can't, which is for another check to say.
+        except ValueError:  # Another check refuses a processor that train_transform can't follow.
             return None
         return TransformColours(pixels.mean, pixels.std, pixels.channel_order, pixels.size)
     return None
 
 
 def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> list[Callable]:
-    """timm's steps between crop and normalisation."""
+    """Returns timm's steps between crop and normalisation."""
     try:
         with posterize_to_zero_bits():
             _, augment, _ = timm.data.create_transform(
@@ -131,9 +131,9 @@ def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], int
 
 
 def posterize_to_zero_bits() -> contextlib.AbstractContextManager:
-    """Within it, timm makes augmentations whose strongest posterize is a black image, whatever the version of Pillow.
+    """Makes timm's strongest posterize a black image within the `with` block, whatever the version of Pillow.
 
-    It keeps 0 bits there, which Pillow refuses since version 13, so that a training would end at such an image.
+    timm keeps 0 bits there, which Pillow refuses since version 13, so that training would end at such an image.
     """
     names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
     return patch.dict(auto_augment.NAME_TO_OP, dict.fromkeys(names, _posterize))
@@ -147,10 +147,10 @@ def _posterize(image: PIL.Image.Image, bits_to_keep: int, **kwargs) -> PIL.Image
 
 @dataclass
 class _TrainTransform:
-    """A crop, a flip and the normalisation, with the draws and the values of torchvision's classes, and timm's steps.
+    """Crops, flips and normalises with the draws and the values of torchvision's classes, with timm's steps in between.
 
-    torchvision's classes take about as long to find their functions as the functions to run, and timm's own crop and
-    normalisation, of Pillow's images, longer than all its RandAugment. Takes [3, H, W] uint8 tensors too.
+    torchvision's classes take as long to find their functions as the functions to run. timm's own crop and normalisation of
+    Pillow's images take longer than its RandAugment. Takes [3, H, W] uint8 tensors too.
     """
 
     crop: Callable
@@ -174,7 +174,7 @@ class _TrainTransform:
         if torch.rand(1) < self.flip:
             image = F.horizontal_flip(image)
         if self.augment and isinstance(image, torch.Tensor):
-            # of its planes, in a fifth of the time of F.to_pil_image, which joins them pixel by pixel
+            # Merging planes takes a fifth of the time of F.to_pil_image, which joins them pixel by pixel.
             image = PIL.Image.merge("RGB", [PIL.Image.fromarray(plane) for plane in image.numpy()])
         for step in self.augment:
             image = step(image)
@@ -202,7 +202,7 @@ class _RandomResizedCrop:
         return F.resized_crop(image, *box, self.size, self.interpolation)
 
     def _draw_box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, height and width, as torchvision's class draws them, without its many small tensors."""
+        """Draws top, left, height and width as torchvision's class does, without its many small tensors."""
         for _ in range(10):
             area = height * width * torch.empty(1).uniform_(*self.scale).item()
             ratio = torch.empty(1).uniform_(*_LOG_RATIO).exp_().item()
@@ -211,7 +211,7 @@ class _RandomResizedCrop:
                 top = torch.randint(height - crop_height + 1, (1,)).item()
                 left = torch.randint(width - crop_width + 1, (1,)).item()
                 return top, left, crop_height, crop_width
-        # The whole image, of which the longer side is cut where the ratio is beyond the bounds.
+        # The whole image, with its longer side cut where the ratio is beyond the bounds.
         low, high = _RATIO
         crop_height = min(height, round(width / low)) if width / height < low else height
         crop_width = min(width, round(height * high)) if width / height > high else width
@@ -239,7 +239,7 @@ class _Lighting(torch.nn.Module):
 
 
 def processor_transform(processor) -> Callable[[PIL.Image.Image], torch.Tensor]:
-    """Evaluation's transform: what `pipeline("image-classification")` does to an image, by the same code.
+    """Returns the transform of evaluation, by the code with which `pipeline("image-classification")` preprocesses an image.
 
     Args:
         processor: a transformers image processor.
@@ -251,5 +251,5 @@ def processor_transform(processor) -> Callable[[PIL.Image.Image], torch.Tensor]:
 
 
 def _process(processor, image: PIL.Image.Image) -> torch.Tensor:
-    # Pixels that are neither rescaled nor normalised are uint8.
+    # A processor that neither rescales nor normalises returns uint8.
     return processor(image, return_tensors="pt")["pixel_values"][0].to(torch.float32)
