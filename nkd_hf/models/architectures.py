@@ -1,4 +1,4 @@
-"""The architectures that a name alone stands for: timm's, and the two families that neither timm nor transformers has."""
+"""The architectures that are built by name: timm's, and two families that neither timm nor transformers has."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from .modeling_shufflenet_v2 import ShuffleNetV2Config, ShuffleNetV2ForImageClas
 
 
 class Architecture(NamedTuple):
-    """What a name stands for.
+    """An architecture of `ARCHITECTURES`.
 
     Attributes:
         model_class (`type[PreTrainedModel]`)
-        num_labels (`int`): number of classes, where none is given.
-        settings (`dict[str, Any]`): of its configuration; `model_args` may replace them.
+        num_labels (`int`): default number of classes.
+        settings (`dict[str, Any]`): arguments of its configuration; `model_args` may replace them.
     """
 
     model_class: type[PreTrainedModel]
@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "resnet34_cifar": Architecture(ResNetCifarForImageClassification, 100, {"layers": [3, 4, 6, 3]}),
 }
 
-# Their folders carry code for others; here they open without trust_remote_code.
+# Where nkd_hf is imported, transformers opens saved folders of these without trust_remote_code.
 for _config, _model in (
     (ShuffleNetV2Config, ShuffleNetV2ForImageClassification),
     (ResNetCifarConfig, ResNetCifarForImageClassification),

@@ -1,4 +1,4 @@
-"""Stops building a model that is larger than its file of weights, before memory is taken for it."""
+"""Stops the construction of a model that is far larger than its files of weights, before it takes memory."""
 
 import math
 import os
@@ -22,16 +22,16 @@ _MORE_PARAMETERS = 2**24
 _MORE_IN_BUFFERS = 2**27
 # The largest image classifiers have some thousand tensors and some billion parameters.
 _LARGEST = (2**12, 2**34)
-# A tensor's name, shape and place take at least as many bytes of a pickle.
+# A pickle has at least this many bytes for each tensor's name, shape and offset.
 _BYTES_OF_A_TENSOR = 64
 
 
 class WeightsSize(NamedTuple):
-    """How much a model's files of weights hold.
+    """The size of a model's files of weights.
 
     Attributes:
-        tensors (`int`): their number.
-        elements (`int`): the numbers in all tensors together.
+        tensors (`int`): number of tensors.
+        elements (`int`): number of elements in all tensors together.
     """
 
     tensors: int
@@ -39,7 +39,7 @@ class WeightsSize(NamedTuple):
 
 
 def measure_weights(paths: Sequence[str]) -> WeightsSize:
-    """Measures files of weights by their headers, or pickles by their number of bytes.
+    """Counts tensors and elements, of safetensors by their headers; of pickles, the number of bytes gives upper bounds.
 
     Raises:
         SafetensorError: a file is damaged.
@@ -58,13 +58,13 @@ def measure_weights(paths: Sequence[str]) -> WeightsSize:
 
 @contextmanager
 def build_limit(size: WeightsSize | None = None, num_new_classes: int = 0) -> Iterator[None]:
-    """Makes constructors of modules in this thread fail when they are far beyond the size of a model's weights.
+    """Makes constructors of modules in this thread fail if they register far more than the files of weights hold.
 
-    `from_pretrained` builds models on the meta device, so that what is counted takes no memory yet.
+    `from_pretrained` builds models on the meta device, so the counted tensors take no memory yet.
 
     Args:
-        size: what the files hold. None means as much as the largest image classifiers.
-        num_new_classes: of a classifier that replaces the file's.
+        size: the size of the files. None means the size of the largest image classifiers.
+        num_new_classes: number of classes of a new classifier that replaces the file's.
 
     Raises:
         RefusedError: from inside the constructor.

@@ -7,8 +7,8 @@
 - `low` and `high`, for ViTKD: a ViT's patch tokens after its first two blocks, and after its last block and final norm
   (arXiv 2209.02432; forward of the backbones `VisionTransformer` and `Deit_3` of github.com/yzd-v/cls_KD). A ViT of timm
   that pools before it normalises (`fc_norm`) has that norm applied to each token.
-- `map`, for MGD and SRRL: the last feature map, which the classifier of a CNN or a Swin averages over its places; of a ViT
-  its patch tokens after the final norm, laid out as they stood in the image.
+- `map`, for MGD and SRRL: the last feature map, which the classifier of a CNN or a Swin averages over its places; for a ViT,
+  the patch tokens after the final norm, in the grid of the image's patches.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Reading(NamedTuple):
 
     Attributes:
         layers (`tuple[str, ...]`): the submodules whose outputs are read; the features of several are stacked on dim 1.
-        read (`Callable[[Tensor, Grid | None], Tensor]`): makes a feature of one output.
-        text (`str`): what the feature is, for messages.
+        read (`Callable[[Tensor, Grid | None], Tensor]`): turns one output into a feature.
+        text (`str`): names the feature in messages.
         grid_layer (`str`, *optional*): the submodule whose output [B, D, h, w] has the grid of a ViT's or Swin's patches.
     """
 
@@ -39,15 +39,13 @@ class Reading(NamedTuple):
 
 
 class _Pooled(NamedTuple):
-    """A network whose classifier `head` reads the average of what `last` puts out."""
+    """A network whose classifier `head` reads the average of the output of `last`."""
 
     mid: str
     last: str
     head: str
     channels_last: bool = False
-    grid: str | None = (
-        None  # where the tokens of a Swin are [B, N, D]: the convolution that cuts the image into patches
-    )
+    grid: str | None = None  # for a Swin with tokens [B, N, D]: the convolution that cuts the image into patches
 
 
 class _Vit(NamedTuple):
@@ -58,8 +56,8 @@ class _Vit(NamedTuple):
     grid: str
 
 
-# By the beginning of the architecture's name, and by transformers' model_type. `{-1}` stands for the last of the submodules
-# that are numbered there and `{-2}` for the last but one, however many there are.
+# Keys: the beginning of timm's architecture, and transformers' model_type. `{-1}` stands for the last of the submodules that
+# are numbered at that place, and `{-2}` for the last but one.
 _TIMM_LAYERS = {
     "resnet": _Pooled("layer{-2}", "layer{-1}", "fc"),
     "mobilenetv1": _Pooled("blocks.{-2}", "bn2", "classifier"),
@@ -87,19 +85,19 @@ _TRANSFORMERS_LAYERS = {
     "nkd_shufflenet_v2": _Pooled("shufflenet.stage{-1}", "shufflenet.conv5", "shufflenet.fc"),
     "nkd_resnet_cifar": _Pooled("resnet.layer{-2}", "resnet.layer{-1}", "resnet.fc"),
 }
-# Class token, and the distillation token of DeiT; a timm model has the number of its own.
+# The class token, and DeiT's distillation token. A timm model has an attribute num_prefix_tokens.
 _TRANSFORMERS_PREFIX_TOKENS = {"vit": 1, "deit": 2}
 
 
 def known_reading(model: nn.Module, kind: str) -> Reading | None:
-    """How the papers read this kind of feature from models like this one; None where that is not known.
+    """Returns how the papers read this kind of feature from a model; None if the model is unknown or has no such feature.
 
     Args:
         model: a `*ForImageClassification`, or a bare timm model.
         kind: `mid`, `low`, `high` or `map`.
 
     Raises:
-        ValueError: the tokens of a ViT without a final norm are asked for after it.
+        ValueError: `kind` is `high` or `map`, and the ViT has no final norm.
     """
     family = _family(model)
     try:
@@ -120,9 +118,9 @@ def classifier_name(model: nn.Module) -> str | None:
 
 
 def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers whose rows are a model's classes, by name: two with a distillation head, none where none is known.
+    """The layers with one row for each class, by name: two with a distillation head, none if the model is unknown.
 
-    In a model of transformers they lie outside of the base model. The last layer there has a row a class.
+    In a model of transformers they lie outside of the base model, and the last layer there is one of them.
     """
     timm = timm_model(model)
     if timm is None:
@@ -139,13 +137,13 @@ def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def prefix_tokens(model: nn.Module) -> int | None:
-    """How many tokens of a ViT stand before its patch tokens: class, distillation and register tokens. None for others."""
+    """Number of tokens before a ViT's patch tokens: class, distillation and register tokens. None for other models."""
     if not isinstance(_family(model), _Vit):
         return None
     vit = timm_model(model)
     if vit is None:
         return _TRANSFORMERS_PREFIX_TOKENS[model.config.model_type]
-    # Unknown in timm's SAM, whose tokens are a map.
+    # timm's SAM, whose tokens are a map, has no such attribute.
     return getattr(vit, "num_prefix_tokens", None)
 
 
@@ -156,22 +154,22 @@ def pool_places(output: Tensor, grid: Grid | None = None) -> Tensor:
 
 def keep_tokens(output: Tensor, grid: Grid | None = None) -> Tensor:
     """[B, ..., D] to [B, N, D]."""
-    # Left unpooled: Swin's official head normalises the tokens before it averages them, which is the loss's to do.
+    # Not averaged: Swin's official head normalises the tokens first, and USKDLoss(feature_norm=...) does both.
     return output.flatten(1, -2)
 
 
 def read_tokens(model: nn.Module) -> tuple[Callable[[Tensor, Grid | None], Tensor], str]:
-    """How `mid` is read from all tokens [B, N, D] of a known ViT, and what that is: what the classifier reads, if it is one."""
+    """Returns the function that reads `mid` from all tokens [B, N, D] of a known ViT, and the feature's name for messages."""
     vit = timm_model(model)
     pooling = "token" if vit is None else vit.global_pool
-    # prr, attention without parameters, ends in the class token where there is one.
+    # The pooling prr (attention without parameters) returns the class token of a ViT that has one.
     if pooling == "token" or (pooling == "prr" and vit.cls_token is not None):
         return _class_token, "class token"
     return functools.partial(_mean_of_patches, num_prefix=prefix_tokens(model)), "mean of the patch tokens"
 
 
 def timm_model(model: nn.Module) -> nn.Module | None:
-    """The timm model that this is or wraps; None for those of transformers."""
+    """The timm model itself, or inside its wrapper; None for a model of transformers."""
     config = getattr(model, "config", None)
     if config is None:
         return model
@@ -190,7 +188,7 @@ def _architecture(model: nn.Module) -> str | None:
     if config is not None:
         return getattr(config, "architecture", None)
     named = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    # timm's class may have been called by hand.
+    # timm.create_model sets pretrained_cfg; a call of timm's class does not.
     return named or ("vit" if type(model).__name__.startswith("VisionTransformer") else None)
 
 
@@ -202,7 +200,7 @@ def _family(model: nn.Module) -> _Pooled | _Vit | None:
 
 
 def _named(model: nn.Module, pattern: str) -> str:
-    """The name of the submodule that a name in the tables stands for; LookupError where the model has no such submodule."""
+    """Resolves a name in the tables to the name of a submodule; LookupError if the model has no such submodule."""
     name = pattern if timm_model(model) in (None, model) else f"timm_model.{pattern}"
     modules = dict(model.named_modules())
     while match := re.search(r"\{(-\d+|middle)\}", name):
@@ -247,7 +245,7 @@ def _vit_reading(model: nn.Module, family: _Vit, kind: str) -> Reading | None:
         return Reading(layers, patches, "patch tokens", grid_layer)
     layers, norm, text = (_named(model, family.norm),), None, "patch tokens after the final norm"
     if isinstance(model.get_submodule(layers[0]), nn.Identity):
-        # timm's fc_norm, which stands after the pooling.
+        # timm's fc_norm follows the pooling.
         norm, text = timm_model(model).fc_norm, "patch tokens after fc_norm"
         if isinstance(norm, nn.Identity):
             raise ValueError(
@@ -282,7 +280,7 @@ def _patch_tokens(output: Tensor, grid: Grid, num_prefix: int, where: str, norm:
             f"{where} must have a token of each of its {grid[0]}x{grid[1]} patches, got {tokens.shape[1]}: set its "
             "patch_drop_rate to 0"
         )
-    # In its own dtype: outside of the model's forward, no autocast may be on.
+    # In the norm's dtype, since autocast may be off outside of the model's forward.
     return tokens if norm is None else norm(tokens.to(norm.weight.dtype))
 
 

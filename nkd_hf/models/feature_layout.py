@@ -1,4 +1,4 @@
-"""Runs a model on random images, to see what cannot be read off it: how the output of a layer is laid out."""
+"""Runs a model on random images to find out how the output of a layer is laid out."""
 
 import contextlib
 import itertools
@@ -20,18 +20,18 @@ from .feature_layers import (
     timm_model,
 )
 
-# Two: a layer whose first axis does not follow the batch (Swin's windows, a table of positions) must show.
+# Two images reveal a layer whose first axis is not the batch (Swin's windows, a table of positions).
 _BATCH_SIZE = 2
 
 
 class Output:
-    """Keeps the last output of one module, or what `read` makes of it."""
+    """Keeps the last output of one module, or `read(output)`."""
 
     def __init__(self, module: nn.Module, read: Callable[[Tensor], Any] | None = None):
         self.listening = True
         self._read = read
         self._value: Any = None
-        # Its last part stands for a Sequential, which timm's gradient checkpointing takes apart without calling it.
+        # timm's gradient checkpointing calls the parts of a Sequential and never the Sequential itself.
         while isinstance(module, nn.Sequential) and len(module):
             module = module[-1]
         self.hook = module.register_forward_hook(self._keep)
@@ -49,7 +49,7 @@ class Output:
 
 
 def input_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images that a model was built for; 224 x 224 where it does not say."""
+    """Height and width of the images that a model was built for; 224 x 224 if the model does not say."""
     timm, config = timm_model(model), getattr(model, "config", None)
     size = getattr(getattr(timm, "patch_embed", None), "img_size", None)
     if size is None:
@@ -60,7 +60,7 @@ def input_size(model: nn.Module) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Lets a model run in eval mode without gradient; every module's mode and the random state are afterwards as before."""
+    """Puts a model in eval mode without gradient, and restores each module's mode and the random state afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -72,26 +72,26 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def run_once(model: nn.Module, size: tuple[int, int]) -> Any:
-    """What a model puts out for two random images, the same ones each time.
+    """Returns a model's output for two random images, the same ones in each call.
 
     Args:
         model: a `*ForImageClassification`, or a bare timm model.
         size: height and width in pixels.
     """
     with unchanged(model):
-        # Not by __call__, which Module.compile compiles: hooks that are registered later would not be in the graph.
+        # Module.compile compiles __call__, whose graph lacks hooks that are registered later.
         return model.forward(_random_images(model, size))
 
 
 def find_reading(model: nn.Module, layer: str) -> Reading:
-    """How the output of a submodule is read as `mid`.
+    """Finds out how to read `mid` from the output of a submodule.
 
-    The model is run on two sizes of images, without values where it can be: the axes that follow the size are places, and
-    the one that does not has the channels. In a model that takes one size alone, the map of a square image is square, and
-    channels are as many as some norm of the model has.
+    The model runs on images of two sizes, on the meta device if it can: the axes that change with the size are places, and
+    the axis that does not has the channels. If the model takes one size alone, the two equal axes of a square image's map are
+    places, or the axis as long as one of the model's norms has the channels.
 
     Raises:
-        ValueError: the output is no tensor of the batch, or does not show which of its axes has the channels.
+        ValueError: the output is no tensor of the batch, or its shape does not show which axis has the channels.
     """
     patches = known_reading(model, "low") if prefix_tokens(model) is not None else None
     size = input_size(model)
@@ -126,10 +126,10 @@ def _random_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
 
 
 def _shapes(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[torch.Size]:
-    """The shapes that these submodules put out; the first is the one that the user named.
+    """The shapes of the outputs of submodules; the user named the first submodule.
 
     Raises:
-        ValueError: the model does not run, or the first of them puts out no tensor of the batch.
+        ValueError: the model does not run, or the output of the first submodule is no tensor of the batch.
     """
     try:
         values = _run_on_meta(model, layers, size)
@@ -154,7 +154,7 @@ def _shapes(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[
 
 
 def _run(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any]:
-    """What these submodules put out, None for those that did not run."""
+    """The outputs of submodules, None for a submodule that did not run."""
     outputs = [Output(model.get_submodule(name)) for name in layers]
     try:
         run_once(model, size)
@@ -165,7 +165,7 @@ def _run(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any
 
 
 def _run_on_meta(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any]:
-    """As `_run`, in no time: of the tensors that take part, the shapes alone are computed."""
+    """As `_run`, on the meta device, which computes shapes alone."""
     tensors = {
         name: tensor.to("meta") for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
     }
@@ -183,7 +183,7 @@ def _channel_axis(model: nn.Module, layer: str, shape: torch.Size, size: tuple[i
     axes = range(1, len(shape))
     fits = [axis for axis in axes if shape[axis] > 1]
     if len(fits) > 1:
-        # On the meta device or not at all: on a GPU, an index beyond a table of positions would end the process.
+        # On the meta device alone: on a GPU, an index beyond a table of positions would end the process.
         with contextlib.suppress(Exception):
             other = _run_on_meta(model, [layer], (2 * size[0], 2 * size[1]))[0].shape
             fits = [axis for axis in axes if len(other) == len(shape) and other[axis] == shape[axis]]

@@ -1,6 +1,6 @@
-"""Reads what some layers of a model put out during its one forward pass, as the features that a loss asks for.
+"""Keeps the outputs of some layers during a model's one forward pass, as the features that a loss takes.
 
-feature_layers.py says what the features are: `mid`, `low`, `high` and `map`.
+The top of feature_layers.py defines the features: `mid`, `low`, `high` and `map`.
 """
 
 import difflib
@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from .feature_layers import Grid, classifier_name, describe, known_reading, timm_model
 from .feature_layout import Output, find_reading, input_size, run_once, unchanged
 
-# What a loss can ask for, by the names of its forward's arguments -> the kind of feature.
+# Argument of a loss's forward -> kind of feature.
 STUDENT_FEATURES = {"mid_feature": "mid", "student_low": "low", "student_high": "high", "student_map": "map"}
 TEACHER_FEATURES = {"teacher_low": "low", "teacher_high": "high", "teacher_map": "map"}
-# Parameters of the classifier that reads the average of the teacher's map, which is no feature of a batch.
+# Arguments that are no features: the parameters of the classifier that reads the average of the teacher's map.
 TEACHER_HEAD = ("teacher_head_weight", "teacher_head_bias")
 
-# What is missing -> what the losses that read it need.
+# Kind of feature -> its name in a message, and the models that its losses need.
 _UNKNOWN = {
     "map": (
         "last feature map is",
@@ -39,19 +39,18 @@ class FeatureTap:
     """Keeps the output of named submodules of `model`, as a feature that a loss can read.
 
     The hooks are registered at construction, so build the tap before `torch.compile` sees the model: a hook that is
-    registered later never fires in the compiled graph. All that can be known of the layers is found out at construction,
-    which runs the model on two images where `layer` is given.
+    registered later never fires in the compiled graph. With `layer`, the constructor runs the model on two images.
 
     Args:
         model (`nn.Module`): a `*ForImageClassification` of transformers, timm models among them (`TimmWrapper*`), or a
             bare timm model.
-        layer (`str`, *optional*): the submodule's name in `model`, for the kind `mid`. None finds the layers that the paper
+        layer (`str`, *optional*): the submodule's name in `model`, for the kind `mid`. None means the layers that the paper
             uses.
-        kind (`str`, defaults to `"mid"`): what is read, see the top of feature_layers.py: `mid`, `low`, `high` or `map`.
+        kind (`str`, defaults to `"mid"`): `mid`, `low`, `high` or `map`; see the top of feature_layers.py.
 
     Attributes:
         layer (`str`): the names of the submodules.
-        text (`str`): what is read from them, such as `class token` or `mean of the patch tokens`.
+        text (`str`): the feature's name in messages, such as `class token` or `mean of the patch tokens`.
         grid (`tuple[int, int]`, *optional*): height and width, in patches, of the images of the last forward pass, for
             `low`, `high` and `map` of a ViT.
 
@@ -88,7 +87,7 @@ class FeatureTap:
         weakref.finalize(self, _remove_hooks, hooks).atexit = False
 
     def listen(self, on: bool = True) -> None:
-        """Keeps outputs from now on, as a new tap does, or ignores them, so that other users of the model leave none here."""
+        """Keeps outputs from now on, as a new tap does, or ignores them, so that other calls of the model leave none here."""
         for output in (*self._outputs, *self._grids):
             output.listening = on
 
@@ -98,12 +97,12 @@ class FeatureTap:
         Returns:
             `Tensor`, in the dtype that the layer computed in. `mid`: [B, D] for CNNs (average-pooled) and for ViT / DeiT
             (the class token; the mean of the patch tokens where the classifier reads no class token), or [B, N, D] tokens
-            for Swin. `low`: [B, 2, P, D] patch tokens, row by row, without class tokens and their like; `high`: [B, P, D]
-            of those, normalised. `map`: [B, D, H, W].
+            for Swin. `low`: [B, 2, P, D] patch tokens, row by row, without class, distillation and register tokens; `high`:
+            [B, P, D] patch tokens, normalised. `map`: [B, D, H, W].
 
         Raises:
             RuntimeError: the layer took no part in the forward pass.
-            ValueError: the tokens of a ViT are not those of all patches.
+            ValueError: a ViT did not return the tokens of all patches.
         """
         outputs = [output.take() for output in self._outputs]
         if any(output is None for output in outputs):
@@ -117,7 +116,7 @@ class FeatureTap:
         return features[0] if len(features) == 1 else torch.stack(features, dim=1)
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for output in (*self._outputs, *self._grids):
             output.take()
             output.hook.remove()
@@ -133,7 +132,7 @@ def _remove_hooks(hooks: list[RemovableHandle]) -> None:
 
 
 def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = None, kind: str = "mid") -> torch.Size:
-    """Looks at the tapped feature of one batch; its last entry is what `USKDLoss(in_features=...)` wants.
+    """Returns the shape of the tapped feature of one batch; its last entry is the `in_features` of `USKDLoss`.
 
     Args:
         model (`nn.Module`): the student.
@@ -142,7 +141,7 @@ def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = No
         kind (`str`, defaults to `"mid"`): as in [`FeatureTap`].
 
     Returns:
-        `torch.Size`: of what [`FeatureTap.take`] returns: for `mid` (B, D), or (B, N, D) for Swin.
+        `torch.Size`: the shape of [`FeatureTap.take`]: for `mid` (B, D), or (B, N, D) for Swin.
 
     Raises:
         ValueError: as in [`FeatureTap`].
@@ -163,7 +162,7 @@ def classifier_head(model: nn.Module) -> nn.Linear:
         model (`nn.Module`): the teacher.
 
     Raises:
-        ValueError: the model's classifier reads something else (a ViT's its class token), or none is known.
+        ValueError: the model's classifier reads something else (a ViT's reads the class token), or the model is unknown.
     """
     name = classifier_name(model)
     head = None if name is None else model.get_submodule(name)
@@ -182,7 +181,7 @@ def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None) -> 
 
     Args:
         model (`nn.Module`): the teacher.
-        size (`tuple[int, int]`, *optional*): height and width of its images. Default: those that it was built for.
+        size (`tuple[int, int]`, *optional*): height and width of its images. Default: the size that it was built for.
     """
     head, tap = classifier_head(model), FeatureTap(model, kind="map")
     calls: list[tuple[Tensor, Tensor]] = []
@@ -203,7 +202,7 @@ def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None) -> 
         ("its logits are not what its classifier gives", given, logits),
     ):
         difference = _relative_difference(wanted, got)
-        # Sums in half precision, taken in another order, differ in some of the last bits. NaN is no agreement.
+        # Half-precision sums in another order differ in some of the last bits. `not <=` refuses NaN, too.
         if not difference <= max(1e-4, 4 * torch.finfo(wanted.dtype).eps):
             raise ValueError(
                 f"SRRL's teacher must average its last feature map and classify that, got {describe(model)}: {what} (they "
@@ -213,7 +212,7 @@ def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None) -> 
 
 
 def _relative_difference(wanted: Tensor, got: Tensor) -> float:
-    """The largest difference, in units of the largest value; infinite for other shapes."""
+    """The largest difference, in units of the largest value; infinite if the shapes differ."""
     if wanted.shape != got.shape:
         return math.inf
     wanted, got = wanted.double(), got.double()
@@ -221,7 +220,7 @@ def _relative_difference(wanted: Tensor, got: Tensor) -> float:
 
 
 def token_shape(model: nn.Module) -> tuple[int, int]:
-    """How many patch tokens a ViT makes of an image, and of which width: `ViTKDLoss(student_dim=token_shape(model)[1], ...)`.
+    """Returns the number and width of a ViT's patch tokens, as in `ViTKDLoss(student_dim=token_shape(model)[1], ...)`.
 
     Args:
         model (`nn.Module`): a ViT or DeiT, timm's (wrapped by transformers or bare) or transformers'.
@@ -257,8 +256,9 @@ def check_token_grids(
     Args:
         student (`nn.Module`): a ViT or DeiT.
         teacher (`nn.Module`): a ViT or DeiT.
-        student_size (`tuple[int, int]`, *optional*): height and width of its images. Default: those that it was built for.
-        teacher_size (`tuple[int, int]`, *optional*): of the teacher's.
+        student_size (`tuple[int, int]`, *optional*): height and width of the student's images. Default: the size that it was
+            built for.
+        teacher_size (`tuple[int, int]`, *optional*): the same of the teacher's images.
     """
     wanted, got = _token_grid(student, student_size), _token_grid(teacher, teacher_size)
     if wanted != got:
@@ -270,7 +270,7 @@ def check_token_grids(
 
 def _token_grid(model: nn.Module, size: tuple[int, int] | None = None) -> Grid:
     """Height and width in patches of an image of this size, or of the size that the model was built for."""
-    FeatureTap(model, kind="low").remove()  # for its error
+    FeatureTap(model, kind="low").remove()  # raises the ValueError if the model is no ViT
     vit = timm_model(model)
     if vit is not None:
         return tuple(vit.patch_embed.grid_size if size is None else vit.patch_embed.dynamic_feat_size(size))

@@ -1,4 +1,4 @@
-"""Which input sizes a model takes: tried on the meta device, where nothing is computed."""
+"""Finds out which input sizes a model takes, by runs on the meta device, where nothing is computed."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,7 +20,8 @@ def own_image_size(architecture: str, otherwise: int = 224) -> int:
 def takes_img_size(architecture: str) -> bool:
     """Whether one of timm's architectures has an argument `img_size`, which is saved with its student.
 
-    timm passes `img_size` itself to those of a fixed input size (`_update_default_model_kwargs` of timm/models/_builder.py).
+    timm passes `img_size` itself to architectures of a fixed input size (`_update_default_model_kwargs` of
+    timm/models/_builder.py).
     """
     cfg = timm.get_pretrained_cfg(architecture)
     return cfg is not None and bool(cfg.fixed_input_size)
@@ -32,11 +33,11 @@ def try_image_size(
     """Builds a model and runs it on one image, without weights or pixels.
 
     Args:
-        build: makes the model of an input size.
+        build: builds the model for an input size.
         image_size: height and width.
 
     Returns:
-        The model on the meta device, or None if it couldn't be built; and what it raised, or None if it gave its logits.
+        The model on the meta device, or None if it couldn't be built; and its exception, or None if it returned its logits.
     """
     model = None
     try:
@@ -48,9 +49,9 @@ def try_image_size(
 
 
 def run_fault(model: PreTrainedModel, image_size: int) -> Exception | None:
-    """What a model raises on one image of a size, or None if it gives its logits. The model stays as it is.
+    """Returns the exception of a model on one image of this size, or None if it returns its logits. No module's mode changes.
 
-    A size whose last pixels are in no patch is a fault, but for the size that the architecture was designed for.
+    A size whose last pixels are in no patch is a fault, unless the architecture was designed for it.
     """
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
@@ -91,12 +92,12 @@ def _designed_size(model: PreTrainedModel) -> int | None:
 
 
 def is_of_the_meta_device(error: Exception) -> bool:
-    """Whether an error tells of the meta device, and nothing of the model."""
+    """Whether the meta device is the cause of an error, and not the model."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
 
 def image_size_advice(build: Callable[[int], PreTrainedModel], image_size: int, own: int) -> str:
-    """Names up to three sizes that a model takes, its own and those nearest; an empty text if none is found."""
+    """Names up to three sizes that a model takes, its own and the nearest ones; an empty text if none is found."""
     fits = []
     for size in _near(image_size, own):
         if try_image_size(build, size)[1] is None:
@@ -115,5 +116,5 @@ def _near(image_size: int, own: int) -> Iterator[int]:
 
 
 def describe_fault(error: Exception) -> str:
-    """The first line of an error; its type where it says nothing."""
+    """The first line of an error's message; the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

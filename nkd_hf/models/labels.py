@@ -1,4 +1,4 @@
-"""The names of classes: one normal form for `id2label`, and two models' names matched with each other."""
+"""Brings the names of classes (`id2label`) into one normal form, and matches the names of two models."""
 
 import json
 import logging
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 def normalize_id2label(
     id2label: Mapping[Any, str] | Sequence[str], num_labels: int | None = None, *, of: str = "id2label"
 ) -> dict[int, str]:
-    """Gives class names the one form in which they are compared and saved: the numbers 0..n-1 in order, each with its text.
+    """Brings class names into the form in which they are compared and saved: the numbers 0..n-1 in order, each with its text.
 
     Args:
-        id2label: names by number. A number is an integer (numpy's and tensors of one integer are), or its text, as JSON
-            has it. A list or a tuple names the classes in order.
+        id2label: names by number. A number is an integer (also numpy's, or a tensor of one), or its text, as in JSON. A list
+            or a tuple names the classes in order.
         num_labels: how many classes there must be.
         of: what messages call the names.
 
@@ -27,7 +27,7 @@ def normalize_id2label(
         `dict[int, str]`: a new dict. Two classes may have one name, as two of ImageNet are called crane.
 
     Raises:
-        ValueError: the numbers are not 0..n-1, each once; a name is not text; there is no class, or not `num_labels`.
+        ValueError: the numbers are not 0..n-1, each once; a name is not text; there are no classes, or not `num_labels`.
 
     Example:
 
@@ -68,14 +68,14 @@ def normalize_id2label(
 
 
 def check_classifier(config: Any, of: str) -> None:
-    """Checks that a model is trained with a softmax over two or more classes, as every loss of nkd_hf is.
+    """Checks that a model has a softmax over two or more classes, which every loss of nkd_hf needs.
 
     Args:
-        config: the model's; an object without `problem_type` and `num_labels`, or None, passes.
+        config: the model's configuration; an object without `problem_type` and `num_labels`, or None, passes.
         of: what messages call the model.
 
     Raises:
-        ValueError: it has one class, or `problem_type` says that it is for regression or several labels an image.
+        ValueError: the model has one class, or its `problem_type` is regression or several labels an image.
     """
     problem_type = getattr(config, "problem_type", None)
     if problem_type not in (None, "single_label_classification"):
@@ -93,11 +93,11 @@ def invert_labels(id2label: Mapping[int, str]) -> dict[str, int]:
 
 
 def check_class_order(folder: str | Path, id2label: Mapping[Any, str] | Sequence[str]) -> None:
-    """Checks that a saved model's logits stand in the order of the classes that it is to go on with.
+    """Checks that a saved model, with which training continues, has its logits in the order of the run's classes.
 
     Args:
-        folder: of the saved model. Its `config.json` alone is read; without one, or without names in it, it passes.
-        id2label: the classes of now.
+        folder: of the saved model. A folder without a `config.json`, or without names in it, passes.
+        id2label: the run's classes.
 
     Raises:
         ValueError: the names are the same in another order.
@@ -117,11 +117,11 @@ def check_class_order(folder: str | Path, id2label: Mapping[Any, str] | Sequence
 
 
 def reorder(names: Sequence[str], saved: Sequence[str]) -> list[int] | None:
-    """Finds where classes stand among those of a saved model that names the same ones in another order.
+    """Finds the positions of `names` in a saved model that has the same names in another order.
 
     Returns:
-        `list[int]` or None: `logits[:, order]` stands in the order of `names`. None where the order is the same, where the
-        names are other ones, and where one side's are generic (`LABEL_0`), which are no names.
+        `list[int]` or None: `logits[:, order]` stands in the order of `names`. None if the order is the same, if the names
+        differ, or if one side's names are generic (`LABEL_0`).
 
     Raises:
         ValueError: the names are the same in another order, and two of them are equal.
@@ -152,21 +152,21 @@ def match_labels(
     roles: tuple[str, str] = ("student", "teacher"),
     advice: str | None = None,
 ) -> list[int] | None:
-    """Finds where the student's classes stand among the teacher's logits.
+    """Finds the positions of the student's classes in the teacher's logits.
 
-    `roles` and `advice` are for other pairs than student and teacher: what messages call them, and what to do.
+    For other pairs than student and teacher, `roles` has their names in messages, and `advice` says what to do.
 
-    Equal lists match by position, whether names repeat or not (ImageNet has two classes `crane`), and also where one
-    tells apart what the other names alike, by text after the name (the Hub's ImageNet has `crane` and `crane2`). Lists of the same
-    unique names in another order match by name. Names that are whole numbers match as numbers (`007` and `7`). Generic
-    names (`LABEL_0`) tell nothing but a number, which is the position in the other list, or the number that the other
-    list has for a name; a warning says so.
+    Equal lists match by position, even if names repeat (ImageNet has two classes `crane`), or if one list alone tells
+    repeated names apart by text after the name (the Hub's ImageNet has `crane` and `crane2`). Lists of the same
+    unique names in another order match by name. Names that are whole numbers match as numbers (`007` and `7`). A generic
+    name (`LABEL_0`) matches by its number: the same position in the other list, or the same number if the other list's
+    names are whole numbers; a warning says so.
 
     Returns:
-        `list[int]` or None: `teacher_logits[:, order]` stands in the student's order; None when it does already.
+        `list[int]` or None: `teacher_logits[:, order]` stands in the student's order; None if the orders are equal.
 
     Raises:
-        ValueError: the label spaces differ; the message lists the first differences. Or one of them is no `id2label`; see
+        ValueError: the label spaces differ; the message lists the first differences. Or one side is no `id2label`; see
             [`normalize_id2label`].
 
     Example:
@@ -223,7 +223,7 @@ def is_generic(names: Sequence[str]) -> bool:
 
 
 def whole_numbers(names: Sequence[str]) -> list[int] | None:
-    """The numbers that the names are: `3`, `003` or `LABEL_3`. None unless all are such, of one kind, and differ.
+    """Reads names that are whole numbers: `3`, `003` or `LABEL_3`. None unless all are of one kind, and no number repeats.
 
     Example:
         >>> whole_numbers(["0", "1", "10", "2"]), whole_numbers(["3", "three"]), whole_numbers(["1", "01"])
@@ -239,7 +239,7 @@ def whole_numbers(names: Sequence[str]) -> list[int] | None:
 
 
 def sort_by_number(names: Sequence[str]) -> list[str]:
-    """The names in the order of the numbers that they are, or as they stand if they are not all [`whole_numbers`].
+    """Sorts names by number if all are [`whole_numbers`]; other names keep their order.
 
     Example:
         >>> sort_by_number(["0", "1", "10", "2"]), sort_by_number(["dog", "cat"])
@@ -250,14 +250,14 @@ def sort_by_number(names: Sequence[str]) -> list[str]:
 
 
 def class_numbers(names: Sequence[str], num_labels: int) -> list[int]:
-    """The classes that named ones are among a model's `num_labels` where the model's names tell nothing.
+    """Finds the numbers of named classes in a model of `num_labels` classes, without the model's own names.
 
-    Names that are whole numbers (`003`, `LABEL_3`) are the numbers of their classes. Others count by their position, and
-    so do numbers that go beyond the model's, if they stand in one order as numbers and as text: `001` to `012`.
+    A name that is a whole number (`003`, `LABEL_3`) is the number of its class. Other names are numbered by position, and
+    so are numbers beyond the model's if their order as numbers is their order as text: `001` to `012`.
 
     Raises:
-        ValueError: the names are whole numbers beyond the model's whose order as text is another one (`1` to `12`), so
-            that nothing says which of them is the model's first class.
+        ValueError: the names are whole numbers beyond the model's, and their order as text is another one (`1` to `12`), so
+            that the name of the model's first class is unknown.
 
     Example:
         >>> class_numbers(["0", "10", "2"], 11), class_numbers(["cat", "dog"], 2)
@@ -285,7 +285,7 @@ def _number(key: Any, of: str) -> int:
     try:
         if not is_bool:
             return operator.index(key)
-    except (TypeError, ValueError):  # a tensor of several numbers gives the latter
+    except (TypeError, ValueError):  # a tensor of several numbers raises ValueError
         pass
     raise ValueError(
         f"the keys of {of} must be the numbers of the classes, got {_short(key)}. Number them from 0, as integers"

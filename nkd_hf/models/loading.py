@@ -1,4 +1,4 @@
-"""Opens a classifier of the Hub or of a folder; what could run foreign code is refused unless it is asked for."""
+"""Opens a classifier from the Hub or a folder; pickles and code beside the weights are refused unless they are allowed."""
 
 import contextlib
 import os
@@ -35,9 +35,9 @@ from .model_config import check_image_processor, find_file, is_timm_config, read
 from .outputs import check_inputs
 from .repo_ids import read_repo_id
 
-# Of weights without a configuration, by their endings.
+# Endings of files of weights.
 _TIMM_FILES = (".pth.tar", ".pth", ".pt", ".safetensors")
-# Weights that classify nothing: counters, tables that models compute for themselves, heads of training.
+# Weights without effect on the logits: counters, tables that models compute themselves, auxiliary heads of training.
 _WITHOUT_EFFECT = re.compile(
     r"(.*\.)?(num_batches_tracked|relative_position_index|attn_mask|position_ids|mask_token)"
     r"|(timm_model\.)?(AuxLogits|aux_classifier|aux_head|aux[12])\..*"
@@ -71,24 +71,24 @@ def open_pretrained(
     trust_remote_code: bool = False,
     **kwargs,
 ) -> PreTrainedModel:
-    """`AutoModelForImageClassification.from_pretrained`, which opens pickles and fills missing weights with random ones.
+    """Calls `AutoModelForImageClassification.from_pretrained`, and refuses the pickles and missing weights that it accepts.
 
-    The model gets the attribute `starts_with_new_head`: whether its classifier is not that of the file.
+    The model gets the attribute `starts_with_new_head`: whether its classifier starts from random weights.
 
     Args:
         name: a folder or a Hub id.
-        new_head: whether the classifier may start from random weights, as that of a student that trains it. All other
-            weights must be in the file.
-        allow_pickle: whether weights in a pickle (`pytorch_model.bin`) are opened where there are no safetensors; of a
-            pickle, tensors alone are read (`weights_only`).
+        new_head: whether the classifier may start from random weights, as a student's may. All other weights must be in the
+            file.
+        allow_pickle: whether weights in a pickle (`pytorch_model.bin`) are opened where there are no safetensors; only the
+            pickle's tensors are read (`weights_only`).
         trust_remote_code: whether code beside the weights may run.
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        RefusedError: the folder does not exist; the weights are a pickle, or the repo is gated; its files lead to others, or cannot be read; weights
-            are missing.
+        RefusedError: the folder does not exist, or the repo is gated; the weights are a pickle; the files name other files, or
+            cannot be read; weights are missing.
         ValueError: the code is not trusted.
-        OSError: there is no such model, or it is not in the cache and cannot be reached.
+        OSError: there is no such model, or it is not in the cache and the Hub cannot be reached.
     """
     name = os.path.expanduser(read_repo_id(name, "the model"))
     _check_no_checkpoint(name)
@@ -103,7 +103,7 @@ def open_pretrained(
     config = read_config(name, trust_remote_code, **where) or {}
     num_new_classes = kwargs.get("num_labels", 0)
     if _has_classes(config, kwargs.get("num_labels")):
-        # TimmWrapperConfig.from_dict ignores the model's names where it gets a num_labels.
+        # TimmWrapperConfig.from_dict ignores the model's class names if it gets num_labels.
         kwargs.pop("num_labels", None)
     try:
         size = measure_weights(_find_weights(name, config, allow_pickle, where))
@@ -140,7 +140,7 @@ def open_pretrained(
     check_weights(model, loaded, new_head)
     random = [key for keys in ("missing_keys", "mismatched_keys") for key in map(str, loaded[keys])]
     model.starts_with_new_head = any(not _WITHOUT_EFFECT.fullmatch(key) for key in random)
-    model.config.return_dict = True  # A file that says otherwise makes forward return tuples.
+    model.config.return_dict = True  # A file with False makes forward return tuples.
     try:
         check_inputs(model, "the model")
     except ValueError as error:
@@ -155,11 +155,11 @@ def _has_classes(config: dict[str, Any], num_labels: int | None) -> bool:
 
 
 def _check_no_checkpoint(name: str) -> None:
-    """RefusedError for a file of weights, or a folder of such files without a configuration, as timm's training writes."""
+    """RefusedError for a file of weights, or for a folder of them without a configuration, as timm's training writes it."""
     files = [Path(name)] if os.path.isfile(name) else []
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, CONFIG_NAME)):
         files = [path for path in sorted(Path(name).iterdir()) if path.name.endswith(_TIMM_FILES)]
-        # The best one, which timm writes beside those of the last epochs.
+        # The message names model_best, which timm writes beside the checkpoints of the last epochs.
         files.sort(key=lambda path: not path.name.startswith("model_best"))
         if models := sorted(str(path.parent) for path in Path(name).glob(f"*/{CONFIG_NAME}")):
             raise RefusedError(
@@ -173,7 +173,7 @@ def _check_no_checkpoint(name: str) -> None:
 
 
 def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs) -> BaseImageProcessor:
-    """`AutoImageProcessor.from_pretrained`, with a look at sizes, scales and what the processor makes of an image.
+    """Calls `AutoImageProcessor.from_pretrained`, and checks the processor's sizes and scales and the names of its outputs.
 
     Args:
         name: a folder or a Hub id.
@@ -181,8 +181,8 @@ def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        RefusedError: the values are not those of an image, or the processor's model needs more than pixels.
-        OSError: there is no preprocessing.
+        RefusedError: a size or scale is not that of an image, or the processor's model needs more than pixels.
+        OSError: there is no image processor.
     """
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     check_image_processor(processor.to_dict())
@@ -195,7 +195,7 @@ def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs
 
 
 def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool = False) -> None:
-    """Checks that a file's weights are those of the model that was built from its configuration.
+    """Checks that a file has the weights of the model that was built from its configuration.
 
     Args:
         model: the model.
@@ -203,7 +203,7 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool
         new_head: whether the classifier's weights may differ, and the file may hold more than the model.
 
     Raises:
-        RefusedError: weights are missing, have another shape, or have no place in the model.
+        RefusedError: weights are missing, have another shape, or are unknown to the model.
     """
     mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]
     faults = {
@@ -214,7 +214,7 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool
     if new_head:
         is_head = _head_of(model)
         faults = {fault: [key for key in faults[fault] if not is_head(key)] for fault in list(faults)[:2]}
-    # Old files hold tables that the model computes for itself, such as LeViT's attention_bias_idxs.
+    # Old files hold tables that the model computes itself, such as LeViT's attention_bias_idxs.
     computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     for fault, keys in faults.items():
         if keys := sorted(key for key in keys if not _WITHOUT_EFFECT.fullmatch(key) and key not in computed):
@@ -238,7 +238,7 @@ def _advice(unexpected: Iterable[str], new_head: bool) -> str:
 
 
 def _head_of(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Tells whether a weight, by its name, belongs to a classifier that is replaced with the number of classes."""
+    """Returns a function that tells by a weight's name whether it belongs to the classifier, which `new_head` may replace."""
     if isinstance(model, TimmWrapperForImageClassification):
         names = model.timm_model.pretrained_cfg.get("classifier") or ()
         names = (names,) if isinstance(names, str) else names
@@ -277,7 +277,7 @@ def _read_index(file: str, path: str) -> list[str]:
 
 
 def _find_weights(name: str, config: dict[str, Any], allow_pickle: bool, where: dict[str, Any]) -> list[str]:
-    """The paths of the files that `from_pretrained` will read; of which there are none, it says."""
+    """The paths of the files that `from_pretrained` will read; missing files are skipped, since `from_pretrained` raises."""
     kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
     shards = {}
     for _, index in kinds:

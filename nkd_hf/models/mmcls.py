@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .students import create_student
 
-# Buffers that the models compute for themselves, and norms that are the loss's: USKD's mid feature of Swin passes through
+# Buffers that the models compute themselves, and norms that belong to the loss: USKD's mid feature of Swin passes through
 # norm2 (USKDLoss(feature_norm=...)); timm's model has norm3 alone.
 _LEFT_OUT = re.compile(
     r"data_preprocessor\..*|backbone\..*\.(relative_position_index|attn_mask)|backbone\.norm[0-2]\..*"
@@ -18,19 +18,19 @@ _LEFT_OUT = re.compile(
 
 
 def convert_state_dict(state_dict: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Renames official weights, and reorders those whose channels stand in another order.
+    """Renames official weights, and reorders channels that stand in another order.
 
     - RegNetX: the official model sees BGR and the student RGB, so the channels of the stem are reversed.
-    - Swin: where patches are merged, mmcls has their channels side by side, timm the patches.
+    - Swin: the weights that merge patches have the order channel, row, column in mmcls and column, row, channel in timm.
 
     Args:
         state_dict: by official names, `backbone.*` and `head.*`. `data_preprocessor.*`, Swin's tables and its
-            `backbone.norm0` to `norm2` are left out.
+            `backbone.norm0` to `norm2` are skipped.
         architecture: one of [`OFFICIAL_ARCHITECTURES`], such as `resnet18`.
 
     Returns:
-        `dict[str, Tensor]`: by the names of the student of this architecture, whose `load_state_dict` takes them. A key
-        that is none of the architecture's stays in it, so that `load_state_dict` names it.
+        `dict[str, Tensor]`: by the student's names, for its `load_state_dict`. An unknown key stays in it, so that
+        `load_state_dict` names it.
 
     Raises:
         ValueError: the architecture is unknown.
@@ -41,15 +41,15 @@ def convert_state_dict(state_dict: dict[str, Tensor], architecture: str) -> dict
 def create_official_student(
     state_dict: dict[str, Tensor], architecture: str, id2label: dict[int, str] | None = None
 ) -> PreTrainedModel:
-    """Builds the student of an architecture, with the preprocessing of its row, and gives it official weights.
+    """Builds the student of an architecture, with the preprocessing of its row, and loads official weights into it.
 
     Args:
         state_dict: by official names; see [`convert_state_dict`].
         architecture: one of [`OFFICIAL_ARCHITECTURES`].
-        id2label: class names. None takes ImageNet's, and for CIFAR-100 `LABEL_0` to `LABEL_99`.
+        id2label: class names. None means ImageNet's, and for CIFAR-100 `LABEL_0` to `LABEL_99`.
 
     Raises:
-        ValueError: keys are missing, have no place or another shape; the message lists them.
+        ValueError: keys are missing or unknown, or weights have another shape or are not finite; the message lists them.
     """
     target = _architecture(architecture)
     if id2label is None and "num_labels" not in target.arguments:

@@ -1,4 +1,4 @@
-"""Reads the student's weights from a checkpoint of mmcls, and runs nothing that the file asks for."""
+"""Reads the student's weights from a checkpoint of mmcls, and runs no code that the file names."""
 
 import io
 import os
@@ -15,12 +15,12 @@ from torch import Tensor
 def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
     """Reads the student's weights from an official checkpoint.
 
-    Of a training checkpoint of the distiller (`student.*`, `teacher.*`, `distill_losses.*`) the student is taken, and
-    of one that was trained with mmengine's `EMAHook` the average: the hook puts the averaged weights into `state_dict`
-    before it is saved, and those that are trained into `ema_state_dict`, which is not read.
+    From a training checkpoint of the distiller (`student.*`, `teacher.*`, `distill_losses.*`) the student alone is read.
+    With mmengine's `EMAHook`, the weights are the average: the hook saves the averaged weights as `state_dict`, and the
+    trained ones as `ema_state_dict`, which is not read.
 
-    What mmengine pickles beside the weights (`message_hub`, `optimizer`, numpy's arrays) is replaced with objects that
-    do nothing, so that neither mmengine nor the class in question is needed, imported or called.
+    Objects that mmengine pickles beside the weights (`message_hub`, `optimizer`, numpy's arrays) are replaced with objects
+    that do nothing, so that mmengine is not needed and no class that the file names is imported or called.
 
     Args:
         path: a `.pth` file, in torch's zip format or its older one: `{"state_dict": ...}`, or the weights alone.
@@ -30,7 +30,7 @@ def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no checkpoint, holds no weights, or names what no checkpoint needs (`os.system`).
+        ValueError: it is no checkpoint, holds no weights, or names a function that no checkpoint needs (`os.system`).
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -50,7 +50,7 @@ def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
 
 
 class _StandIn(list):
-    """Whatever is done to it does nothing. A list, since torch appends to lists alone."""
+    """Ignores every operation on it. A list, since torch appends to lists alone."""
 
     is_mapping = is_list = has_state = False
 
@@ -89,7 +89,7 @@ class _ListStandIn:
 
 
 class _Survey(pickle.Unpickler):
-    """Goes through a pickle with a stand-in for each class and function that it names."""
+    """Reads a pickle with a stand-in for each class and function that the pickle names."""
 
     def __init__(self, file):
         super().__init__(file)
@@ -103,10 +103,10 @@ class _Survey(pickle.Unpickler):
 
 
 def _load_with_stand_ins(path: str):
-    """Reads a checkpoint by torch's own restricted unpickler, to which all unknown names are stand-ins.
+    """Reads a checkpoint with torch's restricted unpickler, in which stand-ins replace all unknown names.
 
-    The other way, an unpickler of our own under `weights_only=False`, would leave torch's loader open to TorchScript,
-    tar archives and pickled modules, and attributes could be set on the functions that it is allowed to call.
+    An unpickler of nkd_hf's own under `weights_only=False` would let torch's loader open TorchScript, tar archives and
+    pickled modules, and let the file set attributes on the functions that it may call.
     """
     try:
         stand_ins = []
@@ -119,11 +119,11 @@ def _load_with_stand_ins(path: str):
                     kind = _MappingStandIn
                 elif stand_in.is_list and not stand_in.has_state:  # A plain list takes no state.
                     kind = _ListStandIn
-                # torch looks names of Python 2 up under those of Python 3.
+                # torch looks up a name of Python 2 under its name in Python 3.
                 renamed = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
                 for module_, name_ in {(module, name), renamed}:
                     stand_ins.append(type("StandIn", (kind,), {"__module__": module_, "__qualname__": name_}))
-        # What torch allows by itself (OrderedDict, its tensors) comes before these.
+        # torch looks for a name among its own allowed classes (OrderedDict, tensors) first.
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -147,6 +147,6 @@ def _pickles(path: str) -> Iterator[io.BufferedIOBase]:
 
 def _reason(error: Exception) -> str:
     message = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-    # Not torch's advice, which is to load the file without the restriction.
+    # The reason omits torch's advice to load the file without the restriction.
     lines = [line.strip() for line in message.splitlines() if line.strip() and "weights_only" not in line]
     return f"{type(error).__name__}: {lines[0] if lines else message.partition('. ')[0]}"

@@ -1,4 +1,4 @@
-"""Reads a model's config.json, and refuses what no image classifier needs before a model is built from it."""
+"""Reads a model's config.json, and refuses values that no image classifier needs before a model is built from them."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ _OPENING_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_
 # ImageNet-21k's 21843 names take 0.5 MB.
 _MAX_BYTES = 2**25
 _MAX_DEPTH = 32
-# Of one number, and of a list of numbers together: `depths` become a list of as many rates.
+# Limit of one number, and of the sum of a list: the sum of `depths` is the length of a list of drop path rates.
 _MAX_NUMBER = 2**20
 _MAX_PIXELS = 2**14
 _IMAGE_SIZES = ("image_size", "img_size", "input_size", "patch_size")
@@ -26,7 +26,7 @@ _CHANNELS = ("num_channels", "in_chans")
 
 
 def find_file(name: str, file: str, **where) -> str | None:
-    """Gives the path of a model's file, which is downloaded if it must be, or None.
+    """Returns the path of a model's file, downloaded if necessary, or None if there is no such file.
 
     Args:
         name: a folder or a Hub id.
@@ -43,14 +43,14 @@ def read_config(name: str, trust_remote_code: bool = False, **where) -> dict[str
 
     Args:
         name: a folder or a Hub id.
-        trust_remote_code: whether code may run that is downloaded.
+        trust_remote_code: whether downloaded code may run.
         where: see [`find_file`].
 
     Returns:
-        `dict` or None: the configuration, one of timm's in the form that transformers opens. None where there is none.
+        `dict` or None: the configuration (timm's in the form that transformers opens), or None if there is none.
 
     Raises:
-        RefusedError: it cannot be read, leads to other files, or holds values that no image classifier has.
+        RefusedError: it cannot be read, names other files, or holds values that no image classifier has.
     """
     path = find_file(name, CONFIG_NAME, **where)
     if path is None:
@@ -92,15 +92,15 @@ def read_json(path: str, file: str) -> dict[str, Any]:
 
 
 def check_settings(config: dict[str, Any], trust_remote_code: bool = False) -> None:
-    """Looks at a configuration before a model is built from it.
+    """Checks a configuration before a model is built from it.
 
     Args:
-        config: what stands in `config.json`.
-        trust_remote_code: whether code may run that is downloaded.
+        config: the content of `config.json`.
+        trust_remote_code: whether downloaded code may run.
 
     Raises:
-        RefusedError: it makes timm or transformers open further files: weights by a path, a repo, a kernel; or its values
-            are not those of an image classifier.
+        RefusedError: it makes timm or transformers open further files (weights by a path, a repo, a kernel), or it holds
+            values that no image classifier has.
     """
     check_model_args(config.get("model_args"))
     if ":" in str(config.get("architecture")):
@@ -121,7 +121,7 @@ def check_settings(config: dict[str, Any], trust_remote_code: bool = False) -> N
 
 
 def check_model_args(model_args: dict[str, Any] | None) -> None:
-    """ValueError where arguments of timm's architecture are those that make `timm.create_model` open a file."""
+    """RefusedError if arguments of timm's architecture make `timm.create_model` open a file."""
     if isinstance(model_args, dict) and (opening := [key for key in _OPENING_ARGS if key in model_args]):
         raise RefusedError(
             f"its model_args hold {', '.join(opening)}, by which timm would open other weights: leave that out, and give "
@@ -135,7 +135,7 @@ def is_timm_config(config: dict[str, Any]) -> bool:
 
 
 def check_image_processor(settings: dict[str, Any], file: str = "preprocessor_config.json") -> None:
-    """Checks the sizes and scales by which pixels are prepared.
+    """Checks the sizes and scales of an image processor.
 
     Args:
         settings: an image processor's, or timm's `pretrained_cfg`.
@@ -148,7 +148,7 @@ def check_image_processor(settings: dict[str, Any], file: str = "preprocessor_co
         sides = settings.get(key)
         sides = list(sides.values()) if isinstance(sides, dict) else sides
         for side in sides if isinstance(sides, (list, tuple)) else [sides]:
-            # None is "no such side".
+            # None means that the side is not given.
             if side is not None and not (_is_integer(side) and 1 <= side <= _MAX_PIXELS**2):
                 raise RefusedError(f"its {file} must have pixels as {key}, got {settings[key]!r}")
     for key in ("mean", "std", "image_mean", "image_std"):
@@ -165,7 +165,7 @@ def check_image_processor(settings: dict[str, Any], file: str = "preprocessor_co
 
 
 def _check_values(config: dict[str, Any]) -> None:
-    """RefusedError where a value would end in an error of its own, or in no end, when a model is built from it."""
+    """RefusedError for a value with which the construction of a model would fail with another error, or never end."""
     for key in ("num_classes", "num_labels"):
         if config.get(key) is not None and not (_is_integer(config[key]) and config[key] >= 0):
             raise RefusedError(f"its {key} must be a number of classes, got {config[key]!r}")
@@ -201,7 +201,7 @@ def _check_values(config: dict[str, Any]) -> None:
 
 
 def _keys_of(config: dict[str, Any]) -> set[str]:
-    """The keys from which a model is built; what else stands in the file (a count of FLOPs, a seed) may be any number."""
+    """The keys from which a model is built; all other keys (a count of FLOPs, a seed) may have any number."""
     keys = {"model_args", "pretrained_cfg", "num_classes", "num_labels"}
     if config.get("model_type") in CONFIG_MAPPING:
         default = CONFIG_MAPPING[config["model_type"]]()
@@ -252,7 +252,7 @@ def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             raise RefusedError(f"its {error}") from error
     if isinstance(config.get("model_args"), dict):
-        # timm.create_model would get it twice.
+        # timm.create_model would get num_classes twice.
         config["model_args"] = {key: value for key, value in config["model_args"].items() if key != "num_classes"}
     return config
 

@@ -1,6 +1,6 @@
 """The CIFAR ResNets: torchvision's ResNet with a 3x3 stem of stride 1 and no max-pool, as a transformers model.
 
-This file stands beside its weights.
+`save_pretrained` copies this file beside the weights.
 """
 
 from typing import ClassVar
@@ -25,7 +25,7 @@ class ResNetCifarConfig(PretrainedConfig):
     """
 
     model_type = "nkd_resnet_cifar"
-    # Not a key of config.json: AutoImageProcessor takes a folder that has it for one of timm's.
+    # config.json has no key pretrained_cfg: with it, AutoImageProcessor would read the folder as a timm model's.
     attribute_map: ClassVar[dict[str, str]] = {"pretrained_cfg": "preprocessing"}
 
     def __init__(self, layers: list[int] | None = None, preprocessing: dict | None = None, **kwargs):
@@ -104,6 +104,6 @@ class ResNetCifarForImageClassification(PreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
-# What save_pretrained writes names this file's classes, and has this file beside the weights.
+# With these, save_pretrained names this file's classes in config.json, and copies this file beside the weights.
 ResNetCifarConfig.register_for_auto_class()
 ResNetCifarForImageClassification.register_for_auto_class("AutoModelForImageClassification")

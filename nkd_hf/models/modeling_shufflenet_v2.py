@@ -1,4 +1,7 @@
-"""ShuffleNetV2 (arXiv 1807.11164), torchvision's network as a transformers model. This file stands beside its weights."""
+"""ShuffleNetV2 (arXiv 1807.11164), torchvision's network as a transformers model.
+
+`save_pretrained` copies this file beside the weights.
+"""
 
 from typing import ClassVar
 
@@ -23,7 +26,7 @@ class ShuffleNetV2Config(PretrainedConfig):
     """
 
     model_type = "nkd_shufflenet_v2"
-    # Not a key of config.json: AutoImageProcessor takes a folder that has it for one of timm's.
+    # config.json has no key pretrained_cfg: with it, AutoImageProcessor would read the folder as a timm model's.
     attribute_map: ClassVar[dict[str, str]] = {"pretrained_cfg": "preprocessing"}
 
     def __init__(
@@ -76,8 +79,8 @@ class ShuffleNetV2ForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As in mmcls/models/backbones/shufflenet_v2.py and heads/linear_head.py. The bias of 0.0001 that the former means
-        # to give the norms never reaches them: constant_init gets their weight in place of the module.
+        # As in mmcls/models/backbones/shufflenet_v2.py and heads/linear_head.py. The norms get no bias of 0.0001, though
+        # shufflenet_v2.py names it: it passes their weight to constant_init, which needs the module.
         if isinstance(module, nn.Conv2d):
             stem = module is self.shufflenet.conv1[0]
             nn.init.normal_(module.weight, std=0.01 if stem else 1 / module.weight.shape[1])
@@ -104,6 +107,6 @@ class ShuffleNetV2ForImageClassification(PreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
-# What save_pretrained writes names this file's classes, and has this file beside the weights.
+# With these, save_pretrained names this file's classes in config.json, and copies this file beside the weights.
 ShuffleNetV2Config.register_for_auto_class()
 ShuffleNetV2ForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -1,4 +1,4 @@
-"""Checks what models take and return: pixels alone in, logits of images out."""
+"""Checks that a model takes pixels alone, and that it returns logits."""
 
 import inspect
 from typing import Any
@@ -17,7 +17,7 @@ def check_inputs(model: nn.Module, of: str) -> None:
         of: what messages call the model.
 
     Raises:
-        ValueError: its forward asks for more.
+        ValueError: its forward needs more arguments.
 
     Example:
 
@@ -33,7 +33,7 @@ def check_inputs(model: nn.Module, of: str) -> None:
     """
     try:
         parameters = inspect.signature(model.forward).parameters.values()
-    except ValueError:  # a forward that TorchScript traced, which does not tell
+    except ValueError:  # a forward that TorchScript traced has no signature
         return
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [parameter.name for parameter in parameters if parameter.kind in kinds]
@@ -43,7 +43,7 @@ def check_inputs(model: nn.Module, of: str) -> None:
         if parameter.name in _NOT_PIXELS
         or (parameter.default is parameter.empty and parameter.kind in (*kinds, inspect.Parameter.KEYWORD_ONLY))
     ]
-    # The first one takes the pixels, whatever its name is.
+    # The first argument takes the pixels, whatever its name is.
     if needed := [name for name in needed if name in _NOT_PIXELS or name not in positional[:1]]:
         raise ValueError(
             f"the forward of {of} must need pixel_values alone, got {type(model).__name__}, which also needs "
@@ -52,12 +52,12 @@ def check_inputs(model: nn.Module, of: str) -> None:
 
 
 def read_logits(output: Any, of: str, num_images: int, num_classes: int | None = None) -> Tensor:
-    """Takes the logits out of what a model returned.
+    """Takes the logits out of a model's output.
 
     Args:
-        output: a tensor, or what has the tensor as `.logits` or `["logits"]`.
+        output: a tensor, or an object that has the tensor as `.logits` or `["logits"]`.
         of: what messages call the model.
-        num_images: B, of the batch that the model was given.
+        num_images: B, of the model's batch.
         num_classes: C; None if it is not known.
 
     Returns:

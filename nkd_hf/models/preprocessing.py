@@ -1,4 +1,4 @@
-"""What a model expects of its pixels: read where transformers and timm keep it, checked on test pictures."""
+"""Reads how a model's pixels are prepared, from the settings of transformers and timm, and checks it on test pictures."""
 
 import functools
 import logging
@@ -24,9 +24,9 @@ from .loading import comes_with_code, open_image_processor
 logger = logging.getLogger(__name__)
 
 RGB = (0, 1, 2)
-# Attribute of a student whose image processor is not that of the folder it came from.
+# Attribute of a student for its image processor, if that differs from its folder's.
 IMAGE_PROCESSOR = "_nkd_hf_image_processor"
-# Training and the teacher resize by one of two kernels. These are the nearest to the others.
+# Training and the teacher resize by bilinear or bicubic. Other kernels are replaced with the nearer of the two.
 _NEAREST_KERNEL = {"lanczos": "bicubic", "lanczos3": "bicubic", "hamming": "bilinear", "box": "bilinear"}
 _NEAREST_KERNEL |= {"nearest": "bilinear", "nearest-exact": "bilinear"}
 # Four colours a picture, one in each quarter. They span RGB and reach both ends of each channel.
@@ -71,23 +71,23 @@ class Preprocessing(NamedTuple):
 
     @property
     def colours(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
-        """All that says what a colour becomes: two models of equal `colours` take the same pixels."""
+        """The settings that decide what a colour becomes: two models of equal `colours` take the same pixels."""
         return self.mean, self.std, self.channel_order
 
 
 def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = None) -> Preprocessing | None:
     """Reads a model's preprocessing from its image processor, or from timm's `pretrained_cfg`.
 
-    The processor also preprocesses three test pictures. What is returned gives the colours of its output, whichever of
-    its settings they come from.
+    The processor also preprocesses three test pictures. The returned mean, std and order give the colours of its output,
+    whichever of its settings they come from.
 
     Args:
         model: a `*ForImageClassification`, or a bare timm model.
         processor: the image processor that belongs to the model. None means the one that `pretrained_cfg` describes, or
-            that lies where a native transformers model came from.
+            the one in the folder or repo of a native transformers model.
 
     Returns:
-        The preprocessing, or None when nothing tells it.
+        The preprocessing, or None if it is not known.
 
     Raises:
         ValueError: training and a teacher can't preprocess as the processor does, or the processor and the model's own
@@ -104,10 +104,10 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
     ```
     """
     config = getattr(model, "config", None)
-    # The configuration of a transformers model has it. A bare timm model has it itself.
+    # An attribute of the configuration of a transformers model, and of a bare timm model itself.
     in_config = getattr(config, "pretrained_cfg", None)
     pretrained_cfg = in_config or getattr(model, "pretrained_cfg", None)
-    # Of a ProcessorMixin, such as CLIPProcessor, the part for images. A tokenizer tells nothing.
+    # A ProcessorMixin, such as CLIPProcessor, has a part for images. A tokenizer is ignored.
     processor = getattr(processor, "image_processor", processor)
     processor = processor if isinstance(processor, BaseImageProcessor) else None
     if pretrained_cfg and (processor is None or in_config):
@@ -126,7 +126,7 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
 
 
 def read_processor(processor: BaseImageProcessor) -> Preprocessing:
-    """Reads the preprocessing of an image processor, checked on test pictures; see [`read_preprocessing`].
+    """Reads the preprocessing of an image processor and checks it on test pictures; see [`read_preprocessing`].
 
     Raises:
         ValueError: the processor does more than to resize, crop, reorder channels and normalise each of them.
@@ -150,7 +150,7 @@ def read_processor(processor: BaseImageProcessor) -> Preprocessing:
 
 
 def read_crop_pct(processor: BaseImageProcessor) -> float:
-    """Which part of a square image's side the output shows: below 1 where its borders are cropped."""
+    """Measures the part of a square image's side that the output shows: below 1 if the borders are cropped."""
     with torch.device("cpu"):
         ramp = np.broadcast_to((np.arange(512) // 2).astype(np.uint8)[None, :, None], (512, 512, 3))
         [row] = _run(processor, [PIL.Image.fromarray(np.ascontiguousarray(ramp))])
@@ -163,7 +163,7 @@ def read_crop_pct(processor: BaseImageProcessor) -> float:
 
 
 def kernel(name: str, of: str) -> str:
-    """`bilinear` or `bicubic`, whichever is nearer to a way of resizing; a warning tells where it is neither."""
+    """Returns `bilinear` or `bicubic`, whichever is nearer to an interpolation; warns if the interpolation is neither."""
     if name in ("bilinear", "bicubic"):
         return name
     if name not in _NEAREST_KERNEL:
@@ -181,19 +181,19 @@ def _warn_once(message: str) -> None:
 
 
 def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
-    """Gives the image processor that belongs to a student: what `pipeline("image-classification")` will use.
+    """Returns the image processor of a student, which `pipeline("image-classification")` will use.
 
-    Evaluation calls the same processor, so that what was measured is what a user of the student gets.
+    Evaluation calls the same processor, so that a user of the student gets the accuracy that was measured.
 
     Args:
-        student: what [`create_student`] returned.
+        student: a student of [`create_student`].
 
     Returns:
         `BaseImageProcessor`: `processor(image, return_tensors="pt")["pixel_values"]` is [1, 3, H, W] float32.
 
     Raises:
-        ValueError: the student was built from a configuration, which tells no preprocessing; or its image processor is of
-            a model that needs more than pixels.
+        ValueError: the student was built from a configuration, which has no preprocessing; or its image processor belongs
+            to a model that needs more than pixels.
         OSError: the student came from a folder without an image processor.
     """
     if (changed := getattr(student, IMAGE_PROCESSOR, None)) is not None:
@@ -203,7 +203,7 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
             return TimmWrapperImageProcessor(student.config.pretrained_cfg, architecture=student.config.architecture)
     if pretrained_cfg := getattr(student.config, "pretrained_cfg", None):
         size = pretrained_cfg["input_size"][-1]
-        # Its crop is torchvision's, but for half a pixel that it rounds down where torchvision rounds to even.
+        # BitImageProcessor crops as torchvision does, but rounds half a pixel down, and torchvision to even.
         return BitImageProcessor(
             size={"shortest_edge": round(size / pretrained_cfg["crop_pct"])},
             crop_size={"height": size, "width": size},
@@ -234,7 +234,7 @@ def _read_timm(model: nn.Module, pretrained_cfg: Any) -> Preprocessing:
     own = read_processor(processor)
     patch_embed = getattr(model, "patch_embed", None)
     if isinstance(patch_embed, PatchEmbed) and patch_embed.img_size is not None:
-        # A bare timm model that was built for another size says so here alone.
+        # In a bare timm model that was built for another size, patch_embed alone has that size.
         own = own._replace(size=tuple(patch_embed.img_size))
     return own
 
@@ -265,17 +265,17 @@ def _run(processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> list[t
 
 
 def _picture(colours: np.ndarray, size: tuple[int, int]) -> PIL.Image.Image:
-    """Four flat quarters."""
+    """A picture of four flat quarters."""
     height, width = size
     quarters = colours.reshape(2, 2, 3).repeat((height + 1) // 2, axis=0).repeat((width + 1) // 2, axis=1)
     return PIL.Image.fromarray(quarters[:height, :width])
 
 
 def _read_colours(pictures: list[torch.Tensor], name: str) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Mean, std and order of the channels: what makes the processor's output of the colours that went in."""
+    """Computes the mean, std and order of the channels from the outputs of the pictures of `_COLOURS`."""
     rows = []
     for picture in pictures:
-        # A pixel inside of each quarter, which no crop moves out of it and no kernel blurs.
+        # A pixel inside of each quarter, too far from the edges to be cropped or blurred.
         (top, bottom), (left, right) = ((length // 6, length - 1 - length // 6) for length in picture.shape[1:])
         rows += [picture[:, y, x].double().numpy() for y in (top, bottom) for x in (left, right)]
     colours = np.column_stack([_COLOURS.reshape(-1, 3) / 255, np.ones(len(rows))])
@@ -332,7 +332,7 @@ def _read_size(processor: BaseImageProcessor, square: tuple[int, int], stated: t
 def _exact(
     settings: tuple[Any, Any] | None, mean: np.ndarray, std: np.ndarray
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std as they stand in the settings, where those say what was seen; else what was seen."""
+    """Mean and std as they stand in the settings if those agree with the measured ones; else the measured ones."""
     if settings is not None:
         try:
             stated = [np.broadcast_to(np.asarray(values, dtype=np.float64), 3) for values in settings]
@@ -345,7 +345,7 @@ def _exact(
 
 def _normalisation(settings: dict[str, Any]) -> tuple[Any, Any] | None:
     try:
-        # Unscaled pixels are 255 times larger, so mean and std shrink by as much to mean the same.
+        # Mean and std in units of [0, 1]: pixels that are not rescaled are 255 times larger.
         unit = 1 / (255 * (settings["rescale_factor"] if settings.get("do_rescale", True) else 1.0))
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if settings.get("do_normalize", True):

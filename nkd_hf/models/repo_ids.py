@@ -12,7 +12,7 @@ _ADDRESS = re.compile(r"(https?|hf)://", re.IGNORECASE)
 
 
 def read_repo_id(name: str | os.PathLike, argument: str, repo_type: str = "model") -> str | os.PathLike:
-    """Returns the id of the repository whose address is pasted from a browser, and any other name as it is.
+    """Returns a repository's id for its address, as pasted from a browser, and any other name as it is.
 
     Args:
         name: an address on huggingface.co or on the host of `HF_ENDPOINT`; or a Hub id, a folder, an architecture.
@@ -20,7 +20,7 @@ def read_repo_id(name: str | os.PathLike, argument: str, repo_type: str = "model
         repo_type: `model` or `dataset`.
 
     Raises:
-        ValueError: the address is none of a repository of this type, or leads into another branch or to a file.
+        ValueError: the address belongs to no repository of this type, or names another branch or a file.
 
     Example:
 

@@ -14,10 +14,10 @@ from .preprocessing import load_image_processor
 
 
 def save_image_processor(student: PreTrainedModel, folder: str) -> None:
-    """Writes a student's preprocessing, which `pipeline` looks for, beside it; timm's students have it in their config.
+    """Writes a student's image processor into its folder, for `pipeline`; timm's students have it in their config.
 
     Raises:
-        OSError: the student came from a folder without it.
+        OSError: the student came from a folder without an image processor.
     """
     if not isinstance(student, TimmWrapperForImageClassification):
         load_image_processor(student).save_pretrained(folder)
@@ -32,38 +32,38 @@ def save_student(
         student: any `*ForImageClassification`.
         folder: where `model.safetensors` and `config.json` go.
         state_dict: its gathered weights, when the student is sharded.
-        **kwargs: those of `PreTrainedModel.save_pretrained`.
+        **kwargs: passed to `PreTrainedModel.save_pretrained`.
 
     Raises:
-        ValueError: the names in its `config.id2label` are not those of the classes 0..n-1 that its classifier has.
+        ValueError: `config.id2label` does not name the classes 0..n-1 of the student's classifier.
     """
     state_dict = student.state_dict() if state_dict is None else state_dict
-    # timm's wrapper writes the names in the order of the dict, not in that of the classes.
+    # timm's wrapper writes the names in the order of the dict, not of the classes.
     student.config.id2label = read_class_names(student, state_dict)
     student.config.label2id = invert_labels(student.config.id2label)
     if isinstance(student, TimmWrapperForImageClassification):
         # timm knows its own keys alone; transformers opens both kinds.
         state_dict = rename_keys("timm_model.", state_dict)
-        # A config that came from a file holds its file's names, which would be written before those of id2label.
+        # An opened config has its file's label_names, which would be written in place of the names in id2label.
         student.config.__dict__.pop("label_names", None)
         if student.config.model_args is None:
             # timm 1.0.31 can't open a folder whose model_args are null (AttributeError in _parse_model_cfg).
             student.config.model_args = {}
-    with hidden_progress_bars():  # of one file, in the midst of the training's own bar
+    with hidden_progress_bars():  # a bar of one file would break the training's own bar
         student.save_pretrained(folder, state_dict=state_dict, **kwargs)
 
 
 def read_class_names(student: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[int, str]:
     """Reads the names of a student's classes in their normal form.
 
-    `config.num_labels` is but the number of names: the rows of the classifier tell how many classes there are.
+    `config.num_labels` is only the number of names; the classifier has one row for each class.
 
     Args:
         student: any `*ForImageClassification`.
         state_dict: its gathered weights, when the student is sharded.
 
     Raises:
-        ValueError: the names are not those of the classes 0..n-1 that its classifier has.
+        ValueError: the names are not those of the classes 0..n-1 of the student's classifier.
     """
     rows = [f"{name}.weight" for name in classifier_layers(student)]
     state_dict = student.state_dict() if state_dict is None else state_dict

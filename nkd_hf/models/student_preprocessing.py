@@ -1,4 +1,4 @@
-"""Gives a student that was opened another input size, normalisation, crop or interpolation, in what is saved with it."""
+"""Changes the input size, normalisation, crop or interpolation of an opened student, which are saved with it."""
 
 import inspect
 from collections.abc import Sequence
@@ -31,18 +31,19 @@ def change_preprocessing(
     interpolation: str | None = None,
     processor: BaseImageProcessor | None = None,
 ) -> None:
-    """Changes what [`load_image_processor`] and a saved folder say of a student's preprocessing; None keeps a setting.
+    """Changes a student's preprocessing, in [`load_image_processor`] and in a saved folder; None keeps a setting.
 
-    timm's students and this package's own have it in `config.pretrained_cfg`. The image processor of others is changed, and
-    the student keeps it.
+    timm's students and this package's own have it in `config.pretrained_cfg`. Other students get a changed image processor
+    as an attribute.
 
     Args:
         student: a model that was opened.
         image_size, image_mean, image_std, crop_pct, interpolation: see [`create_student`].
-        processor: the image processor of a student without a `pretrained_cfg`. None loads it from where it came from.
+        processor: the image processor of a student without a `pretrained_cfg`. None loads it from the student's folder or
+            repo.
 
     Raises:
-        ValueError: the student or its image processor does not take one of them.
+        ValueError: the student or its image processor does not take one of the settings.
     """
     wanted = {"image_size": image_size, "image_mean": image_mean, "image_std": image_std}
     wanted |= {"crop_pct": crop_pct, "interpolation": interpolation}
@@ -63,10 +64,10 @@ def change_preprocessing(
 
 
 def check_opened_size(student: PreTrainedModel) -> None:
-    """ValueError where a model that was opened doesn't take the size that its own image processor makes."""
+    """ValueError if an opened model doesn't take images of the size that its own image processor makes."""
     try:
         processor = load_image_processor(student)
-    except (OSError, ValueError):  # It has none, and gets its pixels from elsewhere.
+    except (OSError, ValueError):  # no image processor, so no size to check
         return
     size = read_processor(processor).size
     if size[0] == size[1]:
@@ -104,7 +105,7 @@ def _changed_processor(processor: BaseImageProcessor, wanted: dict[str, Any]) ->
 
 
 def _check(processor: BaseImageProcessor, wanted: dict[str, Any]) -> None:
-    """ValueError unless the processor does what is wanted of it."""
+    """ValueError unless the processor has the wanted settings."""
     got, name = read_processor(processor), type(processor).__name__
     seen = {"image_size": got.size, "image_mean": got.mean, "image_std": got.std}
     for argument, value in wanted.items():
@@ -124,16 +125,16 @@ def _check(processor: BaseImageProcessor, wanted: dict[str, Any]) -> None:
 
 
 def _resize(student: PreTrainedModel, image_size: int) -> None:
-    """Makes a student take another size, where its weights depend on it."""
+    """Makes a student take another size, if its weights depend on the size."""
     config = student.config
     if isinstance(student, TimmWrapperForImageClassification) and takes_img_size(config.architecture):
         before = config.model_args
         config.model_args = (before or {}) | {"img_size": image_size}
-        _check_size(student, image_size)  # of a model that is built for it
+        _check_size(student, image_size)  # builds a model for the size
         _resize_timm(student, image_size)
     fault = run_fault(student, image_size)
     if fault is not None and not is_of_the_meta_device(fault):
-        _check_size(student, image_size)  # for its advice
+        _check_size(student, image_size)  # raises with advice on other sizes
         raise _size_error(student, image_size, fault)
 
 
@@ -145,7 +146,7 @@ def _resize_timm(student: TimmWrapperForImageClassification, image_size: int) ->
     if resize is not None:
         arguments: dict[str, Any] = {"img_size": (image_size, image_size)}
         if "window_size" in inspect.signature(resize).parameters and hasattr(fresh.timm_model, "layers"):
-            # Swin scales its windows with the image where none are given, and a model that is built for it doesn't.
+            # set_input_size scales Swin's windows with the image if none are given; the constructor of a Swin doesn't.
             arguments["window_size"] = [layer.blocks[0].window_size for layer in fresh.timm_model.layers]
         resize(**arguments)
     if {name: tensor.shape for name, tensor in student.state_dict().items()} != wanted:

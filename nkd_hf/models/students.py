@@ -35,7 +35,7 @@ from .student_preprocessing import change_preprocessing, check_opened_size
 
 logger = logging.getLogger(__name__)
 
-# What timm raises on arguments or sizes that an architecture doesn't take.
+# Exceptions of timm for arguments or sizes that an architecture doesn't take.
 _BUILD_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
@@ -68,7 +68,7 @@ def create_student(
             replaces `num_labels`. Numbers may be text, as JSON has them; see [`normalize_id2label`]. Where a Hub id or a
             folder has the same names in another order, the rows of its classifier are put in this order. Where it has as
             many classes under other names, its classifier stays as it is, and its classes get these names.
-        model_args (`dict`, *optional*): handed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. Of the
+        model_args (`dict`, *optional*): passed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. For the
             three others: `stages_repeats` and `stages_out_channels`, or `layers`.
         image_size (`int`, *optional*): height and width of the input in pixels; None means the
             architecture's own where timm fixes it (336 for `eva_large_patch14_336`), 32 for `*_cifar`, and else 224.
@@ -77,10 +77,10 @@ def create_student(
         crop_pct (`float`, *optional*): evaluation resizes the short side to `image_size / crop_pct` before the central
             crop; None means 0.875, or 1.0 for `*_cifar`. This is the paper's preprocessing (cls_KD), not that of timm's
             pretrained weights.
-        interpolation (`str`, *optional*): `bilinear` or `bicubic`; None takes the paper's, which is bicubic for DeiT,
+        interpolation (`str`, *optional*): `bilinear` or `bicubic`; None means the paper's, which is bicubic for DeiT,
             ViT and Swin and bilinear for CNNs.
-        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`), of which
-            tensors alone are read.
+        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`); only the
+            pickle's tensors are read.
         trust_remote_code (`bool`): whether code that lies beside the weights of a Hub id or folder may run.
 
     Returns:
@@ -88,9 +88,9 @@ def create_student(
 
     Raises:
         ValueError: `name` is neither an architecture nor a model that can be opened, or does not take one of the arguments;
-            for an `image_size` that it does not take, the message names sizes that it does. Or its names, or those in
-            `id2label`, are not those of the classes 0..n-1. Or its classes must be put in another order, and their names
-            repeat or its classifier is not known.
+            for an `image_size` that it does not take, the message names sizes that it takes. The model's class names, or
+            those in `id2label`, do not name the classes 0..n-1. The classes must be put in another order, and their names
+            repeat or the classifier is not known.
 
     Example:
 
@@ -154,7 +154,7 @@ def create_student(
 
 
 def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int, **config) -> PreTrainedModel:
-    """Builds an architecture, once it is known to take the size and the arguments."""
+    """Builds an architecture, after a trial on the meta device of the size and the arguments."""
 
     def build(size: int) -> PreTrainedModel:
         config["pretrained_cfg"] = config["pretrained_cfg"] | {"input_size": [3, size, size]}
@@ -189,7 +189,7 @@ def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int
 
 
 def _square(img_size: Any) -> int | None:
-    """The side of timm's `img_size`, where it is one."""
+    """The side of timm's `img_size`; None if it is not square."""
     sides = list(img_size) if isinstance(img_size, (tuple, list)) else [img_size]
     return sides[0] if sides and isinstance(sides[0], int) and all(side == sides[0] for side in sides) else None
 
@@ -251,7 +251,7 @@ def _create_from_config(name: str, model_args: dict[str, Any], **kwargs) -> PreT
 
 
 def check_name(name: str) -> None:
-    """ValueError where a name can be neither an architecture nor a folder nor a Hub id; the message has names like it."""
+    """ValueError for a name that is no architecture, no folder and no Hub id; the message has similar names."""
     if is_architecture(name) or "/" in name or os.path.exists(name):
         return
     names = [*ARCHITECTURES, *timm.list_models()]
@@ -274,7 +274,7 @@ def _open_student(
         raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: leave them out")
     labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        # In float32 whatever the file has: half precision is autocast's business, not that of the weights that train.
+        # In float32 whatever the file has: weights train in float32, and autocast computes in half precision.
         student = open_pretrained(
             name,
             new_head=True,
@@ -289,7 +289,7 @@ def _open_student(
         raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
     if id2label is None:
         names, num_classes = student.config.id2label, student.config.num_labels
-        # PVT's configuration counts its classes apart from their names, which may be of another number, or none.
+        # PVT's configuration has a number of classes beside their names, which may be missing or of another number.
         if not names or (num_labels is not None and len(names) != num_classes):
             names = [f"LABEL_{i}" for i in range(num_classes)]
         id2label = normalize_id2label(names, num_classes, of=f"the id2label of student {name!r}")
@@ -300,7 +300,7 @@ def _open_student(
 
 
 def _put_in_order(student: PreTrainedModel, name: str, names: list[str]) -> None:
-    """Puts the rows of an opened student's classifier in the order of the names, where it has the same ones in another."""
+    """Puts the rows of an opened student's classifier in the order of `names`, if it has the same names in another order."""
     try:
         saved = list(normalize_id2label(student.config.id2label, len(names)).values())
     except ValueError:  # no names

@@ -23,27 +23,26 @@ from .repo_ids import read_repo_id
 
 logger = logging.getLogger(__name__)
 
-# By the names that `teacher_dtype` has.
+# By the values of `teacher_dtype`.
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that answers to the student's pixels in the student's order of labels.
+    """A frozen classifier that takes the student's pixels and returns logits in the student's order of labels.
 
-    It stays in eval mode whatever is asked of it, and its parameters take no gradient. It shares the weights of the module that
-    it is made of, as they are in memory, and nothing else: that module keeps its mode, its `requires_grad`, its dtype, its
-    device and its hooks.
+    It always stays in eval mode, and its parameters take no gradient. It shares the memory of `model`'s weights, and nothing
+    else: `model` keeps its mode, its `requires_grad`, its dtype, its device and its hooks.
     Differs from cls_KD: there the training loop's `model.train()` reaches the teacher, whose batch statistics and drop
     path then vary with the batch.
 
     Args:
         model (`nn.Module`): maps [B, 3, H, W] to logits [B, C], as a tensor or as an output with `.logits`.
-        preprocessing (`Preprocessing`, *optional*): what the model expects of its pixels; None means the student's.
+        preprocessing (`Preprocessing`, *optional*): how the model's pixels are prepared; None means as the student's.
         id2label (`dict[int, str]`, *optional*): the model's class names.
         name (`str`): what messages call the teacher.
 
     Raises:
-        ValueError: the model's configuration says that it is no classifier of one class an image.
+        ValueError: the model needs more than pixels, or its configuration is not that of a classifier of one class an image.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Teacher(nn.Module):
         """Prepares the teacher for a student's pixels and labels.
 
         Args:
-            preprocessing: how the pixels that will come were normalised; None means as the teacher wants them.
+            preprocessing: how the student's pixels are normalised; None means as the teacher's.
             id2label: the student's class names.
 
         Raises:
@@ -113,13 +112,13 @@ class Teacher(nn.Module):
     def for_inference(
         self, dtype: str | None = None, *, channels_last: bool = False, compile: bool = False
     ) -> "Teacher":
-        """Sets how the model computes. The module that the teacher is made of stays as it is.
+        """Sets how the model computes. The module that was passed to the constructor does not change.
 
-        To be called ahead of [`Teacher.tap`].
+        Call it before [`Teacher.tap`].
 
         Args:
-            dtype: `float32`, `bf16` or `fp16`, of weights and computation, whatever autocast says outside. None leaves the
-                weights as they are, and computes as autocast says.
+            dtype: `float32`, `bf16` or `fp16`, of weights and computation, whatever autocast says outside. None keeps the
+                weights' dtype, and autocast decides on the computation's.
             channels_last: whether a CNN's convolutions get their pixels and weights in this memory format, which GPUs' half
                 precision kernels want.
             compile: whether `torch.compile` makes one graph of the model, when it is first called.
@@ -142,15 +141,15 @@ class Teacher(nn.Module):
         return self
 
     def tap(self, names: Iterable[str]) -> "Teacher":
-        """Keeps features from now on, in place of those that were kept before; ahead of the first call, if it compiles.
+        """Sets the features to keep, in place of earlier ones. Call it before a compiled teacher's first forward pass.
 
         Args:
-            names: of losses' inputs: `teacher_low`, `teacher_high`, `teacher_map`, and `teacher_head_weight` and
-                `teacher_head_bias`, which are the classifier's. What is none of them (`teacher_logits`) is left out.
+            names: of losses' inputs: `teacher_low`, `teacher_high`, `teacher_map`, and, for the classifier,
+                `teacher_head_weight` and `teacher_head_bias`. Other names (`teacher_logits`) are ignored.
 
         Raises:
-            ValueError: no such feature is known for this model, or its classifier, which is asked for, does not read the
-                average of its last feature map.
+            ValueError: no such feature is known for this model, or `names` has the classifier, and it does not read the
+                average of the last feature map.
         """
         for tap in self._taps.values():
             tap.remove()
@@ -166,24 +165,24 @@ class Teacher(nn.Module):
         return self
 
     def copy(self) -> "Teacher":
-        """Returns a teacher with the same weights in memory, and a preparation (pixels, labels, taps) of its own."""
+        """Returns a teacher that shares the weights' memory and has its own preparation (pixels, labels, taps)."""
         clone = copy.copy(self)
         clone._buffers = dict(self._buffers)
         clone._modules = {name: _sharing_weights(module) for name, module in self._modules.items()}
         clone._taps = {}
-        # The forward of a teacher that accelerate has prepared is the original's, in that accelerator's precision.
+        # Accelerator.prepare sets a forward that is bound to the original and computes in that accelerator's precision.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             clone.__dict__.pop(name, None)
         return clone
 
     def take_features(self) -> dict[str, Tensor]:
-        """Hands over the tapped features of the last call by name, without gradient; see [`FeatureTap.take`].
+        """Returns the tapped features of the last call by name, without gradient; see [`FeatureTap.take`].
 
-        Beside them stands the classifier, where it was asked for: `teacher_head_weight` [C, D] and `teacher_head_bias` [C],
-        in the student's order of labels.
+        If [`Teacher.tap`] got the classifier's names, the result also has `teacher_head_weight` [C, D] and
+        `teacher_head_bias` [C], in the student's order of labels.
 
         Raises:
-            RuntimeError: there was no call since they were last taken.
+            RuntimeError: the teacher was not called since its features were last taken.
         """
         features = {name: tap.take() for name, tap in self._taps.items()}
         if self._hands_out_head:
@@ -235,21 +234,21 @@ def load_teacher(
     Args:
         teacher (`str` or `nn.Module`): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
             `*ForImageClassification` of transformers, or a timm model, also in `DataParallel`,
-            `DistributedDataParallel` or `torch.compile`, which the teacher does without. The teacher shares a module's
-            weights and leaves its mode and `requires_grad` as they are.
+            `DistributedDataParallel` or `torch.compile`, which are removed. The teacher shares a module's weights and
+            leaves its mode and `requires_grad` as they are.
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
-            does not carry its preprocessing. None looks where the module came from; where nothing is found, the module
+            does not carry its preprocessing. None looks in the module's folder or repo; if that has none, the module
             gets the student's pixels, with a warning.
-        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`), of which
-            tensors alone are read.
+        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`); only the
+            pickle's tensors are read.
         trust_remote_code (`bool`): whether code that lies beside the weights may run.
 
     Returns:
         [`Teacher`]
 
     Raises:
-        ValueError: the id or folder cannot be opened, or has only what is not allowed; the model is for regression or for
-            several labels an image (`problem_type`).
+        ValueError: the id or folder cannot be opened, or has only files that are not allowed; the model is for regression or
+            for several labels an image (`problem_type`).
 
     Example:
 
@@ -296,9 +295,9 @@ def load_teacher(
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:
-    """Returns the module that `DataParallel`, `DistributedDataParallel` and `torch.compile` were given.
+    """Returns the module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`.
 
-    These lend neither the configuration, with the names of the classes, nor the preprocessing.
+    These wrappers have neither its configuration, with the names of the classes, nor its preprocessing.
     """
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -310,20 +309,20 @@ def unwrap_module(module: nn.Module) -> nn.Module:
 
 
 def _sharing_weights(module: nn.Module) -> nn.Module:
-    """Returns a copy of the module, hooks included, with the same weights in memory.
+    """Returns a copy of the module, hooks included, that shares the weights' memory.
 
-    A module that cannot be copied so, since it holds a lock or a session or is TorchScript's for example, is returned itself.
+    A module that cannot be copied so is returned itself, for example if it holds a lock or a session, or is TorchScript's.
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
-            # Of another class may have a state beside its data, and deepcopy copies it whole.
+            # A parameter of another class may have a state beside its data, so deepcopy copies it whole.
             if type(parameter) is nn.Parameter:
                 memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
         for buffer in part.buffers(recurse=False):
             if type(buffer) is Tensor:
                 memo[id(buffer)] = buffer.detach()
-        # deepcopy would copy the object that a hook is a method of, and its owner would see nothing.
+        # deepcopy would copy a hook that is a method together with its object, and the original object would see nothing.
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             memo |= {id(hook): hook for hook in hooks.values()}
     try:

@@ -1,4 +1,4 @@
-"""Makes a student of a checkpoint that timm's training script or `torch.save` wrote."""
+"""Builds a student from a checkpoint that timm's training script or `torch.save` wrote."""
 
 import os
 
@@ -9,19 +9,18 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 
 from .labels import normalize_id2label
 
-# Of what timm.data.resolve_data_config gives, what a folder keeps.
+# The keys of timm.data.resolve_data_config that a folder keeps.
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 def read_timm_checkpoint(path: str) -> dict[str, Tensor]:
-    """Reads the weights of a checkpoint; see `timm.models.load_state_dict`, which does.
+    """Reads the weights of a checkpoint with `timm.models.load_state_dict`.
 
-    Of a training checkpoint the moving average (`state_dict_ema`, `model_ema`) is taken where there is one, as
-    `timm.create_model(checkpoint_path=...)` does, and the prefixes of DDP and torch.compile are removed.
+    It reads a training checkpoint's moving average (`state_dict_ema`, `model_ema`) if there is one, as
+    `timm.create_model(checkpoint_path=...)` does, and removes the prefixes of DDP and torch.compile.
 
     Args:
-        path: a `.safetensors` file, or one that `torch.save` wrote (`.pth`, `.pth.tar`, `.bin`), of which tensors alone are
-            read.
+        path: a `.safetensors` file, or one that `torch.save` wrote (`.pth`, `.pth.tar`, `.bin`); only its tensors are read.
 
     Returns:
         `dict[str, Tensor]`: the weights by timm's names, on the CPU.
@@ -36,7 +35,7 @@ def read_timm_checkpoint(path: str) -> dict[str, Tensor]:
         weights = timm.models.load_state_dict(path, use_ema=True, weights_only=True)
     except Exception as error:  # torch's readers raise nearly anything on a broken file
         if "weights_only" in str(error):
-            # Not timm's advice, which is to load the file without the restriction.
+            # The message omits timm's advice to load the file without the restriction.
             globals_ = str(error).partition("Unsupported globals: ")[2].partition(". ")[0]
             raise ValueError(
                 f"{path} is not opened: it must hold tensors and plain values alone, got {globals_ or 'other objects'}. Save "
@@ -56,20 +55,20 @@ def read_timm_checkpoint(path: str) -> dict[str, Tensor]:
 def create_timm_student(
     weights: dict[str, Tensor], architecture: str, id2label: list[str] | dict[int, str] | None = None
 ) -> PreTrainedModel:
-    """Builds the student of one of timm's architectures with weights that timm knows.
+    """Builds a student of one of timm's architectures and loads weights into it.
 
     Args:
         weights: by timm's names; see [`read_timm_checkpoint`].
         architecture: timm's name of the model, with or without a tag (`resnet18.a1_in1k`). The preprocessing is the one that
             timm has for it.
-        id2label: class names. None takes ImageNet's where their number is that of ImageNet's classes, as transformers
-            does for a model of timm without names, and else `LABEL_0`, `LABEL_1`, ...
+        id2label: class names. None means ImageNet's if the checkpoint has as many classes as ImageNet, as in transformers
+            for a timm model without names, and else `LABEL_0`, `LABEL_1`, ...
 
     Returns:
         `PreTrainedModel`: with as many classes as the checkpoint's classifier.
 
     Raises:
-        ValueError: timm has no such architecture, or the weights are not those of it.
+        ValueError: timm has no such architecture, or the weights belong to another one.
     """
     if not timm.is_model(architecture):
         raise ValueError(
@@ -115,7 +114,7 @@ def create_timm_student(
 
 
 def _num_classes(weights: dict[str, Tensor], classifier: str | tuple[str, ...] | None, architecture: str) -> int:
-    """The number of classes of a checkpoint, which is the height of its classifier's weight."""
+    """The number of classes of a checkpoint, which is the number of rows of its classifier's weight."""
     names = (classifier,) if isinstance(classifier, str) else classifier or ()
     for key in (f"{name}.{weight}" for name in names for weight in ("weight", "linear.weight")):
         if key in weights:
