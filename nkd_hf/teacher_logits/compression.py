@@ -1,4 +1,4 @@
-"""The K largest logits of each image in place of all of them."""
+"""Reduces a teacher's logits to the K largest of each image, and makes logits for a loss from them."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 def sparse_logits(
     logits: Tensor, target: Tensor, top_k: int | None, temperatures: Sequence[float]
 ) -> dict[str, Tensor]:
-    """What a shard holds of some samples.
+    """Makes the fields of a shard for some samples.
 
     Args:
         logits: [n, C] float, of the teacher.
@@ -19,7 +19,7 @@ def sparse_logits(
         temperatures: for `rest_logsumexp`.
 
     Returns:
-        The fields by name, as the head of this file lists them.
+        The fields by name, as the top of store.py lists them.
     """
     logits = logits.float()
     num_classes = logits.shape[1]
@@ -30,14 +30,14 @@ def sparse_logits(
     others = logits.scatter(1, target, -math.inf)
     top, classes = others.topk(top_k)
     peak = top[:, :1]
-    peak = peak.masked_fill(peak == -math.inf, 0)  # of a teacher that rules out all others
+    peak = peak.masked_fill(peak == -math.inf, 0)  # -inf if the teacher rules out all other classes
     rest = others.scatter(1, classes, -math.inf) - peak
     target_logit = logits.gather(1, target)
     return {
         "target": target[:, 0].to(index_dtype),
         "target_logit": target_logit[:, 0],
         "peak_logit": peak[:, 0],
-        # In this order large logits cancel before anything small is subtracted.
+        # In this order, large logits cancel before a small number is subtracted.
         "log_odds": (target_logit - peak - (others - peak).logsumexp(1, keepdim=True))[:, 0],
         "classes": classes.to(index_dtype),
         "values": (top - peak).half(),
@@ -48,18 +48,18 @@ def sparse_logits(
 def dense_logits(
     rows: dict[str, Tensor], num_classes: int, temperatures: Sequence[float], temperature: float
 ) -> Tensor:
-    """Teacher logits for a loss: those that were stored, or logits like them.
+    """Returns teacher logits for a loss: the stored ones, or logits that approximate them.
 
-    With K of the C classes, all classes that are not stored get one logit, such that together they have the share among the
-    classes but the target that they had at `temperature`; and the target's logit is such that its probability at
-    temperature 1 is what it was. The row is the teacher's less its peak, which no softmax sees. This is what NKD needs:
-    at another temperature, the target's probability is not the teacher's.
+    With K of the C classes, all classes that are not stored get the same logit, so that their total share among the classes
+    but the target is the teacher's at `temperature`. The target's logit gives the target the teacher's probability at
+    temperature 1, as NKD needs it; at another temperature, the target's probability is not the teacher's. The other logits
+    are the teacher's less its peak, which changes no softmax.
 
     Args:
         rows: of [`sparse_logits`], on any device.
         num_classes: C.
         temperatures: those of `rest_logsumexp`.
-        temperature: of the loss, one of them.
+        temperature: of the loss, one of `temperatures`.
 
     Returns:
         [n, C] float32.

@@ -1,19 +1,19 @@
-"""A store of a teacher's logits on the training images, as `nkd-hf teacher-logits` writes it and training reads it.
+"""A store of a teacher's logits on the training images, which `nkd-hf teacher-logits` writes and training reads.
 
-    store.json                            what the store is of; see [`StoreInfo`]
+    store.json                            the description of the store; see [`StoreInfo`]
     epoch-0000/shard-00000.safetensors    the positions 0 .. shard_size - 1 of the permutation of epoch 0
-    epoch-0000/shard-00000.json           its SHA-256 and size, written after it: a shard without it is not finished
+    epoch-0000/shard-00000.json           the shard's SHA-256 and size, written last: a shard without it is not finished
 
 A shard has one row for each sample. With all classes: `target` [n] and `logits` [n, C] float32. With the K largest logits
-but the target's, from which NKD's target term is exact and its other term nearly so:
+but the target's, which give NKD's target term exactly and its other term approximately:
 
-    target              [n] int    the heaviest class of the label, which the other fields leave out
+    target              [n] int    the heaviest class of the label; "others" are all classes but the target
     target_logit        [n] float32
-    peak_logit          [n] float32, the largest of the others
+    peak_logit          [n] float32, the largest logit of the others
     log_odds            [n] float32, of the target against all others together at temperature 1
-    classes             [n, K] int, the K largest others, the largest first
-    values              [n, K] float16, their logits less the peak: so the large probabilities have the small errors
-    rest_logsumexp      [n, T] float32, logsumexp((logits - peak) / temperature) of all other classes, by temperature
+    classes             [n, K] int, the K others with the largest logits, the largest first
+    values              [n, K] float16, logits of `classes` less the peak, so that large probabilities have small errors
+    rest_logsumexp      [n, T] float32, logsumexp((logits - peak) / temperature) of the others not in `classes`
 
 A class is an int16, or an int32 where there are more than 32768.
 """
@@ -39,15 +39,15 @@ from .compression import dense_logits
 
 FORMAT = 1
 STORE = "store.json"
-# Shards that stay open: a batch lies in one or two of them.
+# Number of shards that stay open: a batch lies in one or two of them.
 _NUM_OPEN = 4
 
 
 class StoredTeacher(NamedTuple):
-    """What a model card says of a teacher that is not there.
+    """Facts about the teacher of a store, for a model card.
 
     Attributes:
-        name (`str` or None): Hub id or folder; None for one that was trained for the store.
+        name (`str` or None): Hub id or folder; None for a teacher that was trained for the store.
         architecture (`str`)
         num_parameters (`int`)
     """
@@ -59,22 +59,22 @@ class StoredTeacher(NamedTuple):
 
 @dataclass
 class StoreInfo:
-    """What `store.json` says.
+    """The content of `store.json`.
 
     Args:
         num_classes (`int`): C.
-        num_samples (`int`): of an epoch.
-        epochs (`int`): how many epochs there are.
+        num_samples (`int`): number of samples of an epoch.
+        epochs (`int`): number of epochs.
         top_k (`int`, *optional*): K; None means all classes, exactly.
-        temperatures (`list[float]`): T of them; 1 is always there.
-        shard_size (`int`): samples in a shard; the last of an epoch may have fewer.
-        fingerprint (`dict`): what the logits are a function of; a run must have the same.
+        temperatures (`list[float]`): T temperatures of `rest_logsumexp`, 1 among them.
+        shard_size (`int`): number of samples in a shard; the last shard of an epoch may have fewer.
+        fingerprint (`dict`): the settings that the logits depend on; a run must have the same.
         teacher (`StoredTeacher`)
-        teacher_accuracy (`float`, *optional*): its top-1 on the student's pixels of the validation split, once it is
-            measured.
-        versions (`dict[str, str]`): of the libraries that made the pixels.
-        format (`int`): of the files.
-        teacher_own_accuracy (`float`, *optional*): its top-1 with its own preprocessing; None in older stores.
+        teacher_accuracy (`float`, *optional*): the teacher's top-1 on the student's pixels of the validation split; None
+            until it is measured.
+        versions (`dict[str, str]`): versions of the libraries that made the pixels.
+        format (`int`): version of the files' format.
+        teacher_own_accuracy (`float`, *optional*): the teacher's top-1 with its own preprocessing; None in older stores.
     """
 
     num_classes: int
@@ -92,11 +92,11 @@ class StoreInfo:
 
     @property
     def num_shards(self) -> int:
-        """Shards of one epoch."""
+        """Number of shards of one epoch."""
         return math.ceil(self.num_samples / self.shard_size)
 
     def write(self, folder: Path) -> None:
-        """Writes `store.json`, as a whole or not at all."""
+        """Writes `store.json` completely or not at all."""
         values = dataclasses.asdict(self) | {"teacher": self.teacher._asdict()}
         _write(folder / STORE, (json.dumps(values, indent=2) + "\n").encode())
 
@@ -105,7 +105,7 @@ class StoreInfo:
         """Reads `store.json`.
 
         Raises:
-            ValueError: there is none, or it is of another format.
+            ValueError: there is no such file, or it is damaged or of another format.
         """
         advice = "write a store with `nkd-hf teacher-logits --config FILE --output DIR --epochs N`"
         try:
@@ -116,7 +116,7 @@ class StoreInfo:
             raise ValueError(f"{folder / STORE} cannot be read ({error}): {_again(folder)}") from error
         known = {name.name for name in dataclasses.fields(cls)}
         if isinstance(values, dict):
-            values.setdefault("teacher_own_accuracy", None)  # a store from before it was measured
+            values.setdefault("teacher_own_accuracy", None)  # missing in older stores
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != known:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"{folder} is a store of format {found}, expected {FORMAT}: {advice}")
@@ -130,7 +130,7 @@ def _again(folder: Path) -> str:
 
 
 def _fault_of(values: dict[str, Any]) -> str | None:
-    """The field of a `store.json` that holds no such value as the field has."""
+    """Describes the first field of a `store.json` with an impossible value; None if there is none."""
     teacher = values["teacher"] if isinstance(values["teacher"], dict) else {}
     is_right = {
         **{name: _is_count(values[name]) for name in ("num_classes", "num_samples", "epochs", "shard_size")},
@@ -156,14 +156,14 @@ def _is_count(value: Any) -> bool:
 class TeacherLogits:
     """Reads a store of teacher logits.
 
-    Files are memory-mapped; each one's checksum is verified once per process, when it is first opened. It can be handed to
-    the workers of a data loader, forked or spawned: hand it to [`~nkd_hf.data.collator.ImageCollator`].
+    Files are memory-mapped; each file's checksum is verified once per process, when the file is first opened. A reader works
+    in the workers of a data loader, forked or spawned: pass it to [`~nkd_hf.data.collator.ImageCollator`].
 
     Args:
         folder: of the store.
 
     Raises:
-        ValueError: it is no store; on reading, a shard is missing or damaged.
+        ValueError: the folder is no store; on reading, a shard is missing or damaged.
 
     Example:
 
@@ -183,7 +183,7 @@ class TeacherLogits:
         return self.__dict__ | {"_open": OrderedDict(), "_verified": set()}
 
     def check_complete(self, epochs: int) -> None:
-        """Looks for the shards of the first epochs.
+        """Checks that the shards of the first epochs are there.
 
         Raises:
             ValueError: the store has fewer epochs, or some shards are missing.
@@ -211,11 +211,11 @@ class TeacherLogits:
                 self._shard(epoch, shard)
 
     def read(self, epoch: int, positions: Sequence[int]) -> dict[str, Tensor]:
-        """The rows of some samples.
+        """Reads the rows of some samples.
 
         Args:
-            epoch: from 0.
-            positions: in the permutation of that epoch.
+            epoch: counted from 0.
+            positions: of the samples in the permutation of that epoch.
 
         Returns:
             The fields of the shards, by name, each with a row for each position.
@@ -229,7 +229,7 @@ class TeacherLogits:
                 f"{self.folder} has {info.epochs} epochs of {info.num_samples} samples, and the run asks for epoch {epoch}, "
                 f"positions {min(positions)} to {max(positions)}, counted from 0: write a store of more epochs"
             )
-        # The positions of a batch follow each other, but where it reaches into the next shard or wraps around.
+        # The positions of a batch follow each other, except where the batch reaches the next shard or wraps around.
         runs: list[tuple[int, list[int]]] = []
         for position in positions:
             shard, row = divmod(position, info.shard_size)
@@ -265,17 +265,17 @@ class TeacherLogits:
         return self._open[path]
 
     def dense(self, rows: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
-        """[`dense_logits`] of what [`read`] gave, on whatever device it is now."""
+        """[`dense_logits`] of the rows from [`read`], which may be on another device now."""
         return dense_logits(rows, self.info.num_classes, self.info.temperatures, temperature)
 
 
 def shard_path(folder: Path, epoch: int, shard: int) -> Path:
-    """Where a shard lies."""
+    """The path of a shard."""
     return folder / f"epoch-{epoch:04d}" / f"shard-{shard:05d}.safetensors"
 
 
 def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
-    """Writes a shard and then its record, each as a whole or not at all.
+    """Writes a shard and then its record, each completely or not at all.
 
     Raises:
         OSError: they cannot be written; the message says what to do.
@@ -295,17 +295,17 @@ def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
 
 
 def unfinished(folder: Path, info: StoreInfo, epochs: int) -> list[tuple[int, int]]:
-    """Epoch and number of the shards that are not there as a whole, by their sizes: to read them all would take long."""
+    """Epoch and number of the missing or partial shards. Compares sizes, since reading all files would take long."""
     shards = [(epoch, shard) for epoch in range(epochs) for shard in range(info.num_shards)]
     return [key for key in shards if not _is_finished(shard_path(folder, *key))]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What was written down of a shard: `sha256`, `bytes` and `samples`.
+    """Reads the record of a shard: `sha256`, `bytes` and `samples`.
 
     Raises:
-        ValueError: it holds anything else.
-        OSError: it cannot be read.
+        ValueError: the file is no record.
+        OSError: the file cannot be read.
     """
     try:
         record = json.loads(_record_path(path).read_text(encoding="utf-8"))
@@ -338,7 +338,7 @@ def _write(path: Path, content: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            # A machine that goes down may otherwise leave the name of a file without its content.
+            # Without fsync, a crash of the machine may leave the file's name without its content.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
