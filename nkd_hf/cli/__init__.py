@@ -7,7 +7,7 @@ import sys
 from .. import __version__
 from ..errors import one_line_errors
 
-# Command -> the module whose `main` runs it, imported when it is called, and what it does.
+# Command -> the module whose `main` runs it, which is imported when the command is called, and its purpose.
 _COMMANDS = {
     "plan": ("plan", "what a recipe would do, and what it costs, without doing it"),
     "evaluate": ("evaluate", "top-1, top-5 and throughput of a model on a dataset's split"),
@@ -21,10 +21,10 @@ _COMMANDS = {
 def main(args: list[str] | None = None) -> None:
     """Runs a command.
 
-    Wrong input is said in one line, without a traceback (see [`~nkd_hf.errors.one_line_errors`]).
+    Wrong input ends in one line, without a traceback (see [`~nkd_hf.errors.one_line_errors`]).
 
     Args:
-        args: the command and its arguments; None takes `sys.argv[1:]`.
+        args: the command and its arguments; None means `sys.argv[1:]`.
 
     Raises:
         SystemExit: with code 2, after a message on stderr, for an unknown command or wrong input.

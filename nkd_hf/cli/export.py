@@ -19,7 +19,7 @@ def export(checkpoint: str, output: str, overwrite: bool = False, trust_remote_c
 
     Args:
         checkpoint: a `checkpoint-*` folder. With a moving average (`ema_decay`), its student is the averaged one.
-        output: a folder that is new, or empty.
+        output: a new or empty folder.
         overwrite: whether a student that is saved in `output` is replaced.
         trust_remote_code: whether code beside the weights may run.
 
@@ -27,7 +27,7 @@ def export(checkpoint: str, output: str, overwrite: bool = False, trust_remote_c
         `PreTrainedModel`: the student.
 
     Raises:
-        ValueError: the folder is no checkpoint, or it is a run with several of them; `output` is not empty.
+        ValueError: the folder is no checkpoint, or is a run with several checkpoints; `output` is not empty.
     """
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():

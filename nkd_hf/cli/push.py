@@ -28,9 +28,9 @@ def main(args: list[str] | None = None) -> None:
         commit = push_student(**vars(args))
     except PushError as error:
         sys.exit(f"nkd-hf push: error: {error}")
-    except KeyboardInterrupt:  # What to do now was said.
+    except KeyboardInterrupt:  # push_student has printed how to go on
         sys.exit(130)
     if commit.pr_url is not None:
         print(f"{args.folder} is proposed on the Hub: {commit.pr_url}")
-    else:  # Nothing to propose gives the last commit.
+    else:  # With create_pr and nothing to propose, this is the last commit.
         print(f"{args.folder} is on the Hub: {commit.commit_url}")
