@@ -1,4 +1,4 @@
-"""The exceptions of the package, its messages in one line, and what a message may say."""
+"""The exceptions of the package, messages of one line, and the redaction of secrets in messages."""
 
 import contextlib
 import errno
@@ -13,14 +13,14 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 
-# Their ValueErrors speak to the user of a command. That of another library (torch, numpy, timm) is a bug or unforeseen.
+# The ValueErrors of these libraries are for the user of a command; those of others (torch, numpy, timm) are bugs.
 _FOR_USERS = {"nkd_hf", "transformers", "accelerate", "datasets", "huggingface_hub"}
-# EFBIG: of a limit of the process.
+# EFBIG: a limit of the process on the size of a file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
-# What gloo and NCCL say in a process whose peer is gone.
+# Messages of gloo and NCCL in a process whose peer has ended.
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Socket Timeout", re.IGNORECASE)
-# 128 + SIGPIPE, the status of a Unix tool whose reader has gone.
+# 128 + SIGPIPE, the exit status of a Unix tool whose reader has ended.
 _NO_READER = 141
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
 # A name alone is a credential only to a web server: ssh://git@host is not.
@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
 
 class RefusedError(ValueError):
-    """A model that is not opened for a reason of its own; the message says what to do."""
+    """A model that the package refuses to open; the message says what to do."""
 
 
 class OutsideError(ValueError):
@@ -57,11 +57,11 @@ class CheckpointError(OSError):
 
 
 class PushError(RuntimeError):
-    """A push failed; the message says why, where the student is, and how to push it again."""
+    """A failed push; the message says why, where the student is, and how to push it again."""
 
 
 def redact(text: str) -> str:
-    """Replaces tokens of the Hub, and in addresses the user and the parameters that sign or authorise.
+    """Replaces tokens of the Hub and, in addresses, the user and the parameters that sign or authorise.
 
     Example:
 
@@ -78,7 +78,7 @@ def redact(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Gives the text of an error as a part of a sentence: one line, not too long, no full stop at its end, and never empty.
+    """Returns an error's text as a part of a sentence: one line of at most 400 characters, without a full stop, never empty.
 
     Example:
 
@@ -97,8 +97,8 @@ def failed_write(error: Exception, folder: str | Path) -> tuple[str, str]:
     """Says why files could not be written, and what to do.
 
     Args:
-        error: an OSError, or what safetensors or torch raise in its place.
-        folder: where the files should be.
+        error: an OSError, or the exception that safetensors or torch raises in its place.
+        folder: the folder of the files.
 
     Returns:
         The cause, for parentheses, and an imperative without a full stop.
@@ -112,7 +112,7 @@ def failed_write(error: Exception, folder: str | Path) -> tuple[str, str]:
     ```
     """
     cause = f"{type(error).__name__}: {reason(error)}"
-    number = re.search(r"os error (\d+)", str(error))  # of safetensors
+    number = re.search(r"os error (\d+)", str(error))  # safetensors' message
     code = error.errno if isinstance(error, OSError) else number and int(number[1])
     if not code and _LOST_PEER.search(str(error)):
         return cause, "look at what another process of the run, which has ended, said last"
@@ -126,14 +126,14 @@ def failed_write(error: Exception, folder: str | Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def one_line_errors(prefix: str = "", code: int = 1) -> Iterator[None]:
-    """Ends the process with `error: ...` on stderr where the input is wrong, and without a word where nobody reads stdout.
+    """Ends the process with `error: ...` on stderr if the input is wrong, and without a message if stdout was closed.
 
     Wrong input is an exception of this package's own classes, an OSError, or a ValueError that this package or a library of
-    Hugging Face has raised. Anything else is a bug and keeps its traceback.
+    Hugging Face has raised. Any other exception is a bug and keeps its traceback.
 
     Args:
-        prefix: what stands before `error:`, such as `nkd-hf plan: `.
-        code: of the exit.
+        prefix: text before `error:`, such as `nkd-hf plan: `.
+        code: exit status.
 
     Raises:
         SystemExit: with `code`; with 141 where stdout was closed, as in `nkd-hf plan ... | head -1`.
@@ -144,7 +144,7 @@ def one_line_errors(prefix: str = "", code: int = 1) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # As in the documentation of Python's signal module: Python's own flush at exit must find an open file.
+        # As in the documentation of Python's signal module: Python flushes stdout at exit, which needs an open file.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_NO_READER)
     except Exception as error:
@@ -173,20 +173,20 @@ def _own_text(error: BaseException) -> str:
 
 
 def gate(error: BaseException, repo_id: str, repo_type: str = "model") -> str | None:
-    """Says how to get into a gated repo, if that is what an error is about.
+    """Says how to get access to a gated repo, if that is the cause of an error.
 
     Args:
-        error: what was raised; the errors that led to it are looked at, too.
+        error: an exception, whose causes are searched, too.
         repo_id: `owner/name`.
         repo_type: `model` or `dataset`.
 
     Returns:
-        What to accept and where, or None.
+        A part of a sentence, or None for another cause.
     """
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        # `datasets` cuts the chain off, and leaves its words.
+        # `datasets` raises an error without the GatedRepoError as its cause, so its text is searched.
         if isinstance(error, GatedRepoError) or "is a gated dataset on the Hub" in str(error):
             page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
             return (

@@ -15,7 +15,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-# What a saved student consists of: no checkpoint and no run, which hold more.
+# Files of a saved student. The folder of a checkpoint or of a run holds others, too.
 _STUDENT_FILES = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json|modeling_\w+\.py"
     r"|README\.md|training_curves\.png|training_args\.yaml"
@@ -23,13 +23,13 @@ _STUDENT_FILES = re.compile(
 
 
 def path_fault(name: str | os.PathLike) -> str | None:
-    """Says what is wrong with a path of this machine where a folder is expected.
+    """Says why a path of this machine is not the expected folder.
 
     Args:
         name: a path, or the name of a repository of the Hub (`owner/name`).
 
     Returns:
-        A part of a sentence; None for a folder, and for what may be on the Hub.
+        A part of a sentence; None for a folder, and for a name that may be on the Hub.
 
     Example:
 
@@ -59,12 +59,12 @@ def _nearest_folder(path: str) -> str:
 
 
 class TemporaryFolder(tempfile.TemporaryDirectory):
-    """A temporary folder for which a process that was killed is no loss: the next one with its prefix removes it.
+    """A temporary folder. If its process is killed, the next one of the same prefix removes it.
 
-    Its owner holds a lock on it. Where the platform or the file system has no locks, it stays.
+    The process holds a lock on the folder. If the platform or the file system has no locks, the folder stays.
 
     Args:
-        prefix: of its name, for this purpose alone.
+        prefix: the beginning of the folder's name, used for such folders alone.
         parent: the folder in which it is made.
     """
 
@@ -90,7 +90,7 @@ def remove_leftovers(prefix: str, parent: str | os.PathLike) -> None:
 
 
 def _lock(folder: str | os.PathLike) -> int | None:
-    """The file of a new lock on a folder; None where another one is held, or there are no locks."""
+    """Locks a folder and returns the lock's file descriptor; None if the folder is locked, or there are no locks."""
     if fcntl is None:
         return None
     file = os.open(folder, os.O_RDONLY)
@@ -104,12 +104,12 @@ def _lock(folder: str | os.PathLike) -> int | None:
 
 @contextmanager
 def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
-    """Gives a folder to write into, which becomes `output` when all went well and is removed when not.
+    """Yields a folder to write into, which becomes `output` at the end, or is removed after an exception.
 
     Args:
-        output: may exist if it is empty.
-        overwrite: whether a student that is saved there is replaced. What holds other things, such as the checkpoints
-            of a run, is not.
+        output: the folder's path; it may exist if it is empty.
+        overwrite: whether a student that is saved there is replaced. A folder with other files, such as the checkpoints
+            of a run, is never replaced.
 
     Raises:
         ValueError: `output` exists and may not be replaced.
@@ -135,7 +135,7 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
     if held and not ((target / "config.json").is_file() and all(_STUDENT_FILES.fullmatch(path.name) for path in held)):
         raise ValueError(f"{output} holds more than a saved student and is not replaced: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: a rename is one step within a file system alone.
+    # Beside the target, since a rename is one step only within a file system.
     with TemporaryFolder(f".{target.name}.nkd_hf-", target.parent) as temporary:
         folder = Path(temporary, "new")
         folder.mkdir()
@@ -146,7 +146,7 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
+    """Writes a file completely or not at all."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

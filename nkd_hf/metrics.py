@@ -1,6 +1,6 @@
 """Top-1 and top-5 accuracy, for the Trainer and as an `evaluate` module that needs no network."""
 
-# `evaluate.load` copies this file alone into its cache and reads its imports line by line: it imports nothing of the
+# `evaluate.load` copies this file alone into its cache and reads its imports line by line: the file imports nothing of the
 # package, and each import stands on a line of its own.
 import logging
 
@@ -16,11 +16,11 @@ def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> to
 
     Args:
         logits: [N, C] float logits.
-        labels: not used; the Trainer hands them in.
+        labels: not used; the Trainer passes them.
 
     Returns:
         [N, min(5, C)] int64 class indices, best first; of equal logits, the first class comes first, as with argmax. A row
-        with NaN is no prediction: all of its indices are -1, which are nobody's label.
+        with NaN is no prediction: all of its indices are -1, which is no label.
 
     Raises:
         ValueError: when the logits are no [N, C] tensor.
@@ -32,8 +32,8 @@ def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> to
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ValueError(f"logits must be a tensor [N, C], got {got}: have the model return its logits alone")
-    # topk's values are right, and so is their number, but on a tie its indices are any. A stable sort of all classes would
-    # take four times as long.
+    # topk returns the right values, but on a tie any of their indices. A stable sort of all classes would take four times
+    # as long.
     values = logits.topk(min(5, logits.shape[1]), dim=1).values
     is_left = torch.ones_like(logits, dtype=torch.bool)
     indices = []
@@ -96,9 +96,9 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
 
     Args:
         predictions: [N, K] int class indices, best first, with K = min(5, number of classes) or more; only the first
-            five count. A row of -1 alone is no prediction, as `top5_indices` makes it of logits that are NaN: it counts
-            as wrong, and a warning says how many there are.
-        references: [N] int class indices, of which -100 marks samples that do not count.
+            five count. A row of -1 alone, which `top5_indices` returns for logits with NaN, is no prediction: it counts as
+            wrong, and a warning says how many there are.
+        references: [N] int class indices; samples with -100 are not counted.
 
     Returns:
         `{"accuracy": ..., "top5_accuracy": ...}`, fractions as Python floats.
@@ -122,7 +122,7 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
         )
     if predictions.size == 0:
         raise ValueError(f"accuracy needs at least one sample, got predictions {list(predictions.shape)}")
-    # The mark of images without a class, which the cross-entropy of an evaluation ignores as well.
+    # -100 marks images without a class. The cross-entropy of an evaluation ignores them, too.
     predictions, references = predictions[references != -100], references[references != -100]
     if len(references) == 0:
         raise ValueError(
@@ -134,7 +134,7 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
             "test split has none; evaluate on the validation split"
         )
     top5 = predictions[:, :5]
-    # evaluate cuts floats to integers, so that logits may come as integers too, but with some of them equal or negative.
+    # evaluate truncates floats to integers, so logits may arrive as integers; then some are equal or negative.
     ranked = np.sort(top5, axis=1)
     is_missing = (top5 == -1).all(axis=1)
     wrong = ((ranked[:, 1:] == ranked[:, :-1]).any(axis=1) | (ranked[:, 0] < 0)) & ~is_missing
