@@ -39,7 +39,7 @@ class WeightsSize(NamedTuple):
 
 
 def measure_weights(paths: Sequence[str]) -> WeightsSize:
-    """Counts tensors and elements, of safetensors by their headers; of pickles, the number of bytes gives upper bounds.
+    """Counts tensors and elements: reads the headers of safetensors, and bounds pickles by their number of bytes.
 
     Raises:
         SafetensorError: a file is damaged.

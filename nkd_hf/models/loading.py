@@ -52,7 +52,7 @@ def open_classifier(name: str, **kwargs) -> PreTrainedModel:
         kwargs: `allow_pickle`, `trust_remote_code` and arguments of `from_pretrained`; see [`open_pretrained`].
 
     Raises:
-        ValueError: there is no such model, or its weights are not those of a whole image classifier.
+        ValueError: there is no such model, or it is no whole image classifier.
     """
     try:
         return open_pretrained(name, **kwargs)

@@ -63,7 +63,7 @@ def read_class_names(student: PreTrainedModel, state_dict: dict[str, Tensor] | N
         state_dict: its gathered weights, when the student is sharded.
 
     Raises:
-        ValueError: the names are not those of the classes 0..n-1 of the student's classifier.
+        ValueError: the names do not name the classes 0..n-1 of the student's classifier.
     """
     rows = [f"{name}.weight" for name in classifier_layers(student)]
     state_dict = student.state_dict() if state_dict is None else state_dict

@@ -42,7 +42,7 @@ class Teacher(nn.Module):
         name (`str`): what messages call the teacher.
 
     Raises:
-        ValueError: the model needs more than pixels, or its configuration is not that of a classifier of one class an image.
+        ValueError: the model needs more than pixels, or its configuration does not describe a classifier of one class an image.
     """
 
     def __init__(
