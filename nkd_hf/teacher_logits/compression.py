@@ -51,9 +51,8 @@ def dense_logits(
     """Returns teacher logits for a loss: the stored ones, or logits that approximate them.
 
     With K of the C classes, all classes that are not stored get the same logit, so that their total share among the classes
-    but the target is the teacher's at `temperature`. The target's logit gives the target the teacher's probability at
-    temperature 1, as NKD needs it; at another temperature, the target's probability is not the teacher's. The other logits
-    are the teacher's less its peak, which changes no softmax.
+    but the target is the teacher's at `temperature`. The target's probability at temperature 1 is the teacher's, as NKD needs
+    it; at another temperature it is not. The other logits are the teacher's less its peak, which changes no softmax.
 
     Args:
         rows: of [`sparse_logits`], on any device.
