@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 
-# The ValueErrors of these libraries are for the user of a command; those of others (torch, numpy, timm) are bugs.
+# ValueErrors of these libraries are for the user of a command; a ValueError of another (torch, numpy, timm) is a bug.
 _FOR_USERS = {"nkd_hf", "transformers", "accelerate", "datasets", "huggingface_hub"}
 # EFBIG: a limit of the process on the size of a file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
