@@ -24,8 +24,6 @@ def test_it_is_committed_without_outputs():
 
 def test_it_runs(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:  # fewer epochs: each cell shows the same
-        cell.source = cell.source.replace("epochs=14", "epochs=6").replace("epochs=4", "epochs=2")
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.text for output in outputs if output.output_type == "stream")
@@ -33,7 +31,7 @@ def test_it_runs(tmp_path):
     accuracies = {name: float(figure) for name, figure in re.findall(r"^(\w+) +(\d+\.\d\d)%$", text, re.MULTILINE)}
     assert set(accuracies) == {"teacher", "baseline", "student"}
     assert accuracies["teacher"] > 90
-    assert min(accuracies.values()) > 30
+    assert min(accuracies.values()) > 50
     # The saved models, through their own preprocessing, are right as often as the trainer said.
     hits = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+) of 360 right$", text, re.MULTILINE)}
     assert {name: 100 * count / 360 for name, count in hits.items()} == pytest.approx(accuracies, abs=0.6)
