@@ -1,4 +1,4 @@
-"""Publishing: which files, what the card says, one commit."""
+"""Publishes students, checkpoints and stores of teacher logits on the Hub."""
 
 from ..errors import PushError
 from .push import create_repo, push_checkpoint, push_student

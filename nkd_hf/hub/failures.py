@@ -1,4 +1,4 @@
-"""Says why the Hub has refused something, and what to do."""
+"""Explains why a request to the Hub failed, and what to do."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Revisio
 from ..errors import PushError
 
 logger = logging.getLogger(__name__)
-# Seconds without a byte from the Hub; the client itself waits for ever.
+# Seconds to wait for a byte from the Hub; the client itself waits for ever.
 _TIMEOUT = 120.0
 
 
@@ -19,7 +19,7 @@ _TIMEOUT = 120.0
 def failures(
     folder: str | os.PathLike | None, repo_id: str, revision: str | None, token: str | None, again: str | None = None
 ) -> Iterator[None]:
-    """Turns what the client raises into a message that says why, where the files are, and what to do."""
+    """Turns errors of the client into a PushError that says why a request failed, where the files are, and what to do."""
 
     def message(reason: str) -> str:
         if folder is None:
@@ -38,7 +38,7 @@ def failures(
         raise
     except PushError as error:
         raise PushError(message(str(error))) from None
-    except Exception as error:  # The client's own, httpx's and hf_xet's have no base in common.
+    except Exception as error:  # The errors of the client, of httpx and of hf_xet have no common base class.
         raise PushError(message(_reason(error, repo_id, revision, token))) from error
     finally:
         session.timeout = before

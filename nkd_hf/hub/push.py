@@ -28,15 +28,15 @@ from .student_files import CARD, SETTINGS, TEXT, check_publishable, publishable,
 
 logger = logging.getLogger(__name__)
 
-# What an earlier push of another student may have left: transformers would open it in place of what is pushed now.
+# Files that an earlier push of another student may have left: transformers would open them in place of the pushed ones.
 _STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json")
 COMMIT_MESSAGE = "Upload student"
 
 
 class PushApi(HfApi):
-    """The client of a push, which goes on where the Hub, a mirror of it for example, does not judge model cards.
+    """The client of a push. It also pushes where the endpoint, such as a mirror of the Hub, does not check model cards.
 
-    `HfApi` fails there, and so does `RepoCard.validate`, which also asks without the token.
+    `HfApi` and `RepoCard.validate` fail there, and `RepoCard.validate` asks without the token.
     """
 
     def __init__(self, token: str | None = None):
@@ -44,7 +44,7 @@ class PushApi(HfApi):
         self._judged: set[str] = set()
 
     def check_card(self, text: str, repo_type: str = "model") -> None:
-        """Asks the Hub whether it takes a card: it would refuse the commit, after all weights were sent.
+        """Asks the Hub whether a card is valid: it would refuse the commit, after all weights were sent.
 
         Args:
             text: of the card.
@@ -68,7 +68,7 @@ class PushApi(HfApi):
             said = f"status {response.status_code}"
             answer = response.json() if response.status_code in (200, 400) else {}
             errors, warnings = ([item["message"] for item in answer[key]] for key in ("errors", "warnings"))
-        except Exception as error:  # of httpx, of json, and of an answer in another form
+        except Exception as error:  # errors of httpx, of json, and of an unknown form of answer
             logger.warning(
                 "The model card is pushed unchecked, since %s gave no verdict (%s, %s).",
                 url,
@@ -83,7 +83,7 @@ class PushApi(HfApi):
         self._judged.add(text)
 
     def _validate_yaml(self, content: str, *, repo_type: str | None = None, token: bool | str | None = None) -> None:
-        # create_commit and upload_folder call it, and have no public way around it.
+        # create_commit and upload_folder call this method of HfApi, and no public option switches it off.
         self.check_card(content, repo_type or "model")
 
 
@@ -100,31 +100,30 @@ def push_student(
 ) -> CommitInfo:
     """Puts a saved student on the Hub, in one commit: all of it or nothing.
 
-    Pushed are the configuration, the weights as safetensors, the preprocessing, the modelling files that the
-    configuration names, the model card, `training_curves.png` and `training_args.yaml`, and nothing else that lies in
-    the folder. A folder without a model card, as of `nkd-hf export`, gets one that says how to open the student. What
-    an earlier push has left of another student is deleted: weights and preprocessing that would be opened in their
-    place, training curves and arguments. Other files of the repo stay. So does a model card that a person has edited,
-    with a warning.
+    It pushes the configuration, the weights as safetensors, the preprocessing, the modelling files that the configuration
+    names, the model card, `training_curves.png` and `training_args.yaml`, and no other file of the folder. For a folder
+    without a model card, such as that of `nkd-hf export`, it writes one that says how to open the student. It deletes files
+    that an earlier push of another student left: weights and preprocessing that would be opened in place of the new ones,
+    training curves and arguments. Other files of the repo stay. A model card that a person has edited stays too, with a
+    warning.
 
     Args:
         folder: of a saved student: `trainer.save_model()`, `nkd-hf export`.
         repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; made if it does not exist.
         private: whether a repo that is made is private; None takes the owner's default.
         revision: a branch that exists; None means `main`.
-        token: with the right to write; None takes `HF_TOKEN`, or that of `hf auth login`.
+        token: a token with the right to write; None takes `HF_TOKEN`, or the token of `hf auth login`.
         commit_message: the commit's title.
         overwrite_card: whether a model card that a person has edited on the Hub is replaced.
         create_pr: whether the commit becomes a pull request to `main`, which a token without the right to write there may
             open too.
 
     Returns:
-        `CommitInfo`: of the commit, or of the last one when nothing has changed since. Its `pr_url` is that of the pull
-        request.
+        `CommitInfo`: of the commit, or of the last commit if nothing has changed. Its `pr_url` is the pull request.
 
     Raises:
-        ValueError: the folder holds no student, or one of its files a token or a path of this machine; `repo_id` is the
-            address of something else; `create_pr` comes with another branch.
+        ValueError: the folder holds no student; one of its files holds a token or a path of this machine; `repo_id` is the
+            address of another kind of page; `create_pr` comes with another branch than `main`.
         PushError: the Hub was not reached, or refused it.
     """
     folder = Path(folder).expanduser()
@@ -154,7 +153,7 @@ def push_student(
                     repo_id,
                 )
                 del files[CARD]
-        if CARD in files:  # before the weights are sent; create_commit asks only then
+        if CARD in files:  # before the weights are sent; create_commit asks after them
             api.check_card(files[CARD].decode())
         stale = {name for name in held if _STALE.fullmatch(name) or name in (CURVES_FILE, SETTINGS)}
         return _commit(api, info, files, stale, revision, commit_message, create_pr)
@@ -172,14 +171,14 @@ def push_checkpoint(
 ) -> CommitInfo:
     """Puts a whole checkpoint into a folder of a repo that exists, so that training resumes from it.
 
-    The optimiser's, scheduler's and generators' states are PyTorch's pickles. `training_args.bin` is left out, and paths
+    The optimiser's, scheduler's and generators' states are PyTorch's pickles. `training_args.bin` is not pushed, and paths
     in `trainer_state.json` are shortened to their last names.
 
     Args:
         folder: the `checkpoint-*` folder.
         repo_id: `owner/name`.
-        path_in_repo: where it goes; what an earlier checkpoint left there is deleted.
-        name: what messages call the folder.
+        path_in_repo: the folder in the repo; files of an earlier checkpoint in it are deleted.
+        name: the folder's name in messages.
         revision, token, commit_message: as in [`push_student`].
 
     Raises:
@@ -213,15 +212,15 @@ def create_repo(
     commit_message: str = COMMIT_MESSAGE,
     overwrite_card: bool = False,
 ) -> str:
-    """Makes a repo, if it is not there, and looks for the branch: best before anything is trained for it.
+    """Creates a repo if it does not exist, and checks that the branch exists. Call this before training.
 
     Args:
         repo_id, private, revision, token: as in [`push_student`].
-        folder: what is to be pushed, where that is there already.
-        commit_message, overwrite_card: how, for the command that pushes it again.
+        folder: the folder to push, if it exists already.
+        commit_message, overwrite_card: options of the push command in the error message.
 
     Returns:
-        Its id with the owner.
+        The repo's id with its owner.
 
     Raises:
         PushError: the Hub was not reached, or refused it; there is no such branch.
@@ -276,8 +275,8 @@ def _commit(
     additions = [CommitOperationAdd(name, source) for name, source in files.items()]
     for addition in additions:
         if not addition.path_in_repo.endswith(TEXT):
-            # One at a time, which the client does in this thread: it would wait for others before it is interrupted.
+            # One file at a time, which the client sends in this thread: an interrupt need not wait for other threads.
             api.preupload_lfs_files(info.id, [addition], free_memory=False, **where)
     operations += additions
-    # The parent: what somebody commits after the look at the repo is not overwritten.
+    # With parent_commit, the Hub refuses to overwrite a commit that was made after model_info was read.
     return api.create_commit(info.id, operations, commit_message=message, parent_commit=info.sha, **where)

@@ -1,4 +1,4 @@
-"""What of a run may be published: a student's files, without a token and without a path of the machine."""
+"""Selects the files of a student that may be published, and keeps tokens and paths of the machine out of them."""
 
 import json
 import logging
@@ -21,21 +21,21 @@ CARD, SETTINGS = "README.md", "training_args.yaml"
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PREPROCESSING = "preprocessor_config.json"
 TEXT = (".json", ".yaml", ".md", ".py")
-# Not behind a letter, as in a URL or a relative path, nor behind what closes a tag.
+# Not behind a letter, as in a URL or a relative path, nor behind the `<` of a closing tag.
 _PATH = re.compile(r"(?:(?<=file://)|(?<![\w.:/~<-]))/[\w.@+-]+(?:/[\w.@+-]+)+")
-# They are on every machine, and tell nothing of this one.
+# These folders are on every machine, so that their paths reveal nothing.
 _SYSTEM = ("/bin/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
 
 
 def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
-    """The names of those files of a folder that are a student.
+    """Returns the names of the files in a folder that make up a student.
 
     Args:
         folder: of a saved student.
         in_checkpoint: whether it may be a training checkpoint, which holds more than the student.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder holds no student.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
@@ -62,7 +62,7 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
         raise ValueError(f"{folder} holds no student, since it has no {_WEIGHTS}: weights in pickles are not pushed")
     modules = set()
     for reference in (config.get("auto_map") or {}).values():
-        # One name or several, of which some may be None; another repo's code stays there.
+        # One name or several, some of them None; code of another repo (`owner/name--module`) is not pushed.
         references = reference if isinstance(reference, list) else [reference]
         modules |= {f"{name.rpartition('.')[0]}.py" for name in references if name and "--" not in name}
     names += sorted(_with_imports(folder, modules))
@@ -81,7 +81,7 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
 
 
 def publishable(settings: Any) -> Any:
-    """The settings of a run as they may be read by everybody: a path is its last name, a credential is masked (see [`redact`]).
+    """Returns settings for the public: a path is cut to its last name, a credential is masked (see [`redact`]).
 
     Args:
         settings: of JSON's types.
@@ -104,7 +104,7 @@ def publishable(settings: Any) -> Any:
     if not isinstance(settings, str):
         return settings
     text = redact(settings)
-    # A value that is a path as a whole may have spaces in it.
+    # A value that is one path may contain spaces.
     option, equals, path = text.rpartition("=")
     if os.path.isabs(os.path.expanduser(path)):
         return option + equals + Path(path).name
@@ -112,17 +112,16 @@ def publishable(settings: Any) -> Any:
 
 
 def check_publishable(files: Mapping[str, Path | bytes], token: str | None = None) -> None:
-    """Looks for tokens and for paths of this machine in those files that are text.
+    """Searches text files for tokens and for paths of this machine.
 
-    None is written there in the first place, so that what is found comes from a person, or from a model that was
-    opened.
+    This package writes none, so that a token or path comes from a person, or from a model that was opened.
 
     Args:
-        files: by their names in the repo.
-        token: that is used for the push, beside those of the environment and of `hf auth login`.
+        files: the files by their names in the repo.
+        token: the push's token; tokens of the environment and of `hf auth login` are searched too.
 
     Raises:
-        ValueError: there is one; the message names file and line.
+        ValueError: a file holds a token or such a path; the message names file and line.
     """
     tokens = {token, get_token(), os.environ.get("HF_TOKEN")} - {None, ""}
     folders = {source.parent for source in files.values() if isinstance(source, Path)}
@@ -160,23 +159,23 @@ def read_text(path: Path) -> str:
 
 
 def _with_imports(folder: Path, modules: set[str]) -> set[str]:
-    """The modules, and those that they import relatively, without which their code does not run."""
+    """Returns the modules and all modules that they import relatively."""
     found, new = set(modules), set(modules)
     while new:
         paths = [folder / name for name in new if (folder / name).is_file()]
         for path in paths:
-            read_text(path)  # whose error names the file
+            read_text(path)  # the error of read_text names the file
         new = {f"{module}.py" for path in paths for module in get_relative_imports(path)} - found
         found |= new
     return found
 
 
 def _own_paths(folders: set[Path]) -> re.Pattern:
-    """Finds paths that are or lie in one of these folders, whether they exist or not."""
+    """Returns a pattern for the folders and all paths in them, whether they exist or not."""
     patterns = []
     for path in {path for folder in folders for path in (folder.absolute(), folder.resolve())}:
         if len(path.parts) > 1:
-            # `/tmp` alone is a word that tells nothing.
+            # `/tmp` alone reveals nothing.
             patterns.append(re.escape(str(path)) + (r"(?![\w-])\S*" if len(path.parts) > 2 else r"[/\\]\w\S*"))
     return re.compile(r"(?<![\w.])(?:" + "|".join(sorted(patterns, reverse=True)) + ")")
 

@@ -1,4 +1,4 @@
-"""A store of teacher logits as a dataset of the Hub."""
+"""Finds a store of teacher logits on the Hub, and pushes one as a dataset."""
 
 import os
 import shlex
@@ -18,14 +18,14 @@ _CARD = "README.md"
 
 
 def find_store(name: str, epochs: int) -> Path:
-    """The folder of a store: itself, or a dataset of the Hub, of which the epochs that are needed are downloaded.
+    """Returns the folder of a store: the folder itself, or that of a Hub dataset, whose needed epochs are downloaded.
 
     Args:
         name: folder, or Hub id of a dataset or the address of its page.
         epochs: how many epochs are needed.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is no such folder and no such dataset.
     """
     name = read_repo_id(name, "teacher_logits", "dataset")
     folder = Path(name).expanduser()
@@ -44,9 +44,9 @@ def find_store(name: str, epochs: int) -> Path:
 
 
 def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
-    """Puts a finished store on the Hub, an epoch a commit, `store.json` last: until then it cannot be opened.
+    """Puts a finished store on the Hub, one commit per epoch, `store.json` last: until then the store cannot be opened.
 
-    What an earlier attempt has uploaded is not sent again.
+    Files that an earlier attempt uploaded are not sent again.
 
     Args:
         folder: of the store.
@@ -57,7 +57,7 @@ def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
         The address of the dataset.
 
     Raises:
-        ValueError: the store is not finished, or a shard is damaged: all are read and compared with their checksums.
+        ValueError: the store is not finished, or a shard does not match its checksum; all shards are read.
         PushError: the Hub was not reached, or refused it.
     """
     repo_id = read_repo_id(repo_id, "repo_id", "dataset")
@@ -81,7 +81,7 @@ def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
 
 
 def store_card(info: StoreInfo, name: str) -> str:
-    """The text of the dataset's card.
+    """Returns the text of the dataset's card.
 
     Args:
         info: of the store.

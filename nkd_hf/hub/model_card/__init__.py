@@ -1,4 +1,4 @@
-"""TODO."""
+"""Writes model cards and training curves."""
 
 from .card import create_card, is_generated, with_repo_id, write_card
 from .curves import plot_curves

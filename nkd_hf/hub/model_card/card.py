@@ -1,4 +1,4 @@
-"""Puts a student on the Hub, and `nkd-hf push`."""
+"""Writes the model card of a student, and recognises a card that nobody has edited."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from .text import code, hub_id, plain, plain_name
 
 
 def create_plain_card(folder: Path, repo_id: str) -> str:
-    """The card of a student of which nothing but its configuration is known."""
+    """Returns the card of a student whose configuration alone is known."""
     config = read_json(folder / "config.json")
     is_timm, has_own_code = config.get("model_type") == "timm_wrapper", bool(config.get("auto_map"))
     tags = ["image-classification", *(["timm", "transformers"] if is_timm else [])]
@@ -33,7 +33,7 @@ def create_plain_card(folder: Path, repo_id: str) -> str:
         tags=[*tags, *(["custom_code"] if has_own_code else []), "nkd_hf"],
     )
     names = list((config.get("id2label") or {}).values()) or config.get("label_names") or []
-    # Two without names are the default, which transformers does not write down.
+    # transformers does not save its default, two classes without names.
     num_classes = len(names) or config.get("num_classes") or 2
     classes = f"{num_classes} class{'es' * (num_classes != 1)}"
     classes += " without names" if names and all(str(name).startswith("LABEL_") for name in names) else ""
@@ -71,7 +71,7 @@ def read_card(api: HfApi, repo_id: str, revision: str) -> str:
 logger = logging.getLogger(__name__)
 
 CURVES_FILE = "training_curves.png"
-# In the code of a card: what its examples open.
+# The examples in a card, and the model that they open.
 _CODE = re.compile(r"^```python\n.*?\n```$", re.DOTALL | re.MULTILINE)
 _SOURCE = re.compile(r'(from_pretrained\(|create_model\(|, model=)"(?:[^"\\]|\\.)*"(?:, revision="(?:[^"\\]|\\.)*")?')
 _MARK = "<!-- Written by nkd_hf, which writes it anew as long as nobody edits it: {} -->"
@@ -96,7 +96,7 @@ def write_card(
         student, name, args, state, repo_id, teacher, losses, info: as in [`create_card`].
 
     Returns:
-        Whether the card was written: one that a person wrote or edited is left as it is, with a warning.
+        Whether the card was written: a card that a person wrote or edited is kept, with a warning.
     """
     path, info = Path(folder, "README.md"), info or CardInfo()
     levels = {
@@ -130,21 +130,21 @@ def create_card(
     info: CardInfo | None = None,
     curves: str | None = None,
 ) -> ModelCard:
-    """Makes the card of a student out of nothing but its arguments. It claims what they show to be measured, no more.
+    """Makes the card of a student from the arguments alone. The card claims no result that they do not show.
 
     Args:
         student: the plain student.
         name: the model's, for the title and the `model-index`.
-        args: of the run; no path and no token of theirs is read.
+        args: of the run; none of their paths and tokens is read.
         state: `trainer.state`: the log, the step of the weights, and the step of the best ones.
-        repo_id: where the student can be pulled from, `owner/name`. None: the examples open a folder, `name`.
+        repo_id: where the student can be pulled from, `owner/name`. With None, the examples open a folder, `name`.
         teacher: what it was distilled from.
         losses: the distillation losses by name; none means the task loss alone.
-        info: what the trainer cannot know.
-        curves: the name of a picture beside the card, for it to show.
+        info: facts that the trainer does not know.
+        curves: the file name of a picture beside the card, which the card shows.
 
     Returns:
-        `huggingface_hub.ModelCard`: `str(card)` is the text, which [`is_generated`] knows again.
+        `huggingface_hub.ModelCard`: `str(card)` is the text, for which [`is_generated`] is True.
 
     Example:
 
@@ -172,7 +172,7 @@ def create_card(
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card's text is that of [`create_card`], unchanged but for line endings and space at its end.
+    """Whether a card's text is that of [`create_card`], unchanged except for line endings and trailing space.
 
     Example:
 
@@ -188,10 +188,10 @@ def is_generated(text: str) -> bool:
 
 
 def with_repo_id(text: str, repo_id: str, revision: str | None = None) -> str:
-    """A card whose examples open `repo_id`, for a student that was saved first and is pushed now.
+    """Returns a card whose examples open `repo_id`, for a student that was saved before it is pushed.
 
     Args:
-        text: of a card; one that [`create_card`] has not made, or that was edited since, comes back as it is.
+        text: of a card; a card that [`create_card`] has not made, or that was edited, is returned as it is.
         repo_id: `owner/name`.
         revision: the branch that is pushed to; None means `main`.
     """
@@ -215,7 +215,7 @@ def _render(run: Run) -> ModelCard:
             metric,
             value,
         )
-    # No template engine, to which braces in a name would mean something.
+    # No template engine is used: it would interpret braces in a name.
     return ModelCard(signed(f"---\n{_metadata(run).to_yaml()}\n---\n\n{body(run)}"))
 
 
@@ -232,15 +232,15 @@ def _unix(text: str) -> str:
 
 
 def _metadata(run: Run) -> ModelCardData:
-    # timm's own repositories name timm and tag transformers; the Hub then shows how to open them in both.
+    # As timm's own repositories do: the Hub then shows how to open the model in timm and in transformers.
     tags = ["image-classification", *(["timm", "transformers"] if run.is_timm else [])]
     if run.losses:
         tags.append("self-distillation" if run.teacher is None else "knowledge-distillation")
     tags += dict.fromkeys(plain(name.lower()) for loss in run.losses.values() if (name := own_text(loss, "name")))
     tags += ["custom_code"] if run.has_own_code else []
     # The relations that the Hub knows are adapter, finetune, merge and quantized (huggingface.co/docs/hub/model-cards);
-    # `distill` was asked for in huggingface_hub's issue 3985. A teacher has none of them, so none is claimed. Where the
-    # student was fine-tuned from another model, that relation is: of two models without one the Hub would infer a merge.
+    # `distill` was asked for in huggingface_hub's issue 3985. No relation stands for a teacher, so none is claimed. Where
+    # the student was fine-tuned, `finetune` is claimed: for two models without a relation the Hub would infer a merge.
     start = hub_id(run.start)
     base_models = [model for model in (start, hub_id(run.teacher_name)) if model]
     relation = {"base_model_relation": "finetune"} if start else {}
@@ -261,7 +261,7 @@ def _metadata(run: Run) -> ModelCardData:
 
 def _eval_results(run: Run) -> list[EvalResult]:
     dataset = next(iter(run.datasets), None)
-    # The metadata want an identifier, and a readable name, in any case.
+    # The metadata require an identifier and a readable name.
     known = {"digits": ("sklearn-digits", "scikit-learn's digits"), None: ("unknown", "held-out images")}
     kind, readable = known.get(dataset) or (dataset if hub_id(dataset) else "local", plain_name(dataset))
     return [
@@ -270,14 +270,14 @@ def _eval_results(run: Run) -> list[EvalResult]:
             task_name="Image Classification",
             dataset_type=kind,
             dataset_name=plain(f"{readable}, {part}" if part else readable),
-            # To the Hub, results with the same type, configuration and split are of one dataset.
+            # The Hub treats results with the same type, configuration and split as results of one dataset.
             dataset_config=plain(part or run.info.dataset_config or "") or None,
             dataset_split=plain(run.info.dataset_split or "") or None,
             dataset_args=None if run.info.num_eval_images is None else {"num_images": run.info.num_eval_images},
-            # Top-5 has a type of its own: who looks for `accuracy` should not find it.
+            # Top-5 has a type of its own, so that a search for `accuracy` does not find it.
             metric_type=metric,
             metric_name={"accuracy": "Top-1 accuracy", "top5_accuracy": "Top-5 accuracy"}[metric],
-            # A fraction, as in the cards of the Trainer.
+            # A fraction, as in Trainer's own cards.
             metric_value=round(value, 5),
         )
         for part, values in run.results.items()

@@ -1,4 +1,4 @@
-"""The curves of a run, from the Trainer's log: what was measured, and a picture of it for the model card."""
+"""Reads accuracies and losses from the Trainer's log, and draws their curves for the model card."""
 
 import math
 import os
@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from .text import plain
 
-# Of a training entry: what is not the loss and its components.
+# Keys of a training entry that are neither the loss nor its components.
 _NO_LOSS = {"epoch", "step", "grad_norm", "learning_rate", "num_input_tokens_seen", "total_flos"}
-# With several evaluation datasets, the name of one stands between prefix and metric.
+# With several evaluation datasets, the dataset's name stands between prefix and metric.
 _ACCURACY = re.compile(r"eval_(?:(?P<name>.+?)_)??(?P<metric>accuracy|top5_accuracy)", re.DOTALL)
 # The mark of an evaluation on a dataset that is not the trainer's own, such as the training images.
 OTHER_DATASET = "other_dataset"
@@ -23,11 +23,11 @@ _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 
 def read_accuracies(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The accuracies in an entry of the Trainer's `log_history`.
+    """Returns the accuracies in an entry of the Trainer's `log_history`.
 
     Returns:
-        `accuracy` and `top5_accuracy` (fractions; those that are there and finite) by the name of the evaluation dataset,
-        which is empty where there is one alone. Empty for an entry that is no evaluation, or measured something else.
+        `accuracy` and `top5_accuracy` (fractions; those that are present and finite) by the name of the evaluation dataset,
+        which is empty for a single one. The dict is empty for an entry without an accuracy.
 
     Example:
 
@@ -49,10 +49,10 @@ def read_accuracies(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def publishable_log(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The log without what is no fraction measured on the trainer's own evaluation dataset.
+    """Returns the log with accuracies on the trainer's own evaluation datasets alone.
 
-    Left out are evaluations that `DistillationTrainer.evaluate` has marked as of another dataset, and accuracies that
-    [`percentages`] names.
+    Evaluations that `DistillationTrainer.evaluate` has marked as of another dataset are omitted, and accuracies that
+    [`percentages`] returns.
 
     Example:
 
@@ -72,7 +72,7 @@ def publishable_log(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def percentages(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The accuracies in a log that are no fractions, with the first value that shows it."""
+    """Returns the names of accuracies in a log that are no fractions, with the first value outside of 0..1."""
     found: dict[str, float] = {}
     for entry in log_history:
         for key in entry:
@@ -92,7 +92,7 @@ def plot_curves(
 
     Args:
         log_history: `trainer.state.log_history`.
-        path: of the PNG. A run without an evaluation gets no picture, and what an earlier run left there is removed. The
+        path: of the PNG. A run without an evaluation gets no picture, and a picture of an earlier run is removed. The
             same log gives the same bytes.
         levels: top-1 accuracies (fractions) of other models by name, such as `baseline`: dashed lines.
         x_axis: `epoch`, or `step` for a run whose epochs mean nothing (a stream).
@@ -135,10 +135,10 @@ def plot_curves(
         panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        # Below, where it hides no curve, however many there are.
+        # The legend is below the axes, where it hides no curve, however many there are.
         columns = 3 if max(len(line.get_label()) for line in panel.get_lines()) < 26 else 1
         panel.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
-    # matplotlib would write its version.
+    # Software=None, since matplotlib would write its version into the file.
     figure.savefig(path, format="png", dpi=180, metadata={"Software": None})
     return True
 
@@ -162,10 +162,10 @@ def _loss_curves(log_history: Sequence[Mapping[str, Any]], x_axis: str) -> dict[
         if "loss" in entry:
             for name in sorted(set(entry) - _NO_LOSS):
                 if isinstance(entry[name], int | float):
-                    # A loss that is not finite leaves a gap; an infinite one would leave no axis.
+                    # A loss that is not finite leaves a gap; an infinite value would break the axis.
                     value = entry[name] if math.isfinite(entry[name]) else math.nan
                     _append(curves, name, entry[x_axis], value)
-    # Without a distillation loss, the task's is the loss.
+    # Without a distillation loss, the task loss is the loss.
     if set(curves) == {"loss", "task"}:
         del curves["task"]
     return {name: curve for name, curve in curves.items() if curve[0]}
@@ -173,7 +173,7 @@ def _loss_curves(log_history: Sequence[Mapping[str, Any]], x_axis: str) -> dict[
 
 def _append(curves: dict[str, Curve], name: str, x: float, y: float) -> None:
     xs, ys = curves.setdefault(name, ([], []))
-    # The evaluation after training repeats that of the last step, or is of an earlier checkpoint.
+    # The evaluation after training repeats the one of the last step, or evaluates an earlier checkpoint.
     if not xs or xs[-1] != x:
         xs.append(x)
         ys.append(y)
@@ -184,7 +184,7 @@ def _plot_lines(axes: Axes, curves: dict[str, Curve]) -> None:
         axes.plot(
             xs,
             ys,
-            # An underscore would keep a name out of the legend, a dollar sign is TeX to matplotlib.
+            # matplotlib omits names that begin with an underscore from the legend, and reads a dollar sign as TeX.
             label=plain(name).lstrip("_").replace("$", r"\$"),
             color=_COLOURS[i % len(_COLOURS)],
             linewidth=1.6 if i == 0 else 1.2,

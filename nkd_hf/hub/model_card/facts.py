@@ -1,4 +1,4 @@
-"""What a card is made of: what its author says, and what the run has left."""
+"""The facts of a card: those that its author gives, and those of the run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,28 +16,28 @@ from .text import hub_id
 
 @dataclass
 class CardInfo:
-    """What a card says and the trainer cannot know. All of it may be left out, and then nothing is said of it.
+    """Facts for the model card that the trainer does not know. The card does not mention omitted facts.
 
     Args:
-        dataset (`str` or `list[str]`, *optional*): what the student was trained on, and evaluated on (the first of them).
+        dataset (`str` or `list[str]`, *optional*): the training datasets; the first is also the evaluation dataset.
             An id of the Hub (`owner/name`) is listed in the card's metadata; `digits`, a folder or a description in words
             stands in the text alone.
-        dataset_config, dataset_split (`str`, *optional*): configuration, and the split of the evaluation.
+        dataset_config, dataset_split (`str`, *optional*): its configuration, and the evaluation split.
         num_train_images, num_eval_images (`int`, *optional*): how many images training and evaluation had.
         teacher (`dict[str, float]`, *optional*): `accuracy` and, where it was measured, `top5_accuracy` of the teacher on
             the same images with its own preprocessing, as fractions.
-        baseline (`dict[str, float]`, *optional*): the same of the student when it is trained in the same way without the
+        baseline (`dict[str, float]`, *optional*): the same accuracies of the student, trained in the same way without the
             distillation loss.
         augmentation (`str`, *optional*): in words.
         launch (`str`, *optional*): the command that started the run; see [`launch_line`].
-        license (`str`, *optional*): of the weights, as the Hub spells it: `apache-2.0`. None becomes the Hub's `unknown`:
-            a licence is for the author to give.
+        license (`str`, *optional*): of the weights, as the Hub spells it: `apache-2.0`. None becomes the Hub's `unknown`,
+            since only the author can give a licence.
         language (`str` or `list[str]`, *optional*): for the metadata.
-        finetuned_from (`str`, *optional*): Hub id of the weights that the student started from. None takes what the
+        finetuned_from (`str`, *optional*): Hub id of the weights that the student started from. None takes the id that the
             student was opened from.
         tags (`list[str]`): added to the card's own.
         teacher_on_student_pixels (`dict[str, float]`, *optional*): the teacher's accuracies on the pixels that the student
-            gets, where they differ from those of its own preprocessing.
+            gets, where these differ from the pixels of its own preprocessing.
 
     Raises:
         ValueError: an accuracy is missing or is no fraction, or the Hub knows no such licence.
@@ -78,7 +78,7 @@ class CardInfo:
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> "CardInfo":
-        """A copy with those arguments of `Trainer.create_model_card` that are given."""
+        """Returns a copy with the given arguments of `Trainer.create_model_card`."""
         given = {
             "language": language,
             "license": license,
@@ -92,7 +92,7 @@ class CardInfo:
 
 @dataclass
 class Run:
-    """All that a card is made of; see [`create_card`]."""
+    """All facts of a card; see [`create_card`]."""
 
     student: PreTrainedModel
     name: str
@@ -106,13 +106,13 @@ class Run:
 
     @property
     def results(self) -> dict[str, dict[str, float]]:
-        """The accuracies of the weights that are saved now, by evaluation dataset; none if these were not evaluated."""
+        """The accuracies of the saved weights, by evaluation dataset; empty if these weights were not evaluated."""
         log = publishable_log(self.state.log_history)
         ends = [i for i, entry in enumerate(log) if "train_runtime" in entry]
         after_training = log[ends[-1] + 1 :] if ends else []
         found = [entry for entry in after_training if read_accuracies(entry)]
         if not found:
-            # During training the weights are the last step's; after it, maybe the best step's.
+            # During training the weights are the last step's; after training, they may be the best step's.
             best = ends and self.args.load_best_model_at_end and self.state.best_global_step
             step = self.state.best_global_step if best else self.state.global_step
             found = [entry for entry in log if read_accuracies(entry) and entry["step"] == step]
@@ -120,35 +120,35 @@ class Run:
 
     @property
     def last_evaluation(self) -> dict | None:
-        """The last entry of the log with an accuracy, of whatever weights."""
+        """The last entry of the log with an accuracy, for any weights."""
         log = publishable_log(self.state.log_history)
         return next((entry for entry in reversed(log) if read_accuracies(entry)), None)
 
     @property
     def datasets(self) -> list[str]:
-        """What it was trained on, as a list."""
+        """The names of the training datasets, as a list."""
         return listed(self.info.dataset)
 
     @property
     def start(self) -> str | None:
-        """What the student's weights started from, if it was opened from somewhere."""
+        """The id or folder of the weights that the student started from, if there is one."""
         return self.info.finetuned_from or self.student.name_or_path or None
 
     @property
     def teacher_name(self) -> str | None:
-        """What the teacher was opened from; None for a module that came from no repository of the Hub."""
+        """The name that the teacher was opened from; None for a module that came from no repository of the Hub."""
         if self.teacher is None:
             return None
         if isinstance(self.teacher, StoredTeacher):
             return self.teacher.name
         if self.teacher.name != type(self.teacher.model).__name__:
             return self.teacher.name
-        # One that was handed in as a module is called by its class, and its config may know where it came from.
+        # A teacher that was passed as a module has its class as name; its config may name its repository.
         return hub_id(getattr(getattr(self.teacher.model, "config", None), "name_or_path", None))
 
     @property
     def stored_teacher(self) -> StoredTeacher:
-        """What the card says of the teacher's model, whether it ran beside the student or before."""
+        """The teacher's name, architecture and size, whether it ran during training or before."""
         if isinstance(self.teacher, StoredTeacher):
             return self.teacher
         return describe_teacher(self.teacher.model, self.teacher_name)
@@ -165,17 +165,17 @@ class Run:
 
 
 def architecture(model: nn.Module) -> str:
-    """What a model is: timm's name of it, or its class."""
+    """Returns timm's name of a model, or its class."""
     if isinstance(model, TimmWrapperForImageClassification):
         return model.config.architecture
     return type(model).__name__.removesuffix("ForImageClassification")
 
 
 def describe_teacher(model: nn.Module, name: str | None) -> StoredTeacher:
-    """What a card says of a teacher: its name, if it has one, its architecture and its size."""
+    """Returns a teacher's name, if it has one, its architecture and its number of parameters."""
     return StoredTeacher(name, architecture(model), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def listed(value: str | list[str] | None) -> list[str]:
-    """A value that may be one or several, as a list."""
+    """Returns one value or several as a list."""
     return [value] if isinstance(value, str) else list(value or [])

@@ -1,4 +1,4 @@
-"""The licences that the Hub knows by an id."""
+"""Checks a licence against the ids that the Hub knows."""
 
 import difflib
 
@@ -18,13 +18,13 @@ LICENSES = frozenset(_IDS.split())
 
 
 def check_license(license: str | None) -> None:
-    """Refuses a licence that the Hub would not take: better before a run than when its card is pushed.
+    """Refuses, before a run, a licence that the Hub would refuse when the card is pushed.
 
     Args:
-        license: as the Hub spells it; None and empty are none.
+        license: as the Hub spells it; None and an empty text mean no licence.
 
     Raises:
-        ValueError: there is no such id; the message names the one that was probably meant.
+        ValueError: there is no such id; the message names the closest one.
 
     Example:
 

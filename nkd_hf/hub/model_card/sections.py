@@ -1,4 +1,4 @@
-"""The text of a card, section by section."""
+"""Writes the text of a card, section by section."""
 
 import importlib.metadata
 import json
@@ -17,14 +17,14 @@ _LIBRARIES = ("nkd_hf", "torch", "transformers", "timm", "datasets", "accelerate
 
 
 def body(run: Run) -> str:
-    """The text of the card, without its metadata."""
+    """Returns the text of the card without its metadata."""
     title = f"# {_name_or_code(plain_name(run.name))}"
     sections = (summary, results, usage, training, limitations, citation)
     return "\n\n".join([title, *(text for section in sections if (text := section(run)))])
 
 
 def summary(run: Run) -> str:
-    """What was made of what, and what came of it, in a few sentences."""
+    """Names student, teacher, losses, dataset and accuracy in a few sentences."""
     classes = f"{run.student.config.num_labels} classes"
     what = f"{_architecture(run.student)} ({_count(run.student.num_parameters())} parameters, {classes}), "
     losses = " and ".join(map(_loss, run.losses.values()))
@@ -49,7 +49,7 @@ def summary(run: Run) -> str:
 
 
 def results(run: Run) -> str:
-    """What was measured, and the curves."""
+    """Lists the measured accuracies, and shows the curves."""
     lines = ["## Results", ""]
     if run.results:
         where = f", {_dataset(run.datasets[0])}" if run.datasets else ""
@@ -83,7 +83,7 @@ def results(run: Run) -> str:
 
 
 def usage(run: Run) -> str:
-    """Code that opens the student."""
+    """Shows code that opens the student."""
     source = plain_name(run.repo_id or run.name)
     model, trust = json.dumps(source), ", trust_remote_code=True" if run.has_own_code else ""
     blocks = [
@@ -121,15 +121,15 @@ with torch.no_grad():
 
 
 def training(run: Run) -> str:
-    """Settings, launch line and versions."""
+    """Lists settings, launch line and versions."""
     args, state = run.args, run.state
     batch, accumulation = args.process_batch_size(state.train_batch_size), args.gradient_accumulation_steps
     global_batch = args.global_batch_size(state.train_batch_size)
     split = f" = {batch} x {accumulation} accumulated x {args.world_size} processes" if global_batch > batch else ""
     images = "" if run.info.num_train_images is None else f"{run.info.num_train_images} images"
-    # Epochs mean nothing where steps are counted: a stream is one.
+    # With max_steps, epochs mean nothing: a stream is one epoch.
     epochs = "" if args.max_steps > 0 else f"{state.epoch or 0:.4g} of {args.num_train_epochs:g} epochs, "
-    # Below 1, it is a share of the steps.
+    # Below 1, warmup_steps is a fraction of the steps.
     warmup = f"{100 * args.warmup_steps:g} %" if args.warmup_steps < 1 else f"{args.warmup_steps:g} steps"
     smoothing = f" (label smoothing {args.label_smoothing_factor:g})" if args.label_smoothing_factor else ""
     task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in run.losses.values())
@@ -160,7 +160,7 @@ def training(run: Run) -> str:
 
 
 def limitations(run: Run) -> str:
-    """What was not measured, and what is not given."""
+    """Says what was not measured, and that no licence was set."""
     text = (
         f"For any image, the model answers with one of its {run.student.config.num_labels} classes; its scores are no "
         "calibrated probabilities. Robustness, bias and other data were not measured."
@@ -172,13 +172,13 @@ def limitations(run: Run) -> str:
 
 
 def citation(run: Run) -> str:
-    """How the papers of the methods are cited; empty where there is none."""
+    """Quotes the BibTeX entries of the methods' papers; empty if there are none."""
     citations = dict.fromkeys(filter(None, (own_text(loss, "citation") for loss in run.losses.values())))
     return "## Citation\n\n" + code_block("\n\n".join(citations), "bibtex") if citations else ""
 
 
 def _name_or_code(name: str) -> str:
-    """The name, as a code span where Markdown could read it as something else."""
+    """Returns the name, as a code span where Markdown could read it as markup."""
     return name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]*", name) else code(name)
 
 
@@ -210,7 +210,7 @@ def _loss(loss: nn.Module) -> str:
 
 
 def own_text(loss: nn.Module, attribute: str) -> str:
-    """The `name`, `paper` or `citation` that a loss's own class gives: a subclass of NKDLoss is another method than NKD."""
+    """Returns `name`, `paper` or `citation` of a loss's own class: a subclass of NKDLoss is another method than NKD."""
     text = vars(type(loss)).get(attribute)
     return text if isinstance(text, str) else ""
 

@@ -1,4 +1,4 @@
-"""What a model card may say of names, paths and the command line: one line, no path of the machine, no token."""
+"""Formats names, paths and the command line for a card: on one line, without a path of the machine and without a token."""
 
 import os
 import re
@@ -12,14 +12,14 @@ from ...errors import redact
 _POSIX_PATH = re.compile(r"(?:(?<![\w.~/:-])/+|(?<=:)/(?!/))[^\s\"'`,;|<>()\[\]{}/][^\s\"'`,;|<>()\[\]{}]*")
 _WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\[^\s\"'`,;|<>()\[\]{}]+")
 
-# Before the value of an option, and before a path of timm's; a single letter before a colon is a drive.
+# The text before the value of an option or before a path in timm's syntax; a single letter before a colon is a drive.
 _PREFIX = re.compile(r"((?:[\w.+-]+=|[\w.+-]{2,}:(?!//))*)(.*)", re.DOTALL)
 _WINDOWS_START = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def plain(text: object) -> str:
-    """One line of text, in which an absolute path is cut to its part below the working directory, or to its last part,
-    and a credential is masked (see [`redact`]).
+    """Returns one line of text. Absolute paths are cut to the part below the working directory, or to their last part, and
+    credentials are masked (see [`redact`]).
 
     Example:
 
@@ -30,7 +30,7 @@ def plain(text: object) -> str:
 
     ```
     """
-    # Surrogates, of undecodable file names, could not be written.
+    # Surrogates, from undecodable file names, could not be written.
     text = str(text).encode("utf-8", "replace").decode()
     text = redact(re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip().replace("file://", ""))
     text = _WINDOWS_PATH.sub(lambda match: match[0].rstrip("\\").rpartition("\\")[2], text)
@@ -38,9 +38,9 @@ def plain(text: object) -> str:
 
 
 def plain_name(value: object) -> str:
-    """The same of one name or argument, which is a path as a whole even where it has spaces.
+    """Does the same as `plain` for one name or argument, which is a path as a whole even where it contains spaces.
 
-    What stands before an equals sign or a colon (`--output_dir=`, `local-dir:`) is kept.
+    The text before an equals sign or a colon (`--output_dir=`, `local-dir:`) is kept.
 
     Example:
 
@@ -61,7 +61,7 @@ def plain_name(value: object) -> str:
 
 
 def code(text: object) -> str:
-    """The text as a code span, in which Markdown and HTML mean nothing.
+    """Returns the text as a code span, in which Markdown and HTML are not interpreted.
 
     Example:
 
@@ -74,18 +74,18 @@ def code(text: object) -> str:
     """
     text = plain(text) or "(no name)"
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    # A space next to a backtick keeps it apart from the fence, and is not shown.
+    # A space separates a backtick from the fence, and is not shown.
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def code_block(text: str, language: str) -> str:
-    """The text, several lines of it, as a fenced block."""
+    """Returns a text of several lines as a fenced block."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name if it is an id of the Hub, `owner/name`, and not a folder of this machine; otherwise None.
+    """Returns the name if it is an id of the Hub, `owner/name`, and not a folder of this machine; otherwise None.
 
     Example:
 
@@ -106,7 +106,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def link(name: str, kind: str = "") -> str:
-    """An id of the Hub as a link to its page, anything else as a code span.
+    """Returns an id of the Hub as a link to its page, any other name as a code span.
 
     Args:
         name: of a model or dataset.
