@@ -52,9 +52,9 @@ def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.I
 
     Args:
         sample: `image` as `{"bytes", "path"}` or None, and `label`, an integer or None.
-        name: what the row is called in the error.
-        as_tensor: whether the image may be a tensor [3, H, W] uint8. That of a plain JPEG then is: torchcodec decodes it to
-            the same values in less time.
+        name: the row's name in the error.
+        as_tensor: whether the image may be a tensor [3, H, W] uint8. A plain JPEG then becomes one: torchcodec decodes it
+            to the same values in less time.
 
     Returns:
         The image, and the label.

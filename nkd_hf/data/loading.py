@@ -33,7 +33,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     """Loads an image-classification dataset of any shape as two splits with `image` and `label`.
 
     Args:
-        args: what to load.
+        args: the dataset to load.
         seed: draws the validation split where one must be made (stratified by label if each class has enough images), and
             the subsets of `max_train_samples` and `max_eval_samples`.
 
@@ -86,7 +86,7 @@ def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dat
     """Loads the one split that a finished model is evaluated on; unlike in [`load_image_dataset`], it may be the only one.
 
     Args:
-        args: what to load; `validation_split` may name any split.
+        args: the dataset to load; `validation_split` may name any split.
         seed: draws the subset of `max_eval_samples`.
 
     Returns:

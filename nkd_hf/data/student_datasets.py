@@ -18,9 +18,9 @@ ImageDatasets = tuple[ImageDataset, ImageDataset] | tuple[StreamingImageDataset,
 def make_datasets(
     data_arguments: DataArguments, student: PreTrainedModel, seed: int = 42
 ) -> tuple[ImageDataset | StreamingImageDataset, ImageDataset | StreamingImageDataset, ImageCollator]:
-    """Makes all that [`DistillationTrainer`] needs of a dataset: the images of training and evaluation, and the collator.
+    """Makes the training images, the evaluation images and the collator for a [`DistillationTrainer`].
 
-    Size, normalisation and interpolation of the images are the student's, as its image processor has them.
+    Size, normalisation and interpolation of the images are those of the student's image processor.
 
     Args:
         data_arguments ([`DataArguments`]): the dataset, its augmentation, mixup and CutMix.
@@ -52,7 +52,7 @@ def make_datasets(
 def make_image_datasets(
     splits: DatasetDict | IterableDatasetDict, data_arguments: DataArguments, student: PreTrainedModel, seed: int
 ) -> ImageDatasets:
-    """Makes the images of training and of evaluation out of what [`load_image_dataset`] returned."""
+    """Makes the images of training and of evaluation from the splits of [`load_image_dataset`]."""
     processor = load_image_processor(student)
     pixels = read_preprocessing(student, processor)
     transform = train_transform(
@@ -81,7 +81,7 @@ def make_collator(
     mix_pairs: bool = False,
     teacher_logits: TeacherLogits | None = None,
 ) -> ImageCollator:
-    """Makes the collator with the mixing of the arguments; `mix_pairs` asks for pairs where the arguments do not."""
+    """Makes the collator with the mixing of the arguments; `mix_pairs` also switches mixing in pairs on."""
     return ImageCollator(
         num_labels,
         data_arguments.mixup_alpha,

@@ -119,7 +119,7 @@ def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], int
                 color_jitter=None,
                 auto_augment=policy,
                 interpolation=interpolation,
-                mean=tuple(mean),  # fills what a rotated image leaves empty
+                mean=tuple(mean),  # fills the corners of a rotated image
                 separate=True,
             )
     except (AssertionError, KeyError, ValueError) as error:

@@ -26,7 +26,7 @@ _FRACTIONS = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what [`DistillationTrainer`] adds, and three defaults that differ.
+    """`transformers.TrainingArguments` with the arguments of [`DistillationTrainer`], and three other defaults.
 
     Args:
         feature_layer (`str`, *optional*): the student's submodule whose output USKD's auxiliary head reads. None takes

@@ -36,7 +36,7 @@ def estimate_batch_norm(
 ) -> None:
     """Replaces running means and variances by their plain average over new training batches of all processes.
 
-    Nothing else changes: parameters, mode and random states are left as they are.
+    Nothing else changes: parameters, mode and random states stay the same.
 
     Args:
         model (`nn.Module`): its forward takes `pixel_values` [B, 3, H, W]. Without BatchNorm nothing happens.

@@ -1,4 +1,4 @@
-"""What DistillationTrainer checks before the first step: arguments, pixels, weights, metrics, batches."""
+"""The checks of DistillationTrainer before the first step: arguments, pixels, weights, metrics, batches."""
 
 import logging
 import os

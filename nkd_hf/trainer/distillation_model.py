@@ -34,7 +34,7 @@ _STACKS = (nn.Sequential, nn.ModuleList)
 # the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
 _NOT_LENT = {"hf_device_map", "push_to_hub"}
 _LOSSES_FILE = "distillation_losses.safetensors"
-# The student in a checkpoint with a moving average, whose model.safetensors is the average.
+# The student before averaging, in a checkpoint whose model.safetensors is the moving average.
 _UNAVERAGED_FILE = "unaveraged_student.safetensors"
 
 
@@ -165,8 +165,8 @@ class DistillationModel(nn.Module):
             labels (`Tensor`, *optional*): [B] int64 class indices, or [B, C] float rows that sum to 1.
             teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
                 `teacher_logits` [B, C] float. With a dict, even an empty one, the losses are computed, which needs labels.
-            **kwargs: what the student's forward takes, such as `interpolate_pos_encoding` or `output_hidden_states`. Other
-                columns of a batch (`index`, `position`, `path`, ...) are ignored.
+            **kwargs: arguments of the student's forward, such as `interpolate_pos_encoding` or `output_hidden_states`.
+                Other columns of a batch (`index`, `position`, `path`, ...) are ignored.
 
         Returns:
             `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]. Without, the output of the student, or in
@@ -234,7 +234,7 @@ class DistillationModel(nn.Module):
         Args:
             save_directory: the folder.
             state_dict: of this module, gathered when it is sharded.
-            **kwargs: those of `PreTrainedModel.save_pretrained`.
+            **kwargs: arguments of `PreTrainedModel.save_pretrained`.
         """
         if state_dict is not None:
             state_dict = rename_keys("student." if self.average is None else "average.module.", state_dict)

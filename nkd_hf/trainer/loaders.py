@@ -140,7 +140,7 @@ def prepare_loader(trainer: "DistillationTrainer", loader: DataLoader) -> DataLo
         own.dataset.num_processes, own.dataset.process_index = 1, 0
     if args.dataloader_persistent_workers:
         # The loader gets its own generator: a new iterator draws from it, and a resumed process makes more iterators than
-        # one with persistent workers. Torch's default generator is that of drop path and masks.
+        # one with persistent workers. Drop path and masks draw from torch's default generator.
         own.generator = torch.Generator().manual_seed(derived_seeds(args.seed, args.process_index)[0])
     own.worker_init_fn = functools.partial(shield_worker, own.worker_init_fn)
     return own

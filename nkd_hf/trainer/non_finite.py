@@ -181,7 +181,7 @@ class StepGuard:
             scaled: whether the gradients are scaled (fp16), where infinite ones are in order.
 
         Returns:
-            What [`~StepGuard.begin`] read, if the step is to be skipped, or None.
+            The state that [`~StepGuard.begin`] read, if the step must be skipped, or None.
 
         Raises:
             NonFiniteLossError: a step is not finite and none is skipped, or too many were skipped in a row.

@@ -125,8 +125,8 @@ def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> li
         model (`nn.Module`)
         no_weight_decay (`Collection[str]`): some of `norm` (all parameters of normalisation layers, and scales such as
             those of LayerScale: parameters with one dimension that are no bias), `bias`, and `embedding` (class and
-            distillation tokens, position embeddings, relative position biases, and what timm's model keeps from decay
-            by its `no_weight_decay()`).
+            distillation tokens, position embeddings, relative position biases, and the parameters in `no_weight_decay()` of
+            timm's model).
 
     Example:
 

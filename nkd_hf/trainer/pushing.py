@@ -46,7 +46,7 @@ def write_trainers_card(trainer: "DistillationTrainer", name: str | None, info: 
 
 
 def make_repo(trainer: "DistillationTrainer", token: str | None, private: bool | None, **settings: Any) -> None:
-    """Creates the repository of a trainer, as its first process; `settings` are those of [`create_repo`]."""
+    """Creates the repository of a trainer, as its first process; `settings` are arguments of [`create_repo`]."""
     args = trainer.args
     trainer.hub_model_id = create_repo(
         args.hub_model_id or Path(args.output_dir).absolute().name,
@@ -70,7 +70,7 @@ def push_saved_student(
     Args:
         trainer: has saved its student.
         blocking: whether to wait for the commit.
-        token, private, settings: those of [`push_student`].
+        token, private, settings: arguments of [`push_student`].
         card: arguments of `create_model_card`.
     """
     args, folder = trainer.args, trainer.args.output_dir

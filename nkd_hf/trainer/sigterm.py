@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-# What a shell reports for a process that SIGTERM has ended: the run is not done.
+# The exit code that a shell reports for a process that SIGTERM has ended: the run is not done.
 EXIT_CODE = 128 + signal.SIGTERM
 
 

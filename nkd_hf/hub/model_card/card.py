@@ -138,7 +138,7 @@ def create_card(
         args: of the run; none of their paths and tokens is read.
         state: `trainer.state`: the log, the step of the weights, and the step of the best ones.
         repo_id: where the student can be pulled from, `owner/name`. With None, the examples open a folder, `name`.
-        teacher: what it was distilled from.
+        teacher: the model that the student was distilled from.
         losses: the distillation losses by name; none means the task loss alone.
         info: facts that the trainer does not know.
         curves: the file name of a picture beside the card, which the card shows.
