@@ -145,8 +145,16 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
         os.rename(folder, target)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file completely or not at all."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file completely or not at all; text as UTF-8."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            # Without fsync, a crash of the machine may leave the file's name without its content.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -3,6 +3,7 @@
 from .arguments import DataArguments, streaming_max_steps
 from .labels import describe_synsets, label_names
 from .loading import load_evaluation_split, load_image_dataset
+from .student_datasets import make_datasets
 
 __all__ = [
     "DataArguments",
@@ -10,5 +11,6 @@ __all__ = [
     "label_names",
     "load_evaluation_split",
     "load_image_dataset",
+    "make_datasets",
     "streaming_max_steps",
 ]

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.arguments import DataArguments
 from ..errors import failed_write, redact
-from ..files import write_text
+from ..files import write_whole
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.checkpoints import checkpoints, fault_of, is_model_only, remove_unfinished
@@ -213,7 +213,7 @@ def clear_run(folder: Path, settings: dict[str, Any]) -> None:
     for path in reversed(_list_state_files(folder)):  # The results last: until then the run counts as finished.
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
+    write_whole(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
 
 
 def has_run(folder: Path) -> bool:
@@ -237,7 +237,7 @@ def write_results(folder: Path, results: dict[str, float | None]) -> None:
     """Writes the results of a run; from now on it [`is_trained`]."""
     # The mark first: results without it would count as a finished run.
     (folder / _UNREPORTED).touch()
-    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_whole(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def finish_run(folder: Path) -> None:

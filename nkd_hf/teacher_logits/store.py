@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ..errors import failed_write
+from ..files import write_whole
 from .compression import dense_logits
 
 FORMAT = 1
@@ -98,7 +99,7 @@ class StoreInfo:
     def write(self, folder: Path) -> None:
         """Writes `store.json` completely or not at all."""
         values = dataclasses.asdict(self) | {"teacher": self.teacher._asdict()}
-        _write(folder / STORE, (json.dumps(values, indent=2) + "\n").encode())
+        write_whole(folder / STORE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> "StoreInfo":
@@ -284,8 +285,8 @@ def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
     record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "samples": len(rows["target"])}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
-        _write(_record_path(path), (json.dumps(record) + "\n").encode())
+        write_whole(path, content)
+        write_whole(_record_path(path), (json.dumps(record) + "\n").encode())
     except OSError as error:
         cause, advice = failed_write(error, path.parent)
         raise OSError(
@@ -330,17 +331,3 @@ def _is_finished(path: Path) -> bool:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            # Without fsync, a crash of the machine may leave the file's name without its content.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
