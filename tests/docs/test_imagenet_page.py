@@ -141,7 +141,7 @@ def test_command_is_accepted(command, monkeypatch):
 def check_recipe(script: str, arguments: list[str], is_module: bool) -> None:
     if is_module:
         assert (script, arguments[0]) == ("nkd_hf.cli", "teacher-logits")
-        options, arguments = teacher_run._parser().parse_known_args(arguments[1:])
+        options, arguments = teacher_run._make_parser().parse_known_args(arguments[1:])
         teacher_run._check_options(options)
     else:
         assert (ROOT / script).is_file()
