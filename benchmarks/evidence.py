@@ -14,7 +14,7 @@ teacher-logits` writes: one for each data set and seed, shared by all methods an
 
 A training that is done is a file in `--output`, which a second start skips; `--extend` takes those of the committed
 result as done, for more `--seeds`. evidence_page.py makes the page of the result. `--only fashion/cnn/nkd` trains one
-cell anew, with its teacher, and compares it with the committed figure.
+cell again, with its teacher, and compares it with the committed figure.
 """
 
 import common  # first: it sets environment variables
@@ -197,7 +197,7 @@ def take_over(bench: Bench, result: dict[str, Any]) -> None:
 
 
 def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jobs: int) -> bool:
-    """Trains one cell anew, teachers and all, with what was chosen; whether its figures are those of the result."""
+    """Trains one cell again, teachers and all, with what was chosen; whether its figures are those of the result."""
     data, _, method = cell
     trainings = jobs_of(cell, result["chosen"], result["seeds"])
     known = {
@@ -213,11 +213,11 @@ def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jo
     in_parallel([(bench.prepare, data, job.seed, has_teacher) for job in trainings], jobs, "images and logits")
     in_parallel([(bench.train, job, True) for job in trainings], jobs, "trainings")
     done = [bench.read(job) for job in trainings]
-    anew = {run["seed"]: (run["test"], run["test_loss"]) for run in done}
-    for name, figures in (("anew", anew), ("committed", known)):
+    again = {run["seed"]: (run["test"], run["test_loss"]) for run in done}
+    for name, figures in (("again", again), ("committed", known)):
         values = 100 * np.array([accuracy for accuracy, _ in figures.values()])
         print(f"{name:<10}{values.mean():.2f} +- {values.std(ddof=1):.2f}   {', '.join(f'{v:.2f}' for v in values)}")
-    return anew == known
+    return again == known
 
 
 def commit() -> str:
@@ -241,7 +241,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--fashion", type=Path, default=FASHION_FOLDER, help="folder of the files of Debian's package "
                         "dataset-fashion-mnist (default: %(default)s)")  # fmt: skip
     known = parser.add_mutually_exclusive_group()
-    known.add_argument("--only", metavar="DATA/STUDENT/METHOD", help="train one cell of the result anew, and compare")
+    known.add_argument("--only", metavar="DATA/STUDENT/METHOD", help="train one cell of the result again, and compare")
     known.add_argument("--extend", action="store_true", help="train only what the result lacks, such as more --seeds")
     parser.add_argument("--result", type=Path, default=RESULT, help="for both (default: %(default)s)")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
@@ -266,7 +266,7 @@ def main(args: list[str] | None = None) -> None:
             same = rebuild(bench, cell, result, options.jobs)
         sys.exit(0 if same else "the figures differ: another machine, other versions, or other code")
     if "fashion" in options.data and not has_fashion(options.fashion):
-        print(f"Fashion-MNIST is left out: {options.fashion} lacks its files (apt install dataset-fashion-mnist)")
+        print(f"Fashion-MNIST is skipped: {options.fashion} lacks its files (apt install dataset-fashion-mnist)")
         options.data.remove("fashion")
     bench = Bench(options.output.absolute(), options.epochs, options.images, options.fashion, commit())
     result = run_all(bench, options)

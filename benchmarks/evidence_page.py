@@ -319,7 +319,7 @@ PICTURES = {"curves": draw_curves, "gains": draw_gains, "ablations": draw_ablati
 
 
 def filled(page: str, result: Result | None) -> str:
-    """The page with its blocks made anew."""
+    """The page with its blocks made again."""
 
     def fill(match: re.Match) -> str:
         name = match[1]

@@ -12,7 +12,7 @@ ratio shows it.
 The last table is arithmetic, not measured: what is to be expected on 8 GPUs and on 64 in machines of 8. Compute is
 batch x (3 x the student's GMACs + the teacher's) at `--rate`; the gradients' ring all-reduce moves 2 (n - 1) / n of
 their bytes at `--bandwidth` within a machine and at `--network` between machines. Its efficiency is between that with
-no overlap of the two and 100%, as DDP overlaps them. Input is left out: see input.py for the cores that it needs.
+no overlap of the two and 100%, as DDP overlaps them. Input is not counted: see input.py for the cores that it needs.
 """
 
 import argparse

@@ -123,7 +123,7 @@ def main() -> None:
     parser = common.make_parser(__doc__, rounds=9)
     parser.add_argument("--pair", choices=PAIRS, action="append", help="default: the first two")
     parser.add_argument("--batch", type=int, help="images (default: 2 on the CPU, else 16)")
-    parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no_compile", action="store_true", help="omit torch.compile")
     options = common.parse(parser)
     options.batch = options.batch or (2 if options.device == "cpu" else 16)
 

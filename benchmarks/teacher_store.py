@@ -40,7 +40,7 @@ from nkd_hf import (
     load_teacher,
 )
 from nkd_hf.teacher_logits.compression import sparse_logits
-from nkd_hf.teacher_logits.store import StoredTeacher, StoreInfo, TeacherLogits, shard_path, write_shard
+from nkd_hf.teacher_logits.store import StoreInfo, TeacherDescription, TeacherLogits, shard_path, write_shard
 
 CLASSES = 1000
 NUM_IMAGENET, EPOCHS = 1_281_167, 300
@@ -63,7 +63,7 @@ def write_store(folder: Path, labels: list[int], top_k: int | None, num_classes:
         [1.0],
         len(labels),
         fingerprint={},
-        teacher=StoredTeacher(None, "random", 0),
+        teacher=TeacherDescription(None, "random", 0),
     )
     logits = 3 * torch.randn(len(labels), num_classes, generator=torch.Generator().manual_seed(0))
     write_shard(shard_path(folder, 0, 0), sparse_logits(logits, torch.tensor(labels), top_k, info.temperatures))

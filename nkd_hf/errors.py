@@ -172,7 +172,7 @@ def _own_text(error: BaseException) -> str:
     return re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
 
 
-def gate(error: BaseException, repo_id: str, repo_type: str = "model") -> str | None:
+def explain_gated_repo(error: BaseException, repo_id: str, repo_type: str = "model") -> str | None:
     """Says how to get access to a gated repo, if that is the cause of an error.
 
     Args:

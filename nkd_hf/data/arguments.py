@@ -116,7 +116,7 @@ class DataArguments:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}: leave it out to switch it off")
+                raise ValueError(f"{name} must be positive, got {value}: omit it to switch it off")
         for name in ("horizontal_flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability from 0 to 1, got {getattr(self, name)}")

@@ -31,7 +31,7 @@ class BadImageReport(TrainerCallback):
 
     def __init__(self, steps_per_epoch: int | None = None):
         if steps_per_epoch is not None and steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch must be positive, got {steps_per_epoch}: leave it out without a stream")
+            raise ValueError(f"steps_per_epoch must be positive, got {steps_per_epoch}: omit it without a stream")
         self.steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs) -> None:
@@ -58,7 +58,7 @@ def describe_bad_images(dataset: ImageDataset | StreamingImageDataset) -> str | 
     if isinstance(dataset, StreamingImageDataset):
         count = sum(gather_object([dataset.num_bad_images]))
         names = sorted(set(gather_object(dataset.bad_names)))[:NUM_NAMED]
-        text = f"{count} bad images were met in the {kind} stream so far (once more in each pass) and left out"
+        text = f"{count} bad images were met in the {kind} stream so far (once more in each pass) and skipped"
         rest = f"at most {NUM_NAMED} different ones are named" if count > NUM_NAMED <= len(names) else None
     else:
         rows = sorted(set(gather_object(dataset.bad_rows)))

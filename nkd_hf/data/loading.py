@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.iterable_dataset import ExamplesIterable
 from sklearn.model_selection import train_test_split
 
-from ..errors import OutsideError, gate, reason, redact
+from ..errors import OutsideError, explain_gated_repo, reason, redact
 from ..files import path_fault
 from .arguments import DataArguments
 from .digits import load_digits_dataset
@@ -135,7 +135,7 @@ def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
         *(yaml.YAMLError, pickle.UnpicklingError),  # from its card, and from a tar file: no code in them was run
     ) as error:
-        if how := gate(error, name, "dataset"):
+        if how := explain_gated_repo(error, name, "dataset"):
             raise ValueError(f"dataset_name={redact(args.dataset_name)!r} could not be loaded: {how}") from error
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         if any(text in str(cause) for text in _EMPTY_SPLIT):

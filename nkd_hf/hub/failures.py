@@ -16,7 +16,7 @@ _TIMEOUT = 120.0
 
 
 @contextlib.contextmanager
-def failures(
+def explain_failures(
     folder: str | os.PathLike | None, repo_id: str, revision: str | None, token: str | None, again: str | None = None
 ) -> Iterator[None]:
     """Turns errors of the client into a PushError that says why a request failed, where the files are, and what to do."""
@@ -52,7 +52,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None, token: str
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set, which keeps off the network: unset it"
         if isinstance(cause, RevisionNotFoundError):
-            return f"there is no branch {revision!r}: make it on the repo's page, or leave the revision out"
+            return f"there is no branch {revision!r}: make it on the repo's page, or omit the revision"
         if isinstance(cause, HfHubHTTPError):
             return _status(cause, repo_id, token)
         # By name: the client uses httpx or httpx2.

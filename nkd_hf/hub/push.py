@@ -22,7 +22,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from ..errors import PushError
 from ..models.repo_ids import read_repo_id
-from .failures import failures
+from .failures import explain_failures
 from .model_card.card import CURVES_FILE, create_plain_card, is_generated, read_card, with_repo_id
 from .student_files import CARD, SETTINGS, TEXT, check_publishable, publishable, read_json, read_text, student_files
 
@@ -129,13 +129,13 @@ def push_student(
     folder = Path(folder).expanduser()
     repo_id = read_repo_id(repo_id, "repo_id")
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
-        raise ValueError(f"revision must be main with create_pr, got {revision!r}. Leave one of the two out.")
+        raise ValueError(f"revision must be main with create_pr, got {revision!r}. Omit one of the two.")
     files: dict[str, Path | bytes] = {name: folder / name for name in student_files(folder)}
     if CARD not in files:
         files[CARD] = create_plain_card(folder, repo_id).encode()
     check_publishable(files, token)
     again = _command(folder, repo_id, private, revision, commit_message, overwrite_card, create_pr)
-    with failures(folder, repo_id, revision, token, again):
+    with explain_failures(folder, repo_id, revision, token, again):
         api = PushApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         info = api.model_info(repo_id, revision=revision)
@@ -195,7 +195,7 @@ def push_checkpoint(
     if state in files:
         files[state] = json.dumps(publishable(read_json(files[state])), indent=2).encode()
     check_publishable(files, token)
-    with failures(name or folder, repo_id, revision, token):
+    with explain_failures(name or folder, repo_id, revision, token):
         api = PushApi(token=token)
         info = api.model_info(repo_id, revision=revision)
         stale = {file.rfilename for file in info.siblings if file.rfilename.startswith(f"{path_in_repo}/")}
@@ -229,7 +229,7 @@ def create_repo(
     again = None
     if folder is not None:
         again = _command(folder, repo_id, private, revision, commit_message, overwrite_card)
-    with failures(folder, repo_id, revision, token, again):
+    with explain_failures(folder, repo_id, revision, token, again):
         api = PushApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private or revision:

@@ -7,11 +7,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..errors import gate, reason
+from ..errors import explain_gated_repo, reason
 from ..files import path_fault
 from ..models.repo_ids import read_repo_id
 from ..teacher_logits.store import STORE, StoreInfo, TeacherLogits, unfinished
-from .failures import failures
+from .failures import explain_failures
 from .push import PushApi
 
 _CARD = "README.md"
@@ -37,7 +37,7 @@ def find_store(name: str, epochs: int) -> Path:
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        how = gate(error, name, "dataset") or (
+        how = explain_gated_repo(error, name, "dataset") or (
             f"it is no folder, and no dataset of the Hub that could be reached ({type(error).__name__}: {reason(error)}). Is there a network, and is HF_HUB_OFFLINE unset?"
         )
         raise ValueError(f"teacher_logits={name!r} cannot be opened: {how}") from error
@@ -67,7 +67,7 @@ def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
     TeacherLogits(folder).verify()
     (folder / _CARD).write_text(store_card(info, repo_id.split("/")[-1]), encoding="utf-8")
     again = shlex.join(["hf", "upload", "--repo-type", "dataset", repo_id, str(folder)])
-    with failures(folder, repo_id, None, None, again):
+    with explain_failures(folder, repo_id, None, None, again):
         api = PushApi()
         repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         repo_id, where = repo.repo_id, {"repo_id": repo.repo_id, "repo_type": "dataset"}

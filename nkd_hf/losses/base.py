@@ -1,8 +1,9 @@
 """What a distillation loss says of itself, and what it may ask for."""
 
 import inspect
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # Arguments of a loss's constructor that a recipe reads from student and teacher; see `DistillationLoss`.
 SHAPES = (
@@ -91,3 +92,34 @@ def loss_inputs(loss: nn.Module | type[nn.Module]) -> list[str]:
 def teacher_inputs(loss: nn.Module | type[nn.Module]) -> list[str]:
     """What a loss asks of a teacher."""
     return [name for name in loss_inputs(loss) if name.startswith("teacher_")]
+
+
+def check_components(components: Any, loss: nn.Module, with_task: bool) -> dict[str, Tensor]:
+    """Returns the result of a loss's forward if it is what [`DistillationLoss`] asks for.
+
+    Args:
+        components: what forward returned.
+        loss: the module, which the message names.
+        with_task: whether the loss was asked for the task loss.
+
+    Raises:
+        TypeError: the result is not a dictionary of scalar tensors.
+        ValueError: the task loss was asked for and is missing.
+    """
+    name = type(loss).__name__
+    if not isinstance(components, dict) or not components:
+        raise TypeError(
+            f"the forward of {name} must return a dictionary of scalar tensors by name, got "
+            f"{type(components).__name__ if components != {} else 'an empty one'}. Return, for example, {{'mimic': loss}}"
+        )
+    for component, value in components.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{component!r}, which the forward of {name} returned, must be a scalar tensor, got {type(value).__name__}"
+            )
+    if with_task and "task" not in components:
+        raise ValueError(
+            f"the forward of {name} takes label_smoothing, so it must return the task loss as 'task', got "
+            f"{', '.join(components)}. Return it, or remove the argument"
+        )
+    return components

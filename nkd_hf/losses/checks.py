@@ -19,15 +19,15 @@ def check_maps(
         got = list(feature_map.shape)
         if len(got) != 4 or 0 in got or got[:2] != [len(student_map), channels]:
             if len(got) != 4 or 0 in got:
-                mend = "hand in a feature map of at least one image and one place, channels first"
+                mend = "pass a feature map of at least one image and one place, channels first"
             elif got[1] != channels:
                 mend = f"make {loss} with {name}_channels={got[1]}"
             else:
-                mend = "hand in the map of the same batch"
+                mend = "pass the map of the same batch"
             batch_size = "B" if name == "student" else len(student_map)
             raise ValueError(f"{name}_map must be [{batch_size}, {channels}, H, W], got {got}: {mend}")
         if not feature_map.is_floating_point():
-            raise ValueError(f"{name}_map must be of a float dtype, got {feature_map.dtype}: hand in a layer's output")
+            raise ValueError(f"{name}_map must be of a float dtype, got {feature_map.dtype}: pass a layer's output")
 
 
 def compute_dtype(student_logits: Tensor) -> torch.dtype:
@@ -56,7 +56,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     """TypeError unless it is a tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            f"{name} must be a tensor, got {type(tensor).__name__}: of a model's output hand in .logits, of an array "
+            f"{name} must be a tensor, got {type(tensor).__name__}: of a model's output pass .logits, of an array "
             "torch.from_numpy(array)"
         )
 
@@ -67,11 +67,11 @@ def check_student_logits(student_logits: Tensor) -> None:
     shape = list(student_logits.shape)
     if len(shape) != 2:
         raise ValueError(
-            f"student_logits must be [B, C], got {shape}: hand in one row of class logits per image, pooled over space"
+            f"student_logits must be [B, C], got {shape}: pass one row of class logits per image, pooled over space"
         )
     if not student_logits.is_floating_point():
         raise ValueError(
-            f"student_logits must be floating point, got {student_logits.dtype}: hand in logits, not class indices"
+            f"student_logits must be floating point, got {student_logits.dtype}: pass logits, not class indices"
         )
     if shape[0] < 1:
         raise ValueError(f"student_logits must hold at least one image, got {shape}: skip empty batches")
@@ -88,12 +88,12 @@ def check_other_logits(name: str, logits: Tensor, student_logits: Tensor, mend: 
     expected, got = list(student_logits.shape), list(logits.shape)
     if got != expected:
         if len(got) != 2:
-            mend = "hand in one row of class logits per image"
+            mend = "pass one row of class logits per image"
         elif got[0] != expected[0]:
-            mend = "hand in the logits of the same batch"
+            mend = "pass the logits of the same batch"
         raise ValueError(f"{name} must be {expected} like student_logits, got {got}: {mend}")
     if not logits.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {logits.dtype}: hand in logits, not class indices")
+        raise ValueError(f"{name} must be floating point, got {logits.dtype}: pass logits, not class indices")
 
 
 def check_labels(labels: Tensor, shape: Sequence[int], ignore_index: int | None = None) -> None:
@@ -117,7 +117,7 @@ def check_labels(labels: Tensor, shape: Sequence[int], ignore_index: int | None 
         if not labels.is_floating_point():
             raise ValueError(
                 f"labels of shape {got} must be floating point (mixup), got {labels.dtype}: "
-                f"hand in class indices [{batch_size}], or call .float() on one-hot labels"
+                f"pass class indices [{batch_size}], or call .float() on one-hot labels"
             )
         if are_visible:
             smallest, sums = labels.min(), labels.sum(-1, dtype=compute_dtype(labels))
@@ -125,14 +125,14 @@ def check_labels(labels: Tensor, shape: Sequence[int], ignore_index: int | None 
             if not (smallest >= 0 and ((sums - 1).abs() < 0.02).all()):
                 raise ValueError(
                     f"labels of shape {got} must be rows of weights >= 0 that sum to 1, got a smallest weight of "
-                    f"{smallest.item():g} and sums from {sums.min().item():g} to {sums.max().item():g}: hand in one-hot "
+                    f"{smallest.item():g} and sums from {sums.min().item():g} to {sums.max().item():g}: pass one-hot "
                     "rows, or mixtures of them. Several labels an image can't be distilled with a softmax"
                 )
         return
     if got != [batch_size]:
         raise ValueError(
             f"labels must be class indices [{batch_size}] or mixup labels [{batch_size}, {num_classes}], got {got}: "
-            "hand in one label per image of student_logits"
+            "pass one label per image of student_logits"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels of shape {got} must be integer class indices, got {labels.dtype}: call .long()")
@@ -144,5 +144,5 @@ def check_labels(labels: Tensor, shape: Sequence[int], ignore_index: int | None 
         if smallest < 0 or largest >= num_classes:
             raise ValueError(
                 f"labels must be in 0..{num_classes - 1}, got {smallest if smallest < 0 else largest}: "
-                "give the student as many classes as the dataset has, and leave unlabelled images out"
+                "give the student as many classes as the dataset has, and omit unlabelled images"
             )

@@ -30,7 +30,7 @@ def dkd_loss(
             + \beta \, \text{KL}(\hat T \Vert \hat S) \big), \qquad b = (p_t, 1 - p_t), \quad \hat p = \mathcal N(p)
 
     as the mean over the batch, where :math:`p` is the softmax of teacher :math:`T` and student :math:`S` at temperature
-    :math:`\tau`, and :math:`\mathcal N` leaves out the target class. Add the student's own classification loss to it.
+    :math:`\tau`, and :math:`\mathcal N` omits the target class. Add the student's own classification loss to it.
 
     Args:
         student_logits: [B, C] float logits of the student.

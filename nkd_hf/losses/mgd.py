@@ -17,9 +17,9 @@ class MGDLoss(DistillationLoss):
     .. math::
         L_\text{MGD} = \frac\alpha B \lVert G(\bar M \odot A(S)) - T \rVert^2
 
-    where :math:`S, T` are the maps of student and teacher, :math:`A` a 1x1 convolution (left out when student and teacher
+    where :math:`S, T` are the maps of student and teacher, :math:`A` a 1x1 convolution (omitted when student and teacher
     are of one width), :math:`G` the generator, and :math:`\bar M` is 0 for each channel of each image with probability
-    :math:`\lambda`, drawn anew from PyTorch's generator. The squares are summed over channels and places, which is why
+    :math:`\lambda`, drawn again from PyTorch's generator. The squares are summed over channels and places, which is why
     the weight is small. Aligner and generator train with the student and are dropped with the loss. Add the student's
     own classification loss to it.
 

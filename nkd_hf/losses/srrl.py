@@ -132,7 +132,7 @@ class SRRLLoss(DistillationLoss):
         if teacher_head_weight.ndim != 2 or teacher_head_weight.shape[1] != self.teacher_channels:
             raise ValueError(
                 f"teacher_head_weight must be [C, {self.teacher_channels}] to classify teacher_map, got "
-                f"{list(teacher_head_weight.shape)}: hand in the map that the teacher's classifier averages"
+                f"{list(teacher_head_weight.shape)}: pass the map that the teacher's classifier averages"
             )
         num_classes = len(teacher_head_weight)
         for name, tensor, expected in (
@@ -142,5 +142,5 @@ class SRRLLoss(DistillationLoss):
             if list(tensor.shape) != expected:
                 raise ValueError(
                     f"{name} must be {expected} to fit teacher_head_weight {list(teacher_head_weight.shape)} and the "
-                    f"batch, got {list(tensor.shape)}: hand in what belongs to one teacher and one batch"
+                    f"batch, got {list(tensor.shape)}: pass what belongs to one teacher and one batch"
                 )

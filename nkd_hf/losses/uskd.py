@@ -168,9 +168,9 @@ class USKDLoss(DistillationLoss):
         shape = list(mid_feature.shape)
         if len(shape) < 2 or shape[0] != batch_size or shape[-1] != in_features or 0 in shape:
             if len(shape) < 2 or 0 in shape:
-                mend = "hand in at least one row per image"
+                mend = "pass at least one row per image"
             elif shape[0] != batch_size:
-                mend = "hand in the feature of the same batch"
+                mend = "pass the feature of the same batch"
             elif len(shape) > 2 and shape[1] == in_features:
                 mend = "move the channels last, or average over the positions"
             else:
@@ -180,9 +180,7 @@ class USKDLoss(DistillationLoss):
                 f"got {shape}: {mend}"
             )
         if not mid_feature.is_floating_point():
-            raise ValueError(
-                f"mid_feature must be of a float dtype, got {mid_feature.dtype}: hand in a layer's output"
-            )
+            raise ValueError(f"mid_feature must be of a float dtype, got {mid_feature.dtype}: pass a layer's output")
 
 
 def _components(
@@ -224,7 +222,7 @@ def _targets(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return target, torch.ones_like(target, dtype=dtype)
     value, target = labels.topk(2, dim=-1)
     # Differs from cls_KD: a row with one non-zero entry (mixup of two images of one class) has one target. There an
-    # arbitrary class of weight zero becomes its second target, is left out of the non-target term and shifts the mean.
+    # arbitrary class of weight zero becomes its second target, is missing from the non-target term and shifts the mean.
     target = torch.where(value > 0, target, target[:, :1])
     return target, value
 

@@ -21,8 +21,8 @@ class ViTKDLoss(DistillationLoss):
             + \frac\beta{\lambda B} \lVert M \odot (G(\bar M \odot A(S) + M \odot m) - T) \rVert^2
 
     where :math:`S_l, T_l` are the low and :math:`S, T` the high tokens of student and teacher, :math:`A` linear aligners
-    (left out when student and teacher are of one width), :math:`m` the mask token, :math:`G` the generator, and
-    :math:`M` a mask that is drawn anew for each image and covers the share :math:`\lambda` of its tokens, from PyTorch's
+    (omitted when student and teacher are of one width), :math:`m` the mask token, :math:`G` the generator, and
+    :math:`M` a mask that is drawn for each image and covers the share :math:`\lambda` of its tokens, from PyTorch's
     generator. The squares are summed over tokens and channels, which is why the weights are small. Aligners, mask token
     and generator train with the student and are dropped with the loss. Add the student's own classification loss to it,
     and NKD's, with which the official DeiT configurations combine it.
@@ -169,7 +169,7 @@ class ViTKDLoss(DistillationLoss):
         shape = list(student_high.shape)
         if len(shape) != 3 or 0 in shape:
             raise ValueError(
-                f"student_high must be [B, P, {self.student_dim}], got {shape}: hand in the patch tokens of a ViT"
+                f"student_high must be [B, P, {self.student_dim}], got {shape}: pass the patch tokens of a ViT"
             )
         batch_size, num_tokens = shape[:2]
         if token_grid is None and math.isqrt(num_tokens) ** 2 != num_tokens:
@@ -180,7 +180,7 @@ class ViTKDLoss(DistillationLoss):
         if token_grid is not None and math.prod(token_grid) != num_tokens:
             raise ValueError(
                 f"student_high must hold the {token_grid[0]}x{token_grid[1]} patch tokens of token_grid, got {num_tokens}: "
-                "leave class tokens out"
+                "omit class tokens"
             )
         for name, tokens, layers, side in (
             ("student_low", student_low, (2,), "student"),
@@ -196,10 +196,10 @@ class ViTKDLoss(DistillationLoss):
                 elif len(got) == len(expected) and [got[0], *got[1:-2]] == expected[:-2]:
                     mend = "student and teacher must have one patch size and one image size"
                 else:
-                    mend = "hand in the tokens of the same batch"
+                    mend = "pass the tokens of the same batch"
                 raise ValueError(f"{name} must be {expected} to fit student_high {shape}, got {got}: {mend}")
             if not tokens.is_floating_point():
-                raise ValueError(f"{name} must be of a float dtype, got {tokens.dtype}: hand in a layer's output")
+                raise ValueError(f"{name} must be of a float dtype, got {tokens.dtype}: pass a layer's output")
 
 
 def random_token_mask(noise: Tensor, mask_ratio: float) -> Tensor:

@@ -107,7 +107,7 @@ class FeatureTap:
         outputs = [output.take() for output in self._outputs]
         if any(output is None for output in outputs):
             raise RuntimeError(
-                f"{self.layer} took no part in the forward pass: choose a feature_layer that does, and hand in a model "
+                f"{self.layer} took no part in the forward pass: choose a feature_layer that does, and pass a model "
                 "that has not run compiled before"
             )
         for output in self._grids:

@@ -28,7 +28,7 @@ from transformers.utils import (
     has_file,
 )
 
-from ..errors import RefusedError, gate, reason
+from ..errors import RefusedError, explain_gated_repo, reason
 from ..files import path_fault
 from .build_limit import build_limit, measure_weights
 from .model_config import check_image_processor, find_file, is_timm_config, read_config, read_json
@@ -125,7 +125,7 @@ def open_pretrained(
     except pickle.UnpicklingError as error:
         raise RefusedError(f"its pickle holds more than tensors, and is not opened: {reason(error)}") from error
     except (OSError, ValueError) as error:
-        if how := gate(error, name):
+        if how := explain_gated_repo(error, name):
             raise RefusedError(how) from error
         if isinstance(error, OSError) and not allow_pickle and (file := _pickle_of(name)):
             raise RefusedError(

@@ -124,7 +124,7 @@ def check_model_args(model_args: dict[str, Any] | None) -> None:
     """RefusedError if arguments of timm's architecture make `timm.create_model` open a file."""
     if isinstance(model_args, dict) and (opening := [key for key in _OPENING_ARGS if key in model_args]):
         raise RefusedError(
-            f"its model_args hold {', '.join(opening)}, by which timm would open other weights: leave that out, and give "
+            f"its model_args hold {', '.join(opening)}, by which timm would open other weights: omit that, and give "
             "the id or folder of the model instead"
         )
 

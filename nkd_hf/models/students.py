@@ -206,7 +206,7 @@ def check_preprocessing(
         raise ValueError(f"image_size must be one integer, the height and the width, got {image_size!r}")
     if image_size is not None and not 1 <= image_size <= 2**14:
         raise ValueError(
-            f"image_size must be from 1 to {2**14} pixels, got {image_size}: leave it out for the architecture's own"
+            f"image_size must be from 1 to {2**14} pixels, got {image_size}: omit it for the architecture's own"
         )
     for name, values in (("image_mean", image_mean), ("image_std", image_std)):
         if values is not None and not (
@@ -271,7 +271,7 @@ def _open_student(
 ) -> PreTrainedModel:
     check_name(name)
     if model_args:
-        raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: leave them out")
+        raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: omit them")
     labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
         # In float32 whatever the file has: weights train in float32, and autocast computes in half precision.

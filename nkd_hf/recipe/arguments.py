@@ -46,7 +46,7 @@ class RecipeArguments:
     teacher_logits: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub dataset that `nkd-hf teacher-logits` wrote: the teacher is not run, and may be left out; "
+            "help": "Folder or Hub dataset that `nkd-hf teacher-logits` wrote: the teacher is not run, and may be omitted; "
             "images are mixed in pairs."
         },
     )
@@ -135,7 +135,7 @@ class RecipeArguments:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} "
                 + ("reads layers of the teacher" if self.needs_teacher else "has no teacher")
-                + ", and teacher_logits has its logits alone: leave teacher_logits out"
+                + ", and teacher_logits has its logits alone: omit teacher_logits"
             )
         if self.needs_teacher and self.teacher is None and self.teacher_logits is None:
             raise ValueError(
@@ -144,7 +144,7 @@ class RecipeArguments:
             )
         if self.losses and not self.needs_teacher and self.teacher is not None:
             raise ValueError(
-                f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: leave it out"
+                f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: omit it"
             )
         for name, repo_type in {"student": "model", "teacher": "model", "teacher_logits": "dataset"}.items():
             value = getattr(self, name)
@@ -152,9 +152,7 @@ class RecipeArguments:
                 raise ValueError(f"{name} has no name: set it to a Hub id, a folder or an architecture")
             setattr(self, name, read_repo_id(value, name, repo_type))
         if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(
-                f"num_processes must be positive, got {self.num_processes}: leave it out if it is not known"
-            )
+            raise ValueError(f"num_processes must be positive, got {self.num_processes}: omit it if it is not known")
         check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
         # Built once for its errors, which should come before a teacher is trained.
         self.build_loss(**_ANY_SHAPES)

@@ -28,7 +28,7 @@ def check_arguments(recipe: RecipeArguments, training: DistillationTrainingArgum
     if training.teacher_settings and not recipe.needs_teacher:
         raise ValueError(
             f"{', '.join(training.teacher_settings)} set how a teacher computes, and distillation_loss="
-            f"{recipe.distillation_loss} has none: leave them out"
+            f"{recipe.distillation_loss} has none: omit them"
         )
 
 
@@ -69,7 +69,7 @@ def check_classes(recipe: RecipeArguments, data: DataArguments, names: list[str]
     if data.num_classes not in (None, len(names)):
         raise ValueError(
             f"num_classes is {data.num_classes}, but {redact(data.dataset_name)!r} has {len(names)} classes: set it to "
-            "that, or leave it out"
+            "that, or omit it"
         )
     if recipe.ignore_label_names:
         class_numbers(names, len(names))

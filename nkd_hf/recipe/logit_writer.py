@@ -121,7 +121,7 @@ def _check_recipe(
         )
     others = recipe.losses_of_all_logits
     if top_k is not None and others:
-        raise ValueError(f"{', '.join(others)} needs top_k = all: leave --top_k out")
+        raise ValueError(f"{', '.join(others)} needs top_k = all: omit --top_k")
     if data.streaming:
         raise ValueError("teacher logits need streaming off: a stream has no order in which they could be stored")
     started = int(os.environ.get("WORLD_SIZE", 1))

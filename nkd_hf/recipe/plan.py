@@ -132,7 +132,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     recomputes = training.activation_checkpointing or training.is_compiled
     if recomputes:
         notes.append(
-            "activation checkpointing and torch.compile keep some activations and compute others anew: they are not counted"
+            "activation checkpointing and torch.compile keep some activations and recompute others: they are not counted"
         )
     groups = list_optimizer_groups(model, training)
     return {

@@ -18,7 +18,7 @@ from ..errors import failed_write, redact
 from ..files import write_whole
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
-from ..trainer.checkpoints import checkpoints, fault_of, is_model_only, remove_unfinished
+from ..trainer.checkpoints import checkpoints, find_damage, is_model_only, remove_unfinished
 from .arguments import RecipeArguments
 
 RESULTS = "results.json"
@@ -116,13 +116,13 @@ def named_checkpoint(training: DistillationTrainingArguments) -> str | None:
 
 def check_checkpoint(checkpoint: str) -> None:
     """Raises ValueError where a checkpoint cannot be resumed."""
-    fault = fault_of(checkpoint)
+    fault = find_damage(checkpoint)
     if fault is None and is_model_only(checkpoint):
         fault = "saved with save_only_model, which leaves the optimiser's state out"
     if fault is not None:
         raise ValueError(
             f"the checkpoint {checkpoint} cannot be resumed: {fault}. Nothing was trained yet: name another "
-            "one, or leave --resume_from_checkpoint out, and the run in output_dir goes on by itself"
+            "one, or omit --resume_from_checkpoint: the run in output_dir then continues by itself"
         )
 
 
@@ -193,7 +193,7 @@ def can_continue(folder: Path, settings: dict[str, Any], restarts: bool = False)
     if is_next and (differences := _describe_differences(folder / _SETTINGS, settings)):
         raise ValueError(
             f"{folder} holds a run with other settings ({differences}): set another output_dir, "
-            "or start anew in its place with --resume_from_checkpoint false"
+            "or restart in its place with --resume_from_checkpoint false"
         )
     return is_next and (is_trained(folder) or not (folder / RESULTS).is_file())
 

@@ -4,8 +4,8 @@ from .compression import dense_logits, sparse_logits
 from .store import (
     FORMAT,
     STORE,
-    StoredTeacher,
     StoreInfo,
+    TeacherDescription,
     TeacherLogits,
     read_record,
     shard_path,
@@ -17,7 +17,7 @@ __all__ = [
     "FORMAT",
     "STORE",
     "StoreInfo",
-    "StoredTeacher",
+    "TeacherDescription",
     "TeacherLogits",
     "dense_logits",
     "read_record",

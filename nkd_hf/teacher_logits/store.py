@@ -44,7 +44,7 @@ STORE = "store.json"
 _NUM_OPEN = 4
 
 
-class StoredTeacher(NamedTuple):
+class TeacherDescription(NamedTuple):
     """Facts about the teacher of a store, for a model card.
 
     Attributes:
@@ -70,7 +70,7 @@ class StoreInfo:
         temperatures (`list[float]`): T temperatures of `rest_logsumexp`, 1 among them.
         shard_size (`int`): number of samples in a shard; the last shard of an epoch may have fewer.
         fingerprint (`dict`): the settings that the logits depend on; a run must have the same.
-        teacher (`StoredTeacher`)
+        teacher (`TeacherDescription`)
         teacher_accuracy (`float`, *optional*): the teacher's top-1 on the student's pixels of the validation split; None
             until it is measured.
         versions (`dict[str, str]`): versions of the libraries that made the pixels.
@@ -85,7 +85,7 @@ class StoreInfo:
     temperatures: list[float]
     shard_size: int
     fingerprint: dict[str, Any]
-    teacher: StoredTeacher
+    teacher: TeacherDescription
     teacher_accuracy: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
@@ -121,16 +121,16 @@ class StoreInfo:
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != known:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"{folder} is a store of format {found}, expected {FORMAT}: {advice}")
-        if fault := _fault_of(values):
+        if fault := _find_fault(values):
             raise ValueError(f"{folder / STORE} is damaged, {fault}: {_again(folder)}")
-        return cls(**values | {"teacher": StoredTeacher(**values["teacher"])})
+        return cls(**values | {"teacher": TeacherDescription(**values["teacher"])})
 
 
 def _again(folder: Path) -> str:
     return f"remove {folder} and write it again with `nkd-hf teacher-logits`, or download it again"
 
 
-def _fault_of(values: dict[str, Any]) -> str | None:
+def _find_fault(values: dict[str, Any]) -> str | None:
     """Describes the first field of a `store.json` with an impossible value; None if there is none."""
     teacher = values["teacher"] if isinstance(values["teacher"], dict) else {}
     is_right = {
@@ -140,7 +140,7 @@ def _fault_of(values: dict[str, Any]) -> str | None:
         and all(isinstance(each, int | float) and each > 0 for each in values["temperatures"]),
         "fingerprint": isinstance(values["fingerprint"], dict),
         "versions": isinstance(values["versions"], dict),
-        "teacher": set(teacher) == set(StoredTeacher._fields)
+        "teacher": set(teacher) == set(TeacherDescription._fields)
         and isinstance(teacher["name"], str | None)
         and isinstance(teacher["architecture"], str)
         and _is_count(teacher["num_parameters"]),

@@ -106,7 +106,7 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     precise_bn_images: int | None = field(
         default=None,
-        metadata={"help": "Training images on which BatchNorm's statistics are estimated anew before an evaluation."},
+        metadata={"help": "Training images on which BatchNorm's statistics are estimated again before an evaluation."},
     )
     on_non_finite_loss: str = field(
         default="error",
@@ -167,9 +167,7 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.teacher_dtype not in (None, *TEACHER_DTYPES):
             raise ValueError(f"teacher_dtype must be {', '.join(TEACHER_DTYPES)}, got {self.teacher_dtype!r}")
         if self.ema_decay is not None and not (0 < self.ema_decay < 1 and math.isfinite(self.ema_decay)):
-            raise ValueError(
-                f"ema_decay must lie between 0 and 1, got {self.ema_decay}: leave it out to switch it off"
-            )
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}: omit it to switch it off")
 
     def _check_processes(self) -> None:
         if self.save_on_each_node:
@@ -179,7 +177,7 @@ class DistillationTrainingArguments(TrainingArguments):
             )
         if not self.accelerator_config.even_batches:
             raise ValueError(
-                "even_batches of accelerator_config must be true, got False. Leave it out: processes with fewer batches than "
+                "even_batches of accelerator_config must be true, got False. Omit it: processes with fewer batches than "
                 "others would not answer them."
             )
 
@@ -192,7 +190,7 @@ class DistillationTrainingArguments(TrainingArguments):
             for argument in names:
                 value = getattr(self, argument)
                 if value is not None and not fits(value):
-                    raise ValueError(f"{argument} must be {expected}, got {value}: leave it out for its default")
+                    raise ValueError(f"{argument} must be {expected}, got {value}: omit it for its default")
 
     def process_batch_size(self, batch_size: int | None = None, num_processes: int | None = None) -> int:
         """Returns the number of images in one batch of a process.

@@ -35,7 +35,7 @@ class KeepPace(TrainerCallback):
         self.trainer.begin_attempt()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.trainer.sigterm.came():
+        if self.trainer.sigterm.was_received():
             control.should_save = self.leaving = True
         # The checkpoint of an epoch's last step is saved after the log and evaluation of that epoch, and holds them.
         if control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):

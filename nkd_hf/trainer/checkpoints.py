@@ -34,7 +34,7 @@ _OF_TRAINER = (
     "(AutoModelForImageClassification.from_pretrained of that folder) as model, and train without resume_from_checkpoint."
 )
 _MODEL_ONLY = (
-    "cannot be resumed: saved with save_only_model, which leaves the optimiser's state out. Train anew without "
+    "cannot be resumed: saved with save_only_model, which omits the optimiser's state. Train again without "
     "resume_from_checkpoint, and without save_only_model if it is to be resumed later"
 )
 
@@ -52,7 +52,7 @@ def find_checkpoint(output_dir: str, wanted: str | bool | None) -> str | None:
         ValueError: the checkpoint is not whole for all processes, holds the model only, or there is none.
     """
     checkpoint = decide_in_first(functools.partial(_find_checkpoint, output_dir, wanted))
-    fault = checkpoint and first_fault(fault_of(str(checkpoint)))
+    fault = checkpoint and first_fault(find_damage(str(checkpoint)))
     if fault:
         raise ValueError(f"the checkpoint {checkpoint} must be whole for all processes: {fault}. {SHARE_FOLDER}")
     return checkpoint
@@ -72,7 +72,7 @@ def _find_checkpoint(folder: str, wanted: str | bool | None) -> str | None:
             raise ValueError(f"{folder} holds no whole checkpoint: train without resume_from_checkpoint")
     elif wanted and is_of_trainer(str(wanted)):
         raise ValueError(f"the checkpoint {wanted} cannot be resumed: {_OF_TRAINER}")
-    elif wanted and (fault := fault_of(str(wanted))):
+    elif wanted and (fault := find_damage(str(wanted))):
         raise ValueError(f"the checkpoint {wanted} is not whole: {fault}. Resume from another one")
     elif wanted and is_model_only(str(wanted)):
         raise ValueError(f"the checkpoint {wanted} {_MODEL_ONLY}")
@@ -99,7 +99,7 @@ def last_checkpoint(output_dir: str) -> str | None:
     checkpoint, faults = last_whole_checkpoint(output_dir)
     for damaged, fault in faults.items():
         logger.warning(
-            "%s is not whole: %s. It is passed over, and now called %s.", damaged, fault, put_aside(damaged)
+            "%s is not whole: %s. It is passed over, and now called %s.", damaged, fault, move_aside(damaged)
         )
     return checkpoint
 
@@ -110,7 +110,7 @@ def write_files(folder: str) -> None:
     Path(folder, FILES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
-def fault_of(folder: str) -> str | None:
+def find_damage(folder: str) -> str | None:
     """Describes what is wrong with a checkpoint, or returns None if it is whole.
 
     A missing file is a fault, and so is a file of another size than recorded. Sizes of text files are not compared, since a
@@ -162,7 +162,7 @@ def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
     for folder in checkpoints(output_dir)[::-1]:
         if is_of_trainer(folder):
             continue
-        fault = fault_of(folder)
+        fault = find_damage(folder)
         if fault is not None:
             faults[folder] = fault
         elif not is_model_only(folder):
@@ -196,7 +196,7 @@ def _step(folder: str) -> int:
     return int(_NAME.fullmatch(os.path.basename(folder))[1])
 
 
-def put_aside(folder: str) -> str:
+def move_aside(folder: str) -> str:
     """Renames a damaged checkpoint, which `remove_old` would count as a whole one, and returns the new path."""
     parent, name = os.path.split(folder)
     target = os.path.join(parent, _DAMAGED + name)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput
 
-from ..losses.base import loss_inputs
+from ..losses.base import check_components, loss_inputs
 from ..losses.checks import check_labels
 from ..models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
 from ..models.labels import check_class_order
@@ -101,7 +101,7 @@ class DistillationModel(nn.Module):
                     f"name its arguments from {sorted(_LOSS_INPUTS)}"
                 )
         if feature_layer is not None and not self.needs("mid_feature"):
-            raise ValueError(f"feature_layer={feature_layer!r} is read by no distillation loss: leave it out")
+            raise ValueError(f"feature_layer={feature_layer!r} is read by no distillation loss: omit it")
         self.taps = {
             name: FeatureTap(student, feature_layer if name == "mid_feature" else None, kind)
             for name, kind in STUDENT_FEATURES.items()
@@ -192,19 +192,20 @@ class DistillationModel(nn.Module):
         logits = read_logits(output, "the student", len(pixel_values), self.student.config.num_labels)
         # One check for all losses, the user's own included. The task loss ignores the label of images without a class.
         check_labels(labels, logits.shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
-        if not labels.is_floating_point():
-            labels = labels.long()
+        labels = labels if labels.is_floating_point() else labels.long()
         available = {"student_logits": logits, "labels": labels, **teacher_outputs}
         for name, tap in self.taps.items():
             available[name] = tap.take()
             tap.listen(False)
         available["token_grid"] = next((tap.grid for tap in self.taps.values() if tap.grid is not None), None)
-        losses = {"task": None}  # the first entry, whichever loss computes it
+        losses = {"task": None}
         for name, loss in self.losses.items():
             # The first loss that reads label_smoothing computes the task loss too, from the same softmax.
             available["label_smoothing"] = self.label_smoothing if losses["task"] is None else None
+            with_task = "label_smoothing" in self._inputs[name] and losses["task"] is None
             components = loss(**{key: available[key] for key in self._inputs[name]})
-            if "label_smoothing" in self._inputs[name] and losses["task"] is None:
+            components = check_components(components, loss, with_task)
+            if with_task:
                 losses["task"] = components.pop("task")
             for component, value in components.items():
                 losses[component if component not in losses else f"{name}_{component}"] = value
@@ -216,7 +217,7 @@ class DistillationModel(nn.Module):
 
     @property
     def evaluated_student(self) -> PreTrainedModel:
-        """The student that is evaluated and saved: the averaged one, where there is an average."""
+        """The student that is evaluated and saved: the averaged one if there is an average."""
         return self.student if self.average is None else self.average.module
 
     def update_average(self, step: int) -> None:

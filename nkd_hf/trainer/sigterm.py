@@ -33,7 +33,7 @@ class Sigterm:
     ```python
     >>> with Sigterm(world_size=1) as sigterm:
     ...     os.kill(os.getpid(), signal.SIGTERM)
-    ...     sigterm.came()
+    ...     sigterm.was_received()
     True
 
     ```
@@ -64,7 +64,7 @@ class Sigterm:
                 self._asked[0].wait()
             dist.destroy_process_group(self._group)
 
-    def came(self) -> bool:
+    def was_received(self) -> bool:
         """Whether a process has noted a SIGTERM. The answer is the same in all processes, and may come one call late."""
         if self._group is None:
             return self._noted
@@ -76,10 +76,10 @@ class Sigterm:
         asked[0].wait()
         return bool(asked[1])
 
-    def exit_if_came(self) -> None:
+    def exit_if_received(self) -> None:
         """Exits at the end of training if a process has noted a SIGTERM."""
         # Asked twice, since with several processes the answer comes one call late.
-        if any([self.came(), self.came()]):
+        if any([self.was_received(), self.was_received()]):
             logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
             raise SystemExit(EXIT_CODE)
 

@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor, TimmWrapperForImageClassification
 from ..hub.student_files import SETTINGS, publishable
 from .agreement import first_fault
 from .arguments import DistillationTrainingArguments
-from .checkpoints import fault_of
+from .checkpoints import find_damage
 from .distillation_model import DistillationModel
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def load_best_student(model: DistillationModel, checkpoint: str) -> bool:
 
     All processes must call this.
     """
-    fault = first_fault(fault_of(checkpoint))
+    fault = first_fault(find_damage(checkpoint))
     if fault:
         logger.warning(
             "The best model could not be loaded from %s: %s. The model keeps the weights of the last step.",

@@ -11,7 +11,7 @@ from ..data.collator import ImageCollator
 from ..models.features import check_token_grids
 from ..models.preprocessing import read_preprocessing
 from ..models.teacher import Teacher, load_teacher, unwrap_module
-from ..teacher_logits.store import StoredTeacher, TeacherLogits
+from ..teacher_logits.store import TeacherDescription, TeacherLogits
 from .arguments import DistillationTrainingArguments
 from .distillation_model import DistillationModel
 
@@ -20,7 +20,7 @@ class TeacherSource(Protocol):
     """The methods of a teacher that the trainer calls."""
 
     @property
-    def description(self) -> Teacher | StoredTeacher:
+    def description(self) -> Teacher | TeacherDescription:
         """The teacher as the model card describes it."""
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class StoredLogits:
         self._temperature = temperature
 
     @property
-    def description(self) -> StoredTeacher:
+    def description(self) -> TeacherDescription:
         return self.store.info.teacher
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -123,13 +123,13 @@ def check_teacher_is_asked_for(
     """Raises ValueError where teacher, store, losses and arguments don't fit each other."""
     if store is not None and teacher is not None:
         raise ValueError(
-            f"the teacher's logits are those of {store.folder}: leave teacher out, or the collator's teacher_logits"
+            f"the teacher's logits are those of {store.folder}: omit teacher, or the collator's teacher_logits"
         )
     has_teacher = teacher is not None or store is not None
     if bool(model.teacher_inputs) != has_teacher:
         names = ", ".join(type(loss).__name__ for loss in model.losses.values()) or "none"
         raise ValueError(
-            f"distillation_loss is {names}, which asks for no teacher: leave teacher (and teacher_logits) out"
+            f"distillation_loss is {names}, which asks for no teacher: omit teacher (and teacher_logits)"
             if has_teacher
             else f"distillation_loss is {names}, which asks for a teacher: set teacher to a Hub id, folder or model"
         )
@@ -139,7 +139,7 @@ def check_teacher_is_asked_for(
             "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
     if not has_teacher and (unused := args.teacher_settings):
-        raise ValueError(f"{', '.join(unused)} set how a teacher computes, and there is none: leave them out")
+        raise ValueError(f"{', '.join(unused)} set how a teacher computes, and there is none: omit them")
 
 
 def open_live_teacher(

@@ -329,7 +329,7 @@ class DistillationTrainer(Trainer):
                     output = super().train(checkpoint, trial, ignore_keys_for_eval)
             finally:
                 loaders.end_workers(self._loaders)
-            self.sigterm.exit_if_came()
+            self.sigterm.exit_if_received()
             self.step_guard.check(wait=True)  # the last steps, if no checkpoint was saved after them
         return output._replace(training_loss=output.metrics["train_loss"])
 

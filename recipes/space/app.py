@@ -2,7 +2,7 @@
 
     STUDENT=ME/resnet18-nkd BASELINE=ME/resnet18 TEACHER=timm/resnet34.tv_in1k python app.py
 
-Each variable holds a Hub id or a folder; STUDENT must be set, the others are left out where they are not. It needs nothing
+Each variable holds a Hub id or a folder; STUDENT must be set, the others are omitted where they are not. It needs nothing
 of nkd_hf. README.md says how it becomes a Space.
 """
 
@@ -137,7 +137,7 @@ def build() -> gr.Blocks:
         notes = [
             f"Latency: preprocessing and forward pass of one decoded image on {where}, median of {TIMED_RUNS} runs "
             "after one that is not counted.",
-            *(f"The {role} is left out. {reason}" for role, reason in missing.items()),
+            *(f"The {role} is omitted. {reason}" for role, reason in missing.items()),
         ]
         gr.Markdown("  \n".join(notes), elem_id="notes")
 

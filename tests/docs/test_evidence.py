@@ -186,7 +186,7 @@ def test_without_fashion_mnist_there_is_a_message(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(evidence, "run_all", lambda bench, options: {"data": options.data})
     assert not has_fashion(tmp_path)
     evidence.main(["--fashion", str(tmp_path), "--output", str(tmp_path / "out")])
-    assert f"Fashion-MNIST is left out: {tmp_path} lacks its files" in capsys.readouterr().out
+    assert f"Fashion-MNIST is skipped: {tmp_path} lacks its files" in capsys.readouterr().out
 
 
 def test_calls_in_processes_of_their_own(capsys):

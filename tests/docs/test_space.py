@@ -280,7 +280,7 @@ def test_models_that_are_missing_or_not_to_be_trusted(models, tmp_path):
     assert list(pages[1]) == ["error"]
     assert re.search(r"STUDENT=.*pickled could not be opened: .*model\.safetensors", pages[1]["error"])
     assert "teacher-labels" not in pages[2]
-    assert "The baseline is left out. BASELINE is not set" in pages[2]["notes"]
+    assert "The baseline is omitted. BASELINE is not set" in pages[2]["notes"]
     assert "If you trust that, set TRUST_REMOTE_CODE to 1." in pages[2]["notes"]
     assert {"student-labels", "teacher-labels"} <= set(pages[3])
     assert "teacher" not in pages[3]["notes"]

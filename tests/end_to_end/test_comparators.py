@@ -348,7 +348,7 @@ def test_errors_of_maps():
             (student_map, torch.zeros(2, 8, 14, 14)),
             r"MGD's student map is 7x7, the teacher's 14x14: it compares them place",
         ),
-        ((torch.zeros(2, 6), teacher_map), r"student_map must be \[B, 6, H, W\], got \[2, 6\]: hand in a feature map"),
+        ((torch.zeros(2, 6), teacher_map), r"student_map must be \[B, 6, H, W\], got \[2, 6\]: pass a feature map"),
         ((torch.zeros(2, 5, 7, 7), teacher_map), r"student_map must be .*: make MGDLoss with student_channels=5"),
         (
             (student_map, torch.zeros(2, 9, 7, 7)),
@@ -356,7 +356,7 @@ def test_errors_of_maps():
         ),
         (
             (student_map, torch.zeros(3, 8, 7, 7)),
-            r"teacher_map must be .*got \[3, 8, 7, 7\]: hand in the map of the same",
+            r"teacher_map must be .*got \[3, 8, 7, 7\]: pass the map of the same",
         ),
         ((student_map, teacher_map.long()), r"teacher_map must be of a float dtype, got torch.int64"),
     ):

@@ -19,7 +19,7 @@ from nkd_hf import NKDLoss
 from nkd_hf.errors import CheckpointError, failed_write
 from nkd_hf.trainer import checkpoint_writer, checkpoints
 from nkd_hf.trainer.agreement import decide_in_first, first_fault
-from nkd_hf.trainer.checkpoints import fault_of
+from nkd_hf.trainer.checkpoints import find_damage
 
 
 def trainer_in(folder: Path, **kwargs):
@@ -74,14 +74,14 @@ def work(folder: Path) -> None:
     result["fault"] = gather_object([first_fault("a fault" if rank == 1 else None)])
     # The second process sees no checkpoint, and then nothing that the first one writes.
     if rank == 1:
-        checkpoints.fault_of = lambda checkpoint: "there is no such folder"
+        checkpoints.find_damage = lambda checkpoint: "there is no such folder"
     result["resume"] = error_of(lambda: trainer_in(folder).train(resume_from_checkpoint=True))
     checkpoint_writer._PATIENCE = 0.2
     if rank == 1:
         path = types.SimpleNamespace(**(vars(os.path) | {"exists": lambda name: False}))
         checkpoint_writer.os = types.SimpleNamespace(**(vars(os) | {"path": path}))
     result["save"] = error_of(trainer_in(folder / "other", max_steps=2).train)
-    checkpoint_writer.os, checkpoints.fault_of = os, fault_of
+    checkpoint_writer.os, checkpoints.find_damage = os, find_damage
     result["files"] = sorted(os.listdir(folder / "other"))
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))

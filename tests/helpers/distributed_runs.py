@@ -31,7 +31,7 @@ from nkd_hf import (
 from nkd_hf.cli.teacher_logits import write_store
 from nkd_hf.losses import ViTKDLoss, vitkd
 from nkd_hf.models.saving import save_student
-from nkd_hf.trainer.checkpoints import fault_of
+from nkd_hf.trainer.checkpoints import find_damage
 from nkd_hf.trainer.distillation_model import DistillationModel
 
 STEPS = 10
@@ -259,7 +259,7 @@ def sigterm(folder: Path) -> dict:
         ends[event] = {
             "codes": trainer.accelerator.gather(torch.tensor([code])).tolist(),
             "steps": trainer.state.global_step,
-            "fault": fault_of(str(folder / event / "checkpoint-4")),
+            "fault": find_damage(str(folder / event / "checkpoint-4")),
         }
     return ends
 

@@ -536,7 +536,7 @@ BAD_NKD = {
         torch.zeros(8, 21841),
         Y,
     ),
-    "teacher_logits must be [8, 10] like student_logits, got [4, 10]: hand in the logits of the same batch": (
+    "teacher_logits must be [8, 10] like student_logits, got [4, 10]: pass the logits of the same batch": (
         X,
         X[:4],
         Y,
@@ -585,9 +585,9 @@ def test_uskd_mid_logits_errors():
     [
         ([8, 4], "make USKDLoss with in_features=4"),
         ([8, 3, 7, 7], "move the channels last, or average over the positions"),
-        ([4, 3], "hand in the feature of the same batch"),
-        ([8], "hand in at least one row per image"),
-        ([8, 0, 3], "hand in at least one row per image"),
+        ([4, 3], "pass the feature of the same batch"),
+        ([8], "pass at least one row per image"),
+        ([8, 0, 3], "pass at least one row per image"),
     ],
 )
 def test_mid_feature_errors(shape, mend):

@@ -145,7 +145,7 @@ def test_compiles_whole():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"student_high": (3, 9)}, r"student_high must be \[B, P, 6\], got \[3, 9\]: hand in the patch tokens"),
+        ({"student_high": (3, 9)}, r"student_high must be \[B, P, 6\], got \[3, 9\]: pass the patch tokens"),
         (
             {"student_high": (3, 10, 6)},
             r"a square grid of patch tokens, got 10, which is no square: leave class tokens",
@@ -156,7 +156,7 @@ def test_compiles_whole():
         ({"teacher_low": (3, 2, 16, 10)}, r"teacher_low must be \[3, 2, 9, 10\].*one patch size and one image size"),
         ({"teacher_high": (3, 16, 10)}, r"teacher_high must be \[3, 9, 10\].*one patch size and one image size"),
         ({"teacher_high": (3, 9, 12)}, r"teacher_high must be \[3, 9, 10\].*: make ViTKDLoss with teacher_dim=12"),
-        ({"teacher_high": (4, 9, 10)}, r"teacher_high must be .*: hand in the tokens of the same batch"),
+        ({"teacher_high": (4, 9, 10)}, r"teacher_high must be .*: pass the tokens of the same batch"),
     ],
 )
 def test_shape_errors(shapes, message):

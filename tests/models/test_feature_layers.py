@@ -494,7 +494,7 @@ def test_vitkd_generates_in_the_grid_of_the_image():
     assert model(pixels, labels, features)["losses"]["vitkd_generation"] > 0
     assert grids == [(2, 48, 4, 16)]
     tokens = torch.randn(2, 2, 64, 32), torch.randn(2, 64, 32), torch.randn(2, 2, 64, 48), torch.randn(2, 64, 48)
-    with pytest.raises(ValueError, match=r"the 4x8 patch tokens of token_grid, got 64: leave class tokens out"):
+    with pytest.raises(ValueError, match=r"the 4x8 patch tokens of token_grid, got 64: omit class tokens"):
         loss(*tokens, token_grid=(4, 8))
 
 

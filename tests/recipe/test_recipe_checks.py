@@ -24,7 +24,7 @@ from nkd_hf.hub.teacher_logits import store_card
 from nkd_hf.models.saving import save_student
 from nkd_hf.models.students import describe_start
 from nkd_hf.recipe import recipe as recipe_module
-from nkd_hf.teacher_logits.store import StoredTeacher, StoreInfo
+from nkd_hf.teacher_logits.store import StoreInfo, TeacherDescription
 
 TYPES = (RecipeArguments, DataArguments, DistillationTrainingArguments)
 CNN = {"channels": [8, 16, 32, 64]}
@@ -239,7 +239,7 @@ def test_a_teacher_of_the_students_pixels_is_measured_once(tmp_path, big_teacher
 
 
 def test_a_store_without_the_teachers_own_accuracy_opens_and_says_which_it_has(tmp_path):
-    info = StoreInfo(2, 4, 1, None, [1.0], 4, {}, StoredTeacher(None, "resnet18", 100), teacher_accuracy=0.5)
+    info = StoreInfo(2, 4, 1, None, [1.0], 4, {}, TeacherDescription(None, "resnet18", 100), teacher_accuracy=0.5)
     info.write(tmp_path)
     values = json.loads((tmp_path / "store.json").read_text())
     del values["teacher_own_accuracy"]

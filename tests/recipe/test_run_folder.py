@@ -28,7 +28,7 @@ from nkd_hf.recipe.run_folder import (
     unlock_folder,
     write_results,
 )
-from nkd_hf.trainer.checkpoints import UNFINISHED, fault_of, remove_unfinished
+from nkd_hf.trainer.checkpoints import UNFINISHED, find_damage, remove_unfinished
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "digits_distill_cnn.yaml"
 SETTINGS = {"learning_rate": 0.1, "teacher": "resnet34"}
@@ -286,7 +286,7 @@ def test_a_record_that_cannot_be_read_is_said(tmp_path, content, said):
         begin(tmp_path, SETTINGS)
     message = str(error.value)
     assert f"({said}" in message
-    assert message.endswith("set another output_dir, or start anew in its place with --resume_from_checkpoint false")
+    assert message.endswith("set another output_dir, or restart in its place with --resume_from_checkpoint false")
     assert "\n" not in message
     assert not begin(tmp_path, SETTINGS, afresh=True)
 
@@ -350,9 +350,9 @@ def test_a_named_checkpoint_is_looked_at_before_anything_is_trained(tmp_path):
 @pytest.mark.parametrize("name", ["checkpoint_files.json", "trainer_state.json"])
 def test_a_record_that_is_no_mapping_is_a_fault(tmp_path, name):
     checkpoint = checkpoint_in(tmp_path / "checkpoint-1", "optimizer.pt")
-    assert fault_of(str(checkpoint)) is None
+    assert find_damage(str(checkpoint)) is None
     (checkpoint / name).write_text("[1, 2]")
-    assert fault_of(str(checkpoint)) == f"{name} holds no mapping"
+    assert find_damage(str(checkpoint)) == f"{name} holds no mapping"
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_a_full_disk_after_training_is_said_and_the_run_goes_on(tmp_path, module
     message = os.read(reader, 100_000).decode()
     assert message.startswith(f"error: {said.format(folder=folder)}")
     assert message.endswith("are free there). The checkpoints are as they were: make room, and start the run again")
-    assert fault_of(str(folder / "baseline" / "checkpoint-2")) is None
+    assert find_damage(str(folder / "baseline" / "checkpoint-2")) is None
     recipe = run(folder, save_strategy="epoch")
     assert recipe.goes_on
     assert recipe.results["baseline"] is not None

@@ -52,8 +52,8 @@ from nkd_hf.recipe.run_folder import read_history
 from nkd_hf.teacher_logits.compression import dense_logits, sparse_logits
 from nkd_hf.teacher_logits.store import (
     STORE,
-    StoredTeacher,
     StoreInfo,
+    TeacherDescription,
     TeacherLogits,
     read_record,
     shard_path,
@@ -235,7 +235,7 @@ def test_a_file_of_a_store_is_on_the_disk_before_it_has_its_name(tmp_path, monke
 def make_store(folder: Path, num_samples: int = 20, shard_size: int = 8, top_k: int | None = None) -> torch.Tensor:
     """A store of random logits, which are returned: [epochs, samples, 10]."""
     logits = torch.randn(2, num_samples, 10, generator=torch.Generator().manual_seed(0))
-    teacher = StoredTeacher(None, "resnet18", 1000)
+    teacher = TeacherDescription(None, "resnet18", 1000)
     info = StoreInfo(10, num_samples, 2, top_k, [1.0], shard_size, {}, teacher)
     folder.mkdir(parents=True, exist_ok=True)
     info.write(folder)
@@ -554,7 +554,7 @@ def info() -> StoreInfo:
         "teacher_sha256": "0" * 64,
         "teacher_dtype": "float32",
     }
-    return StoreInfo(10, 40, 2, None, [1.0], 8, fingerprint() | teacher, StoredTeacher(None, "resnet34", 1))
+    return StoreInfo(10, 40, 2, None, [1.0], 8, fingerprint() | teacher, TeacherDescription(None, "resnet34", 1))
 
 
 @pytest.mark.parametrize("part", CHANGES)
@@ -706,7 +706,7 @@ def test_a_store_serves_the_losses_that_it_can(stores, tmp_path, loss, message):
     make_trainer(tmp_path, timm_cnn(), data_collator=collator, distillation_loss=NKDLoss(temperature=3.0))
     collator = ImageCollator(10, 0.8, 1.0, mix_pairs=True, teacher_logits=TeacherLogits(stores["mixed"]))
     make_trainer(tmp_path, timm_cnn(), data_collator=collator, distillation_loss=KDLoss())
-    with pytest.raises(ValueError, match="leave teacher out"):
+    with pytest.raises(ValueError, match="omit teacher"):
         make_trainer(
             tmp_path, timm_cnn(), data_collator=collator, distillation_loss=KDLoss(), teacher=timm_cnn(seed=1)
         )

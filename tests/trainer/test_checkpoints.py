@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState
 
 from nkd_hf import USKDLoss
 from nkd_hf.errors import CheckpointError
-from nkd_hf.trainer.checkpoints import fault_of, is_model_only, remove_old
+from nkd_hf.trainer.checkpoints import find_damage, is_model_only, remove_old
 
 
 def trainer_of(folder: Path, **kwargs):
@@ -69,10 +69,10 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(copy, caplog, name, damage
 def test_a_state_that_cannot_be_read_is_a_damage(copy, content, fault):
     state = copy / "checkpoint-6" / "trainer_state.json"
     state.unlink() if content is None else state.write_text(content)
-    assert fault in fault_of(str(state.parent))
+    assert fault in find_damage(str(state.parent))
     trainer = trainer_of(copy, save_total_limit=2)
     trainer.train(resume_from_checkpoint=True)
-    assert fault_of(str(copy / "checkpoint-6")) is None
+    assert find_damage(str(copy / "checkpoint-6")) is None
     assert (copy / "checkpoint-4").is_dir()
 
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_the_model_only_is_not_resumed_and_can_be_the_best(tmp_p
     first.train()
     best = trainer().student.from_pretrained(first.state.best_model_checkpoint)
     torch.testing.assert_close(first.student.state_dict(), best.state_dict(), rtol=0, atol=0)
-    said = "cannot be resumed: saved with save_only_model, which leaves the optimiser's state out. Train anew"
+    said = "cannot be resumed: saved with save_only_model, which omits the optimiser's state. Train again"
     named = tmp_path / "checkpoint-4"
     with pytest.raises(ValueError, match=f"the checkpoint {named} {said}"):
         trainer().train(resume_from_checkpoint=str(named))
@@ -159,7 +159,7 @@ def test_the_best_checkpoint_keeps_its_name(tmp_path):
     assert best == tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     state = json.loads((best / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(best)
-    assert fault_of(str(best)) is None
+    assert find_damage(str(best)) is None
 
 
 def test_an_evaluation_at_the_end_of_an_epoch_comes_before_its_checkpoint(tmp_path):
@@ -200,7 +200,7 @@ def test_sigterm_saves_its_step_also_when_the_best_alone_are_saved(tmp_path, ste
         trainer.train()
     assert trainer.state.global_step == step
     checkpoint = tmp_path / f"checkpoint-{step}"
-    assert fault_of(str(checkpoint)) is None
+    assert find_damage(str(checkpoint)) is None
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     assert {key for entry in history if entry["step"] == step for key in entry} >= {"loss", "eval_loss"}
 
@@ -294,4 +294,4 @@ def test_the_log_is_written_once_for_a_checkpoint(tmp_path, monkeypatch):
     assert len(saves) == 1
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1") == trainer.state.best_model_checkpoint
-    assert fault_of(str(tmp_path / "checkpoint-1")) is None
+    assert find_damage(str(tmp_path / "checkpoint-1")) is None

@@ -180,7 +180,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, caplog):
     entry, *_, last = trainer.state.log_history
     assert entry["loss"] == pytest.approx(entry["task"], rel=1e-6)
     assert 1 < entry["loss"] < 5
-    # The mean of the three steps that were not left out.
+    # The mean of the three steps that were not skipped.
     assert last["train_loss"] == pytest.approx(entry["loss"], rel=1e-6)
 
 

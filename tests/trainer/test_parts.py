@@ -10,7 +10,7 @@ from transformers import TrainerState
 from nkd_hf import NonFiniteLossError
 from nkd_hf.errors import CheckpointError
 from nkd_hf.trainer.checkpoint_writer import CheckpointWriter, find_sums
-from nkd_hf.trainer.checkpoints import UNFINISHED, fault_of
+from nkd_hf.trainer.checkpoints import UNFINISHED, find_damage
 from nkd_hf.trainer.loss_log import LossLog
 from nkd_hf.trainer.non_finite import MAX_SKIPPED, StepGuard
 
@@ -97,7 +97,7 @@ def write(folder: Path, number: int, content: str, writer: CheckpointWriter) -> 
 def test_a_checkpoint_takes_its_place_when_it_is_whole(tmp_path):
     writer = CheckpointWriter()
     checkpoint = write(tmp_path, 3, "first", writer)
-    assert (fault_of(checkpoint), find_sums(checkpoint, 1, 0), find_sums(checkpoint, 2, 0)) == (
+    assert (find_damage(checkpoint), find_sums(checkpoint, 1, 0), find_sums(checkpoint, 2, 0)) == (
         None,
         {"loss": 3},
         None,

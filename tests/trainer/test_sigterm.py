@@ -15,14 +15,14 @@ from tiny import digits, make_trainer, native_vit, timm_cnn
 from transformers import TrainerCallback
 
 from nkd_hf import ImageCollator
-from nkd_hf.trainer.checkpoints import fault_of
+from nkd_hf.trainer.checkpoints import find_damage
 from nkd_hf.trainer.sigterm import Sigterm
 
 
 def train_in_a_group(folder: Path) -> None:
     os.setpgid(0, 0)  # with its DataLoader workers, as torchrun starts it
     data = rows_of_digits(64)
-    # A sample that one process alone meets makes both leave the step out.
+    # A sample that one process alone meets makes both skip the step.
     trainer = make_trainer(
         folder / "skip", native_vit(), data, data_collator=Collator(5), on_non_finite_loss="skip",
         per_device_train_batch_size=8, max_steps=4,
@@ -61,7 +61,7 @@ def test_a_group_of_processes_saves_one_checkpoint_and_ends(tmp_path):
     steps = {int((tmp_path / f"steps-{rank}").read_text()) for rank in (0, 1)}
     assert steps == {int(checkpoint.name.split("-")[1])}
     assert max(steps) < 10
-    assert fault_of(str(checkpoint)) is None
+    assert find_damage(str(checkpoint)) is None
     assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {path.name for path in checkpoint.iterdir()}
 
 
@@ -75,7 +75,7 @@ def test_one_that_comes_as_training_ends_is_not_forgotten(tmp_path, event):
         trainer.train()
     assert exit.value.code == 143
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    assert fault_of(str(tmp_path / "checkpoint-2")) is None
+    assert find_damage(str(tmp_path / "checkpoint-2")) is None
 
 
 def test_a_trainer_that_was_stopped_trains_again(tmp_path):
@@ -96,7 +96,7 @@ def test_the_handler_of_others_is_left_alone(tmp_path):
     try:
         with Sigterm(world_size=1) as sigterm:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert not sigterm.came()
+            assert not sigterm.was_received()
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ...models.teacher import Teacher
-from ...teacher_logits.store import StoredTeacher
+from ...teacher_logits.store import TeacherDescription
 from ..student_files import CARD, read_json
 from .curves import percentages, plot_curves
 from .facts import CardInfo, Run, listed
@@ -85,7 +85,7 @@ def write_card(
     args: TrainingArguments,
     state: TrainerState,
     repo_id: str | None = None,
-    teacher: Teacher | StoredTeacher | None = None,
+    teacher: Teacher | TeacherDescription | None = None,
     losses: Mapping[str, nn.Module] | None = None,
     info: CardInfo | None = None,
 ) -> bool:
@@ -125,7 +125,7 @@ def create_card(
     args: TrainingArguments,
     state: TrainerState,
     repo_id: str | None = None,
-    teacher: Teacher | StoredTeacher | None = None,
+    teacher: Teacher | TeacherDescription | None = None,
     losses: Mapping[str, nn.Module] | None = None,
     info: CardInfo | None = None,
     curves: str | None = None,
@@ -211,7 +211,7 @@ def with_repo_id(text: str, repo_id: str, revision: str | None = None) -> str:
 def _render(run: Run) -> ModelCard:
     for metric, value in percentages(run.state.log_history).items():
         logger.warning(
-            "The model card leaves out %s, which was logged as %g: compute_metrics must return fractions from 0 to 1.",
+            "The model card omits %s, which was logged as %g: compute_metrics must return fractions from 0 to 1.",
             metric,
             value,
         )

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification, TrainerState, TrainingArguments
 
 from ...models.teacher import Teacher
-from ...teacher_logits.store import StoredTeacher
+from ...teacher_logits.store import TeacherDescription
 from .curves import publishable_log, read_accuracies
 from .licences import check_license
 from .text import hub_id
@@ -99,7 +99,7 @@ class Run:
     args: TrainingArguments
     state: TrainerState
     repo_id: str | None
-    teacher: Teacher | StoredTeacher | None
+    teacher: Teacher | TeacherDescription | None
     losses: Mapping[str, nn.Module]
     info: CardInfo
     curves: str | None
@@ -139,7 +139,7 @@ class Run:
         """The name that the teacher was opened from; None for a module that came from no repository of the Hub."""
         if self.teacher is None:
             return None
-        if isinstance(self.teacher, StoredTeacher):
+        if isinstance(self.teacher, TeacherDescription):
             return self.teacher.name
         if self.teacher.name != type(self.teacher.model).__name__:
             return self.teacher.name
@@ -147,9 +147,9 @@ class Run:
         return hub_id(getattr(getattr(self.teacher.model, "config", None), "name_or_path", None))
 
     @property
-    def stored_teacher(self) -> StoredTeacher:
+    def stored_teacher(self) -> TeacherDescription:
         """The teacher's name, architecture and size, whether it ran during training or before."""
-        if isinstance(self.teacher, StoredTeacher):
+        if isinstance(self.teacher, TeacherDescription):
             return self.teacher
         return describe_teacher(self.teacher.model, self.teacher_name)
 
@@ -171,9 +171,9 @@ def architecture(model: nn.Module) -> str:
     return type(model).__name__.removesuffix("ForImageClassification")
 
 
-def describe_teacher(model: nn.Module, name: str | None) -> StoredTeacher:
+def describe_teacher(model: nn.Module, name: str | None) -> TeacherDescription:
     """Returns a teacher's name, if it has one, its architecture and its number of parameters."""
-    return StoredTeacher(name, architecture(model), sum(parameter.numel() for parameter in model.parameters()))
+    return TeacherDescription(name, architecture(model), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def listed(value: str | list[str] | None) -> list[str]:
