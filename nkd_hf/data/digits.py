@@ -1,5 +1,6 @@
 """The dataset `digits`: scikit-learn's 1797 handwritten digits."""
 
+import functools
 import io
 
 import datasets
@@ -11,6 +12,11 @@ from sklearn.model_selection import train_test_split
 
 
 def load_digits_dataset() -> DatasetDict:
+    return DatasetDict(_encode_digits())
+
+
+@functools.cache
+def _encode_digits() -> DatasetDict:
     bunch = load_digits()
     features = datasets.Features(
         image=datasets.Image(decode=False), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])

@@ -140,7 +140,7 @@ def read_processor(processor: BaseImageProcessor) -> Preprocessing:
         settings = processor.to_dict()
         exact, stated, resample = _normalisation(settings), _stated_size(settings), _resample(settings)
     with torch.device("cpu"):  # `nkd-hf plan` calls this under the meta device, which would hold no colours
-        pictures = _run(processor, [_picture(colours, (512, 512)) for colours in _COLOURS])
+        pictures = _run(processor, [_picture(number, (512, 512)).copy() for number in range(len(_COLOURS))])
         mean, std, order = _read_colours(pictures, name)
         size = _read_size(processor, tuple(pictures[0].shape[1:]), stated)
     mean, std = _exact(exact, mean, std)
@@ -264,10 +264,11 @@ def _run(processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> list[t
     return pixels
 
 
-def _picture(colours: np.ndarray, size: tuple[int, int]) -> PIL.Image.Image:
-    """A picture of four flat quarters."""
+@functools.lru_cache(maxsize=16)
+def _picture(number: int, size: tuple[int, int]) -> PIL.Image.Image:
+    """A picture of four flat quarters, in the colours of this number."""
     height, width = size
-    quarters = colours.reshape(2, 2, 3).repeat((height + 1) // 2, axis=0).repeat((width + 1) // 2, axis=1)
+    quarters = _COLOURS[number].reshape(2, 2, 3).repeat((height + 1) // 2, axis=0).repeat((width + 1) // 2, axis=1)
     return PIL.Image.fromarray(quarters[:height, :width])
 
 
@@ -311,12 +312,12 @@ def _read_colours(pictures: list[torch.Tensor], name: str) -> tuple[np.ndarray, 
 
 def _read_size(processor: BaseImageProcessor, square: tuple[int, int], stated: tuple[int, int] | None):
     """Height and width of the processor's output."""
-    [wide] = _run(processor, [_picture(_COLOURS[0], (384, 640))])
+    [wide] = _run(processor, [_picture(0, (384, 640)).copy()])
     if tuple(wide.shape[1:]) == square:
         return square
     name = type(processor).__name__
     if stated is not None:
-        [kept] = _run(processor, [_picture(_COLOURS[0], stated)])
+        [kept] = _run(processor, [_picture(0, stated).copy()])
         if tuple(kept.shape[1:]) == stated:
             _warn_once(
                 f"{name} gives images of another size or shape than {stated[0]} x {stated[1]} where they come so: evaluation "

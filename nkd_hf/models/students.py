@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 _BUILD_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
+# Architectures with arguments and size whose trial has passed: a recipe builds the same student several times.
+_WORKING: set[str] = set()
 
 
 def create_student(
@@ -166,14 +168,18 @@ def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int
             TimmWrapperConfig(architecture=name, model_args=args, **config)
         )
 
+    on_meta = torch.get_default_device().type == "meta"
+    tried = repr((name, model_args, image_size, config["num_labels"]))
+    if tried in _WORKING and not on_meta:
+        return build(image_size)
     student, fault = try_image_size(build, image_size)
-    if torch.get_default_device().type != "meta":
-        student = None
+    student = student if on_meta else None
     if fault is not None and is_of_the_meta_device(fault):
         with contextlib.suppress(*_BUILD_ERRORS):
             student = build(image_size)
             fault = run_fault(student, image_size)
     if fault is None:
+        _WORKING.add(tried)
         return build(image_size) if student is None else student
     if advice := image_size_advice(build, image_size, own_size):
         raise ValueError(

@@ -202,7 +202,7 @@ def test_a_teacher_of_larger_images_is_measured_on_its_own_and_on_the_students(t
         "--max_steps",
         "2",
     ]
-    arguments += ["--image_size", "16"]
+    arguments += ["--image_size", "4"]
     recipe = run("distill_cnn", "--output_dir", str(tmp_path), *arguments)
     recipe.report()
     model = AutoModelForImageClassification.from_pretrained(teacher)
@@ -213,7 +213,7 @@ def test_a_teacher_of_larger_images_is_measured_on_its_own_and_on_the_students(t
     said = capsys.readouterr().out
     assert f"teacher ({teacher})" in said
     assert f"{results['teacher_on_student_pixels']:.2%}" in said.partition("teacher, on the student's pixels")[2]
-    assert "image_size is 16 for the student and 64 for the teacher" in caplog.text
+    assert "image_size is 4 for the student and 64 for the teacher" in caplog.text
     assert "crop_pct is 1.0 for the student and 0.875 for the teacher" in caplog.text
     card = (tmp_path / "student" / "README.md").read_text()
     assert f"| the teacher, `resnet18` | {100 * own:.2f} |" in card
