@@ -63,10 +63,39 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
         >>> compute_metrics(EvalPrediction(np.array([[0.1, 0.7, 0.2]]), np.array([1])))
         {'accuracy': 1.0, 'top5_accuracy': 1.0}
     """
-    predictions = eval_prediction.predictions
+    return top1_top5_accuracy(_class_indices(eval_prediction.predictions), eval_prediction.label_ids)
+
+
+def compute_balanced_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1, top-5 and balanced accuracy, for the Trainer's `compute_metrics` where classes differ in size.
+
+    Args:
+        eval_prediction: as in `compute_metrics`.
+
+    Returns:
+        The dict of `compute_metrics` with `balanced_accuracy`, the mean over the classes of the fraction of their samples
+        whose class comes first. Classes without samples do not count.
+
+    Raises:
+        ValueError: as in `compute_metrics`.
+
+    Example:
+        >>> compute_balanced_metrics(EvalPrediction(np.array([[0, 1], [0, 1], [0, 1], [0, 1]]), np.array([0, 0, 0, 1])))
+        {'accuracy': 0.75, 'top5_accuracy': 1.0, 'balanced_accuracy': 0.5}
+    """
+    labels = np.asarray(eval_prediction.label_ids)
+    predictions = np.asarray(_class_indices(eval_prediction.predictions))
+    metrics = top1_top5_accuracy(predictions, labels)
+    hits, labels = (predictions[:, 0] == labels)[labels != -100], labels[labels != -100]
+    sizes = np.bincount(labels)
+    accuracies = np.bincount(labels, weights=hits)[sizes > 0] / sizes[sizes > 0]
+    return metrics | {"balanced_accuracy": float(accuracies.mean())}
+
+
+def _class_indices(predictions: np.ndarray) -> np.ndarray:
     if isinstance(predictions, np.ndarray) and predictions.ndim == 2 and predictions.dtype.kind == "f":
-        predictions = top5_indices(torch.from_numpy(predictions)).numpy()
-    return top1_top5_accuracy(predictions, eval_prediction.label_ids)
+        return top5_indices(torch.from_numpy(predictions)).numpy()
+    return predictions
 
 
 logger = logging.getLogger(__name__)

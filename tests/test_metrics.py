@@ -7,10 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score
 from transformers import EvalPrediction
 
 from nkd_hf import metrics as topk_accuracy
-from nkd_hf.metrics import TopKAccuracy, compute_metrics, top1_top5_accuracy, top5_indices
+from nkd_hf.metrics import (
+    TopKAccuracy,
+    compute_balanced_metrics,
+    compute_metrics,
+    top1_top5_accuracy,
+    top5_indices,
+)
 
 
 @settings(deadline=None, max_examples=50)
@@ -46,6 +53,27 @@ def test_metric_agrees_with_the_function():
     result = metric.compute()
     assert result == expected
     assert all(type(value) is float for value in result.values())
+
+
+def test_balanced_accuracy_is_the_mean_of_the_classes_that_there_are():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 1, 2, 5], 60, p=[0.7, 0.1, 0.15, 0.05])
+    logits = rng.normal(size=(60, 7)).astype(np.float32)
+    logits[np.arange(60), labels] += 1
+    logits[3] = np.nan  # no prediction, which is wrong
+    labels = np.append(labels, -100)
+    logits = np.append(logits, logits[:1], axis=0)
+    kept = np.arange(60) != 3
+    predictions = top5_indices(torch.from_numpy(logits)).numpy()
+    expected = balanced_accuracy_score(labels[:60], np.where(kept, predictions[:60, 0], 1 - labels[3]))
+    for rows in (predictions, logits):
+        metrics = compute_balanced_metrics(EvalPrediction(rows, labels))
+        assert metrics == compute_metrics(EvalPrediction(rows, labels)) | {
+            "balanced_accuracy": pytest.approx(expected)
+        }
+        assert type(metrics["balanced_accuracy"]) is float
+    with pytest.raises(ValueError, match="has no labels"):
+        compute_balanced_metrics(EvalPrediction(predictions[:1], np.array([-1])))
 
 
 def test_only_the_first_five_columns_count():

@@ -29,7 +29,7 @@ from nkd_hf import (
     parse_args,
 )
 from nkd_hf.hub.model_card.card import create_card, is_generated, with_repo_id, write_card
-from nkd_hf.hub.model_card.curves import OTHER_DATASET, plot_curves
+from nkd_hf.hub.model_card.curves import OTHER_DATASET, plot_curves, read_accuracies
 from nkd_hf.hub.model_card.facts import CardInfo
 from nkd_hf.hub.model_card.text import hub_id, plain, plain_name
 from nkd_hf.models.saving import save_student
@@ -812,3 +812,11 @@ def test_the_code_of_the_card_runs(tmp_path, monkeypatch, capsys, make_student):
     assert logits[1].shape == (1, 10)
     if make_student is timm_cnn:
         assert (logits[1] - logits[2]).abs().max() < 1e-5
+
+
+def test_balanced_accuracy_is_no_accuracy_on_a_dataset_of_that_name():
+    balanced = {"eval_balanced_accuracy": 0.5}
+    assert read_accuracies({"eval_accuracy": 0.75, "eval_loss": 1.0} | balanced) == {"": {"accuracy": 0.75}}
+    assert read_accuracies(balanced) == {"balanced": {"accuracy": 0.5}}
+    photos = {"eval_photos_accuracy": 0.75, "eval_photos_balanced_accuracy": 0.5}
+    assert read_accuracies(photos) == {"photos": {"accuracy": 0.75}}

@@ -43,7 +43,9 @@ def read_accuracies(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     accuracies: dict[str, dict[str, float]] = {}
     for key in sorted(entry):
         match = _ACCURACY.fullmatch(key)
-        if match and math.isfinite(entry[key]):
+        # Beside eval_accuracy, eval_balanced_accuracy is another metric and not the accuracy on a dataset `balanced`.
+        is_mean = key.endswith("balanced_accuracy") and key.replace("balanced_accuracy", "accuracy") in entry
+        if match and not is_mean and math.isfinite(entry[key]):
             accuracies.setdefault(match["name"] or "", {})[match["metric"]] = float(entry[key])
     return {name: values for name, values in accuracies.items() if "accuracy" in values}
 
