@@ -59,6 +59,13 @@ class DataArguments:
             "architecture's own, 1000 or CIFAR's 100."
         },
     )
+    balanced_sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw the training images of an epoch with replacement, each class with the same probability; an image "
+            "that is drawn again gets another augmentation."
+        },
+    )
     on_bad_image: str = field(
         default="error",
         metadata={
@@ -128,6 +135,11 @@ class DataArguments:
             raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
         if self.mix_pairs and self.streaming:
             raise ValueError("mix_pairs needs streaming off: a stream has no order of which pairs could be a part")
+        if self.balanced_sampling and self.streaming:
+            raise ValueError(
+                "balanced_sampling must be false with streaming, got true. A stream is read in its own order: load the "
+                "dataset without streaming"
+            )
 
     @property
     def _is_parquet(self) -> bool:

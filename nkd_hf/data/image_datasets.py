@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from ..errors import BadSampleError
 from .decoding import read_pixels
+from .labels import read_labels
 from .sampler import EpochDataset
 from .seeding import derived_seeds
 from .stream_parts import shuffled_part
@@ -51,6 +52,8 @@ class ImageDataset(EpochDataset):
             lengths stay as they are. In evaluation that row then counts twice: with N bad rows of M, accuracy is off by
             N / M at the most. [`~nkd_hf.data.bad_images.BadImageReport`] says which rows they are.
         training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
+        balanced_sampling: whether the trainer draws the rows of an epoch with replacement, each class with the same
+            probability ([`~nkd_hf.data.sampler.balanced_order`]). A row that it draws again gets another augmentation.
 
     A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch`, `index` and `draw`, which is
     0 for the row's first sample in this epoch.
@@ -77,6 +80,7 @@ class ImageDataset(EpochDataset):
         seed: int = 0,
         on_bad_image: str = "error",
         training: bool = True,
+        balanced_sampling: bool = False,
     ):
         _check_on_bad_image(on_bad_image)
         _check_columns(dataset)
@@ -87,6 +91,7 @@ class ImageDataset(EpochDataset):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.training = training
+        self.sampling_labels = read_labels(dataset) if balanced_sampling else None
         # One flag per row, in memory that workers share. It needs no lock, since setting a flag twice is harmless.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()

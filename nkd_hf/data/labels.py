@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -41,6 +42,17 @@ def label_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
             "streaming, or store the dataset with a ClassLabel feature"
         )
     return describe_synsets(feature.names)
+
+
+def read_labels(split: Dataset) -> np.ndarray:
+    """Returns the class of each row of a split of [`load_image_dataset`], [N] int64; -1 for a row without a label.
+
+    Example:
+        >>> from nkd_hf.data import DataArguments, load_image_dataset
+        >>> read_labels(load_image_dataset(DataArguments(dataset_name="digits"))["validation"])[:4]
+        array([7, 6, 3, 7])
+    """
+    return np.array([-1 if label is None else label for label in split["label"][:]], dtype=np.int64)
 
 
 def describe_synsets(names: list[str]) -> list[str]:

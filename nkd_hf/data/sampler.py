@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,13 @@ class EpochDataset(Dataset):
     Subclasses define `__len__` and `get_sample(epoch, index)`, whose result should be a pure function of epoch and index.
     `plain_key` returns the epoch of a plain index. A position is copied into the sample. A draw other than 0 is another
     sample of the same row in the same epoch: `get_sample(epoch, index, draw)`.
+
+    Attributes:
+        sampling_labels (`np.ndarray`, *optional*): [N] int64 class of each row, negative for none. Where it is set, the
+            trainer draws the rows of an epoch with [`balanced_order`].
     """
+
+    sampling_labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -64,11 +71,36 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> list[int]:
+    """Draws the rows of an epoch with replacement, each class with the same probability: a pure function of the arguments.
+
+    Args:
+        labels: [N] integer class of each row. A row with a negative one is never drawn.
+        seed: integer.
+        epoch: integer.
+
+    Returns:
+        N rows. Within a class, each row has the same probability.
+
+    Example:
+        >>> labels = np.array([0] * 90 + [1] * 10)
+        >>> rows = balanced_order(labels, seed=0, epoch=2)
+        >>> len(rows), sum(labels[rows]).item()
+        (100, 56)
+    """
+    generator = torch.Generator().manual_seed(derived_seeds(seed, epoch)[2])
+    rows = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0) :]
+    _, starts, sizes = np.unique(labels[rows], return_index=True, return_counts=True)
+    classes = torch.randint(len(sizes), (len(labels),), generator=generator).numpy()
+    places = torch.rand(len(labels), dtype=torch.float64, generator=generator).numpy() * sizes[classes]
+    return rows[starts[classes] + places.astype(np.int64)].tolist()
+
+
 class EpochSampler(Sampler[tuple[int, ...]]):
-    """Yields the keys `(epoch, index)` of an [`EpochDataset`], each index once an epoch.
+    """Yields the keys `(epoch, index)` of an [`EpochDataset`], each index once an epoch, or classes equally often.
 
     The order is a pure function of `(seed, epoch)`: it is the same in all processes and in a resumed epoch, and reads no
-    global generator.
+    global generator. A row that comes again in an epoch has a key with its draw, so that it gets another augmentation.
 
     Args:
         num_samples: length of the dataset.
@@ -77,9 +109,10 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         positions: whether keys are `(epoch, index, position)`, with the position in the epoch's permutation.
         pairs: whether the positions 2k and 2k + 1 belong together: the last sample of an odd dataset then comes twice, so
             that no pair is split when the last batches are filled up with the first samples.
+        labels: [num_samples] integers, by which [`balanced_order`] draws the rows. None takes each row once.
 
     Raises:
-        ValueError: `num_samples` is not positive.
+        ValueError: `num_samples` is not positive, or `labels` are passed without `shuffle`.
 
     Example:
         >>> sampler = EpochSampler(3, seed=0, shuffle=False)
@@ -89,15 +122,24 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     """
 
     def __init__(
-        self, num_samples: int, seed: int, shuffle: bool = True, positions: bool = False, pairs: bool = False
+        self,
+        num_samples: int,
+        seed: int,
+        shuffle: bool = True,
+        positions: bool = False,
+        pairs: bool = False,
+        labels: np.ndarray | None = None,
     ):
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}: the dataset is empty")
+        if labels is not None and not shuffle:
+            raise ValueError("shuffle must be True with labels, by which rows are drawn, got False. Omit labels")
         self.num_samples = num_samples
         self.seed = seed
         self.shuffle = shuffle
         self.positions = positions
         self.pairs = pairs
+        self.labels = labels
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -108,11 +150,26 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         return self.num_samples + (self.num_samples % 2 if self.pairs else 0)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        epoch, order = self.epoch, epoch_order(self.num_samples, self.seed, self.epoch, self.shuffle)
+        epoch, order, draws = self.epoch, *self._draw_rows()
         positions = [min(position, self.num_samples - 1) for position in range(len(self))]
-        if self.positions:
-            return ((epoch, order[position], position) for position in positions)
-        return ((epoch, order[position]) for position in positions)
+        return (_key(epoch, order[at], at if self.positions else None, draws[at]) for at in positions)
+
+    def _draw_rows(self) -> tuple[list[int], list[int]]:
+        """Returns the rows of the epoch, and how often each of them came before in it."""
+        if self.labels is None:
+            return epoch_order(self.num_samples, self.seed, self.epoch, self.shuffle), [0] * self.num_samples
+        order, times, draws = balanced_order(self.labels, self.seed, self.epoch), Counter(), []
+        for row in order:
+            draws.append(times[row])
+            times[row] += 1
+        return order, draws
+
+
+def _key(epoch: int, index: int, position: int | None, draw: int) -> tuple[int | None, ...]:
+    """Returns the shortest key of a sample."""
+    if draw:
+        return epoch, index, position, draw
+    return (epoch, index) if position is None else (epoch, index, position)
 
 
 def check_positions(samples: list[dict]) -> None:
@@ -177,7 +234,7 @@ class EpochIndices(Sampler[Any]):
                 yield epoch, index  # The dataset raises IndexError.
                 continue
             times[index] += 1
-            yield (epoch, index) if times[index] == 1 else (epoch, index, None, int(times[index]) - 1)
+            yield _key(epoch, index, None, int(times[index]) - 1)
 
     def _indices(self, epoch: int) -> Iterator[Any]:
         # With a fourth part and draw 0, the key differs from that of every row's augmentation.

@@ -58,9 +58,11 @@ def make_image_datasets(
     transform = train_transform(
         data_arguments, pixels.size, pixels.mean, pixels.std, pixels.interpolation, pixels.channel_order
     )
-    kind = StreamingImageDataset if data_arguments.streaming else ImageDataset
-    train = kind(splits["train"], transform, seed, data_arguments.on_bad_image)
-    return train, make_evaluation_images(splits["validation"], data_arguments, processor, seed)
+    evaluation = make_evaluation_images(splits["validation"], data_arguments, processor, seed)
+    if data_arguments.streaming:
+        return StreamingImageDataset(splits["train"], transform, seed, data_arguments.on_bad_image), evaluation
+    options = {"on_bad_image": data_arguments.on_bad_image, "balanced_sampling": data_arguments.balanced_sampling}
+    return ImageDataset(splits["train"], transform, seed, **options), evaluation
 
 
 def make_evaluation_images(

@@ -41,7 +41,7 @@ class DistillationLoss(nn.Module):
 
     A loss that computes the student's log-softmax anyway may ask for `label_smoothing`, and so spare a second one. If it is a
     float, the loss puts the task loss with this smoothing among its components, under the name `task`. It is None where
-    another loss does so.
+    another loss does so, and where classes have weights, with which the trainer computes the task loss.
 
     A recipe passes the items of `loss_args` to the constructor, and these arguments, if the constructor names them:
     `num_classes` of the student, `in_features` of `mid_feature`, `feature_norm` (an `nn.LayerNorm` for the tokens of a Swin,

@@ -17,6 +17,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..data.arguments import DataArguments
 from ..data.decoding import read_bytes
+from ..data.labels import read_labels
 from ..data.transforms import PIXELS_VERSION
 from ..models.architectures import is_architecture
 from ..models.preprocessing import RGB, Preprocessing
@@ -31,6 +32,8 @@ _AUGMENTATION = (
     "random_resized_crop", "random_crop_padding", "horizontal_flip", "auto_augment", "random_erasing", "pca_lighting",
     "mixup_alpha", "cutmix_alpha",
 )  # fmt: skip
+# The values of fields that are in a fingerprint only where they differ from them, so that stores without the fields are read.
+_IF_MISSING = {"channel_order": list(RGB), "balanced_sampling": False}
 # The decoders and transforms of these make the pixels.
 _LIBRARIES = ("pillow", "timm", "torch", "torchcodec", "torchvision")
 # How many images are read for the fingerprint: all of them would take as long as an epoch.
@@ -57,7 +60,8 @@ def fingerprint_run(
         class_names: by label.
         pixels: the student's size, normalisation and interpolation.
     """
-    labels = np.array([-1 if label is None else label for label in train["label"][:]], dtype=np.int64)
+    labels = read_labels(train)
+    optional = {"channel_order": list(pixels.channel_order), "balanced_sampling": data.balanced_sampling}
     images = hashlib.sha256()
     for row in np.linspace(0, len(train) - 1, min(_NUM_IMAGES, len(train))).astype(int).tolist():
         images.update(hashlib.sha256(_read_image(train[row]["image"])).digest())
@@ -74,8 +78,7 @@ def fingerprint_run(
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
         "interpolation": pixels.interpolation,
-        # Only where it is not RGB, so that stores without the key are still read.
-        **({} if pixels.channel_order == RGB else {"channel_order": list(pixels.channel_order)}),
+        **{name: value for name, value in optional.items() if value != _IF_MISSING[name]},
         **{name: getattr(data, name) for name in _AUGMENTATION},
     }
 
@@ -148,7 +151,8 @@ def check_fingerprint(
 
 def compare_fingerprints(store: dict[str, Any], run: dict[str, Any]) -> str:
     """Describes the fields of `run` that differ from `store`, or returns an empty string."""
-    names = dict.fromkeys([*run, *({"channel_order"} & store.keys())])
+    names = dict.fromkeys([*run, *(name for name in _IF_MISSING if name in store)])
+    store, run = _IF_MISSING | store, _IF_MISSING | run
     differ = [name for name in names if store.get(name) != run.get(name)]
     return "; ".join(f"{name}: store {_shorten(store.get(name))}, run {_shorten(run.get(name))}" for name in differ)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.arguments import DataArguments
 from ..data.collator import ImageCollator
 from ..data.image_datasets import ImageDataset
-from ..data.sampler import epoch_order
+from ..data.sampler import EpochSampler
 from ..data.student_datasets import make_collator
 from ..hub.model_card.facts import describe_teacher
 from ..models.architectures import is_architecture
@@ -168,7 +169,7 @@ def _write_shards(
     shards = [(epoch, shard) for epoch in range(info.epochs) for shard in range(info.num_shards)]
     missing = set(unfinished(folder, info, info.epochs))
     shards = [key for key in shards[training.process_index :: training.world_size] if key in missing]
-    batches = _ShardBatches(shards, info, batch_size)
+    batches = _ShardBatches(shards, info, batch_size, images.sampling_labels)
     workers = training.dataloader_num_workers
     loader = iter(DataLoader(images, batch_sampler=batches, collate_fn=collator, num_workers=workers))
     total = sum(len(_shard_positions(info, shard)) for _, shard in shards)
@@ -198,21 +199,24 @@ def _shard_positions(info: StoreInfo, shard: int) -> range:
 class _ShardBatches:
     """Yields the keys of the samples of some shards, batch by batch. A batch ends where its shard ends."""
 
-    def __init__(self, shards: list[tuple[int, int]], info: StoreInfo, batch_size: int):
+    def __init__(
+        self, shards: list[tuple[int, int]], info: StoreInfo, batch_size: int, sampling_labels: np.ndarray | None
+    ):
         self.shards, self.info, self.batch_size = shards, info, batch_size
+        seed, shuffle = info.fingerprint["data_seed"], info.fingerprint["shuffle"]
+        self.sampler = EpochSampler(info.num_samples, seed, shuffle, positions=True, labels=sampling_labels)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        known, order = None, []
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        known, keys = None, []
         for epoch, shard in self.shards:
             if epoch != known:
-                fingerprint = self.info.fingerprint
-                order = epoch_order(self.info.num_samples, fingerprint["data_seed"], epoch, fingerprint["shuffle"])
-                known = epoch
+                self.sampler.set_epoch(epoch)
+                known, keys = epoch, list(self.sampler)
             positions = list(_shard_positions(self.info, shard))
             # The last sample of an odd dataset stands twice, as EpochSampler gives it, and is not mixed.
             positions += positions[-1:] * (len(positions) % 2)
             for start in range(0, len(positions), self.batch_size):
-                yield [(epoch, order[position], position) for position in positions[start : start + self.batch_size]]
+                yield [keys[position] for position in positions[start : start + self.batch_size]]
 
 
 def _check_finite(logits: torch.Tensor, epoch: int, positions: range) -> None:

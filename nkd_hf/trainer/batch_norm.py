@@ -58,10 +58,11 @@ def estimate_batch_norm(
         dataset = IterableDatasetShard(dataset, batch_size, num_processes=world_size, process_index=rank)
         sampler = None
     else:
-        order = EpochSampler(len(dataset), key[0])
+        is_own = isinstance(dataset, EpochDataset)
+        order = EpochSampler(len(dataset), key[0], labels=dataset.sampling_labels if is_own else None)
         order.set_epoch(key[1])
-        pairs = itertools.islice(order, rank, None, world_size)
-        sampler = list(pairs) if isinstance(dataset, EpochDataset) else [index for _, index in pairs]
+        keys = itertools.islice(order, rank, None, world_size)
+        sampler = list(keys) if is_own else [index for _, index in keys]
     loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers)
     num_batches = max(1, num_images // (batch_size * world_size))
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []

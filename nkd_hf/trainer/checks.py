@@ -17,7 +17,7 @@ from ..data.dataset_classes import check_dataset_classes
 from ..data.sampler import EpochDataset, EpochSampler
 from ..data.seeding import seeded
 from ..data.transforms import read_transform
-from ..metrics import compute_metrics
+from ..metrics import compute_balanced_metrics, compute_metrics
 from ..models.labels import check_classifier
 from ..models.preprocessing import read_preprocessing
 from ..models.saving import read_class_names
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from .trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
+
+_ACCURACIES = ["accuracy", "top5_accuracy"]
+# What the package's own functions compute.
+_METRICS = (
+    (None, []), (compute_metrics, _ACCURACIES), (compute_balanced_metrics, [*_ACCURACIES, "balanced_accuracy"]),
+)  # fmt: skip
 
 
 def check_arguments(args: DistillationTrainingArguments) -> None:
@@ -91,6 +97,11 @@ def check_student(student: nn.Module) -> None:
 def check_trainer(trainer: "DistillationTrainer") -> None:
     """Raises ValueError where the labels, pixels, classes or optimiser groups of a trainer do not fit each other."""
     model, datasets = trainer.accelerator.unwrap_model(trainer.model), named_datasets(trainer)
+    if trainer.class_weights is not None and trainer.compute_loss_func is not None:
+        raise ValueError(
+            "class_weights must be None with a compute_loss_func, which takes the place of the task loss, got a tensor. "
+            "Read the weights in compute_loss_func"
+        )
     check_label_names(trainer)
     check_pixels(datasets, model.student, trainer.processing_class)
     check_dataset_classes(model.config.id2label, datasets)
@@ -222,9 +233,10 @@ def check_metric(trainer: "DistillationTrainer") -> None:
         or any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
     )
     own = trainer.has_own("evaluate", "evaluation_loop")
-    if metric is None or not is_read or own or trainer.compute_metrics not in (None, compute_metrics):
+    computed = next((names for function, names in _METRICS if trainer.compute_metrics == function), None)
+    if metric is None or not is_read or own or computed is None:
         return
-    known = ["loss"] if trainer.compute_metrics is None else ["loss", "accuracy", "top5_accuracy"]
+    known = ["loss", *computed]
     if isinstance(trainer.eval_dataset, dict):
         known = [f"{dataset}_{name}" for dataset in trainer.eval_dataset for name in known]
     if metric.removeprefix("eval_") not in known and not metric.endswith(("_runtime", "_per_second")):

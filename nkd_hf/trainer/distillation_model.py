@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import safetensors.torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
@@ -21,14 +20,13 @@ from ..models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, 
 from ..models.labels import check_class_order
 from ..models.outputs import check_inputs, read_logits
 from ..models.saving import rename_keys, save_student
+from .task_loss import IGNORE_INDEX, cross_entropy, read_class_weights
 
 # The arguments that a loss's forward may name: those that DistillationLoss lists.
 _LOSS_INPUTS = {
     "student_logits", "teacher_logits", "labels", "label_smoothing", "token_grid",
     *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD,
 }  # fmt: skip
-# The label of an image without a class, as in torch.nn.functional.cross_entropy.
-IGNORE_INDEX = -100
 _STACKS = (nn.Sequential, nn.ModuleList)
 # Public attributes of a student that DistillationModel does not lend: Trainer would not move a model with a device map, so that
 # the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
@@ -66,9 +64,11 @@ class DistillationModel(nn.Module):
         feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
         label_smoothing (`float`, defaults to 0.0): of the task loss.
         ema_decay (`float`, *optional*): of a moving average of the student's weights, which is evaluated and saved.
+        class_weights (`Tensor`, *optional*): [C] float, of the task loss; see [`cross_entropy`].
 
     Raises:
-        ValueError: a loss asks for an unknown input, or for a feature that is not known for this student.
+        ValueError: a loss asks for an unknown input, or for a feature that is not known for this student; or the class
+            weights are not one for each class.
     """
 
     # Trainer would count the labels of a batch for a forward that takes **kwargs.
@@ -81,6 +81,7 @@ class DistillationModel(nn.Module):
         feature_layer: str | None = None,
         label_smoothing: float = 0.0,
         ema_decay: float | None = None,
+        class_weights: Tensor | None = None,
     ):
         super().__init__()
         check_inputs(student, "the student")
@@ -91,6 +92,8 @@ class DistillationModel(nn.Module):
             self.average.requires_grad_(False)
         self.losses = nn.ModuleDict(losses)
         self.label_smoothing = label_smoothing
+        weights = read_class_weights(class_weights, student.config.num_labels)
+        self.register_buffer("class_weights", weights, persistent=False)
         # Where several losses have a task_weight, the weights multiply.
         self.task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in losses.values())
         self._inputs = {name: loss_inputs(loss) for name, loss in losses.items()}
@@ -171,7 +174,7 @@ class DistillationModel(nn.Module):
         Returns:
             `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]. Without, the output of the student, or in
             evaluation mode of the averaged student where there is one. With labels it has a `loss`: the cross-entropy, in
-            training mode with the label smoothing.
+            training mode with the label smoothing and the class weights.
         """
         options = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         columns = self.select_columns(kwargs) | (options if self._takes_options else {})
@@ -180,8 +183,10 @@ class DistillationModel(nn.Module):
         output = _run(self.student if self.training else self.evaluated_student, pixel_values, columns)
         if labels is None:
             return output
-        loss = _cross_entropy(output.logits, labels, self.label_smoothing if self.training else 0.0)
-        return output if loss is None else _with_loss(output, loss)
+        if labels.shape != (output.logits.shape if labels.is_floating_point() else output.logits.shape[:1]):
+            return output  # A user's own loss may read labels of other shapes.
+        settings = (self.label_smoothing, self.class_weights) if self.training else ()
+        return _with_loss(output, cross_entropy(output.logits, labels, *settings))
 
     def _training_output(
         self, pixel_values: Tensor, labels: Tensor, teacher_outputs: dict[str, Tensor], columns: dict[str, Any]
@@ -200,9 +205,10 @@ class DistillationModel(nn.Module):
         available["token_grid"] = next((tap.grid for tap in self.taps.values() if tap.grid is not None), None)
         losses = {"task": None}
         for name, loss in self.losses.items():
-            # The first loss that reads label_smoothing computes the task loss too, from the same softmax.
-            available["label_smoothing"] = self.label_smoothing if losses["task"] is None else None
-            with_task = "label_smoothing" in self._inputs[name] and losses["task"] is None
+            # The first loss that reads label_smoothing computes the task loss too, from the same softmax, without weights.
+            shares = losses["task"] is None and self.class_weights is None
+            available["label_smoothing"] = self.label_smoothing if shares else None
+            with_task = shares and "label_smoothing" in self._inputs[name]
             components = loss(**{key: available[key] for key in self._inputs[name]})
             components = check_components(components, loss, with_task)
             if with_task:
@@ -210,7 +216,7 @@ class DistillationModel(nn.Module):
             for component, value in components.items():
                 losses[component if component not in losses else f"{name}_{component}"] = value
         if losses["task"] is None:
-            losses["task"] = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+            losses["task"] = cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
         if self.task_weight != 1:
             losses["task"] = self.task_weight * losses["task"]
         return DistillationOutput(logits=logits, losses=losses)
@@ -308,14 +314,6 @@ def _with_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
         return type(output)(**{**output, "loss": loss})
     others = {name: output[name] for name in ("hidden_states", "attentions") if name in output}
     return ImageClassifierOutput(loss=loss, logits=output.logits, **others)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor | None:
-    """Returns None for labels that are neither class indices nor rows of probabilities: a user's own loss may read them."""
-    is_mixed = labels.is_floating_point()
-    if labels.shape != (logits.shape if is_mixed else logits.shape[:1]):
-        return None
-    return F.cross_entropy(logits.float(), labels if is_mixed else labels.long(), label_smoothing=label_smoothing)
 
 
 def _block_classes(student: PreTrainedModel) -> set[str]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.checks import check_labels
-from .distillation_model import IGNORE_INDEX
+from .task_loss import IGNORE_INDEX, cross_entropy
 
 
 def evaluation_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def evaluation_loss(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: a label is not one of the C classes.
     """
     check_labels(labels, logits.shape, IGNORE_INDEX)
-    return F.cross_entropy(logits.float(), labels if labels.is_floating_point() else labels.long())
+    return cross_entropy(logits, labels)
 
 
 class ImageLosses:

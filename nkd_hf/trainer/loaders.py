@@ -19,8 +19,8 @@ from ..data.sampler import EpochDataset, EpochIndices, EpochSampler, training_sa
 from ..data.seeding import derived_seeds
 from .arguments import DistillationTrainingArguments
 from .callbacks import SetEpoch
-from .distillation_model import IGNORE_INDEX
 from .sigterm import shield_worker
+from .task_loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -43,20 +43,31 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
     """Returns the sampler of an image dataset.
 
     Raises:
-        ValueError: `train_sampling_strategy` is neither random nor sequential.
+        ValueError: `train_sampling_strategy` is neither random nor sequential, or is sequential where classes are drawn
+            equally often.
     """
-    strategy = args.train_sampling_strategy
+    check_sampling(args.train_sampling_strategy, is_balanced=dataset.sampling_labels is not None)
+    return EpochSampler(
+        len(dataset),
+        read_data_seed(args),
+        shuffle=args.train_sampling_strategy == "random",
+        positions=_needs_positions(collator),
+        pairs=isinstance(collator, ImageCollator) and collator.mix_pairs,
+        labels=dataset.sampling_labels,
+    )
+
+
+def check_sampling(strategy: str, is_balanced: bool) -> None:
+    """Raises ValueError for a `train_sampling_strategy` that gives an image dataset no order."""
     if strategy not in ("random", "sequential"):
         raise ValueError(
             f"train_sampling_strategy must be random or sequential, got {strategy}. Images have no length: set one of the two"
         )
-    return EpochSampler(
-        len(dataset),
-        read_data_seed(args),
-        shuffle=strategy == "random",
-        positions=_needs_positions(collator),
-        pairs=isinstance(collator, ImageCollator) and collator.mix_pairs,
-    )
+    if is_balanced and strategy == "sequential":
+        raise ValueError(
+            "train_sampling_strategy must be random with balanced_sampling, which draws the images, got sequential. Set one "
+            "of the two"
+        )
 
 
 def check_holds_no_epoch_dataset(dataset: Any) -> None:

@@ -57,6 +57,8 @@ class DistillationTrainer(Trainer):
         distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): such as [`NKDLoss`] or [`USKDLoss`], see
             `nkd_hf.losses`, or several by name, which add up. None trains with the task loss alone: the baseline.
         card_info ([`CardInfo`], *optional*): facts for the model card that the trainer does not know, such as the dataset.
+        class_weights (`Tensor`, *optional*): [C] float, weights of the classes in the task loss of training; those of
+            `torch.nn.functional.cross_entropy` with the mean over a micro-batch.
         **kwargs: the other arguments of `Trainer`.
 
     Raises:
@@ -93,14 +95,14 @@ class DistillationTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        *, teacher: str | nn.Module | Teacher | None = None,
+        *, teacher: str | nn.Module | Teacher | None = None, class_weights: Tensor | None = None,
         distillation_loss: nn.Module | dict[str, nn.Module] | None = None, card_info: CardInfo | None = None,
     ):
         # fmt: on
         args = DistillationTrainingArguments("tmp_trainer") if args is None else args
         checks.check_arguments(args)
         self.distillation_losses = checks.read_losses(distillation_loss, compute_loss_func)
-        self.card_info = CardInfo() if card_info is None else card_info
+        self.card_info, self.class_weights = card_info or CardInfo(), class_weights
         self.loss_log, self.image_losses = LossLog(), ImageLosses()
         self.step_guard, self.checkpoint_writer = StepGuard(skips=False), CheckpointWriter()
         self.batch_norm_step = self._resumed_from = None
@@ -128,12 +130,12 @@ class DistillationTrainer(Trainer):
 
     def _with_losses(self, student, losses, args) -> DistillationModel:
         checks.check_student(student)
-        return DistillationModel(student, losses, args.feature_layer, args.label_smoothing_factor, args.ema_decay)
+        settings = args.feature_layer, args.label_smoothing_factor, args.ema_decay, self.class_weights
+        return DistillationModel(student, losses, *settings)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         # model_init returns a student, and Trainer needs a DistillationModel. Each trial starts with the losses as passed.
-        losses = copy.deepcopy(self.distillation_losses)
-        return self._with_losses(super().call_model_init(trial), losses, self.args)
+        return self._with_losses(super().call_model_init(trial), copy.deepcopy(self.distillation_losses), self.args)
 
     def has_own(self, *names: str) -> bool:
         """Whether a subclass, or the trainer itself, has one of these attributes in place of DistillationTrainer's."""

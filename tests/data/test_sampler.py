@@ -72,7 +72,7 @@ def weighted(rows, **kwargs) -> DistillationTrainer:
 
 
 def test_docstring_example():
-    assert doctest.testmod(nkd_hf.data.sampler) == (0, 7)
+    assert doctest.testmod(nkd_hf.data.sampler) == (0, 10)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -19,6 +19,8 @@ from nkd_hf import DistillationTrainer, DistillationTrainingArguments, create_st
 
 NUM_CLASSES = 10
 DIGITS = {i: str(i) for i in range(NUM_CLASSES)}
+# Arguments of the trainer, not of its training arguments.
+OWN_ARGUMENTS = ("compute_metrics", "callbacks", "data_collator", "card_info", "class_weights")
 
 
 def digits(start: int, stop: int) -> list[dict]:
@@ -84,9 +86,7 @@ def native_resnet(seed: int = 0):
 
 def make_trainer(folder, model, train=None, evaluation=None, *, teacher=None, distillation_loss=None, **kwargs):
     """A trainer on the CPU that is silent and saves nothing unless told to."""
-    trainer_kwargs = {
-        key: kwargs.pop(key) for key in ("compute_metrics", "callbacks", "data_collator", "card_info") if key in kwargs
-    }
+    trainer_kwargs = {key: kwargs.pop(key) for key in OWN_ARGUMENTS if key in kwargs}
     defaults = {
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-3,

@@ -516,6 +516,19 @@ def test_two_processes_write_what_one_writes(runs):
     assert_same_store(runs / "2" / "store", runs / "1" / "store")
 
 
+def test_a_store_of_classes_that_are_drawn_equally_often_is_of_its_run(teacher, tmp_path):
+    """An odd number of images that are mixed in pairs, some of them drawn several times."""
+    drawn = [*MIXING, "--balanced_sampling", "true"]
+    store = write(tmp_path / "store", teacher, *drawn)
+    assert store.info.fingerprint["balanced_sampling"] is True
+    _, live = train(tmp_path / "live", *arguments(teacher, *drawn, "--mix_pairs", "true"))
+    _, stored = train(tmp_path / "stored", *arguments(None, *drawn, "--teacher_logits", str(store.folder)))
+    losses, live_losses = ([entry["loss"] for entry in log if "loss" in entry] for log in (stored, live))
+    assert losses == pytest.approx(live_losses, rel=1e-6)
+    with pytest.raises(ValueError, match="not of this run: balanced_sampling: store True, run False"):
+        train(tmp_path / "other", *arguments(None, *MIXING, "--teacher_logits", str(store.folder)))
+
+
 # --- what does not match ---
 
 
@@ -543,6 +556,7 @@ CHANGES = {
     "pca_lighting": {"data": {"pca_lighting": 0.1}},
     "mixup_alpha": {"data": {"mixup_alpha": 0.1}},
     "cutmix_alpha": {"data": {"cutmix_alpha": 0.1}},
+    "balanced_sampling": {"data": {"balanced_sampling": True}},
 }
 
 
