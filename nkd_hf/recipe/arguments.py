@@ -68,6 +68,14 @@ class RecipeArguments:
             "several losses by their names, {nkd: {gamma: 1.0}, vitkd: {alpha: 3.0e-5}}."
         },
     )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "`balanced` weights the task loss of each class by images / (classes * images of the class), as scikit-learn "
+            "does. Default: all classes weigh the same.",
+            "choices": ["balanced"],
+        },
+    )
     compare_with_baseline: bool = field(
         default=False,
         metadata={"help": "First train the same student from the same seed without the distillation loss."},
@@ -153,6 +161,8 @@ class RecipeArguments:
             setattr(self, name, read_repo_id(value, name, repo_type))
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes must be positive, got {self.num_processes}: omit it if it is not known")
+        if self.class_weights not in (None, "balanced"):
+            raise ValueError(f"class_weights must be balanced, got {self.class_weights!r}: omit it to switch it off")
         check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
         # Built once for its errors, which should come before a teacher is trained.
         self.build_loss(**_ANY_SHAPES)

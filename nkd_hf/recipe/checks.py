@@ -12,19 +12,25 @@ from ..models.students import check_name
 from ..models.teacher import Teacher
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.checks import check_batches
+from ..trainer.loaders import check_sampling
 from ..trainer.non_finite import LossWatch
 from ..trainer.trainer import DistillationTrainer
 from .arguments import RecipeArguments
 from .build import runs_teacher
+from .class_sizes import check_class_balance
 
 
-def check_arguments(recipe: RecipeArguments, training: DistillationTrainingArguments) -> None:
+def check_arguments(recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments) -> None:
     """Checks what the arguments alone tell.
 
     Raises:
-        ValueError: the Hub knows no such licence, or the loss has no teacher for which something is set.
+        ValueError: the Hub knows no such licence, the loss has no teacher for which something is set, or what is set for
+            classes of different sizes does not fit.
     """
     check_license(recipe.license)
+    check_class_balance(recipe, data)
+    if data.balanced_sampling:
+        check_sampling(training.train_sampling_strategy, is_balanced=True)
     if training.teacher_settings and not recipe.needs_teacher:
         raise ValueError(
             f"{', '.join(training.teacher_settings)} set how a teacher computes, and distillation_loss="

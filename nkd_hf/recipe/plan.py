@@ -21,6 +21,7 @@ from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import SCHEDULES, lr_factor
 from .arguments import RecipeArguments
+from .class_sizes import check_class_balance
 from .plan_costs import (
     count_disk_bytes,
     count_memory_bytes,
@@ -79,6 +80,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     for name, value in (("num_processes", recipe.num_processes), ("num_train_images", data.num_train_images)):
         if value is None or value < 1:
             raise ValueError(f"the plan needs {name}, got {value}: set it in the config, or give --{name}")
+    check_class_balance(recipe, data)
     notes: list[str] = []
     steps = _count_steps(recipe, data, training)
     with torch.device("meta"):
@@ -159,7 +161,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "lr_scheduler_type": training.lr_scheduler_type.value,
         "lr_scheduler_kwargs": training.lr_scheduler_kwargs or {},
         "lr_by_epoch": _plan_learning_rates(steps, training, learning_rate, notes),
-        "augmentation": _describe_augmentation(data, training, pixels),
+        "augmentation": _describe_augmentation(recipe, data, training, pixels),
         "disk": count_disk_bytes(runs, states, steps, training, None if trains_teacher else teacher),
         "memory": count_memory_bytes(
             model,
@@ -246,7 +248,7 @@ def _plan_learning_rates(
 
 
 def _describe_augmentation(
-    data: DataArguments, training: PlannedTrainingArguments, pixels: Preprocessing
+    recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments, pixels: Preprocessing
 ) -> list[str]:
     height, width = pixels.size
     smallest, largest = data.random_resized_crop
@@ -263,6 +265,8 @@ def _describe_augmentation(
         f"random erasing {data.random_erasing:g}": data.random_erasing,
         f"PCA lighting {data.pca_lighting:g}": data.pca_lighting,
         f"{'one of ' * (len(mixing) - 1)}{' and '.join(mixing)} a {'pair' if data.mix_pairs else 'batch'}": mixing,
+        "balanced sampling": data.balanced_sampling,
+        f"class weights {recipe.class_weights}": recipe.class_weights,
         f"label smoothing {training.label_smoothing_factor:g}": training.label_smoothing_factor,
     }
     return [line for line, is_on in lines.items() if is_on]

@@ -40,6 +40,7 @@ from .checks import (
     check_number_of_classes,
     check_one_step,
 )
+from .class_sizes import make_class_settings
 from .fingerprint import check_fingerprint, fingerprint_run
 from .report import (
     ON_STUDENT_PIXELS,
@@ -104,7 +105,7 @@ class Recipe:
         self.teacher: PreTrainedModel | Teacher | None = None
         self.to_push: DistillationTrainer | None = None
         # In the order in which these steps can fail cheaply.
-        check_arguments(recipe, training)
+        check_arguments(recipe, data, training)
         create_repo_for(training)
         self._open_run_folder()
         if not self.is_trained:
@@ -145,7 +146,9 @@ class Recipe:
             self.data = load_image_dataset(data, training.seed)
         self.id2label = dict(enumerate(label_names(self.data)))
         say_held_out(data, self.data, training)
-        check_classes(self.args, data, list(self.id2label.values()))
+        names = list(self.id2label.values())
+        check_classes(self.args, data, names)
+        self._class_settings = make_class_settings(self.args, self.data["train"], names)
         self.steps_per_epoch = set_stream_steps(data, training) if data.streaming else None
 
     def _open_teacher_logits(self) -> None:
@@ -342,9 +345,9 @@ class Recipe:
 
     def _make_trainer(self, folder: Path, student: PreTrainedModel, loss=None, teacher=None, **changes):
         datasets, collator = self.datasets(student), self.collator(with_teacher_logits=loss is not None)
-        return make_trainer(
-            self.training_args, folder, student, datasets, collator, loss, teacher, self.steps_per_epoch, **changes
-        )
+        rest = loss, teacher, self.steps_per_epoch
+        changes |= self._class_settings
+        return make_trainer(self.training_args, folder, student, datasets, collator, *rest, **changes)
 
     def _train(self, name: str, student: PreTrainedModel, loss=None, teacher=None) -> PreTrainedModel:
         """Trains one model into its own folder, records its accuracy and returns it."""

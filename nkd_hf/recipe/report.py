@@ -112,7 +112,9 @@ def make_card_info(
         accuracies: of teacher and baseline, as far as they are measured.
     """
     crop = "random_crop_padding" if data.random_crop_padding else "random_resized_crop"
-    others = ("horizontal_flip", "auto_augment", "random_erasing", "pca_lighting", "mixup_alpha", "cutmix_alpha")
+    others = (
+        "horizontal_flip", "auto_augment", "random_erasing", "pca_lighting", "mixup_alpha", "cutmix_alpha", "balanced_sampling",
+    )  # fmt: skip
     return CardInfo(
         dataset=data.dataset_name,
         dataset_config=data.dataset_config_name,
@@ -124,6 +126,7 @@ def make_card_info(
         teacher_on_student_pixels=accuracies.get(ON_STUDENT_PIXELS),
         baseline=accuracies.get("baseline"),
         augmentation=", ".join(f"{name}={value}" for name in (crop, *others) if (value := getattr(data, name))),
+        class_weights=recipe.class_weights,
         launch=launch_line(),
         license=recipe.license,
     )

@@ -169,6 +169,8 @@ def collect_settings(
     # The place of a store has no effect, and check_fingerprint compares its content with the run.
     settings["teacher_logits"] = recipe.teacher_logits and "a store"
     settings["world_size"] = training.world_size
+    # None where it is off, as in the record of a version without the argument.
+    settings["balanced_sampling"] = data.balanced_sampling or None
     # A stream's workers divide its images among them; without workers, the process reads them as one worker does.
     settings["stream_workers"] = max(1, training.dataloader_num_workers) if data.streaming else None
     # Through JSON, as _describe_differences reads them. Without credentials, so that a renewed one is no other setting.

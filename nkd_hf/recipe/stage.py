@@ -1,10 +1,11 @@
 """One training of a run: of the teacher, the baseline or the student, into a folder of its own."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel
 
 from ..data.bad_images import BadImageReport
 from ..data.collator import ImageCollator
@@ -32,6 +33,8 @@ def make_trainer(
     loss: nn.Module | dict[str, nn.Module] | None = None,
     teacher: PreTrainedModel | Teacher | None = None,
     steps_per_epoch: int | None = None,
+    class_weights: Tensor | None = None,
+    metrics: Callable[[EvalPrediction], dict[str, float]] = compute_metrics,
     **changes,
 ) -> DistillationTrainer:
     """Makes the trainer of one model.
@@ -45,6 +48,8 @@ def make_trainer(
         loss: of the distillation; None trains with the task's loss alone, and without what is set for a teacher.
         teacher: of the loss.
         steps_per_epoch: of a stream.
+        class_weights: [C] float, of the task loss.
+        metrics: `compute_metrics` of the trainer.
         **changes: arguments that differ from the run's.
     """
     args = copy.copy(training)
@@ -64,7 +69,8 @@ def make_trainer(
         eval_dataset=validation,
         data_collator=collator,
         processing_class=load_image_processor(student),
-        compute_metrics=compute_metrics,
+        class_weights=class_weights,
+        compute_metrics=metrics,
         preprocess_logits_for_metrics=top5_indices,
         callbacks=[BadImageReport(steps_per_epoch)],
     )

@@ -29,6 +29,7 @@ class CardInfo:
         baseline (`dict[str, float]`, *optional*): the same accuracies of the student, trained in the same way without the
             distillation loss.
         augmentation (`str`, *optional*): in words.
+        class_weights (`str`, *optional*): of the task loss, in words: `balanced`.
         launch (`str`, *optional*): the command that started the run; see [`launch_line`].
         license (`str`, *optional*): of the weights, as the Hub spells it: `apache-2.0`. None becomes the Hub's `unknown`,
             since only the author can give a licence.
@@ -57,6 +58,7 @@ class CardInfo:
     finetuned_from: str | None = None
     tags: list[str] = field(default_factory=list)
     teacher_on_student_pixels: dict[str, float] | None = None
+    class_weights: str | None = None
 
     def __post_init__(self):
         check_license(self.license)

@@ -146,6 +146,7 @@ def training(run: Run) -> str:
         "schedule": code(args.lr_scheduler_type.value)
         + (f" ({code(json.dumps(args.lr_scheduler_kwargs))})" if args.lr_scheduler_kwargs else "")
         + (f", warm-up {warmup}" if args.warmup_steps else ""),
+        "class weights": code(run.info.class_weights) if run.info.class_weights else "",
         "augmentation": code(run.info.augmentation) if run.info.augmentation else "",
         "mixed precision": "" if args.mixed_precision == "no" else args.mixed_precision,
         "moving average of the weights": "" if args.ema_decay is None else f"decay {args.ema_decay:g}",
