@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsers import chromium
 from huggingface_hub import RepoCard
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.datasets import load_digits
@@ -108,17 +107,7 @@ def test_the_app_opens_the_formats_and_sizes_that_the_library_opens():
 
 @pytest.fixture
 def browser(tmp_path):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium and chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-dev-shm-usage",
-                 "disable-background-networking", "disable-component-update", "disable-sync",
-                 "window-size=1280,900", f"user-data-dir={tmp_path / 'profile'}"):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=Service(driver)) as browser:
+    with chromium(tmp_path / "profile") as browser:
         yield browser
 
 
