@@ -56,6 +56,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; the ones before it are as they were."""
 
 
+class MissingExtraError(ImportError):
+    """A package of an extra of setup.cfg is not installed; the message says how to install it."""
+
+
 class PushError(RuntimeError):
     """A failed push; the message says why, where the student is, and how to push it again."""
 

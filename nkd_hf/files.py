@@ -18,7 +18,7 @@ except ImportError:  # Windows
 # Files of a saved student. The folder of a checkpoint or of a run holds others, too.
 _STUDENT_FILES = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json|modeling_\w+\.py"
-    r"|README\.md|training_curves\.png|training_args\.yaml"
+    r"|README\.md|training_curves\.png|training_args\.yaml|onnx(/[\w.-]+\.onnx)?"
 )
 
 
@@ -132,7 +132,8 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
     held = list(target.iterdir()) if target.exists() else []
     if held and not overwrite:
         raise ValueError(f"{output} is not empty: name another folder, or replace it with --overwrite")
-    if held and not ((target / "config.json").is_file() and all(_STUDENT_FILES.fullmatch(path.name) for path in held)):
+    names = [path.relative_to(target).as_posix() for path in (*held, *target.glob("*/*"))]
+    if held and not ((target / "config.json").is_file() and all(map(_STUDENT_FILES.fullmatch, names))):
         raise ValueError(f"{output} holds more than a saved student and is not replaced: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, since a rename is one step only within a file system.

@@ -11,7 +11,7 @@ from ..errors import one_line_errors
 _COMMANDS = {
     "plan": ("plan", "what a recipe would do, and what it costs, without doing it"),
     "evaluate": ("evaluate", "top-1, top-5 and throughput of a model on a dataset's split"),
-    "export": ("export", "the plain student out of a training checkpoint"),
+    "export": ("export", "the plain student out of a training checkpoint; ONNX and int8 of a saved one"),
     "push": ("push", "puts a saved student on the Hub"),
     "teacher-logits": ("teacher_logits", "runs the teacher ahead of time, for training that reads its logits"),
     "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),

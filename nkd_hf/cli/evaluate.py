@@ -9,22 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from ..data.arguments import DataArguments
-from ..data.labels import describe_synsets
 from ..data.loading import load_evaluation_split
 from ..data.student_datasets import make_evaluation_images
 from ..errors import reason, redact
 from ..metrics import compute_metrics, top5_indices
-from ..models.labels import class_numbers, is_generic, match_labels, whole_numbers
 from ..models.loading import open_classifier
 from ..models.outputs import check_inputs, read_logits
 from ..models.preprocessing import load_image_processor
+from .classes import match_classes
 
 
 def evaluate(
@@ -61,7 +59,7 @@ def evaluate(
     processor = load_image_processor(model)
     split_name, split = load_evaluation_split(data)
     images = make_evaluation_images(split, data, processor)
-    order, numbers = _match_classes(split.features["label"], model, match_names)
+    order, numbers = match_classes(split.features["label"], model, match_names)
     model = model.to(device).eval()
 
     predictions, labels = [], []
@@ -99,46 +97,6 @@ def evaluate(
         "num_workers": num_workers,
         "preprocessing": _read_settings(processor),
     }
-
-
-def _match_classes(
-    label: datasets.ClassLabel | datasets.Value, model: PreTrainedModel, match_names: bool
-) -> tuple[list[int] | None, torch.Tensor | None]:
-    """Matches the classes of a dataset with a model's.
-
-    Returns:
-        Where the dataset's classes stand among the model's logits, and the number that each label stands for among them.
-        None where nothing changes. One of the two is None.
-    """
-    num_classes = model.config.num_labels
-    # Only a stream of plain integers has no names; see load_image_dataset.
-    names = label.names if isinstance(label, datasets.ClassLabel) else [f"LABEL_{i}" for i in range(num_classes)]
-    if match_names:
-        return _find_order(names, model), None
-    if not isinstance(label, datasets.ClassLabel):
-        return None, None
-    if len(names) != num_classes and not is_generic(names) and whole_numbers(names) is None:
-        raise ValueError(
-            f"the dataset must have the model's {num_classes} classes, which --ignore_label_names takes by their "
-            f"numbers, got {len(names)}. Name another dataset, or match the classes by their names"
-        )
-    return None, torch.tensor(class_numbers(names, num_classes))
-
-
-def _find_order(names: list[str], model: PreTrainedModel) -> list[int] | None:
-    """Finds where the dataset's classes stand among the model's logits; None where they are in the same order."""
-    num_classes = model.config.num_labels
-    names = describe_synsets(names)
-    if names == [f"LABEL_{i}" for i in range(len(names))] and len(names) < num_classes:
-        # Plain integers: nothing says that the highest one that occurs is the last class.
-        names = [f"LABEL_{i}" for i in range(num_classes)]
-    return match_labels(
-        names,
-        model.config.id2label,
-        "the model",
-        roles=("dataset", "model"),
-        advice="Name another dataset, or take the classes by their numbers with --ignore_label_names",
-    )
 
 
 def _read_settings(processor: BaseImageProcessor) -> dict[str, Any]:

@@ -22,14 +22,18 @@ from huggingface_hub.utils import build_hf_headers
 
 from ..errors import PushError
 from ..models.repo_ids import read_repo_id
+from ..models.saving import INT8_FILE, ONNX_FILE
 from .failures import explain_failures
 from .model_card.card import CURVES_FILE, create_plain_card, is_generated, read_card, with_repo_id
 from .student_files import CARD, SETTINGS, TEXT, check_publishable, publishable, read_json, read_text, student_files
 
 logger = logging.getLogger(__name__)
 
-# Files that an earlier push of another student may have left: transformers would open them in place of the pushed ones.
-_STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json")
+# Files that an earlier push of another student may have left: others would open them in place of the pushed ones.
+_STALE = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json"
+    rf"|{re.escape(ONNX_FILE)}|{re.escape(INT8_FILE)}"
+)
 COMMIT_MESSAGE = "Upload student"
 
 
@@ -101,10 +105,10 @@ def push_student(
     """Puts a saved student on the Hub, in one commit: all of it or nothing.
 
     It pushes the configuration, the weights as safetensors, the preprocessing, the modelling files that the configuration
-    names, the model card, `training_curves.png` and `training_args.yaml`, and no other file of the folder. For a folder
+    names, the model card, `training_curves.png`, `training_args.yaml` and `onnx/*.onnx`, and no other file of the folder. For a folder
     without a model card, such as that of `nkd-hf export`, it writes one that says how to open the student. It deletes files
-    that an earlier push of another student left: weights and preprocessing that would be opened in place of the new ones,
-    training curves and arguments. Other files of the repo stay. A model card that a person has edited stays too, with a
+    that an earlier push of another student left: weights, preprocessing and the ONNX files of `nkd-hf export`, which would be
+    opened in place of the new ones, training curves and arguments. Other files of the repo stay. A model card that a person has edited stays too, with a
     warning.
 
     Args:

@@ -32,15 +32,14 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
 
     Args:
         folder: of a saved student.
-        in_checkpoint: whether it may be a training checkpoint, which holds more than the student.
+        in_checkpoint: whether it may be a training checkpoint, which holds more than the student, and no ONNX files.
 
     Raises:
         ValueError: the folder holds no student.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or (folder / "optimizer.pt").exists()
-    if is_checkpoint and not in_checkpoint:
+    if is_checkpoint(folder) and not in_checkpoint:
         raise ValueError(
             f"{folder} is a training checkpoint: write its student into a folder of its own with "
             f"`nkd-hf export --checkpoint {shlex.quote(str(folder))} --output DIR`, and push that"
@@ -72,12 +71,19 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
         raise ValueError(f"{folder} is no whole student: {', '.join(missing)} is missing")
     optional = [_PREPROCESSING, CARD, "training_curves.png", SETTINGS]
     names += [name for name in optional if (folder / name).is_file()]
+    if not in_checkpoint:
+        names += sorted(f"onnx/{path.name}" for path in (folder / "onnx").glob("*.onnx"))
     if _PREPROCESSING not in names and "TimmWrapperForImageClassification" not in architectures:
         logger.warning(
             "%s holds no preprocessing, so that pipeline() cannot open it: save the student's image processor there.",
             folder,
         )
     return names
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a training checkpoint, which holds more than the student."""
+    return bool(re.fullmatch(r"checkpoint-\d+", folder.resolve().name)) or (folder / "optimizer.pt").exists()
 
 
 def publishable(settings: Any) -> Any:

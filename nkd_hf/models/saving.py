@@ -1,7 +1,9 @@
 """Saves students as transformers models and folders."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +13,9 @@ from transformers.utils import logging
 from .feature_layers import classifier_layers
 from .labels import invert_labels, normalize_id2label
 from .preprocessing import load_image_processor
+
+# In a student's folder, as users of ONNX on the Hub expect them.
+ONNX_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_int8.onnx"
 
 
 def save_image_processor(student: PreTrainedModel, folder: str) -> None:
@@ -27,6 +32,8 @@ def save_student(
     student: PreTrainedModel, folder: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
 ) -> None:
     """Writes a student so that transformers and, if it is a timm model, timm open the folder with equal logits.
+
+    ONNX files in the folder are removed if they belong to other weights.
 
     Args:
         student: any `*ForImageClassification`.
@@ -49,7 +56,8 @@ def save_student(
         if student.config.model_args is None:
             # timm 1.0.31 can't open a folder whose model_args are null (AttributeError in _parse_model_cfg).
             student.config.model_args = {}
-    with hidden_progress_bars():  # a bar of one file would break the training's own bar
+    # A bar of one file would break the training's own bar.
+    with hidden_progress_bars(), removed_onnx_of_other_weights(folder):
         student.save_pretrained(folder, state_dict=state_dict, **kwargs)
 
 
@@ -79,6 +87,28 @@ def hidden_progress_bars() -> Iterator[None]:
         yield
     finally:
         logging.set_tqdm_hook(before)
+
+
+@contextlib.contextmanager
+def removed_onnx_of_other_weights(folder: str) -> Iterator[None]:
+    """Removes the ONNX files of a student's folder if the weights beside them change in the meantime."""
+    files = [Path(folder, name) for name in (ONNX_FILE, INT8_FILE)]
+    if not any(file.exists() for file in files):
+        yield
+        return
+    before = _hash_weights(folder)
+    yield
+    if _hash_weights(folder) != before:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _hash_weights(folder: str) -> dict[str, str]:
+    hashes = {}
+    for path in Path(folder).glob("model*.safetensors"):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def rename_keys(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from ..hub.model_card.card import write_card
 from ..hub.model_card.facts import CardInfo
 from ..hub.push import create_repo, push_checkpoint, push_student
 from ..hub.student_files import student_files
+from ..models.saving import removed_onnx_of_other_weights
 from .checkpoints import PUSH_COPY
 
 if TYPE_CHECKING:
@@ -104,8 +105,9 @@ def push_saved_checkpoint(trainer: "DistillationTrainer", checkpoint_folder: str
         wait_for_push(trainer)  # The running push reads the files that are overwritten below.
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     checkpoint = Path(checkpoint_folder)
-    for file in student_files(checkpoint, in_checkpoint=True):
-        shutil.copy(checkpoint / file, args.output_dir)
+    with removed_onnx_of_other_weights(args.output_dir):
+        for file in student_files(checkpoint, in_checkpoint=True):
+            shutil.copy(checkpoint / file, args.output_dir)
     trainer.create_model_card(model_name=trainer.hub_model_id.split("/")[-1])
     step = f"step {trainer.state.global_step}"
     if args.save_strategy != SaveStrategy.STEPS:

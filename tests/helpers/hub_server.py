@@ -23,7 +23,7 @@ from hub_card import card_errors
 # Of the user `me`, and of `other`.
 TOKEN, OTHERS_TOKEN = "hf_" + "a1B2" * 8, "hf_" + "c3D4" * 8
 # As in the Hub's default .gitattributes; everything larger than 10 MB goes there too.
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet", ".arrow", ".png", ".jpg")
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet", ".arrow", ".png", ".jpg", ".onnx")
 
 
 @dataclass

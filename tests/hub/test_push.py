@@ -90,6 +90,20 @@ def test_what_an_earlier_push_would_hide_is_deleted_and_other_files_stay(hub, st
     assert set(repo.files()) == {".gitattributes", "notes.md", "model.onnx", "old/model.safetensors", *STUDENT}
 
 
+def test_onnx_files_are_pushed_and_those_of_another_student_are_deleted(hub, student):
+    (student / "onnx").mkdir()
+    (student / "onnx" / "model.onnx").write_bytes(b"float")
+    (student / "onnx" / "notes.txt").write_text(TOKEN)
+    repo = hub.create("me/student", {"onnx/model_int8.onnx": b"of another student", "onnx/model_q4.onnx": b"mine"})
+    push_student(student, "me/student")
+    assert set(repo.files()) == {".gitattributes", "onnx/model.onnx", "onnx/model_q4.onnx", *STUDENT}
+    assert repo.files()["onnx/model.onnx"] == b"float"
+    # Other weights remove the ONNX files beside them; the next push removes them from the Hub.
+    save_student(timm_cnn(seed=1), str(student))
+    push_student(student, "me/student")
+    assert set(repo.files()) == {".gitattributes", "onnx/model_q4.onnx", *STUDENT}
+
+
 def test_sharded_and_custom_students(hub, tmp_path):
     vit = native_vit()
     vit.save_pretrained(tmp_path / "vit", max_shard_size="40KB")
