@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from trained import digit_batches, trained_cnn
+from tiny import timm_cnn
+from trained import digit_batches, train
 
 from nkd_hf.export import export_onnx, quantize
 from nkd_hf.export.runtime import open_session, run_session
@@ -17,7 +18,7 @@ CALIBRATION, VALIDATION = digit_batches(0, 256), digit_batches(1200, 1797)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
-    model = trained_cnn()
+    model = train(timm_cnn(), digit_batches(0, 1152))
     return model, export_onnx(model, folder / "model.onnx", VALIDATION[0]["pixel_values"]).path
 
 
