@@ -105,11 +105,11 @@ def push_student(
     """Puts a saved student on the Hub, in one commit: all of it or nothing.
 
     It pushes the configuration, the weights as safetensors, the preprocessing, the modelling files that the configuration
-    names, the model card, `training_curves.png`, `training_args.yaml` and `onnx/*.onnx`, and no other file of the folder. For a folder
-    without a model card, such as that of `nkd-hf export`, it writes one that says how to open the student. It deletes files
-    that an earlier push of another student left: weights, preprocessing and the ONNX files of `nkd-hf export`, which would be
-    opened in place of the new ones, training curves and arguments. Other files of the repo stay. A model card that a person has edited stays too, with a
-    warning.
+    names, the model card, `training_curves.png`, `training_args.yaml` and `onnx/*.onnx`, and no other file of the folder. For
+    a folder without a model card, such as that of `nkd-hf export`, it writes one that says how to open the student. It deletes
+    files that an earlier push of another student left: weights, preprocessing and ONNX files that would be opened in place of
+    the new ones, training curves and arguments. Other files of the repo stay. A model card that a person has edited stays
+    too, with a warning.
 
     Args:
         folder: of a saved student: `trainer.save_model()`, `nkd-hf export`.
