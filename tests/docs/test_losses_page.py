@@ -1,13 +1,15 @@
 """docs/losses.md: its table is the classes', and its loss of one's own works in trainer, recipe, plan and card."""
 
+import contextlib
 import json
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from processes import in_a_process
 from recipe_runs import FEW, IN_PROCESS
 
 from nkd_hf.losses.base import teacher_inputs
@@ -30,12 +32,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*command) -> str:
-    # Without PYTHONPATH, a command's sys.path has the folder of its script, not the working directory.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(folder: Path, script: Path, *arguments: str) -> str:
+    """What a script prints in a forked process, whose sys.path has the script's folder, not the working directory."""
+
+    def work() -> None:
+        sys.modules.pop("my_losses", None)  # of another test's folder
+        sys.path[:] = [str(script.parent), *(path for path in sys.path if path not in ("", str(folder), os.getcwd()))]
+        sys.argv = [str(script), *(str(argument) for argument in arguments)]
+        with (folder / "stdout").open("w") as stdout, contextlib.redirect_stdout(stdout):
+            runpy.run_path(str(script), run_name="__main__")
+
+    assert in_a_process(work, folder / "log") == 0, (folder / "log").read_text()
+    return (folder / "stdout").read_text()
 
 
 def test_table():
@@ -67,7 +75,7 @@ def test_blocks_with_the_loss_in_a_file_of_its_own(folder, monkeypatch):
 
 def test_plan(folder):
     plan = json.loads(
-        run(Path(sys.executable).with_name("nkd-hf"), "plan", "--config", "mine.yaml", "--json", "--num_processes", "1",
+        run(folder, Path(sys.executable).with_name("nkd-hf"), "plan", "--config", "mine.yaml", "--json", "--num_processes", "1",
             "--num_train_images", "100", "--num_classes", "10")
     )  # fmt: skip
     assert plan["distillation_loss"] == "nkd+my_losses.MimicLoss"
@@ -75,7 +83,7 @@ def test_plan(folder):
 
 
 def test_recipe(folder):
-    run(sys.executable, ROOT / "recipes" / "distill_cnn.py", "--config", "mine.yaml", *FEW, *IN_PROCESS,
+    run(folder, ROOT / "recipes" / "distill_cnn.py", "--config", "mine.yaml", *FEW, *IN_PROCESS,
         "--num_train_epochs", "1", "--output_dir", "out")  # fmt: skip
     state = json.loads(next((folder / "out" / "student").glob("checkpoint-*/trainer_state.json")).read_text())
     assert {"nkd_target", "mimic"} <= state["log_history"][0].keys()

@@ -56,7 +56,7 @@ def _fork(work: Callable[[], None], log: Path) -> int:
         except SystemExit as exit:
             if isinstance(exit.code, str):
                 print(exit.code, file=sys.stderr)
-            code = exit.code if isinstance(exit.code, int) else 1
+            code = 0 if exit.code is None else exit.code if isinstance(exit.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import re
 import resource
+import shutil
 import signal
 import time
 
@@ -82,10 +83,11 @@ PROCESSORS = {
 }
 
 
-def write(folder, model, settings):
-    save_student(MODELS[model](), str(folder))
-    BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    change(folder / "config.json", settings)
+def save_models(root):
+    """One folder for each model, of which the cases are copies."""
+    for name, make in MODELS.items():
+        save_student(make(), str(root / name))
+        BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(root / name)
 
 
 def change(file, settings):
@@ -99,11 +101,13 @@ def change(file, settings):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each case ended in, by its name."""
-    root = tmp_path_factory.mktemp("hostile")
+    root, models = tmp_path_factory.mktemp("hostile"), tmp_path_factory.mktemp("models")
+    save_models(models)
     for name, (model, settings, _) in CASES.items():
-        write(root / name, model, settings)
+        shutil.copytree(models / model, root / name)
+        change(root / name / "config.json", settings)
     for name, (settings, _) in PROCESSORS.items():
-        write(root / name, RESNET, {})
+        shutil.copytree(models / RESNET, root / name)
         change(root / name / "preprocessor_config.json", settings)
     return open_in_processes(root)
 
