@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from processes import in_a_process
 from tiny import timm_cnn
 from torch.utils.data import DataLoader
 
@@ -242,14 +243,33 @@ def test_paths_of_this_machine_and_names_of_the_hub(tmp_path, monkeypatch):
     assert path_fault("file") == "'file' is a file, and a folder is expected"
 
 
-@pytest.mark.parametrize("arguments", [["plan", "--config", "CONFIG"], [], ["plan", "--help"]])
-def test_a_reader_that_leaves_ends_a_command_as_it_ends_a_tool_of_unix(arguments):
-    arguments = [str(ROOT / "recipes/configs/uskd_resnet18.yaml") if a == "CONFIG" else a for a in arguments]
+NO_READER = [["plan", "--config", str(ROOT / "recipes/configs/uskd_resnet18.yaml")], [], ["plan", "--help"]]
+
+
+def ends_as_a_tool_of_unix(arguments: list[str], code: int, error: str) -> bool:
+    # argparse ignores that its --help could not be written, where it is longer than stdout's buffer.
+    return error == "" and (code == 141 or (code == 0 and "--help" in arguments))
+
+
+def test_a_reader_that_leaves_ends_a_process_of_the_command_as_it_ends_a_tool_of_unix():
     reader, writer = os.pipe()
     os.close(reader)
     command = os.path.join(os.path.dirname(sys.executable), "nkd-hf")
-    done = subprocess.run([command, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([command], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
-    assert done.stderr == ""
-    # argparse ignores that its --help could not be written, where it is longer than stdout's buffer.
-    assert done.returncode == 141 or (done.returncode == 0 and "--help" in arguments)
+    assert ends_as_a_tool_of_unix([], done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("arguments", NO_READER)
+def test_a_reader_that_leaves_ends_a_command_as_it_ends_a_tool_of_unix(arguments, tmp_path):
+    def work() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = os.fdopen(writer, "w")
+        try:
+            cli.main(arguments)
+        finally:
+            sys.stdout.flush()  # as Python does at its end
+
+    code = in_a_process(work, tmp_path / "log")
+    assert ends_as_a_tool_of_unix(arguments, code, (tmp_path / "log").read_text())
