@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import in_a_process
-from recipe_runs import FEW, ROOT, run
+from recipe_runs import FEW, IN_PROCESS, ROOT, run
 from tiny import top1
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -67,28 +67,37 @@ def evaluated(folder: Path, num_samples: int = 40) -> ImageDataset:
     return ImageDataset(data, processor_transform(load_image_processor(model)), training=False)
 
 
+@pytest.fixture(scope="module")
+def distilled_cnn(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a recipe with a teacher and a baseline, and what it printed."""
+    folder = tmp_path_factory.mktemp("cnn")
+    return folder, run_script("distill_cnn", folder / "log", *FEW, *IN_PROCESS, "--output_dir", str(folder))
+
+
 @pytest.mark.parametrize("recipe", ["distill_deit", "distill_cnn", "self_distill"])
-def test_recipe_with_few_samples(tmp_path, recipe):
-    arguments = [*FEW, "--output_dir", str(tmp_path)]
+def test_recipe_with_few_samples(tmp_path, recipe, request):
+    folder, arguments = tmp_path, [*FEW, "--output_dir", str(tmp_path)]
     if recipe == "distill_deit":
         stdout = launch(recipe, *arguments).stdout
+    elif recipe == "distill_cnn":
+        folder, stdout = request.getfixturevalue("distilled_cnn")
     else:
-        stdout = run_script(recipe, tmp_path / "log", *arguments)
-    results = json.loads((tmp_path / "results.json").read_text())
+        stdout = run_script(recipe, tmp_path / "log", *arguments, *IN_PROCESS)
+    results = json.loads((folder / "results.json").read_text())
     assert set(results) == {"teacher", "teacher_on_student_pixels", "baseline", "distilled"}
     assert (results["teacher"] is None) == (recipe == "self_distill")
     for name in ("baseline", "distilled"):
-        folder = tmp_path / ("student" if name == "distilled" else name)
-        assert results[name] == pytest.approx(top1(folder, evaluated(folder)))
+        model = folder / ("student" if name == "distilled" else name)
+        assert results[name] == pytest.approx(top1(model, evaluated(model)))
         assert f"{results[name]:.2%}" in stdout
-    with Image.open(tmp_path / "accuracy.png") as picture:
+    with Image.open(folder / "accuracy.png") as picture:
         assert min(picture.size) > 400
     # The last line is what the call above it answers.
-    answer = pipeline("image-classification", model=str(tmp_path / "student"), device="cpu")(
-        str(tmp_path / "example.png"), top_k=3
+    answer = pipeline("image-classification", model=str(folder / "student"), device="cpu")(
+        str(folder / "example.png"), top_k=3
     )
     shown = stdout.strip().splitlines()[-4:]
-    assert shown[1] == f'>>> classifier = pipeline("image-classification", model="{tmp_path / "student"}")'
+    assert shown[1] == f'>>> classifier = pipeline("image-classification", model="{folder / "student"}")'
     assert shown[3] == str([{"label": e["label"], "score": round(e["score"], 4)} for e in answer])
 
 
@@ -151,22 +160,17 @@ def test_baseline_of_a_recipe_from_a_stream(tmp_path):
         assert recipe.curves["baseline"] == [(end, 0.5)]
 
 
-def test_teacher_from_a_folder_is_measured_first(tmp_path):
-    first = run("distill_cnn", "--output_dir", str(tmp_path / "first"))
-    folder = str(tmp_path / "first" / "teacher")
+def test_teacher_from_a_folder_is_measured_first(tmp_path, distilled_cnn):
+    folder, _ = distilled_cnn
+    first = json.loads((folder / "results.json").read_text())
     second = run(
-        "distill_cnn",
-        "--output_dir",
-        str(tmp_path / "second"),
-        "--teacher",
-        folder,
-        "--compare_with_baseline",
+        "distill_cnn", "--output_dir", str(tmp_path), "--teacher", str(folder / "teacher"), "--compare_with_baseline",
         "false",
-    )
-    assert second.results["teacher"] == pytest.approx(first.results["teacher"])
+    )  # fmt: skip
+    assert second.results["teacher"] == pytest.approx(first["teacher"])
     assert second.results["baseline"] is None
     # The same teacher, the same seed: the same student.
-    assert second.results["distilled"] == first.results["distilled"]
+    assert second.results["distilled"] == first["distilled"]
 
 
 def test_a_resumed_recipe_keeps_its_teacher(tmp_path, capsys):

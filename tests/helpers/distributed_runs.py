@@ -34,7 +34,7 @@ from nkd_hf.models.saving import save_student
 from nkd_hf.trainer.checkpoints import find_damage
 from nkd_hf.trainer.distillation_model import DistillationModel
 
-STEPS = 10
+STEPS = 5
 # Number of processes -> batch of each and accumulation: global batches of 16 and 32.
 SPLITS = {1: [(8, 2), (8, 4), (16, 1)], 2: [(8, 1), (8, 2)]}
 STUDENTS = {"nkd": native_vit, "uskd": native_vit, "vitkd": native_vit, "batch_norm": timm_cnn}
@@ -53,11 +53,11 @@ def read(folder: Path, world_size: int, name: str):
 
 
 def train(case: str, folder: Path, batch: int, accumulation: int) -> dict:
-    """Ten steps of one loss; the weights go into a file beside what was logged."""
+    """A few steps of one loss; the weights go into a file beside what was logged."""
     student, teacher = STUDENTS[case](), TEACHERS.get(case, lambda: None)()
     torch.manual_seed(0)
     trainer = make_trainer(
-        folder, student, digits(0, 320), teacher=teacher, distillation_loss=LOSSES[case](), optim="sgd",
+        folder, student, digits(0, 32 * STEPS), teacher=teacher, distillation_loss=LOSSES[case](), optim="sgd",
         optim_args="momentum=0.9", learning_rate=0.05, max_steps=STEPS, per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential",
     )  # fmt: skip
@@ -312,6 +312,8 @@ def run(folder: Path) -> None:
     results = {"world_size": world_size, "evaluation": evaluate(folder)}
     for batch, accumulation in SPLITS.get(world_size, []):
         for case in STUDENTS:
+            if world_size == 1 and case == "batch_norm" and (batch, accumulation) != (8, 2):
+                continue  # it has nothing to be compared with
             results[f"{case} {batch} x {accumulation}"] = train(case, folder, batch, accumulation)
     if world_size == 2:
         results |= {part.__name__: part(folder) for part in (resume, statistics, streams, sigterm, shard)}

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
@@ -37,8 +38,9 @@ def in_processes(world_size: int, work: Callable[[], None], log: Path) -> list[i
         work()
         state = PartialState()
         assert state.num_processes == world_size
-        state.wait_for_everyone()
-        state.destroy_process_group()
+        if world_size == 1 or torch.distributed.is_initialized():  # a recipe ends its group itself
+            state.wait_for_everyone()
+            state.destroy_process_group()
 
     processes = [_fork(lambda rank=rank: of_rank(rank), log) for rank in range(world_size)]
     return [_exit_code(process) for process in processes]

@@ -638,7 +638,8 @@ def test_import_needs_torch_alone():
 
 def test_benchmark_runs(tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[2] / "benchmarks" / "losses.py"
-    options = ["--batch=8", "--classes=16", "--rounds=1", "--mode=eager", f"--json={tmp_path / 'o.json'}"]
+    # Matrices of a few bytes would be copied half a million times to measure the rate.
+    options = ["--batch=32", "--classes=1000", "--rounds=1", "--mode=eager", f"--json={tmp_path / 'o.json'}"]
     monkeypatch.syspath_prepend(script.parent)
     monkeypatch.setattr(sys, "argv", [str(script), *options])
     for change in ("set_verbosity_error", "disable_progress_bar"):  # of this process

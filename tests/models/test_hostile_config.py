@@ -25,7 +25,7 @@ MODELS = {VIT: native_vit, RESNET: native_resnet, CNN: timm_cnn, DEIT: timm_deit
 CASES = {
     "a billion classes": (CNN, {"num_classes": 10**9, "label_names": None}, "num_classes must be at most"),
     "a billion labels": (VIT, {"num_labels": 10**9, "id2label": None}, "num_labels must be at most"),
-    "a hundred thousand classes": (CNN, {"num_classes": 10**5, "label_names": None}, "weights"),
+    "a million classes": (CNN, {"num_classes": 10**6, "label_names": None}, "weights"),
     "a million labels": (VIT, {"num_labels": 10**6, "id2label": None, "label2id": None}, "weights"),
     "a million blocks": (RESNET, {"depths": [1, 1, 1, 10**6]}, "far more tensors than"),
     "a million layers": (VIT, {"num_hidden_layers": 10**6}, "far more tensors than"),

@@ -179,10 +179,10 @@ def test_own_data_keep_the_method_and_none_of_the_digits_settings(monkeypatch, r
 
 @pytest.fixture(scope="module")
 def big_teacher(tmp_path_factory) -> tuple[str, Path]:
-    """One of 64 pixels that has learned a little, and its run."""
+    """One of 32 pixels that has learned a little, and its run."""
     folder = tmp_path_factory.mktemp("big")
     first = run(
-        "distill_cnn", "--output_dir", str(folder), "--distillation_loss", "none", "--image_size", "64", "--student_args",
+        "distill_cnn", "--output_dir", str(folder), "--distillation_loss", "none", "--image_size", "32", "--student_args",
         json.dumps({"channels": [16, 32, 64, 128]}), "--max_train_samples", "640", "--num_train_epochs", "4",
         "--crop_pct", "0.875", "--learning_rate", "0.05", "--precise_bn_images", "256",
     )  # fmt: skip
@@ -213,7 +213,7 @@ def test_a_teacher_of_larger_images_is_measured_on_its_own_and_on_the_students(t
     said = capsys.readouterr().out
     assert f"teacher ({teacher})" in said
     assert f"{results['teacher_on_student_pixels']:.2%}" in said.partition("teacher, on the student's pixels")[2]
-    assert "image_size is 4 for the student and 64 for the teacher" in caplog.text
+    assert "image_size is 4 for the student and 32 for the teacher" in caplog.text
     assert "crop_pct is 1.0 for the student and 0.875 for the teacher" in caplog.text
     card = (tmp_path / "student" / "README.md").read_text()
     assert f"| the teacher, `resnet18` | {100 * own:.2f} |" in card
@@ -226,7 +226,7 @@ def test_a_teacher_of_the_students_pixels_is_measured_once(tmp_path, big_teacher
     measure = recipe_module.evaluate_teacher
     monkeypatch.setattr(recipe_module, "evaluate_teacher", lambda *args: passes.append(args) or measure(*args))
     recipe = run(
-        "distill_cnn", "--output_dir", str(tmp_path), "--teacher", teacher, "--image_size", "64", "--crop_pct", "0.875",
+        "distill_cnn", "--output_dir", str(tmp_path), "--teacher", teacher, "--image_size", "32", "--crop_pct", "0.875",
         "--max_steps", "2",
     )  # fmt: skip
     assert len(passes) == 1
