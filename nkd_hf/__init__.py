@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .models.students import create_student
     from .models.teacher import load_teacher
     from .recipe.arguments import RecipeArguments
+    from .recipe.distill import distill
     from .recipe.parser import parse_args
     from .recipe.recipe import Recipe
     from .trainer.arguments import DistillationTrainingArguments
@@ -98,6 +99,7 @@ _NAMES = {
     "trainer.arguments": ("DistillationTrainingArguments",),
     "trainer.trainer": ("DistillationTrainer",),
     "recipe.arguments": ("RecipeArguments",),
+    "recipe.distill": ("distill",),
     "recipe.parser": ("parse_args",),
     "recipe.recipe": ("Recipe",),
 }

@@ -9,6 +9,7 @@ from ..errors import one_line_errors
 
 # Command -> the module whose `main` runs it, which is imported when the command is called, and its purpose.
 _COMMANDS = {
+    "distill": ("distill", "own images and a pretrained teacher become a small model, its ONNX files and a report"),
     "plan": ("plan", "what a recipe would do, and what it costs, without doing it"),
     "evaluate": ("evaluate", "top-1, top-5 and throughput of a model on a dataset's split"),
     "export": ("export", "the plain student out of a training checkpoint; ONNX and int8 of a saved one"),

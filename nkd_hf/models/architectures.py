@@ -55,3 +55,40 @@ def is_architecture(name: str) -> bool:
     ```
     """
     return timm.is_model(name) or name in ARCHITECTURES
+
+
+def with_start(name: str, start: str | None) -> str:
+    """Returns the name of a model that starts as wanted: an architecture for random weights, an id for pretrained ones.
+
+    Args:
+        name: of an architecture, a folder or a repo of the Hub.
+        start: `random`, `pretrained`, or None, which returns the name as it is.
+
+    Raises:
+        ValueError: timm has no pretrained weights of the architecture, or the name tells no architecture of timm.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.models.architectures import with_start
+    >>> with_start("resnet34", "pretrained"), with_start("timm/resnet34.a1_in1k", "random")
+    ('timm/resnet34.a1_in1k', 'resnet34')
+
+    ```
+    """
+    if start == "pretrained" and is_architecture(name):
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if cfg is None or not cfg.hf_hub_id:
+            raise ValueError(
+                f"there are no pretrained weights of {name!r} in timm. Name a folder or a repo of the Hub"
+            )
+        return cfg.hf_hub_id
+    if start == "random" and not is_architecture(name):
+        architecture = name.removeprefix("timm/").partition(".")[0]
+        if not name.startswith("timm/") or not is_architecture(architecture):
+            raise ValueError(
+                f"random weights need the name of an architecture such as resnet34, got {name!r}. Name one, or set the "
+                "start to pretrained"
+            )
+        return architecture
+    return name

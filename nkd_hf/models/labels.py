@@ -151,10 +151,12 @@ def match_labels(
     *,
     roles: tuple[str, str] = ("student", "teacher"),
     advice: str | None = None,
+    allow_more: bool = False,
 ) -> list[int] | None:
     """Finds the positions of the student's classes in the teacher's logits.
 
-    For other pairs than student and teacher, `roles` has their names in messages, and `advice` says what to do.
+    For other pairs than student and teacher, `roles` has their names in messages, and `advice` says what to do. With
+    `allow_more`, a teacher may have other classes beside the student's, which it must name as the student does.
 
     Equal lists match by position, even if names repeat (ImageNet has two classes `crane`), or if one list alone tells
     repeated names apart by text after the name (the Hub's ImageNet has `crane` and `crane2`). Lists of the same
@@ -180,6 +182,8 @@ def match_labels(
     """
     student = list(normalize_id2label(student_id2label, of=f"the {roles[0]}'s id2label").values())
     teacher = list(normalize_id2label(teacher_id2label, of=f"{teacher_name}'s id2label").values())
+    if allow_more and len(teacher) > len(student) and names_all(teacher, student):
+        return _order(student, teacher)
     if len(student) != len(teacher):
         raise ValueError(
             f"{teacher_name} has {len(teacher)} classes and the {roles[0]} {len(student)}; the first that only one of "
@@ -215,6 +219,19 @@ def match_labels(
         f"{teacher_name} and the {roles[0]} name their classes differently: {_differences(student, teacher, roles)}. "
         f"{advice}"
     )
+
+
+def names_all(teacher: Sequence[str], student: Sequence[str]) -> bool:
+    """Whether a teacher's class names have each of the student's, once, and say something (not `LABEL_0`).
+
+    Example:
+        >>> names_all(["owl", "cat", "dog"], ["dog", "cat"]), names_all(["owl", "cat"], ["dog", "cat"])
+        (True, False)
+    """
+    count = Counter(teacher)
+    is_unique = len(set(student)) == len(student) and all(count[name] == 1 for name in student)
+    # Numbers and generic names of fewer classes are other classes: digit 3 is not class 3 of ImageNet.
+    return is_unique and whole_numbers(student) is None
 
 
 def is_generic(names: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """Opens a classifier from the Hub or a folder; pickles and code beside the weights are refused unless they are allowed."""
 
 import contextlib
+import logging
 import os
 import pickle
 import re
@@ -110,7 +111,7 @@ def open_pretrained(
         if is_timm_config(config):
             labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
             kwargs["config"] = TimmWrapperConfig.from_dict(config, **labels)
-        with _without_conversion(), build_limit(size, num_new_classes):
+        with _without_conversion(), _without_report(), build_limit(size, num_new_classes):
             model, loaded = AutoModelForImageClassification.from_pretrained(
                 name,
                 use_safetensors=None if allow_pickle else True,
@@ -317,3 +318,19 @@ def _without_conversion() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Omits transformers' report of weights that are missing or do not fit: check_weights raises, or the head is a new one."""
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    # Another level would make transformers log its tensor-parallel plan.
+    transformers_logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        transformers_logger.removeFilter(keep)

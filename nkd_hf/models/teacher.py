@@ -60,7 +60,7 @@ class Teacher(nn.Module):
         self.id2label = id2label
         self.name = name
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self.channels_last = self.has_own_dtype = False
+        self.channels_last = self.has_own_dtype = self.selects_classes = False
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self.register_buffer("channels", None, persistent=False)
@@ -105,7 +105,7 @@ class Teacher(nn.Module):
                 self.channels = torch.tensor([preprocessing.channel_order.index(colour) for colour in order])
         order = None
         if self.id2label is not None and id2label is not None:
-            order = match_labels(id2label, self.id2label, self.name)
+            order = match_labels(id2label, self.id2label, self.name, allow_more=self.selects_classes)
         self.order = None if order is None else torch.tensor(order)
         return self
 

@@ -1,6 +1,7 @@
 """The arguments of a recipe: what is distilled into what."""
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,13 @@ from transformers import PreTrainedModel
 
 from ..losses.base import SHAPES, DistillationLoss, loss_inputs, teacher_inputs
 from ..losses.registry import LOSSES, build_losses, find_losses
+from ..models.architectures import with_start
 from ..models.features import TEACHER_HEAD, check_pooled_head, check_token_grids, feature_shape, token_shape
 from ..models.repo_ids import read_repo_id
 from ..models.students import check_preprocessing, create_student
+from .duration import parse_duration
 
+FINETUNE = ("auto", "always", "never")
 # Losses by whether they have a teacher, for the help.
 _WITH_TEACHER = ", ".join(f"`{name}`" for name, loss in LOSSES.items() if teacher_inputs(loss))
 _WITHOUT_TEACHER = ", ".join(f"`{name}`" for name, loss in LOSSES.items() if not teacher_inputs(loss))
@@ -48,6 +52,43 @@ class RecipeArguments:
         metadata={
             "help": "Folder or Hub dataset that `nkd-hf teacher-logits` wrote: the teacher is not run, and may be omitted; "
             "images are mixed in pairs."
+        },
+    )
+    teacher_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "`random`: the teacher's architecture with random weights, which are trained first; `pretrained`: timm's "
+            "weights. Default: random for the bare name of an architecture, pretrained for a Hub id or a folder.",
+            "choices": ["pretrained", "random"],
+        },
+    )
+    finetune_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a pretrained teacher on the data first: `auto` does so, with a new head, where its classes are "
+            "not the data's; `always`; `never`. Default: auto for `nkd-hf distill`, never for a recipe.",
+            "choices": list(FINETUNE),
+        },
+    )
+    teacher_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Epochs of a teacher that is trained or fine-tuned. Default: num_train_epochs."},
+    )
+    teacher_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of a teacher that is trained or fine-tuned. Default: learning_rate."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop a training whose metric_for_best_model has not improved in so many evaluations; needs "
+            "load_best_model_at_end. Default: no early stopping."
+        },
+    )
+    time_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Time for all trainings with start and report, such as 30m or 2h: their epochs are chosen from the measured "
+            "speed, in the proportion that they have."
         },
     )
     ignore_label_names: bool = field(
@@ -159,6 +200,17 @@ class RecipeArguments:
             if value == "" and repo_type == "model":
                 raise ValueError(f"{name} has no name: set it to a Hub id, a folder or an architecture")
             setattr(self, name, read_repo_id(value, name, repo_type))
+        if self.teacher is not None:
+            try:
+                self.teacher = with_start(self.teacher, self.teacher_init)
+            except ValueError as error:
+                raise ValueError(f"teacher_init is {self.teacher_init}: {error}") from error
+        for name in ("teacher_epochs", "teacher_learning_rate", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}: omit it for its default")
+        if self.time_budget is not None:
+            parse_duration(self.time_budget)
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes must be positive, got {self.num_processes}: omit it if it is not known")
         if self.class_weights not in (None, "balanced"):

@@ -31,6 +31,13 @@ def check_arguments(recipe: RecipeArguments, data: DataArguments, training: Dist
     check_class_balance(recipe, data)
     if data.balanced_sampling:
         check_sampling(training.train_sampling_strategy, is_balanced=True)
+    if recipe.time_budget is not None and training.max_steps > 0:
+        raise ValueError(f"time_budget chooses the epochs, but max_steps is {training.max_steps}. Omit one of the two")
+    if recipe.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise ValueError(
+            f"early_stopping_patience={recipe.early_stopping_patience} needs load_best_model_at_end, got false. Set it to "
+            "true, or omit early_stopping_patience"
+        )
     if training.teacher_settings and not recipe.needs_teacher:
         raise ValueError(
             f"{', '.join(training.teacher_settings)} set how a teacher computes, and distillation_loss="

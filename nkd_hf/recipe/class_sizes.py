@@ -55,14 +55,23 @@ def make_class_settings(
     """
     if isinstance(train, IterableDataset):
         return {"class_weights": None, "metrics": compute_metrics}
-    labels = read_labels(train)
-    sizes = np.bincount(labels[labels >= 0], minlength=len(class_names))
-    present = sizes[sizes > 0]
-    is_unequal = len(present) > 0 and present.max() > _UNEQUAL * present.min()
+    sizes = count_images(train, len(class_names))
     return {
         "class_weights": None if recipe.class_weights is None else balanced_weights(sizes, class_names),
-        "metrics": compute_balanced_metrics if is_unequal else compute_metrics,
+        "metrics": compute_balanced_metrics if are_unequal(sizes) else compute_metrics,
     }
+
+
+def count_images(split: Dataset, num_classes: int) -> np.ndarray:
+    """Counts the images of each class of a split, [C] int64; images without a class do not count."""
+    labels = read_labels(split)
+    return np.bincount(labels[labels >= 0], minlength=num_classes)
+
+
+def are_unequal(sizes: np.ndarray) -> bool:
+    """Whether the largest class has more than twice the images of the smallest one that has any."""
+    present = sizes[sizes > 0]
+    return len(present) > 0 and bool(present.max() > _UNEQUAL * present.min())
 
 
 def balanced_weights(sizes: np.ndarray, class_names: list[str]) -> Tensor:

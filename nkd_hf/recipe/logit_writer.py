@@ -69,6 +69,11 @@ def write_teacher_logits(
     """
     _check_recipe(recipe, data, training, top_k)
     run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
+    if run.trains_teacher and not is_architecture(recipe.teacher):
+        raise ValueError(
+            f"the teacher {recipe.teacher} must have the classes of the data, or finetune_teacher be never. Fine-tune it first "
+            "with nkd-hf distill, and name the folder of the fine-tuned teacher"
+        )
     run.check(trains_student=False)
     run.train_teacher()
     run.open_teacher()

@@ -1,26 +1,23 @@
 """Parses the arguments of a recipe: a YAML file gives the defaults, the command line overrides them."""
 
-import contextlib
 import dataclasses
-import difflib
 import json
 import re
 import sys
-import types
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections.abc import Collection, Iterable, Sequence
-from enum import Enum
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from ..errors import ConfigError
-from .yaml_file import Loader, describe_value, find_fault, read_config
+from .yaml_file import find_fault, read_config
+from .yaml_values import check_value, suggest
 
 _RESERVED = ("config", "base")
-_YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+# Keys of a run's own record, run.yaml, that are no arguments.
+_RECORDED = ("world_size", "stream_workers")
 
 
 def parse_args(
@@ -100,6 +97,48 @@ def parse_args(
         parser.error(str(error))
 
 
+def parse_with_defaults(
+    dataclass_types: Iterable[type],
+    choose_defaults: Callable[[set[str]], dict[str, Any]],
+    *,
+    prog: str | None = None,
+    required: Sequence[str] = (),
+    args: Sequence[str] | None = None,
+) -> tuple[tuple[Any, ...], set[str]]:
+    """Fills dataclasses as [`parse_args`] does, where the fields have other defaults.
+
+    Args:
+        dataclass_types: the dataclasses.
+        choose_defaults: returns the defaults of some fields, for the names of the fields that the user has set.
+        prog: what messages call the command.
+        required: fields that the user must set, though they have a default.
+        args: the command line; None takes `sys.argv[1:]`.
+
+    Returns:
+        One instance of each dataclass, and the names of the fields that the user has set.
+
+    Raises:
+        SystemExit: as for [`parse_args`].
+    """
+    parser = _Parser(dataclass_types)
+    parser.prog = prog or parser.prog
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        config, options = _read_options(parser.prog, args)
+        given = set(options)
+        if config is not None:
+            parser.set_config(config)
+            given |= set(read_config(Path(config)))
+        given &= parser.type_hints.keys()
+        defaults = {name: value for name, value in choose_defaults(given).items() if name not in given}
+        parser.set_defaults(**defaults)
+        for action in parser._actions:
+            action.required |= action.dest in required and action.dest not in given
+        return parser.parse_into_dataclasses(args), given
+    except ConfigError as error:
+        parser.error(str(error))
+
+
 class _Parser(HfArgumentParser):
     def __init__(self, dataclass_types: type | Iterable[type]):
         dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
@@ -134,11 +173,11 @@ class _Parser(HfArgumentParser):
         """Makes the values of a YAML file, or those of some of its keys, the defaults."""
         actions = {action.dest: action for action in self._actions}
         for key, (value, file) in read_config(Path(path)).items():
-            if keys is not None and key not in keys:
+            if key in _RECORDED or (keys is not None and key not in keys):
                 continue
             if key not in self.type_hints:
-                raise ConfigError(f"{file}: unknown key {key!r}{_suggest(str(key), self.type_hints)}")
-            value = _check_value(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
+                raise ConfigError(f"{file}: unknown key {key!r}{suggest(str(key), self.type_hints)}")
+            value = check_value(value, self.type_hints[key], actions[key].choices, f"{file}: {key}")
             self.set_defaults(**{key: value})
             actions[key].required = False
 
@@ -147,7 +186,7 @@ class _Parser(HfArgumentParser):
         # (seconds for TrainingArguments) before it looks for unknown arguments.
         namespace, unknown = self.parse_known_args(args)
         if options := [token.split("=", 1)[0] for token in unknown if token.startswith("-")]:
-            self.error(f"unknown argument {options[0]}{_suggest(options[0], self._option_string_actions)}")
+            self.error(f"unknown argument {options[0]}{suggest(options[0], self._option_string_actions)}")
         if unknown:
             self.error(f"unexpected value {unknown[0]!r}: it follows no argument that takes it")
         for name in self.type_hints:
@@ -225,73 +264,6 @@ def _read_options(prog: str, args: list[str]) -> tuple[str | None, dict[str, str
     return config, given
 
 
-def _check_value(value: Any, type_hint: Any, choices: Iterable[str] | None, where: str) -> Any:
-    """Converts a value to the type of its field, or raises ConfigError with a message that begins with `where`."""
-    got = f"got {describe_value(value)}"
-    try:
-        checked = _convert(value, type_hint)
-    except TypeError:
-        expected = _describe_type(type_hint)
-        raise ConfigError(f"{where}: expected {expected}, {got}{_advise(value, type_hint)}") from None
-    for item in checked if isinstance(checked, list) else [checked]:
-        if choices is not None and item is not None and item not in choices:
-            expected = ", ".join(map(repr, choices))
-            raise ConfigError(f"{where}: expected one of {expected}, {got}{_suggest(str(item), choices)}")
-    return checked
-
-
-def _advise(value: Any, type_hint: Any) -> str:
-    """Says how to write a value so that it has the type of its field; an empty text where nothing helps."""
-    if value is None:
-        return ": remove the line to keep the default"
-    with contextlib.suppress(TypeError):
-        if not isinstance(value, list | dict):
-            _convert(str(value), type_hint)
-            return ": put it in quotes"
-    with contextlib.suppress(TypeError, ValueError, yaml.YAMLError):
-        if isinstance(value, str):
-            _convert(yaml.load(value, Loader=Loader), type_hint)
-            return ": remove the quotes"
-    return ""
-
-
-def _convert(value: Any, type_hint: Any) -> Any:
-    """Converts a value to a type, or raises TypeError where it does not fit."""
-    origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
-    if origin in (Union, types.UnionType):
-        converted = []
-        for member in type_args:
-            with contextlib.suppress(TypeError):
-                converted.append(_convert(value, member))
-        if not converted:
-            raise TypeError
-        return next((item for item in converted if type(item) is type(value)), converted[0])
-    if (origin is Any and _is_plain(value)) or (origin in (str, type(None)) and isinstance(value, origin)):
-        return value
-    if origin is Literal and any(type(value) is type(item) and value == item for item in type_args):  # 0 == False
-        return value
-    if isinstance(origin, type) and issubclass(origin, Enum) and value in [item.value for item in origin]:
-        return value
-    if origin is bool and isinstance(value, bool | str) and (isinstance(value, bool) or value in _YAML_BOOLEANS):
-        return value if isinstance(value, bool) else _YAML_BOOLEANS[value]
-    if origin is int and type(value) is int:
-        return value
-    if origin is float and type(value) in (int, float):
-        return float(value)
-    if origin is list and isinstance(value, list):
-        return [_convert(item, type_args[0] if type_args else Any) for item in value]
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _convert(item, type_args[1] if type_args else Any) for key, item in value.items()}
-    raise TypeError
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON, in which a run is recorded, has such a value."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
-
-
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_make_dict)
@@ -307,18 +279,3 @@ def _make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if any(key == other for other, _ in pairs[:i]):
             raise ValueError(f"the key {key!r} occurs twice: keep one")
     return dict(pairs)
-
-
-def _describe_type(type_hint: Any) -> str:
-    origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe_type(member) for member in type_args)
-    if origin is list:
-        return f"a list, each item {_describe_type(type_args[0])}" if type_args else "a list"
-    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping"}
-    return names.get(origin) or ("null" if origin is type(None) else getattr(origin, "__name__", str(origin)))
-
-
-def _suggest(name: str, names: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f": did you mean {matches[0]!r}?" if matches else ""

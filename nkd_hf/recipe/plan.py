@@ -99,7 +99,13 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     student_plan = _describe(recipe.student, student, pixels)
     runs_teacher = recipe.needs_teacher and recipe.teacher_logits is None
     teacher_plan = _describe(recipe.teacher, teacher, teacher_pixels) if runs_teacher else None
-    if teacher is not None and teacher_plan["num_classes"] != student_plan["num_classes"]:
+    finetunes = False
+    if teacher is not None and not is_architecture(recipe.teacher):
+        differ = teacher_plan["num_classes"] != student_plan["num_classes"]
+        finetunes = recipe.finetune_teacher == "always" or (differ and recipe.finetune_teacher == "auto")
+    if finetunes:
+        notes.append("the teacher is fine-tuned on the data first (finetune_teacher)")
+    elif teacher is not None and teacher_plan["num_classes"] != student_plan["num_classes"]:
         notes.append(
             f"the teacher has {teacher_plan['num_classes']} classes and the student is planned with "
             f"{student_plan['num_classes']}: the run stops unless the dataset has as many as the teacher (set num_classes)"
@@ -115,7 +121,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     for tap in model.taps.values():
         tap.listen(False)
 
-    trains_teacher = runs_teacher and is_architecture(recipe.teacher)
+    trains_teacher = runs_teacher and (is_architecture(recipe.teacher) or finetunes)
     runs = {"teacher": DistillationModel(teacher, {})} if trains_teacher else {}
     if recipe.compare_with_baseline or not losses:
         runs["baseline"] = DistillationModel(student, {})

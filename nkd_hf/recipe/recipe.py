@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import release_memory
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
 from ..data.arguments import DataArguments
 from ..data.collator import ImageCollator
@@ -16,7 +17,7 @@ from ..hub.model_card.curves import OTHER_DATASET
 from ..hub.teacher_logits import find_store
 from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
-from ..models.students import describe_start
+from ..models.students import create_student, describe_start
 from ..models.teacher import Teacher, load_teacher
 from ..teacher_logits.store import TeacherLogits
 from ..trainer.agreement import decide_in_first
@@ -70,6 +71,8 @@ from .run_folder import (
 )
 from .stage import find_last_checkpoint, find_trained, make_trainer, open_trained, train_model
 from .teacher_accuracy import evaluate_teacher, measure_teacher, say_teacher_accuracy
+from .teacher_start import needs_finetuning, teacher_changes
+from .time_budget import fit_time_budget
 
 
 class Recipe:
@@ -102,8 +105,12 @@ class Recipe:
         self.results: dict[str, float | None] = dict.fromkeys(("teacher", ON_STUDENT_PIXELS, "baseline", "distilled"))
         self.accuracies: dict[str, dict[str, float]] = {}
         self.curves: dict[str, list[tuple[float, float]]] = {}
+        # What `nkd-hf distill` measures beside the accuracies: see recipe/deployment.py.
+        self.figures: dict[str, Any] = {}
         self.teacher: PreTrainedModel | Teacher | None = None
+        self.trains_teacher = runs_teacher(recipe) and is_architecture(recipe.teacher)
         self.to_push: DistillationTrainer | None = None
+        self.result_trainer: DistillationTrainer | None = None
         # In the order in which these steps can fail cheaply.
         check_arguments(recipe, data, training)
         create_repo_for(training)
@@ -111,6 +118,7 @@ class Recipe:
         if not self.is_trained:
             self._open_named_teacher()  # before the data, which are the longer download
         self._open_data()
+        self._decide_on_teacher()
         self._open_teacher_logits()
 
     # The steps of the constructor
@@ -129,7 +137,7 @@ class Recipe:
 
     def _open_named_teacher(self) -> None:
         recipe = self.args
-        if self.teacher is not None or not runs_teacher(recipe) or is_architecture(recipe.teacher):
+        if self.teacher is not None or not runs_teacher(recipe) or self.trains_teacher:
             return
         self.teacher = load_teacher(
             recipe.teacher, allow_pickle=recipe.allow_pickle, trust_remote_code=recipe.trust_remote_code
@@ -150,6 +158,11 @@ class Recipe:
         check_classes(self.args, data, names)
         self._class_settings = make_class_settings(self.args, self.data["train"], names)
         self.steps_per_epoch = set_stream_steps(data, training) if data.streaming else None
+
+    def _decide_on_teacher(self) -> None:
+        """Finds out whether a pretrained teacher is fine-tuned first; then its weights are opened again, for training."""
+        if isinstance(self.teacher, Teacher) and needs_finetuning(self.args, self.teacher, self.id2label):
+            self.teacher, self.trains_teacher = None, True
 
     def _open_teacher_logits(self) -> None:
         """Opens the store of the teacher's logits, if it is of this run."""
@@ -192,22 +205,20 @@ class Recipe:
         if not self.data_args.streaming:  # A stream fills a buffer first.
             train[0]
         if self.args.distillation_loss != "none":
-            teacher = self.teacher
-            if runs_teacher(self.args) and teacher is None:
-                teacher = load_teacher(self.create(self.args.teacher, self.args.teacher_args))
-            loss = build_loss(self.args, self.training_args, student, teacher)
-            trainer = self._make_trainer(self.folder, student, loss, teacher, teacher_compile=False)
+            trainer = self.make_stage("student", teacher_compile=False)
             if self.teacher_logits is None:
                 check_one_step(trainer, sample)
             if trains_student:
                 check_batch_sizes(trainer)
-            del trainer, teacher, loss
+            del trainer
         del student
         release_memory()
         if not self.goes_on:
             # Only now, so that input that is refused leaves the results of an earlier run.
             decide_in_folder(self.folder, self._clear_earlier_run)
         self._is_checked = True
+        if self.args.time_budget is not None and trains_student:
+            fit_time_budget(self)
 
     def _clear_earlier_run(self) -> None:
         if has_run(self.folder):
@@ -215,15 +226,18 @@ class Recipe:
             clear_run(self.folder, self._settings)
 
     def train_teacher(self) -> None:
-        """Trains the teacher, if it is named by an architecture and the loss wants one whose logits are not stored.
+        """Trains the teacher, if the loss wants one whose logits are not stored, and it is not used as it is.
+
+        It starts from random weights if it is named by an architecture, else from its own, with a new head.
 
         Raises:
             ValueError: data, models, loss or stored logits do not fit each other. The first of the three trainings checks
                 all of them before its first step.
         """
         self.check()
-        if not self.is_trained and runs_teacher(self.args) and is_architecture(self.args.teacher):
-            self.teacher = self._train("teacher", self.create(self.args.teacher, self.args.teacher_args))
+        if not self.is_trained and self.trains_teacher:
+            changes = teacher_changes(self.args, self.data_args, self.training_args)
+            self.teacher = self._train("teacher", self.create_teacher(), **changes)
 
     def train_baseline(self) -> None:
         """Trains the student without the distillation loss, if that is asked for."""
@@ -256,11 +270,12 @@ class Recipe:
         if training.should_save:
             if self.is_trained:
                 say(training, f"All is trained in {self.folder}: the report is left")
-                self.results = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
+                results = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
+                self.results = {key: results.get(key) for key in self.results}
             else:
                 with exit_if_not_written("the report", self.folder):
                     plot_curves(self.folder / PICTURE, self.args.student, self.results, self.curves, self.data_args)
-                    write_results(self.folder, self.results)
+                    write_results(self.folder, self.all_results())
             print_table(self.args, self.results, self.folder)
         folder = self.folder / self._result
         fault = push_result(training, folder, self.to_push, self.is_trained)
@@ -274,6 +289,13 @@ class Recipe:
         state.destroy_process_group()
         if fault:
             raise SystemExit(fault)
+
+    def all_results(self) -> dict[str, Any]:
+        """Returns the content of `results.json`."""
+        if not self.figures:
+            return self.results
+        # Rounded, as the other figures are.
+        return {key: value if value is None else round(value, 4) for key, value in self.results.items()} | self.figures
 
     # The teacher
 
@@ -321,6 +343,19 @@ class Recipe:
         """Builds a model of this run's classes."""
         return create_model(self.args, name, model_args, self.id2label, self.training_args.seed)
 
+    def create_teacher(self) -> PreTrainedModel:
+        """Builds the teacher that is trained: an architecture with the student's pixels, or a pretrained one with its own."""
+        recipe = self.args
+        if is_architecture(recipe.teacher):
+            return self.create(recipe.teacher, recipe.teacher_args)
+        set_seed(self.training_args.seed)
+        return create_student(
+            recipe.teacher,
+            id2label=self.id2label,
+            allow_pickle=recipe.allow_pickle,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
     def datasets(self, student: PreTrainedModel) -> ImageDatasets:
         """Makes the images of training and of evaluation as the student gets them."""
         return make_image_datasets(self.data, self.data_args, student, self.training_args.seed)
@@ -343,20 +378,48 @@ class Recipe:
         """The folder of the model that is pushed, and that a named checkpoint is of."""
         return "baseline" if self.args.distillation_loss == "none" else "student"
 
+    @property
+    def stages(self) -> list[str]:
+        """The names of the trainings of this run, in their order."""
+        has_loss = self.args.distillation_loss != "none"
+        wanted = {
+            "teacher": self.trains_teacher,
+            "baseline": self.args.compare_with_baseline or not has_loss,
+            "student": has_loss,
+        }
+        return [name for name, is_wanted in wanted.items() if is_wanted]
+
+    def make_stage(self, name: str, **changes) -> DistillationTrainer:
+        """Makes the trainer of one of the trainings, with new models; changes are of the training arguments."""
+        if name == "teacher":
+            changes = teacher_changes(self.args, self.data_args, self.training_args) | changes
+            return self._make_trainer(self.folder, self.create_teacher(), **changes)
+        student = self.create(self.args.student, self.args.student_args)
+        if name == "baseline":
+            return self._make_trainer(self.folder, student, **changes)
+        teacher = self.teacher
+        if runs_teacher(self.args) and teacher is None:
+            teacher = load_teacher(self.create_teacher())
+        loss = build_loss(self.args, self.training_args, student, teacher)
+        return self._make_trainer(self.folder, student, loss, teacher, **changes)
+
     def _make_trainer(self, folder: Path, student: PreTrainedModel, loss=None, teacher=None, **changes):
         datasets, collator = self.datasets(student), self.collator(with_teacher_logits=loss is not None)
-        rest = loss, teacher, self.steps_per_epoch
         changes |= self._class_settings
-        return make_trainer(self.training_args, folder, student, datasets, collator, *rest, **changes)
+        return make_trainer(
+            self.training_args, folder, student, datasets, collator, loss, teacher, self.steps_per_epoch,
+            early_stopping_patience=self.args.early_stopping_patience, **changes,
+        )  # fmt: skip
 
-    def _train(self, name: str, student: PreTrainedModel, loss=None, teacher=None) -> PreTrainedModel:
-        """Trains one model into its own folder, records its accuracy and returns it."""
+    def _train(self, name: str, student: PreTrainedModel, loss=None, teacher=None, **changes) -> PreTrainedModel:
+        """Trains one model into its own folder, with changes of the training arguments; records its accuracy, returns it."""
         folder, is_result, training = self.folder / name, name == self._result, self.training_args
         if self.goes_on and not is_result and (history := find_trained(folder)) is not None:
             self._record(name, history)
             say(training, f"The {name} in {folder} is trained already")
             return open_trained(folder, student, self.args.trust_remote_code).to(training.device)
-        trainer = self._make_trainer(folder, student, loss, teacher, push_to_hub=training.push_to_hub and is_result)
+        changes["push_to_hub"] = training.push_to_hub and is_result
+        trainer = self._make_trainer(folder, student, loss, teacher, **changes)
         trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies)
         start = f"{describe_size(student)} parameters, {describe_start(student)}"
         say(training, f"Training the {name} ({start}); it goes to {folder}")
@@ -368,6 +431,8 @@ class Recipe:
         self._record(name, trainer.state.log_history)
         if trainer.args.push_to_hub:
             self.to_push = trainer
+        if is_result:
+            self.result_trainer = trainer
         return trainer.student
 
     def _record(self, name: str, history: list[dict[str, float]]) -> None:

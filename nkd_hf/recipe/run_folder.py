@@ -37,7 +37,16 @@ _WITHOUT_EFFECT = (
     "skip_memory_metrics", "trackio_",
 )  # fmt: skip
 
+# They decide which weights are the best, where load_best_model_at_end keeps those.
+_OF_BEST = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
 
+# What an older version, which did not know an argument, did without it.
+_DEFAULTS = {
+    field.name: field.default
+    for arguments in (RecipeArguments, DataArguments)
+    for field in dataclasses.fields(arguments)
+    if field.default is not dataclasses.MISSING and not field.name.startswith(_WITHOUT_EFFECT)
+}
 _Answer = TypeVar("_Answer")
 # The locks that this process holds, by their folders.
 _locks: dict[Path, FileLock] = {}
@@ -165,12 +174,13 @@ def collect_settings(
 ) -> dict[str, Any]:
     """Collects the settings that two starts must share for the second to go on with the run of the first."""
     settings = dataclasses.asdict(recipe) | dataclasses.asdict(data) | training.to_dict()
-    settings = {name: value for name, value in settings.items() if not name.startswith(_WITHOUT_EFFECT)}
+    kept = _OF_BEST if training.load_best_model_at_end else ()
+    settings = {
+        name: value for name, value in settings.items() if name in kept or not name.startswith(_WITHOUT_EFFECT)
+    }
     # The place of a store has no effect, and check_fingerprint compares its content with the run.
     settings["teacher_logits"] = recipe.teacher_logits and "a store"
     settings["world_size"] = training.world_size
-    # None where it is off, as in the record of a version without the argument.
-    settings["balanced_sampling"] = data.balanced_sampling or None
     # A stream's workers divide its images among them; without workers, the process reads them as one worker does.
     settings["stream_workers"] = max(1, training.dataloader_num_workers) if data.streaming else None
     # Through JSON, as _describe_differences reads them. Without credentials, so that a renewed one is no other setting.
@@ -235,7 +245,7 @@ def is_trained(folder: Path) -> bool:
     return (folder / _UNREPORTED).exists() and (folder / RESULTS).is_file()
 
 
-def write_results(folder: Path, results: dict[str, float | None]) -> None:
+def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Writes the results of a run; from now on it [`is_trained`]."""
     # The mark first: results without it would count as a finished run.
     (folder / _UNREPORTED).touch()
@@ -258,7 +268,7 @@ def read_history(folder: Path) -> list[dict[str, float]] | None:
 
 
 def _describe_differences(record: Path, settings: dict[str, Any]) -> str:
-    """Describes how the settings differ from those in the record; a missing field is one that is None."""
+    """Describes how the settings differ from those in the record; a field that the record lacks has its default."""
     if not record.is_file():
         return f"it has no {_SETTINGS}"
     try:
@@ -267,6 +277,9 @@ def _describe_differences(record: Path, settings: dict[str, Any]) -> str:
         return f"its {_SETTINGS} cannot be read: {' '.join(str(error).split())}"
     if not isinstance(earlier, dict):
         return f"its {_SETTINGS} holds no mapping"
+    # Older versions did not record _OF_BEST.
+    defaults = {name: settings[name] for name in _OF_BEST if name in settings} | _DEFAULTS
+    earlier = {name: defaults[name] for name in settings if name in defaults} | earlier
     names = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
     shown = [f"{name} was {earlier.get(name)!r} and is {settings.get(name)!r}" for name in names[:5]]
     return ", ".join(shown + ([f"and {len(names) - 5} more"] if len(names) > 5 else []))

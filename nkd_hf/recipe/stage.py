@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
 from ..data.bad_images import BadImageReport
 from ..data.collator import ImageCollator
@@ -35,6 +35,7 @@ def make_trainer(
     steps_per_epoch: int | None = None,
     class_weights: Tensor | None = None,
     metrics: Callable[[EvalPrediction], dict[str, float]] = compute_metrics,
+    early_stopping_patience: int | None = None,
     **changes,
 ) -> DistillationTrainer:
     """Makes the trainer of one model.
@@ -50,6 +51,8 @@ def make_trainer(
         steps_per_epoch: of a stream.
         class_weights: [C] float, of the task loss.
         metrics: `compute_metrics` of the trainer.
+        early_stopping_patience: evaluations without an improvement after which the training ends; None ends it with its
+            last step.
         **changes: arguments that differ from the run's.
     """
     args = copy.copy(training)
@@ -60,6 +63,10 @@ def make_trainer(
         args.feature_layer = args.teacher_dtype = None
         args.teacher_channels_last = args.teacher_compile = False
     train, validation = datasets
+    callbacks: list[TrainerCallback] = [BadImageReport(steps_per_epoch)]
+    if early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience))
+        args.restore_callback_states_from_checkpoint = True  # the evaluations that were counted
     return DistillationTrainer(
         model=student,
         teacher=teacher,
@@ -72,7 +79,7 @@ def make_trainer(
         class_weights=class_weights,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=top5_indices,
-        callbacks=[BadImageReport(steps_per_epoch)],
+        callbacks=callbacks,
     )
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 
 import numpy as np
+import PIL.Image
 import torch
 from sklearn.datasets import load_digits
 from transformers import (
@@ -124,3 +125,22 @@ def top1(model, images) -> float:
             logits = model.eval()(sample["pixel_values"][None])
             hits.append(getattr(logits, "logits", logits).argmax().item() == sample["labels"])
     return sum(hits) / len(hits)
+
+
+def digit_folder(folder, names: list[str], train: int, validation: int) -> str:
+    """Writes digits as a folder of images, `train/NAME/*.png` and `validation/NAME/*.png`.
+
+    Args:
+        folder: which gets the images.
+        names: of the digits 0, 1, ...
+        train, validation: images of each class; lists have a number for each class.
+    """
+    images, labels = _all_digits()
+    for digit, name in enumerate(names):
+        rows = iter(images[labels == digit])
+        for split, count in (("train", train), ("validation", validation)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count[digit] if isinstance(count, list) else count):
+                pixels = np.rint(next(rows).reshape(8, 8) * (255 / 16)).astype(np.uint8)
+                PIL.Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    return str(folder)

@@ -192,5 +192,5 @@ def test_a_run_of_a_version_without_the_arguments_goes_on(tmp_path, caplog):
     (tmp_path / "baseline" / "trainer_state.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
         assert can_continue(tmp_path, collect())
-    with pytest.raises(ValueError, match="balanced_sampling was None and is True"):
+    with pytest.raises(ValueError, match="balanced_sampling was False and is True"):
         can_continue(tmp_path, collect(balanced_sampling=True))

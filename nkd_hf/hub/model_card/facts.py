@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification, TrainerState, TrainingArguments
@@ -39,6 +40,10 @@ class CardInfo:
         tags (`list[str]`): added to the card's own.
         teacher_on_student_pixels (`dict[str, float]`, *optional*): the teacher's accuracies on the pixels that the student
             gets, where these differ from the pixels of its own preprocessing.
+        deployment (`dict[str, dict]`, *optional*): by the names `teacher`, `baseline`, `student`, `student_onnx` and
+            `student_int8`, the measured `top1` (a fraction), `size_bytes`, `latency_ms` (`p50`, `p95`) and `images_per_second`.
+        temperature (`float`, *optional*): that the student's logits are divided by for calibrated probabilities. The saved
+            weights are without it.
 
     Raises:
         ValueError: an accuracy is missing or is no fraction, or the Hub knows no such licence.
@@ -59,6 +64,8 @@ class CardInfo:
     tags: list[str] = field(default_factory=list)
     teacher_on_student_pixels: dict[str, float] | None = None
     class_weights: str | None = None
+    deployment: dict[str, dict[str, Any]] | None = None
+    temperature: float | None = None
 
     def __post_init__(self):
         check_license(self.license)

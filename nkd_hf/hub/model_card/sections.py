@@ -13,13 +13,20 @@ from .curves import read_accuracies
 from .facts import Run, architecture
 from .text import code, code_block, link, plain, plain_name
 
+_FILES = {
+    "student": "**this model**",
+    "student_onnx": "`onnx/model.onnx`",
+    "student_int8": "`onnx/model_int8.onnx`",
+    "baseline": "this model, trained without distillation",
+    "teacher": "the teacher",
+}
 _LIBRARIES = ("nkd_hf", "torch", "transformers", "timm", "datasets", "accelerate", "huggingface_hub")
 
 
 def body(run: Run) -> str:
     """Returns the text of the card without its metadata."""
     title = f"# {_name_or_code(plain_name(run.name))}"
-    sections = (summary, results, usage, training, limitations, citation)
+    sections = (summary, results, deployment, usage, training, limitations, citation)
     return "\n\n".join([title, *(text for section in sections if (text := section(run)))])
 
 
@@ -79,6 +86,40 @@ def results(run: Run) -> str:
     if run.curves:
         alt = "Accuracy on held-out images, and training loss with its components, in the course of training"
         lines += ["", f"![{alt}]({run.curves})"]
+    return "\n".join(lines)
+
+
+def deployment(run: Run) -> str:
+    """Lists size and speed of the models, and names the ONNX files."""
+    models = run.info.deployment
+    if not models:
+        return ""
+    lines = [
+        "## Deployment",
+        "",
+        "| model | top-1 | size, MB | one image, ms (p95) | images/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, figures in models.items():
+        latency = figures["latency_ms"]
+        cells = [
+            _FILES.get(name, name),
+            f"{100 * figures['top1']:.2f}",
+            f"{figures['size_bytes'] / 1e6:.2f}",
+            f"{latency['p50']:.2f} ({latency['p95']:.2f})",
+            f"{figures['images_per_second']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Measured on one CPU thread; the models took turns."]
+    if "student_onnx" in models:
+        lines[-1] += (
+            " The ONNX files take `pixel_values` [batch, 3, H, W] float32, which `preprocessor_config.json` describes."
+        )
+    if run.info.temperature is not None:
+        lines[-1] += (
+            f" For calibrated probabilities, divide the logits by {run.info.temperature:g} (temperature scaling on the held-out "
+            "images); the weights are without it."
+        )
     return "\n".join(lines)
 
 

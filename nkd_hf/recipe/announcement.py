@@ -1,0 +1,107 @@
+"""Says in a dozen lines what a run will do, after all of it was opened and before anything is trained."""
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..errors import redact
+from ..models.architectures import is_architecture, with_start
+from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..models.students import describe_start
+from ..models.teacher import Teacher
+from .build import runs_teacher
+from .class_sizes import are_unequal, count_images
+from .report import describe_size
+from .teacher_start import teacher_changes
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def describe_run(run: "Recipe") -> list[str]:
+    """Describes a run: data, models, and the settings of its trainings.
+
+    Args:
+        run: which has opened its data and teacher.
+
+    Returns:
+        One line for each fact, `name  text`.
+    """
+    training, recipe = run.training_args, run.args
+    lines = {"data": redact(run.data_args.dataset_name)}
+    for name, split in run.data.items():
+        lines[name] = _describe_split(split, list(run.id2label.values()))
+    if runs_teacher(recipe):
+        lines["teacher"] = _describe_teacher(run)
+    elif recipe.teacher_logits is not None:
+        lines["teacher"] = f"does not run: its logits come from {redact(recipe.teacher_logits)}"
+    student = run.create(recipe.student, recipe.student_args)
+    lines["student"] = f"{redact(recipe.student)}: {describe_model(student)}, {describe_start(student)}"
+    lines["loss"] = (
+        f"{recipe.distillation_loss}, with the labels" if recipe.distillation_loss != "none" else "the labels"
+    )
+    for name in run.stages:
+        changes = teacher_changes(recipe, run.data_args, training) if name == "teacher" else {}
+        lines[f"training of the {name}"] = _describe_training(run, changes)
+    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "float32"
+    lines["machine"] = f"{training.world_size} x {training.device.type}, {precision}"
+    lines["output"] = str(run.folder)
+    width = max(map(len, lines))
+    return [f"{name:<{width}}  {text}" for name, text in lines.items()]
+
+
+def describe_model(model: PreTrainedModel) -> str:
+    """Describes a model's size and input."""
+    pixels = read_preprocessing(model, load_image_processor(model))
+    return f"{describe_size(model)} parameters, {pixels.size[0]} x {pixels.size[1]} pixels"
+
+
+def _describe_split(split: Dataset, names: list[str]) -> str:
+    if not isinstance(split, Dataset):
+        return f"a stream, {len(names)} classes"
+    counts = count_images(split, len(names))
+    text = f"{len(split)} images, {len(names)} classes"
+    present = counts[counts > 0]
+    if len(present) < len(names):
+        missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
+        text += f", {len(missing)} without an image ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+    if are_unequal(counts):
+        text += f", imbalanced: {present.min()} to {present.max()} images a class"
+    return text
+
+
+def _describe_teacher(run: "Recipe") -> str:
+    recipe, teacher = run.args, run.teacher
+    name = redact(recipe.teacher)
+    if run.trains_teacher:
+        model = run.create_teacher()
+        start = describe_start(model)
+        text = f"{name}: {describe_model(model)}, {start}, trained first"
+        if is_architecture(recipe.teacher) and recipe.teacher_init is None:
+            with contextlib.suppress(ValueError):
+                text += f" (pretrained: {with_start(recipe.teacher, 'pretrained')})"
+        return text
+    teacher = teacher.model if isinstance(teacher, Teacher) else teacher
+    classes = teacher.config.num_labels
+    used = f"{len(run.id2label)} of its {classes} classes by name" if classes > len(run.id2label) else "as it is"
+    return f"{name}: {describe_model(teacher)}, pretrained, used {used}"
+
+
+def _describe_training(run: "Recipe", changes: dict) -> str:
+    training = run.training_args
+    max_steps = changes.get("max_steps", training.max_steps)
+    epochs = changes.get("num_train_epochs", training.num_train_epochs)
+    rate = changes.get("learning_rate", training.scaled_learning_rate(training.global_batch_size()))
+    length = f"{max_steps} steps"
+    if max_steps <= 0:
+        per_epoch = -(-len(run.data["train"]) // training.global_batch_size())
+        steps = round(epochs * per_epoch)
+        length = f"{epochs:g} epochs, {steps} steps"
+    patience = run.args.early_stopping_patience
+    stop = f", ends after {patience} evaluations without a gain" if patience is not None else ""
+    batch = training.global_batch_size()
+    schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
+    optimizer = getattr(training.optim, "value", training.optim)
+    return f"{length} of {batch} images, {optimizer}, learning rate {rate:g} ({schedule}){stop}"

@@ -1,0 +1,97 @@
+"""The settings of `nkd-hf distill` that hold where the user sets nothing, for images of one's own.
+
+They are those of fine-tuning with timm (AdamW, weight decay 0.05, cosine schedule with a warm-up, RandAugment for photographs),
+with a learning rate and a number of steps by what the weights start from. `docs/quickstart.md` has them in a table.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from ..data.arguments import DataArguments
+from ..models.architectures import is_architecture
+from ..trainer.arguments import DistillationTrainingArguments
+from .arguments import RecipeArguments
+from .build import images_per_epoch
+
+# Optimiser steps of a training, and the least and the most epochs that they may take.
+_STEPS = {"pretrained": (1500, 10, 60), "random": (4000, 20, 120)}
+_LEARNING_RATE = {"pretrained": 3e-4, "random": 2e-3}
+_TEACHER_LEARNING_RATE = {"pretrained": 1e-4, "random": 1e-3}
+# Input sizes up to this one are those of small pictures, which a strong augmentation makes unrecognisable.
+_SMALL_PIXELS = 64
+
+
+def fixed_defaults(given: set[str]) -> dict[str, Any]:
+    """Returns the defaults that depend on the machine alone.
+
+    Args:
+        given: the names of the arguments that the user has set.
+    """
+    has_gpu = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "finetune_teacher": "auto",
+        "optim": "adamw_torch",
+        "weight_decay": 0.05,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "bf16": has_gpu and torch.cuda.is_bf16_supported() and "fp16" not in given,
+        "logging_strategy": "epoch",
+        "dataloader_num_workers": min(4, os.cpu_count() or 1),
+        "dataloader_persistent_workers": given.isdisjoint({"dataloader_num_workers"}),
+        "dataloader_pin_memory": has_gpu,
+    }
+    if given.isdisjoint({"eval_strategy", "save_strategy", "load_best_model_at_end", "streaming"}):
+        # The best checkpoint is kept beside the last one.
+        defaults |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
+        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    return {name: value for name, value in defaults.items() if name not in given}
+
+
+def set_defaults(
+    recipe: RecipeArguments,
+    data: DataArguments,
+    training: DistillationTrainingArguments,
+    given: set[str],
+    num_images: int | None,
+    image_size: int,
+) -> None:
+    """Sets the arguments that the user has not set and that depend on the models and on the data.
+
+    Args:
+        recipe, data, training: of the run; they are changed.
+        given: the names of the arguments that the user has set.
+        num_images: of the training split; None for a stream whose images nobody has counted.
+        image_size: of the student's input, in pixels.
+    """
+
+    def set_default(arguments: Any, name: str, value: Any) -> None:
+        if name not in given:
+            setattr(arguments, name, value)
+
+    num_images = images_per_epoch(data) if num_images is None else num_images
+    set_default(training, "per_device_train_batch_size", 32 if num_images is not None and num_images < 2000 else 64)
+    set_default(training, "per_device_eval_batch_size", 128)
+    start = "random" if is_architecture(recipe.student) else "pretrained"
+    set_default(training, "learning_rate", _LEARNING_RATE[start])
+    if num_images is not None and training.max_steps <= 0:
+        set_default(training, "num_train_epochs", _count_epochs(start, num_images, training))
+    if recipe.teacher is not None:
+        start = "random" if is_architecture(recipe.teacher) else "pretrained"
+        set_default(recipe, "teacher_learning_rate", _TEACHER_LEARNING_RATE[start])
+        if num_images is not None and training.max_steps <= 0:
+            set_default(recipe, "teacher_epochs", _count_epochs(start, num_images, training))
+    if training.load_best_model_at_end and training.max_steps <= 0:
+        set_default(recipe, "early_stopping_patience", max(5, math.ceil(training.num_train_epochs / 3)))
+    if data.random_crop_padding is None:
+        set_default(data, "random_resized_crop", [0.5, 1.0] if image_size <= _SMALL_PIXELS else [0.25, 1.0])
+    if image_size > _SMALL_PIXELS:
+        set_default(data, "auto_augment", "rand-m6-mstd0.5-inc1")
+
+
+def _count_epochs(start: str, num_images: int, training: DistillationTrainingArguments) -> int:
+    steps, least, most = _STEPS[start]
+    per_epoch = max(1, num_images / training.global_batch_size())
+    return min(most, max(least, round(steps / per_epoch)))

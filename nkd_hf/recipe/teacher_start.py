@@ -1,0 +1,63 @@
+"""Decides whether a pretrained teacher is used as it is or fine-tuned first, and with which arguments it is trained."""
+
+import logging
+from typing import Any
+
+from ..data.arguments import DataArguments, streaming_max_steps
+from ..models.labels import match_labels, names_all, normalize_id2label
+from ..models.teacher import Teacher
+from ..trainer.arguments import DistillationTrainingArguments
+from .arguments import RecipeArguments
+from .build import images_per_epoch
+
+logger = logging.getLogger(__name__)
+
+
+def needs_finetuning(recipe: RecipeArguments, teacher: Teacher, id2label: dict[int, str]) -> bool:
+    """Decides by `finetune_teacher` and by the classes of teacher and data whether the teacher is trained on the data first.
+
+    A teacher that has all classes of the data by name, and others, is used as it is: from now on it selects their logits.
+
+    Args:
+        recipe: of the run.
+        teacher: pretrained.
+        id2label: the classes of the data.
+
+    Raises:
+        ValueError: the classes differ, and `finetune_teacher` is `never`.
+    """
+    if recipe.finetune_teacher == "always":
+        return True
+    if recipe.ignore_label_names or teacher.id2label is None:
+        return False
+    names, known = list(id2label.values()), list(normalize_id2label(teacher.id2label).values())
+    if len(known) > len(names) and names_all(known, names):
+        teacher.selects_classes = True
+        return False
+    try:
+        match_labels(id2label, teacher.id2label, teacher.name)
+    except ValueError as error:
+        if recipe.finetune_teacher == "auto":
+            return True
+        advice = "set finetune_teacher to auto, which trains it on these classes first"
+        raise ValueError(f"{error}. Or {advice}") from error
+    return False
+
+
+def teacher_changes(
+    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments
+) -> dict[str, Any]:
+    """Returns the training arguments in which the training of a teacher differs from the student's.
+
+    Raises:
+        ValueError: `teacher_epochs` is set for a stream whose images nobody has counted.
+    """
+    changes: dict[str, Any] = {}
+    if recipe.teacher_learning_rate is not None:
+        changes["learning_rate"] = recipe.teacher_learning_rate
+    if recipe.teacher_epochs is not None:
+        changes |= {"num_train_epochs": recipe.teacher_epochs, "max_steps": -1}
+        if data.streaming:
+            images, batch = images_per_epoch(data), training.global_batch_size()
+            changes["max_steps"] = streaming_max_steps(images, recipe.teacher_epochs, batch)
+    return changes

@@ -1,0 +1,155 @@
+"""Chooses the epochs of a run's trainings so that they end within a given time."""
+
+import copy
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate.utils import release_memory
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from ..files import write_whole
+from ..trainer.agreement import decide_in_first
+from ..trainer.trainer import DistillationTrainer
+from .duration import describe_duration, parse_duration
+from .report import say
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+# Steps that are measured, after steps that warm up caches, workers and compilers.
+_STEPS, _WARM_UP = 10, 3
+# In the folder of a run: the epochs that were chosen.
+CHOSEN_EPOCHS = ".time_budget.json"
+# The part of the budget that the trainings get; the rest is for start-up, saving, export and report.
+_SHARE = 0.85
+
+
+@dataclasses.dataclass
+class Speed:
+    """What one training takes.
+
+    Args:
+        name: `teacher`, `baseline` or `student`.
+        epochs: that it would have without a budget.
+        step: seconds of an optimiser step.
+        steps_per_epoch: optimiser steps.
+        evaluation: seconds of an evaluation, of which each epoch has one.
+    """
+
+    name: str
+    epochs: float
+    step: float
+    steps_per_epoch: int
+    evaluation: float
+
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch."""
+        return self.steps_per_epoch * self.step + self.evaluation
+
+
+class _Clock(TrainerCallback):
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.perf_counter())
+
+
+def measure_speed(trainer: DistillationTrainer, name: str) -> Speed:
+    """Trains a throw-away model for some steps, and evaluates it.
+
+    Args:
+        trainer: of a model that nobody needs afterwards.
+        name: of the training.
+    """
+    clock, args = _Clock(), trainer.args
+    epochs, steps = (
+        args.num_train_epochs,
+        math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.args = copy.copy(args)
+        for argument, value in {
+            "output_dir": folder, "max_steps": _WARM_UP + _STEPS, "save_strategy": "no", "eval_strategy": "no",
+            "logging_strategy": "no", "report_to": [], "load_best_model_at_end": False,
+        }.items():  # fmt: skip
+            setattr(trainer.args, argument, value)
+        trainer.remove_callback(EarlyStoppingCallback)
+        trainer.add_callback(clock)
+        trainer.train()
+        start = time.perf_counter()
+        trainer.evaluate()
+        evaluation = time.perf_counter() - start
+    pairs = list(zip(clock.times[_WARM_UP - 1 :], clock.times[_WARM_UP:], strict=False))
+    release_memory()
+    return Speed(name, epochs, statistics.median(after - before for before, after in pairs), steps, evaluation)
+
+
+def fit_epochs(seconds: float, speeds: Iterable[Speed]) -> dict[str, int]:
+    """Chooses the epochs of all trainings in proportion to those that they would have, to fill a time.
+
+    Args:
+        seconds: of all trainings, with saving and report.
+        speeds: of the trainings.
+
+    Returns:
+        `dict[str, int]`: epochs by the names of the trainings.
+
+    Raises:
+        ValueError: the time does not suffice for one epoch of each training.
+
+    Example:
+        >>> fit_epochs(1000, [Speed("teacher", 10, 1.0, 9, 1.0), Speed("student", 20, 0.5, 9, 0.5)])
+        {'teacher': 42, 'student': 85}
+    """
+    speeds = list(speeds)
+    available = _SHARE * seconds
+    # Each training ends with one more evaluation, and the teacher is measured before the student is trained.
+    available -= sum(2 * speed.evaluation for speed in speeds)
+    least = sum(speed.epoch for speed in speeds)
+    if least > available:
+        raise ValueError(
+            f"time_budget must suffice for one epoch of each training, which take "
+            f"{describe_duration((seconds - available) + least)} here, got {describe_duration(seconds)}. Set a longer one, fewer "
+            "images (max_train_samples), or a smaller image_size"
+        )
+    factor = available / sum(speed.epochs * speed.epoch for speed in speeds)
+    return {speed.name: max(1, int(factor * speed.epochs)) for speed in speeds}
+
+
+def fit_time_budget(run: "Recipe") -> None:
+    """Sets the epochs of a run's trainings so that all of them end within `time_budget`.
+
+    Each training is measured on throw-away models. The choice is kept in the run's folder, for a start that resumes it.
+
+    Args:
+        run: whose models, data and folder are checked.
+
+    Raises:
+        ValueError: the time does not suffice for one epoch of each training.
+    """
+    file, seconds = run.folder / CHOSEN_EPOCHS, parse_duration(run.args.time_budget)
+    epochs = decide_in_first(lambda: json.loads(file.read_text()) if run.goes_on and file.is_file() else None)
+    if epochs is None:
+        say(
+            run.training_args,
+            f"Measuring the speed of {len(run.stages)} trainings, to end within {run.args.time_budget}",
+        )
+        speeds = [measure_speed(run.make_stage(name), name) for name in run.stages]
+        epochs = decide_in_first(lambda: _choose(file, seconds, speeds))
+    run.args.teacher_epochs = epochs.get("teacher", run.args.teacher_epochs)
+    run.training_args.num_train_epochs = epochs.get("student") or epochs["baseline"]
+
+
+def _choose(file: Path, seconds: float, speeds: list[Speed]) -> dict[str, int]:
+    epochs = fit_epochs(seconds, speeds)
+    write_whole(file, json.dumps(epochs) + "\n")
+    return epochs

@@ -1,0 +1,234 @@
+"""`nkd-hf distill`: own images and a pretrained teacher become a student, its ONNX files, figures and a report."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from command_runs import run
+from PIL import Image
+from processes import in_processes
+from tiny import digit_folder
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, create_student, distill, parse_args
+from nkd_hf.models.saving import save_student
+from nkd_hf.recipe import distill as distill_module
+from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
+
+NAMES = ["one", "three", "two", "zero"]
+MODEL = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
+QUICK = {
+    "image_size": 32, "num_train_epochs": 2, "teacher_epochs": 1, "dataloader_num_workers": 0, "use_cpu": True,
+    "dataloader_persistent_workers": False, "disable_tqdm": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    """A folder of four unequal classes, and a teacher of two others."""
+    folder = tmp_path_factory.mktemp("inputs")
+    images = digit_folder(folder / "images", ["zero", "one", "two", "three"], train=[12, 4, 12, 10], validation=3)
+    torch.manual_seed(0)
+    teacher = create_student("resnet18", id2label=["cat", "dog"], image_size=40, model_args=MODEL)
+    save_student(teacher, str(folder / "teacher"))
+    return {
+        "dataset_name": images, "teacher": str(folder / "teacher"), "student": "resnet18", "student_args": MODEL,
+        "compare_with_baseline": True,
+    }  # fmt: skip
+
+
+def command_line(arguments: dict) -> list[str]:
+    words = []
+    for name, value in arguments.items():
+        words += [f"--{name}", json.dumps(value) if isinstance(value, dict | bool) else str(value)]
+    return words
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, inputs) -> Path:
+    folder = tmp_path_factory.mktemp("distill") / "out"
+    distill(**inputs, output_dir=folder, **QUICK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(out) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_results_have_the_figures_of_all_models(out, results):
+    assert {
+        "teacher",
+        "baseline",
+        "distilled",
+        "agreement_with_teacher",
+        "settings",
+        "dataset",
+        "versions",
+    } <= results.keys()
+    assert list(results["models"])[:4] == ["teacher", "baseline", "student", "student_onnx"]
+    for name, figures in results["models"].items():
+        assert {
+            "top1",
+            "balanced_accuracy",
+            "ece",
+            "parameters",
+            "size_bytes",
+            "latency_ms",
+            "images_per_second",
+        } <= figures.keys()
+        assert "top5" not in figures  # four classes
+        assert figures["latency_ms"].keys() == {"p50", "p95"}
+        assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["p95"], name
+    models = results["models"]
+    assert models["student"]["top1"] == results["distilled"] == models["student_onnx"]["top1"]
+    assert models["baseline"]["top1"] == results["baseline"]
+    assert models["teacher"]["top1"] == results["teacher"]
+    assert models["student"]["size_bytes"] == (out / "student" / "model.safetensors").stat().st_size
+    assert models["student_onnx"]["size_bytes"] == (out / "student" / "onnx" / "model.onnx").stat().st_size
+    assert set(results["per_class"]) == set(NAMES)
+    assert results["per_class"]["one"].keys() == {"support", "teacher", "baseline", "student"}
+    support = sum(entry["support"] * entry["student"] for entry in results["per_class"].values())
+    assert support / 12 == pytest.approx(models["student"]["top1"], abs=1e-3)
+    assert results["dataset"]["images"] == {"train": 38, "validation": 12}
+    # Rounded: no number has more than six digits.
+    numbers = re.findall(r"\d+\.\d+", json.dumps({**models, "per_class": results["per_class"]}))
+    assert max(len(number.replace(".", "").lstrip("0")) for number in numbers) <= 6
+
+
+def test_the_onnx_file_gives_the_students_logits(out, inputs):
+    image = next(Path(inputs["dataset_name"], "validation").rglob("*.png"))
+    processor = AutoImageProcessor.from_pretrained(out / "student")
+    student = AutoModelForImageClassification.from_pretrained(out / "student").eval()
+    pixels = processor(Image.open(image).convert("RGB"), return_tensors="pt")["pixel_values"]
+    session = onnxruntime.InferenceSession(out / "student" / "onnx" / "model.onnx")
+    (logits,) = session.run(None, {"pixel_values": pixels.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, student(pixels).logits.numpy(), atol=1e-4)
+
+
+def test_what_lies_in_the_folder(out, results):
+    assert {"teacher", "baseline", "student", "results.json", "accuracy.png", "report.html", "run.yaml"} <= {
+        path.name for path in out.iterdir()
+    }
+    page = (out / "report.html").read_text()
+    assert f"{100 * results['models']['student']['top1']:.1f}" in page
+    card = (out / "student" / "README.md").read_text()
+    assert "## Deployment" in card
+    assert "| `onnx/model.onnx` |" in card
+    assert f"divide the logits by {results['temperature']:g}" in card
+    saved = AutoModelForImageClassification.from_pretrained(out / "teacher")
+    assert [saved.config.id2label[number] for number in range(4)] == NAMES
+
+
+def test_the_record_of_a_run_is_a_configuration_of_a_recipe(out):
+    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+    recipe, data, training = parse_args(types, args=["--config", str(out / "run.yaml"), "--output_dir", "elsewhere"])
+    assert (recipe.finetune_teacher, recipe.teacher_epochs, training.num_train_epochs) == ("auto", 1, 2)
+    assert yaml.safe_load((out / "run.yaml").read_text())["learning_rate"] == training.learning_rate == 2e-3
+    assert data.random_resized_crop == [0.5, 1.0]
+
+
+def test_the_command_says_its_plan_and_continues_after_a_stop(tmp_path, inputs, capsys, monkeypatch):
+    arguments = command_line({**inputs, **QUICK, "output_dir": str(tmp_path)})
+
+    def stop(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(distill_module, "deploy", stop)
+    code, said, _ = run(capsys, "distill", *arguments)
+    assert code == 2
+    plan = said[: said.index("Training the teacher")]
+    assert "train                     38 images, 4 classes, imbalanced: 4 to 12 images a class" in plan
+    assert "validation                12 images, 4 classes" in plan
+    assert re.search(r"teacher  .*40 x 40 pixels, pretrained, new head of 4 classes, trained first", plan)
+    assert re.search(r"student  .*32 x 32 pixels, random weights", plan)
+    assert re.search(
+        r"training of the teacher   1 epochs, 2 steps of 32 images, adamw_torch, learning rate 0.0001", plan
+    )
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.undo()
+    code, said, _ = run(capsys, "distill", *arguments)
+    assert code == 0
+    for name in ("teacher", "baseline"):
+        assert f"The {name} in {tmp_path / name} is trained already" in said
+    assert "student_onnx" in json.loads((tmp_path / "results.json").read_text())["models"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_epoch": 3}, "teacher_epoch.*did you mean 'teacher_epochs'"),
+        ({"max_int8_drop": -1}, "max_int8_drop must be 0 points or more, got -1"),
+        ({"distillation_loss": "none"}, "distillation_loss must be a loss, got 'none'"),
+        ({"time_budget": "soon"}, "time_budget must be a time such as 30m"),
+        ({"finetune_teacher": "never"}, "set finetune_teacher to auto"),
+        ({"early_stopping_patience": 2, "load_best_model_at_end": False}, "needs load_best_model_at_end"),
+    ],
+)
+def test_wrong_arguments_train_nothing(tmp_path, inputs, capsys, changes, message):
+    with pytest.raises(ValueError, match=message):
+        distill(**{**inputs, **QUICK, "output_dir": tmp_path / "run", **changes})
+    code, _, error = run(
+        capsys, "distill", *command_line({**inputs, **QUICK, "output_dir": str(tmp_path / "run"), **changes})
+    )
+    assert code == 2
+    assert re.search(message.partition(".*")[0], error)
+    assert "Traceback" not in error
+    assert not any((tmp_path / "run" / name).exists() for name in ("teacher", "baseline", "student", "results.json"))
+
+
+def test_images_that_cannot_be_read_are_named_before_training(tmp_path, capsys):
+    images = digit_folder(tmp_path / "images", ["zero", "one"], train=4, validation=2)
+    (Path(images) / "train" / "zero" / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"the train split .* got 1 of 8 that cannot: .*1\.png"):
+        distill(
+            images, teacher="resnet18", student="resnet18", output_dir=tmp_path / "run", image_size=32, use_cpu=True
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_needs_data_and_a_folder(capsys):
+    code, _, error = run(capsys, "distill", "--student", "resnet18", "--teacher", "resnet34")
+    assert code == 2
+    assert re.search(r"are required: --dataset_name\S*, --output_dir", error)
+
+
+@pytest.mark.parametrize(
+    ("student", "images", "given", "expected"),
+    [
+        ("resnet18", 1437, {}, {"per_device_train_batch_size": 32, "learning_rate": 2e-3, "num_train_epochs": 89}),
+        ("resnet18", 10**6, {}, {"per_device_train_batch_size": 64, "num_train_epochs": 20}),
+        ("timm/resnet18.a1_in1k", 5000, {}, {"learning_rate": 3e-4, "num_train_epochs": 19}),
+        ("timm/resnet18.a1_in1k", 5000, {"learning_rate": 0.1}, {"learning_rate": 0.1}),
+        ("timm/resnet18.a1_in1k", 100, {"per_device_train_batch_size": 8}, {"num_train_epochs": 60}),
+    ],
+)
+def test_defaults_follow_the_start_and_the_number_of_images(student, images, given, expected):
+    values = {**fixed_defaults(set(given)), **given, "use_cpu": True, "report_to": "none"}
+    training = DistillationTrainingArguments(
+        "unused", **{name: value for name, value in values.items() if name != "finetune_teacher"}
+    )
+    recipe, data = RecipeArguments(student=student, teacher="timm/resnet34.a1_in1k"), DataArguments("somewhere")
+    set_defaults(recipe, data, training, set(given), images, image_size=224)
+    assert {name: getattr(training, name) for name in expected} == expected
+    assert (recipe.teacher_learning_rate, data.auto_augment) == (1e-4, "rand-m6-mstd0.5-inc1")
+    assert training.metric_for_best_model == "accuracy"
+
+
+def test_two_processes_distil_into_one_folder(tmp_path, inputs):
+    def work():
+        PartialState.destroy_process_group = lambda self: None  # in_processes does so itself
+        distill(**inputs, output_dir=tmp_path / "out", **QUICK | {"num_train_epochs": 1})
+
+    codes = in_processes(2, work, tmp_path / "log")
+    assert codes == [0, 0], (tmp_path / "log").read_text()[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "student_onnx" in results["models"]
+    assert results["models"]["student"]["top1"] == results["distilled"]

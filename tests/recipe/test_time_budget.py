@@ -1,0 +1,67 @@
+"""Epochs that are chosen so that a run ends within a given time."""
+
+import json
+import time
+
+import pytest
+from recipe_runs import run
+from tiny import digit_folder
+
+from nkd_hf.recipe.duration import describe_duration, parse_duration
+from nkd_hf.recipe.time_budget import CHOSEN_EPOCHS, Speed, fit_epochs
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("45s", 45), ("30m", 1800), ("1h30m", 5400), ("0.5d", 43200)])
+def test_times_are_read(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "30 m", "-5m", "0s", "30m later", "1y"])
+def test_other_texts_are_refused(text):
+    with pytest.raises(ValueError, match="must be a time such as 30m"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("seconds", [90, 3600, 86400])
+def test_the_chosen_epochs_fill_the_time_and_no_more(seconds):
+    speeds = [
+        Speed("teacher", 10, 0.05, 20, 0.3),
+        Speed("baseline", 20, 0.02, 20, 0.2),
+        Speed("student", 20, 0.03, 20, 0.2),
+    ]
+    epochs = fit_epochs(seconds, speeds)
+    assert epochs["baseline"] == epochs["student"]
+    assert epochs["student"] == pytest.approx(2 * epochs["teacher"], abs=1)
+    total = sum(epochs[speed.name] * speed.epoch + 2 * speed.evaluation for speed in speeds)
+    assert 0.7 * seconds < total <= seconds
+
+
+def test_too_little_time_is_refused_with_the_least():
+    with pytest.raises(ValueError, match=r"one epoch of each training, which take 14 s here, got 5 s"):
+        fit_epochs(5, [Speed("student", 20, 0.5, 20, 1.0)])
+
+
+def test_a_run_ends_in_time_and_its_epochs_are_kept(tmp_path):
+    images = digit_folder(tmp_path / "images", ["zero", "one"], train=40, validation=4)
+    arguments = [
+        "distill_cnn", "--output_dir", str(tmp_path / "run"), "--dataset_name", images, "--teacher_epochs", "1",
+        "--compare_with_baseline", "false", "--per_device_train_batch_size", "32",
+    ]  # fmt: skip
+    start = time.monotonic()
+    recipe = run(*arguments, "--time_budget", "12s")
+    passed = time.monotonic() - start
+    chosen = json.loads((tmp_path / "run" / CHOSEN_EPOCHS).read_text())
+    assert chosen == {"teacher": recipe.args.teacher_epochs, "student": recipe.training_args.num_train_epochs}
+    assert chosen["student"] == pytest.approx(2 * chosen["teacher"], abs=1)  # 2 epochs and 1, by the arguments
+    assert chosen["student"] > 2
+    assert [epoch for epoch, _ in recipe.curves["distilled"]][-1] == chosen["student"]
+    assert passed < 60, passed  # The machine may have become slower since it was measured.
+
+
+def test_a_budget_excludes_max_steps(tmp_path):
+    with pytest.raises(ValueError, match="time_budget chooses the epochs, but max_steps is 5"):
+        run("distill_cnn", "--output_dir", str(tmp_path), "--time_budget", "5m", "--max_steps", "5")
+
+
+def test_durations_are_written_for_readers():
+    assert [describe_duration(seconds) for seconds in (59.6, 600, 7200)] == ["1 min", "10 min", "2 h"]
