@@ -108,7 +108,7 @@ def fit_epochs(seconds: float, speeds: Iterable[Speed]) -> dict[str, int]:
 
     Example:
         >>> fit_epochs(1000, [Speed("teacher", 10, 1.0, 9, 1.0), Speed("student", 20, 0.5, 9, 0.5)])
-        {'teacher': 42, 'student': 85}
+        {'teacher': 42, 'student': 84}
     """
     speeds = list(speeds)
     available = _SHARE * seconds
