@@ -32,8 +32,6 @@ def verdict(models: Mapping[str, Any], gain: tuple[float, float] | None, images:
 def _headline(student: Mapping[str, Any], teacher: Mapping[str, Any] | None, gain: tuple[float, float] | None) -> str:
     if gain is not None and abs(gain[0]) <= gain[1]:
         return "Distillation made no clear difference to the student's accuracy."
-    if gain is not None and gain[0] == 0:
-        return "Distillation made no difference to the student's accuracy."
     if gain is not None:
         change = "raised" if gain[0] > 0 else "lowered"
         return f"Distillation {change} the student's accuracy by {_distance(gain[0])}."

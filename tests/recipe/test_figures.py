@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 from nkd_hf.recipe.calibration import calibration_error, confidences, predictions, reliability
@@ -110,9 +111,18 @@ def test_difference_of_two_models():
     # Right alone: the student on 15 images, the baseline on 5.
     difference, margin = accuracy_difference(student, baseline, labels)
     assert difference == 0.1
-    assert margin == pytest.approx(1.96 * np.sqrt((0.2 - 0.1**2) / 100), abs=1e-4)
+    assert margin == pytest.approx(1.96 * np.sqrt((0.2 - 0.1**2) / 100) + 0.01, abs=1e-4)
     assert accuracy_difference(baseline, student, labels) == (-0.1, margin)
-    assert accuracy_difference(student, student, labels) == (0, 0)
+    assert accuracy_difference(student, student, labels) == (0, 0.01)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(1, 0), (5, 0), (6, 0), (9, 2), (10, 2), (40, 22), (42, 22)])
+def test_few_images_prove_as_much_as_the_exact_test_says(better, worse):
+    own, other = np.zeros((2, 100, 2))
+    own[:better, 0] = other[better : better + worse, 0] = 1
+    difference, margin = accuracy_difference(own - [0.5, 0], other - [0.5, 0], np.zeros(100, int))
+    assert difference == (better - worse) / 100
+    assert (difference > margin) == (binomtest(better, better + worse).pvalue < 0.05)
 
 
 def test_classes_by_name():
