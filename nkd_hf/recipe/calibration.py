@@ -90,13 +90,14 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         return 1.0
     labels, shifted = labels[is_number], shifted_logits(logits[is_number])
     target = shifted[np.arange(len(labels)), labels].mean(dtype=np.float64)
+    weights = np.empty_like(shifted)
     low, high = np.log(_TEMPERATURES)
     # The cross-entropy is convex in 1 / temperature. Its slope is the expected logit less the label's logit.
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
-        weights = np.exp(shifted * np.float32(np.exp(-middle)))
-        expected = (weights * shifted).sum(axis=1, dtype=np.float64) / weights.sum(axis=1, dtype=np.float64)
-        if expected.mean() > target:
+        np.exp(np.multiply(shifted, np.float32(np.exp(-middle)), out=weights), out=weights)
+        expected = np.einsum("nc,nc->n", weights, shifted) / weights.sum(axis=1)
+        if expected.mean(dtype=np.float64) > target:
             low = middle
         else:
             high = middle
