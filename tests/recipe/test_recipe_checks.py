@@ -183,7 +183,7 @@ def big_teacher(tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("big")
     first = run(
         "distill_cnn", "--output_dir", str(folder), "--distillation_loss", "none", "--image_size", "32", "--student_args",
-        json.dumps({"channels": [16, 32, 64, 128]}), "--max_train_samples", "640", "--num_train_epochs", "4",
+        json.dumps({"channels": [16, 32, 64, 128]}), "--max_train_samples", "320", "--num_train_epochs", "4",
         "--crop_pct", "0.875", "--learning_rate", "0.05", "--precise_bn_images", "256",
     )  # fmt: skip
     assert first.results["baseline"] > 0.2
