@@ -11,7 +11,7 @@ from .html_elements import element, percent, points, shorten, text_width
 
 # Sizes are in units of the SVG's view box, which is as wide as a phone's screen or a half of a desktop's page.
 _WIDTH = 440
-_LETTER = 6.6  # mean width of a letter
+_LETTER = 7.2  # mean width of a letter, at the larger size of a phone
 
 
 @dataclass
