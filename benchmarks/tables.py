@@ -125,6 +125,7 @@ def memory_notes(result: dict) -> list[str]:
 FIGURES = {
     "store_accuracy.py": "{rounds} seeds",
     "input_accuracy.py": "{rounds} seeds",
+    "deploy.py": "{rounds} seeds",
     "streams.py": "wall clock and CPU time, medians of {rounds} rounds",
     "memory.py": "bytes allocated, one step of each",
     "scale.py": "{clock}, medians over {rounds} x {repeats} steps (rounds x launches)",

@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import deploy  # noqa: E402
 import digits  # noqa: E402
 
 from nkd_hf import DataArguments, load_image_dataset  # noqa: E402
@@ -71,3 +72,36 @@ def test_numbers_are_two_digits_of_their_own_split(tmp_path):
             assert not pixels[:4].any()
             assert not pixels[12:].any()
             assert [labels[pixels[4:12, half].tobytes()] for half in (slice(8), slice(8, 16))] == [*divmod(label, 10)]
+
+
+def test_the_aims_of_deployment_are_judged_seed_by_seed(monkeypatch):
+    def models(teacher: float, baseline: float, student: float, int8: float) -> dict:
+        top1 = {
+            "teacher": teacher,
+            "baseline": baseline,
+            "student": student,
+            "student_onnx": student,
+            "student_int8": int8,
+        }
+        sizes = {"teacher": 31_000_000, "student_int8": 1_000_000}
+        return {
+            name: {
+                "top1": value,
+                "parameters": 10**6,
+                "size_bytes": sizes.get(name, 2_000_000),
+                "latency_ms": {"p50": 1.0},
+            }
+            for name, value in top1.items()
+        }
+
+    monkeypatch.setattr("sys.argv", ["benchmarks/deploy.py"])
+    report = common.Report(common.make_parser("", rounds=2).parse_args([]))
+    deploy.tabulate(report, [models(0.90, 0.85, 0.88, 0.87), models(0.91, 0.86, 0.88, 0.88)])
+    aims = {aim["what"].rpartition(", ")[2]: aim for aim in report.result["aims"]}
+    assert aims["teacher less student"]["value"] == pytest.approx(2.5)
+    assert aims["student less baseline"]["value"] == pytest.approx(2.5)
+    # Differences of 3 and 2: Student's t of one degree of freedom at 0.975 is 12.706.
+    assert aims["student less baseline"]["spread"] == pytest.approx((2.5 - 12.706 * 0.5, 2.5 + 12.706 * 0.5), abs=1e-3)
+    assert aims["student less int8"]["value"] == pytest.approx(0.5)
+    assert [aim["met"] for aim in report.result["aims"]] == [False, True, True, True]
+    assert report.result["tables"][0]["rows"][0][:3] == ["teacher, fine-tuned", "90.00, 91.00", "90.50"]
