@@ -73,6 +73,7 @@ from .stage import find_last_checkpoint, find_trained, make_trainer, open_traine
 from .teacher_accuracy import evaluate_teacher, measure_teacher, say_teacher_accuracy
 from .teacher_start import needs_finetuning, teacher_changes
 from .time_budget import fit_time_budget
+from .time_left import TimeLeft
 
 
 class Recipe:
@@ -420,6 +421,7 @@ class Recipe:
             return open_trained(folder, student, self.args.trust_remote_code).to(training.device)
         changes["push_to_hub"] = training.push_to_hub and is_result
         trainer = self._make_trainer(folder, student, loss, teacher, **changes)
+        trainer.add_callback(TimeLeft(name, self.stages[self.stages.index(name) + 1 :]))
         trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies)
         start = f"{describe_size(student)} parameters, {describe_start(student)}"
         say(training, f"Training the {name} ({start}); it goes to {folder}")

@@ -1,6 +1,7 @@
 """Epochs that are chosen so that a run ends within a given time."""
 
 import json
+import re
 import time
 
 import pytest
@@ -41,7 +42,7 @@ def test_too_little_time_is_refused_with_the_least():
         fit_epochs(5, [Speed("student", 20, 0.5, 20, 1.0)])
 
 
-def test_a_run_ends_in_time_and_its_epochs_are_kept(tmp_path):
+def test_a_run_ends_in_time_and_its_epochs_are_kept(tmp_path, capsys):
     images = digit_folder(tmp_path / "images", ["zero", "one"], train=40, validation=4)
     arguments = [
         "distill_cnn", "--output_dir", str(tmp_path / "run"), "--dataset_name", images, "--teacher_epochs", "1",
@@ -50,6 +51,9 @@ def test_a_run_ends_in_time_and_its_epochs_are_kept(tmp_path):
     start = time.monotonic()
     recipe = run(*arguments, "--time_budget", "12s")
     passed = time.monotonic() - start
+    said = re.findall(r"^About (.+) left for the (\d+) steps of the (\w+)", capsys.readouterr().out, re.MULTILINE)
+    steps = {"teacher": 3 * recipe.args.teacher_epochs, "student": 3 * recipe.training_args.num_train_epochs}
+    assert {name: int(count) for _, count, name in said} == {name: n for name, n in steps.items() if n > 10}
     chosen = json.loads((tmp_path / "run" / CHOSEN_EPOCHS).read_text())
     assert chosen == {"teacher": recipe.args.teacher_epochs, "student": recipe.training_args.num_train_epochs}
     assert chosen["student"] == pytest.approx(2 * chosen["teacher"], abs=1)  # 2 epochs and 1, by the arguments

@@ -1,0 +1,42 @@
+"""Says once, after the first steps of a training, how long its steps will take."""
+
+import statistics
+import time
+
+from transformers import TrainerCallback
+
+from .duration import describe_duration
+
+# Steps after which the time is said, and those of them that warm up caches, workers and compilers.
+STEPS, WARM_UP = 10, 3
+
+
+class TimeLeft(TrainerCallback):
+    """Prints how long a training will take, from the median of its first steps; evaluations come on top.
+
+    Args:
+        name: of the training: `teacher`, `baseline` or `student`.
+        following: the names of the trainings that come after it.
+    """
+
+    def __init__(self, name: str, following: list[str]):
+        self.name, self.following = name, following
+        self.times: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.times = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if len(self.times) > STEPS:
+            return
+        self.times.append(time.perf_counter())
+        if len(self.times) <= STEPS or not args.should_save:
+            return
+        pairs = zip(self.times[WARM_UP:], self.times[WARM_UP + 1 :], strict=False)
+        step = statistics.median(after - before for before, after in pairs)
+        left = describe_duration(step * (state.max_steps - state.global_step))
+        then = f"; then the {' and the '.join(self.following)}" if self.following else ""
+        print(
+            f"About {left} left for the {state.max_steps} steps of the {self.name}, and its evaluations{then}",
+            flush=True,
+        )
