@@ -13,11 +13,12 @@ from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.teacher import Teacher
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
+from .progress import shows_bars
 
 
 def set_up_process(training: DistillationTrainingArguments) -> None:
-    """Switches progress bars off where that is asked for, and sets the number of PyTorch's threads on the CPU."""
-    if training.disable_tqdm:
+    """Switches progress bars off where nobody sees them, and sets the number of PyTorch's threads on the CPU."""
+    if not shows_bars(training):
         datasets.disable_progress_bars()
         disable_progress_bar()
     if training.device.type == "cpu":

@@ -28,6 +28,7 @@ from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
 from .fingerprint import compare_fingerprints, fingerprint_teacher, hide_path, read_versions
+from .progress import shows_bars
 from .recipe import Recipe
 from .report import ON_STUDENT_PIXELS
 
@@ -179,7 +180,8 @@ def _write_shards(
     loader = iter(DataLoader(images, batch_sampler=batches, collate_fn=collator, num_workers=workers))
     total = sum(len(_shard_positions(info, shard)) for _, shard in shards)
     silent = training.disable_tqdm or training.process_index > 0
-    with tqdm(total=total, desc="Running the teacher", unit="image", disable=silent) as bar:
+    interval = 0.1 if shows_bars(training) else 60  # seconds; each is a line of a file
+    with tqdm(total=total, desc="Running the teacher", unit="image", disable=silent, mininterval=interval) as bar:
         for epoch, shard in shards:
             positions, parts = _shard_positions(info, shard), []
             for _ in range(0, len(positions), batch_size):

@@ -43,6 +43,7 @@ from .checks import (
 )
 from .class_sizes import make_class_settings
 from .fingerprint import check_fingerprint, fingerprint_run
+from .progress import shows_bars
 from .report import (
     ON_STUDENT_PIXELS,
     PICTURE,
@@ -330,7 +331,7 @@ class Recipe:
         def evaluate(prepared: Teacher, processor: BaseImageProcessor) -> dict[str, float]:
             images = make_evaluation_images(self.data["validation"], self.data_args, processor, training.seed)
             loader = trainer.get_test_dataloader(images)
-            return evaluate_teacher(prepared, loader, trainer.accelerator, training.disable_tqdm)
+            return evaluate_teacher(prepared, loader, trainer.accelerator, shows_bars(training))
 
         # The teacher that was trained here was measured at the end of its training.
         self.accuracies |= measure_teacher(teacher, student, evaluate, training, self.accuracies.get("teacher"))

@@ -20,6 +20,7 @@ from ..trainer.agreement import first_fault
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.checkpoints import checkpoints
 from ..trainer.trainer import DistillationTrainer
+from .progress import show_progress
 from .report import say
 from .run_folder import decide_in_folder, exit_if_not_written, read_history
 
@@ -67,7 +68,7 @@ def make_trainer(
     if early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience))
         args.restore_callback_states_from_checkpoint = True  # the evaluations that were counted
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
         distillation_loss=loss,
@@ -81,6 +82,8 @@ def make_trainer(
         preprocess_logits_for_metrics=top5_indices,
         callbacks=callbacks,
     )
+    show_progress(trainer, folder.name)
+    return trainer
 
 
 def train_model(trainer: DistillationTrainer, name: str, checkpoint: str | None, with_card: bool) -> None:

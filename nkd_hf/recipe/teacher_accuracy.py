@@ -68,7 +68,7 @@ def _prepare(
 
 
 def evaluate_teacher(
-    teacher: Teacher, loader: DataLoader, accelerator: Accelerator, disable_tqdm: bool = False
+    teacher: Teacher, loader: DataLoader, accelerator: Accelerator, shows_bar: bool = False
 ) -> dict[str, float]:
     """Evaluates a teacher on the images of a loader, each counted once over all processes.
 
@@ -76,14 +76,14 @@ def evaluate_teacher(
         teacher: aligned to the loader's pixels and labels, on the loader's device.
         loader: one that `accelerator` has prepared, with batches of `pixel_values` and `labels`.
         accelerator: gathers the predictions of all processes.
-        disable_tqdm: whether to show no progress.
+        shows_bar: whether to show the progress.
 
     Returns:
         `dict`: `accuracy` and `top5_accuracy`, fractions.
     """
     predictions, labels = [], []
-    silent = disable_tqdm or not accelerator.is_local_main_process
-    for batch in tqdm(loader, desc="Evaluating the teacher", disable=silent):
+    silent = not (shows_bar and accelerator.is_main_process)
+    for batch in tqdm(loader, desc="Evaluating the teacher", leave=False, disable=silent):
         answer = top5_indices(teacher(batch["pixel_values"]))
         answer, label = accelerator.gather_for_metrics((answer, batch["labels"]))
         predictions.append(answer.cpu())

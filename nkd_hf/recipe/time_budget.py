@@ -18,6 +18,7 @@ from ..files import write_whole
 from ..trainer.agreement import decide_in_first
 from ..trainer.trainer import DistillationTrainer
 from .duration import describe_duration, parse_duration
+from .progress import TrainingProgress
 from .report import say
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def measure_speed(trainer: DistillationTrainer, name: str) -> Speed:
             "logging_strategy": "no", "report_to": [], "load_best_model_at_end": False,
         }.items():  # fmt: skip
             setattr(trainer.args, argument, value)
-        trainer.remove_callback(EarlyStoppingCallback)
+        for callback in (EarlyStoppingCallback, TrainingProgress):
+            trainer.remove_callback(callback)
         trainer.add_callback(clock)
         trainer.train()
         start = time.perf_counter()
