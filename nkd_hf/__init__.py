@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .models.preprocessing import load_image_processor
     from .models.students import create_student
     from .models.teacher import load_teacher
+    from .options import start_recipe
     from .recipe.arguments import RecipeArguments
     from .recipe.distill import distill
     from .recipe.parser import parse_args
@@ -57,6 +58,7 @@ _NAMES = {
         "one_line_errors",
     ),
     "metrics": ("TopKAccuracy",),
+    "options": ("start_recipe",),
     "losses": (
         "DistillationLoss",
         "DISTLoss",

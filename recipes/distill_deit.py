@@ -14,14 +14,7 @@ file, it uses all GPUs of the machine, or one process on the CPU.
 
 from pathlib import Path
 
-from nkd_hf import (
-    DataArguments,
-    DistillationTrainingArguments,
-    Recipe,
-    RecipeArguments,
-    one_line_errors,
-    parse_args,
-)
+import nkd_hf
 
 DIGITS = Path(__file__).parent / "configs" / "digits_distill_deit.yaml"
 # The keys of it that belong to the method, and hold for other data too.
@@ -29,8 +22,9 @@ METHOD = (("distillation_loss", "loss_args"), ("compare_with_baseline",))
 
 
 def main() -> None:
-    arguments = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-    recipe = Recipe(*parse_args(arguments, default_config=DIGITS, default_config_keeps=METHOD))
+    nkd_hf.start_recipe()
+    arguments = (nkd_hf.RecipeArguments, nkd_hf.DataArguments, nkd_hf.DistillationTrainingArguments)
+    recipe = nkd_hf.Recipe(*nkd_hf.parse_args(arguments, default_config=DIGITS, default_config_keeps=METHOD))
     recipe.train_teacher()
     recipe.train_baseline()
     recipe.train_student()
@@ -38,5 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with nkd_hf.one_line_errors():
         main()

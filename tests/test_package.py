@@ -20,7 +20,7 @@ MODULES = [
 ]
 # The rooms of the package, from the bottom: each may import from the lines above its own, which are the layers below it.
 LAYERS = """
-    errors files metrics losses
+    errors files metrics losses options
     models
     teacher_logits
     data hub export

@@ -1,11 +1,11 @@
 """The command line: `nkd-hf COMMAND ...`, or `python -m nkd_hf.cli COMMAND ...`."""
 
-import difflib
 import importlib
 import sys
 
 from .. import __version__
 from ..errors import one_line_errors
+from ..options import DISTILL, PLAN, RECIPE, announce_loading, check_options, read_command, read_fields, suggest
 
 # Command -> the module whose `main` runs it, which is imported when the command is called, and its purpose.
 _COMMANDS = {
@@ -47,10 +47,22 @@ def _run(args: list[str]) -> None:
         return
     command, *args = args
     if command not in _COMMANDS:
-        near = difflib.get_close_matches(command, _COMMANDS, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
+        hint = suggest(command, _COMMANDS)
         _exit(f"nkd-hf: error: unknown command {command!r}{hint} (nkd-hf --help lists the commands)")
+    check_options(f"nkd-hf {command}", args, _known_options(command))
+    announce_loading(f"nkd-hf {command}")
     importlib.import_module(f".{_COMMANDS[command][0]}", __name__).main(args)
+
+
+def _known_options(command: str) -> set[str] | None:
+    """The options of a command, read without importing it; None where that is uncertain."""
+    if command in ("plan", "distill"):
+        return read_fields(PLAN if command == "plan" else DISTILL)
+    options = read_command(f"{_COMMANDS[command][0]}.py")
+    if command != "teacher-logits" or options is None:
+        return options
+    recipe = read_fields(RECIPE)
+    return None if recipe is None else options | recipe
 
 
 def _exit(message: str) -> None:

@@ -233,8 +233,9 @@ def _make_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="percentage points of top-1 that int8 may lose (default: %(default)s)",
     )
-    for name in ("dataset_config_name", "image_column_name", "label_column_name"):
-        onnx.add_argument(f"--{name}", help=help_of[name])
+    onnx.add_argument("--dataset_config_name", help=help_of["dataset_config_name"])
+    onnx.add_argument("--image_column_name", help=help_of["image_column_name"])
+    onnx.add_argument("--label_column_name", help=help_of["label_column_name"])
     onnx.add_argument("--ignore_label_names", action="store_true", help="take the classes by their numbers")
     onnx.add_argument(
         "--num_workers",

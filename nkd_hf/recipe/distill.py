@@ -17,6 +17,7 @@ from ..data.decoding import read_sample
 from ..data.loading import load_image_dataset
 from ..errors import BadSampleError
 from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..options import suggest
 from ..trainer.arguments import DistillationTrainingArguments
 from .announcement import describe_run
 from .arguments import RecipeArguments
@@ -26,7 +27,6 @@ from .deployment import deploy, write_card
 from .recipe import Recipe
 from .report import say
 from .run_folder import RESULTS
-from .yaml_values import suggest
 
 # Images of each split that are opened before the first step.
 _SAMPLE = 64

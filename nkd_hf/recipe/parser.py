@@ -12,8 +12,9 @@ from typing import Any, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from ..errors import ConfigError
+from ..options import suggest
 from .yaml_file import find_fault, read_config
-from .yaml_values import check_value, suggest
+from .yaml_values import check_value
 
 _RESERVED = ("config", "base")
 # Keys of a run's own record, run.yaml, that are no arguments.

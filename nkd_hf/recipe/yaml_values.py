@@ -1,7 +1,6 @@
 """Converts the values of a YAML file to the types of the fields that they set."""
 
 import contextlib
-import difflib
 import types
 from collections.abc import Iterable
 from enum import Enum
@@ -10,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from ..errors import ConfigError
+from ..options import suggest
 from .yaml_file import Loader, describe_value
 
 _YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
@@ -90,9 +90,3 @@ def _describe_type(type_hint: Any) -> str:
         return f"a list, each item {_describe_type(type_args[0])}" if type_args else "a list"
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping"}
     return names.get(origin) or ("null" if origin is type(None) else getattr(origin, "__name__", str(origin)))
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """Names the nearest of some names in a message; an empty text if none is near."""
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f": did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,114 @@
+"""The names of options, which are checked before PyTorch and transformers are imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_runs import run
+
+from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, options
+from nkd_hf.cli import _COMMANDS, _known_options, evaluate, export, teacher_logits
+from nkd_hf.cli.plan import PlanArguments
+from nkd_hf.options import DISTILL, PLAN, RECIPE, check_options, read_command, read_fields
+from nkd_hf.recipe.distill import DISTILL_ARGUMENTS
+from nkd_hf.recipe.parser import _Parser
+from nkd_hf.recipe.plan import PlannedTrainingArguments
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+
+
+@pytest.mark.parametrize(
+    ("classes", "types"),
+    [
+        (RECIPE, SCRIPT),
+        (DISTILL, DISTILL_ARGUMENTS),
+        (PLAN, (RecipeArguments, DataArguments, PlannedTrainingArguments, PlanArguments)),
+    ],
+)
+def test_fields_are_the_options_of_the_parser(classes, types):
+    assert read_fields(classes) == set(_Parser(types)._option_string_actions)
+
+
+@pytest.mark.parametrize("command", [evaluate, export, teacher_logits])
+def test_options_of_a_command_are_those_of_its_parser(command):
+    file = f"{command.__name__.rpartition('.')[2]}.py"
+    assert read_command(file) == set(command._make_parser()._option_string_actions)
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_every_command_names_an_unknown_option(command, capsys):
+    assert _known_options(command) is not None
+    code, out, error = run(capsys, command, "--no_such_option=1", "--an_other", "2")
+    assert (code, out) == (2, "")
+    assert error.startswith(f"nkd-hf {command}: error: unknown argument --no_such_option")
+    assert error.endswith(" (--help lists the arguments)\n")
+
+
+@pytest.mark.parametrize(
+    "token", ["--learning_rat", "--image-siz", "--no_dataloader_pin_memori", "--zzzz", "--studnt=1"]
+)
+def test_the_message_is_that_of_the_parser(token, capsys):
+    parser = _Parser(SCRIPT)
+    with pytest.raises(SystemExit) as full:
+        parser.parse_into_dataclasses(["--student", "resnet18", token, "1"])
+    expected = capsys.readouterr().err
+    with pytest.raises(SystemExit) as early:
+        check_options(parser.prog, ["--student", "resnet18", token, "1"], read_fields(RECIPE))
+    assert capsys.readouterr().err == expected
+    assert early.value.code == full.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--gama", "1", "--help"], ["--", "--gama"], ["--gama is a value"], ["-1"], ["gama"], ["--student=--gama"]],
+)
+def test_uncertain_tokens_are_left_to_the_parser(args):
+    check_options("nkd-hf", args, read_fields(RECIPE))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        None,
+        "class Own:",
+        "class Other:\n    gamma: int = 1",
+        "class Own(Mixin):\n    gamma: int = 1",
+        "class Own:\n    gamma: int = field(default=1, metadata={'aliases': ['-g']})",
+        "class Own:\n    gamma: int = field(default=1, init=False)",
+        "class Own:\n    gamma: ClassVar[int] = 1",
+    ],
+)
+def test_a_source_that_is_read_differently_checks_nothing(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(options, "_PACKAGE", tmp_path)
+    if source is not None:
+        (tmp_path / "own.py").write_text(source)
+    known = read_fields({"Own": ("nkd_hf", "own.py")})
+    assert known is None
+    check_options("nkd-hf", ["--gama"], known)
+
+
+def test_a_wrong_option_is_answered_and_a_right_one_announced_before_libraries_are_loaded():
+    code = """
+import runpy, sys
+import nkd_hf.options
+heavy = lambda: {"torch", "transformers"} & set(sys.modules)
+sys.argv = ["distill_cnn.py", "--learning_rat", "1"]
+try:
+    runpy.run_path(SCRIPT, run_name="__main__")
+except SystemExit as exit:
+    print(exit.code, heavy())
+sys.argv[1:] = ["--learning_rate", "1"]
+nkd_hf.start_recipe()
+print(heavy())
+"""
+    script = str(ROOT / "recipes" / "distill_cnn.py")
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("SCRIPT", repr(script))], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2 set()\nset()\n"
+    assert done.stderr == (
+        "distill_cnn.py: error: unknown argument --learning_rat: did you mean '--learning_rate'? (--help lists the arguments)\n"
+        "distill_cnn.py: loading PyTorch and transformers ...\n"
+    )
