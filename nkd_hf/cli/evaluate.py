@@ -13,16 +13,24 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+from transformers.hf_argparser import string_to_bool
 
 from ..data.arguments import DataArguments
 from ..data.loading import load_evaluation_split
 from ..data.student_datasets import make_evaluation_images
 from ..errors import reason, redact
 from ..metrics import compute_metrics, top5_indices
-from ..models.loading import open_classifier
+from ..models.labels import normalize_id2label
+from ..models.loading import open_classifier, open_image_processor
 from ..models.outputs import check_inputs, read_logits
-from ..models.preprocessing import load_image_processor
+from ..models.preprocessing import IMAGE_PROCESSOR, load_image_processor
+from ..recipe.figures import unique_names
 from .classes import match_classes
+
+# Lines of the text; JSON has all classes.
+_MOST_CLASSES = 20
+# `--json` and `--json true` are the same, as in `nkd-hf plan`.
+_SWITCH = {"nargs": "?", "const": True, "default": False, "type": string_to_bool, "metavar": "BOOL"}
 
 
 def evaluate(
@@ -33,6 +41,7 @@ def evaluate(
     num_workers: int = 0,
     device: str = "cpu",
     match_names: bool = True,
+    per_class: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a model on one split of a dataset.
 
@@ -46,11 +55,13 @@ def evaluate(
         device: where the model runs, such as `cuda`.
         match_names: whether classes are matched by their names. If not, they are matched by their numbers, which are the
             names where all of these are whole numbers, and else their positions.
+        per_class: whether the result has the accuracy of each class.
 
     Returns:
         `dict`: `top1` and `top5` (fractions), `images`, `bad_images`, `images_per_second` (from file to prediction, without
         the first batch; None when there is no other), `no_predictions` (images for which the model's logits are NaN, which
-        count as wrong), and the names of model, dataset and split with the settings of the evaluation.
+        count as wrong), and the names of model, dataset and split with the settings of the evaluation. With `per_class`, also
+        `per_class`: a list of `name`, `images` and `top1` of each class that has an image, the worst class first.
 
     Raises:
         ValueError: the dataset cannot be loaded, or its classes are not the model's.
@@ -82,7 +93,7 @@ def evaluate(
         raise ValueError(f"the labels go up to {labels.max()}, but the model has {logits.shape[1]} classes")
     predictions = torch.cat(predictions)
     metrics = compute_metrics(EvalPrediction(predictions.numpy(), labels.numpy()))
-    return {
+    results = {
         "model": model.name_or_path,
         "dataset": redact(data.dataset_name),
         "split": split_name,
@@ -97,6 +108,19 @@ def evaluate(
         "num_workers": num_workers,
         "preprocessing": _read_settings(processor),
     }
+    if per_class:
+        id2label = normalize_id2label(model.config.id2label)
+        names = [id2label[number] for number in order or id2label]
+        results["per_class"] = _measure_classes(predictions[:, 0], labels, names)
+    return results
+
+
+def _measure_classes(predictions: torch.Tensor, labels: torch.Tensor, names: list[str]) -> list[dict[str, Any]]:
+    images = labels.bincount(minlength=len(names)).tolist()
+    hits = labels[predictions == labels].bincount(minlength=len(names)).tolist()
+    rows = zip(unique_names(names), images, hits, strict=True)
+    classes = [{"name": name, "images": count, "top1": hit / count} for name, count, hit in rows if count]
+    return sorted(classes, key=lambda row: row["top1"])
 
 
 def _read_settings(processor: BaseImageProcessor) -> dict[str, Any]:
@@ -150,8 +174,30 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(
             f"batch_size must be positive and num_workers not negative, got {args.batch_size} and {args.num_workers}"
         )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    model = _open_model(args)
+    results = evaluate(
+        model,
+        _read_data(args),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=device,
+        match_names=not args.ignore_label_names,
+        per_class=args.per_class,
+    )
+    if args.revision is not None:
+        results["revision"] = args.revision
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        _print_results(args, results, model)
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    data = DataArguments(
+
+def _read_data(args: argparse.Namespace) -> DataArguments:
+    return DataArguments(
         dataset_name=args.dataset,
         dataset_config_name=args.dataset_config_name,
         validation_split=args.split,
@@ -161,31 +207,29 @@ def main(args: list[str] | None = None) -> None:
         max_eval_samples=args.max_samples,
         on_bad_image=args.on_bad_image,
     )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+
+
+def _open_model(args: argparse.Namespace) -> PreTrainedModel:
+    if args.revision is not None and os.path.isdir(os.path.expanduser(args.model)):
+        raise ValueError(
+            f"--revision must be of a model on the Hub, got {args.revision!r} for the folder {args.model}. Omit --revision"
+        )
+    where = {} if args.revision is None else {"revision": args.revision}
+    trust = args.trust_remote_code
     model = open_classifier(
-        args.model,
-        dtype=torch.float32,
-        allow_pickle=args.allow_pickle,
-        trust_remote_code=args.trust_remote_code,
+        args.model, dtype=torch.float32, allow_pickle=args.allow_pickle, trust_remote_code=trust, **where
     )
-    results = evaluate(
-        model,
-        data,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        device=device,
-        match_names=not args.ignore_label_names,
-    )
-    _print_results(args, results, model)
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    # Models with a pretrained_cfg hold their preprocessing; that of others is a file, which has revisions, too.
+    if where and not getattr(model.config, "pretrained_cfg", None):
+        setattr(model, IMAGE_PROCESSOR, open_image_processor(args.model, trust_remote_code=trust, **where))
+    return model
 
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nkd-hf evaluate", description=__doc__, allow_abbrev=False)
     help_of = {field.name: field.metadata["help"] for field in dataclasses.fields(DataArguments)}
     parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
     parser.add_argument("--dataset", required=True, help=help_of["dataset_name"])
     parser.add_argument("--dataset_config_name", help=help_of["dataset_config_name"])
     parser.add_argument("--split", help="default: the first of validation, val, valid, test that exists")
@@ -203,6 +247,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="processes that read images (default: %(default)s)",
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--per_class", **_SWITCH, help="top-1 of each class, the worst first")
+    parser.add_argument("--json", **_SWITCH, help="print the results as JSON, and nothing else, on standard output")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON, too")
     parser.add_argument("--allow_pickle", action="store_true", help="open weights that are a pickle, tensors alone")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
@@ -226,3 +272,13 @@ def _print_results(args: argparse.Namespace, results: dict[str, Any], model: Pre
         f"throughput     {f'{speed:.0f} images/s' if speed else 'not measured'} on {results['device']}, batch {args.batch_size}, "
         f"{args.num_workers} workers ({measured})"
     )
+    if "per_class" in results:
+        _print_classes(results["per_class"])
+
+
+def _print_classes(classes: list[dict[str, Any]]) -> None:
+    print("\ntop-1 of each class, the worst first\n\n     top-1  images  class")
+    for row in classes[:_MOST_CLASSES]:
+        print(f"  {100 * row['top1']:6.2f} %  {row['images']:6}  {row['name']}")
+    if len(classes) > _MOST_CLASSES:
+        print(f"\n{len(classes) - _MOST_CLASSES} more classes are in the JSON of --json or --output")

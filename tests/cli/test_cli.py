@@ -12,12 +12,13 @@ import pytest
 import timm
 import torch
 from command_runs import run
+from huggingface_hub import HfApi
 from PIL import Image
 from tiny import DIGITS, digits, make_trainer, native_vit, timm_cnn
 from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from nkd_hf import DataArguments, USKDLoss, cli, create_student, load_image_dataset
-from nkd_hf.cli.evaluate import evaluate
+from nkd_hf.cli.evaluate import _print_classes, evaluate
 from nkd_hf.data.decoding import read_sample
 from nkd_hf.files import new_folder
 from nkd_hf.models.saving import save_student
@@ -129,6 +130,70 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(tmp_p
     assert run(capsys, *arguments, "--device", "warp", "--output", str(tmp_path / "x.json"))[0] == 2
     assert (tmp_path / "x.json").read_text() == "earlier"
     assert sorted(os.listdir(tmp_path)) == ["x.json"]
+
+
+def test_classes_and_json(tmp_path, student, capsys):
+    arguments = ["evaluate", "--model", student, "--dataset", "digits", "--num_workers", "0", "--max_samples", "120"]
+    arguments += ["--device", "cpu", "--output", str(tmp_path / "out.json")]
+    code, out, _ = run(capsys, *arguments, "--per_class", "--json", "true")
+    assert code == 0
+    results = json.loads(out)
+    assert results == json.loads((tmp_path / "out.json").read_text())
+    classes = results["per_class"]
+    assert sum(row["images"] for row in classes) == 120
+    assert sum(row["images"] * row["top1"] for row in classes) == pytest.approx(120 * results["top1"])
+    assert [row["top1"] for row in classes] == sorted(row["top1"] for row in classes)
+    _, out, _ = run(capsys, *arguments, "--per_class")
+    assert [line.split()[-1] for line in out.splitlines()[-len(classes) :]] == [row["name"] for row in classes]
+    _, out, _ = run(capsys, *arguments)
+    assert "per_class" not in json.loads((tmp_path / "out.json").read_text())
+    assert "top-1 of each class" not in out
+
+
+@pytest.mark.parametrize("match_names", [True, False])
+def test_a_class_keeps_its_name_in_another_order(tmp_path, student, match_names):
+    model = AutoModelForImageClassification.from_pretrained(student)
+    with torch.no_grad():
+        model.timm_model.fc.bias[3] += 1e6  # whatever it sees, it sees a three
+    names = [str(i) for i in (3, 1, 4, 5, 9, 2, 6, 8, 7, 0)]
+    parquet = save_parquet(tmp_path / "a.parquet", datasets.ClassLabel(names=names), [0, 0, 1, 2, 2])
+    data = DataArguments(dataset_name=parquet, validation_split="train")
+    rows = evaluate(model, data, match_names=match_names, per_class=True)["per_class"]
+    assert sorted(rows[:2], key=lambda row: row["name"]) == [
+        {"name": "1", "images": 1, "top1": 0.0},
+        {"name": "4", "images": 2, "top1": 0.0},
+    ]
+    assert rows[2:] == [{"name": "3", "images": 2, "top1": 1.0}]
+
+
+def test_many_classes_are_shortened_in_the_text_alone(capsys):
+    _print_classes([{"name": f"class {i}", "images": 1, "top1": i / 50} for i in range(50)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].endswith("class 19")
+    assert lines[-1] == "30 more classes are in the JSON of --json or --output"
+
+
+def test_a_revision_is_of_a_model_and_its_preprocessing(hub, tmp_path, student, capsys):
+    repo = hub.create("me/vit")
+    native_vit().save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.25] * 3).save_pretrained(tmp_path / "vit")
+    HfApi().upload_folder(repo_id="me/vit", folder_path=tmp_path / "vit")
+    repo.branches["v1"] = repo.branches["main"]
+    native_vit(seed=1).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.75] * 3).save_pretrained(tmp_path / "vit")
+    HfApi().upload_folder(repo_id="me/vit", folder_path=tmp_path / "vit")
+    arguments = ["evaluate", "--dataset", "digits", "--max_samples", "20", "--num_workers", "0", "--device", "cpu"]
+    found = {}
+    for revision in ("v1", "main"):
+        code, out, error = run(capsys, *arguments, "--model", "me/vit", "--revision", revision, "--json")
+        assert code == 0, error
+        found[revision] = json.loads(out)
+        assert found[revision]["revision"] == revision
+    assert found["v1"]["preprocessing"]["image_mean"] == [0.25] * 3
+    assert found["main"]["preprocessing"]["image_mean"] == [0.75] * 3
+    code, _, error = run(capsys, *arguments, "--model", student, "--revision", "v1")
+    assert code == 2
+    assert f"--revision must be of a model on the Hub, got 'v1' for the folder {student}. Omit --revision" in error
 
 
 def test_one_batch_is_not_timed(student, capsys):
