@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..data.decoding import read_sample
+from ..data.image_datasets import ImageDataset, StreamingImageDataset
 from ..data.student_datasets import make_evaluation_images
 from ..errors import MissingExtraError, redact
 from ..export import StudentExport, export_student, measure_latency
@@ -229,11 +229,13 @@ def _rounded(figures: Any) -> Any:
 
 
 def _image_reader(run: "Recipe") -> Callable[[int], PIL.Image.Image]:
-    split = run.data["validation"]
+    """Reads the validation images as the models got them: with `on_bad_image` skip, without those that cannot be read."""
+    data = run.data_args
+    kind = StreamingImageDataset if data.streaming else ImageDataset
+    images = kind(run.data["validation"], lambda image: image, on_bad_image=data.on_bad_image, training=False)
 
     def read_image(number: int) -> PIL.Image.Image:
-        is_stream = isinstance(split, datasets.IterableDataset)
-        row = next(itertools.islice(split, number, None)) if is_stream else split[number]
-        return read_sample(row, f"image {number} of the validation split")[0]
+        sample = next(itertools.islice(images, number, None)) if data.streaming else images[number]
+        return sample["pixel_values"]
 
     return read_image

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -17,9 +18,11 @@ from tiny import digit_folder
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, create_student, distill, parse_args
+from nkd_hf.data import load_image_dataset
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
+from nkd_hf.recipe.deployment import _image_reader
 
 NAMES = ["one", "three", "two", "zero"]
 MODEL = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
@@ -232,3 +235,17 @@ def test_two_processes_distil_into_one_folder(tmp_path, inputs):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "student_onnx" in results["models"]
     assert results["models"]["student"]["top1"] == results["distilled"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_pictures_of_a_report_are_the_images_that_the_models_got(tmp_path, streaming):
+    folder = Path(digit_folder(tmp_path, ["zero", "one"], train=2, validation=3))
+    files = sorted(folder.glob("validation/*/*.png"))
+    good = [np.asarray(Image.open(file).convert("RGB")) for file in files[1:]]
+    files[0].write_bytes(b"no image")
+    data = DataArguments(str(folder), on_bad_image="skip", streaming=streaming, num_train_images=4)
+    read_image = _image_reader(SimpleNamespace(data_args=data, data=load_image_dataset(data)))
+    # The next good row takes the place of a bad one; a stream goes on with the next good one.
+    expected = good if streaming else [good[0], *good]
+    for number, pixels in enumerate(expected):
+        np.testing.assert_array_equal(np.asarray(read_image(number)), pixels)
