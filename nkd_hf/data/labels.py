@@ -117,7 +117,9 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
         # `datasets` ignores the folder of a class without images, unless another split has images of the class.
         path = split[0]["image"]["path"] or "" if len(split) and split[0]["image"] else ""
         is_class = os.path.isabs(path) and Path(path).parent.name in names
-        folders = {entry.name for entry in os.scandir(Path(path).parents[1]) if entry.is_dir()} if is_class else set()
+        # Hidden folders, such as .git, are no classes, and `datasets` does not read them.
+        entries = os.scandir(Path(path).parents[1]) if is_class else ()
+        folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
         missing = sorted({*names, *folders} - found)
         if missing:
             logger.warning(

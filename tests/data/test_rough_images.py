@@ -352,6 +352,7 @@ def write_classes(root, splits):
 def test_classes_without_images_are_named_and_ids_agree_between_splits(tmp_path, caplog):
     root = write_classes(tmp_path / "data", {"train": ["ant", "bee"], "val": ["bee", "cat"]})
     (root / "train" / "dog").mkdir()
+    (root / "train" / ".cache").mkdir()  # no class
     arguments = DataArguments(dataset_name=str(root))
     data = load_image_dataset(arguments)
     assert [sorted(set(data[split]["label"])) for split in ("train", "validation")] == [[0, 1], [1, 2]]
