@@ -18,6 +18,9 @@ _COMMANDS = {
     "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),
 }
 
+# The exit code that a shell reports for a process that Ctrl-C has ended.
+_INTERRUPTED = 130
+
 
 def main(args: list[str] | None = None) -> None:
     """Runs a command.
@@ -28,12 +31,17 @@ def main(args: list[str] | None = None) -> None:
         args: the command and its arguments; None means `sys.argv[1:]`.
 
     Raises:
-        SystemExit: with code 2, after a message on stderr, for an unknown command or wrong input.
+        SystemExit: with code 2, after a message on stderr, for an unknown command or wrong input; with 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
     command = f" {args[0]}" if args and args[0] in _COMMANDS else ""
-    with one_line_errors(f"nkd-hf{command}: ", code=2):
-        _run(args)
+    try:
+        with one_line_errors(f"nkd-hf{command}: ", code=2):
+            _run(args)
+    except KeyboardInterrupt:
+        hint = ": the same command continues from the last checkpoint" if command == " distill" else ""
+        print(f"nkd-hf{command}: interrupted{hint}", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
 
 
 def _run(args: list[str]) -> None:

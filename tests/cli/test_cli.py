@@ -57,6 +57,21 @@ def test_help_is_fast_and_lists_the_commands(capsys):
     assert run(capsys, "--version")[1].startswith("nkd_hf 0.")
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("distill", "nkd-hf distill: interrupted: the same command continues"), ("plan", "nkd-hf plan: interrupted\n")],
+)
+def test_ctrl_c_ends_in_one_line(capsys, monkeypatch, command, message):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"nkd_hf.cli.{command}.main", interrupt)
+    code, _, error = run(capsys, command)
+    assert code == 130
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
 def test_unknown_command(capsys):
     code, _, error = run(capsys, "evalute", "--model", "x")
     assert code == 2
