@@ -1,8 +1,10 @@
 """Says once, after the first steps of a training, how long its steps will take."""
 
 import statistics
+import sys
 import time
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .duration import describe_duration
@@ -36,7 +38,9 @@ class TimeLeft(TrainerCallback):
         step = statistics.median(after - before for before, after in pairs)
         left = describe_duration(step * (state.max_steps - state.global_step))
         then = f"; then the {' and the '.join(self.following)}" if self.following else ""
-        print(
+        # tqdm.write prints above the live line of the training.
+        tqdm.write(
             f"About {left} left for the {state.max_steps} steps of the {self.name}, and its evaluations{then}",
-            flush=True,
+            file=sys.stdout,
         )
+        sys.stdout.flush()
