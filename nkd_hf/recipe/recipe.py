@@ -70,7 +70,7 @@ from .run_folder import (
     open_run,
     write_results,
 )
-from .stage import find_last_checkpoint, find_trained, make_trainer, open_trained, train_model
+from .stage import find_last_checkpoint, find_trained, make_trainer, open_trained, restore_trained, train_model
 from .teacher_accuracy import evaluate_teacher, measure_teacher, say_teacher_accuracy
 from .teacher_start import needs_finetuning, teacher_changes
 from .time_budget import fit_time_budget
@@ -416,27 +416,38 @@ class Recipe:
     def _train(self, name: str, student: PreTrainedModel, loss=None, teacher=None, **changes) -> PreTrainedModel:
         """Trains one model into its own folder, with changes of the training arguments; records its accuracy, returns it."""
         folder, is_result, training = self.folder / name, name == self._result, self.training_args
-        if self.goes_on and not is_result and (history := find_trained(folder)) is not None:
-            self._record(name, history)
-            say(training, f"The {name} in {folder} is trained already")
-            return open_trained(folder, student, self.args.trust_remote_code).to(training.device)
-        changes["push_to_hub"] = training.push_to_hub and is_result
-        trainer = self._make_trainer(folder, student, loss, teacher, **changes)
-        trainer.add_callback(TimeLeft(name, self.stages[self.stages.index(name) + 1 :]))
-        trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies)
-        start = f"{describe_size(student)} parameters, {describe_start(student)}"
-        say(training, f"Training the {name} ({start}); it goes to {folder}")
         # A checkpoint that is named is one of the result.
         checkpoint = named_checkpoint(training) if is_result else None
-        if checkpoint is None and self.goes_on:
-            checkpoint = find_last_checkpoint(trainer)
-        train_model(trainer, name, checkpoint, with_card=is_result)
-        self._record(name, trainer.state.log_history)
+        history = find_trained(folder) if self.goes_on and checkpoint is None else None
+        if history is not None:
+            self._record(name, history)
+            say(training, f"The {name} in {folder} is trained already")
+            student = open_trained(folder, student, self.args.trust_remote_code).to(training.device)
+            if not is_result:
+                return student
+        changes["push_to_hub"] = training.push_to_hub and is_result
+        trainer = self._make_trainer(folder, student, loss, teacher, **changes)
+        trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies)
+        if history is not None:
+            restore_trained(trainer)
+        else:
+            self._train_from(checkpoint, trainer, name)
         if trainer.args.push_to_hub:
             self.to_push = trainer
         if is_result:
             self.result_trainer = trainer
         return trainer.student
+
+    def _train_from(self, checkpoint: str | None, trainer: DistillationTrainer, name: str) -> None:
+        """Trains one model, from a checkpoint that is named or from the last one of this run, and records its accuracy."""
+        training, student = self.training_args, trainer.student
+        trainer.add_callback(TimeLeft(name, self.stages[self.stages.index(name) + 1 :]))
+        start = f"{describe_size(student)} parameters, {describe_start(student)}"
+        say(training, f"Training the {name} ({start}); it goes to {trainer.args.output_dir}")
+        if checkpoint is None and self.goes_on:
+            checkpoint = find_last_checkpoint(trainer)
+        train_model(trainer, name, checkpoint, with_card=name == self._result)
+        self._record(name, trainer.state.log_history)
 
     def _record(self, name: str, history: list[dict[str, float]]) -> None:
         """Reads the accuracies and the curve of a model in its log, which ends with its evaluation."""

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.bad_images import BadImageReport
 from ..data.collator import ImageCollator
@@ -112,7 +113,26 @@ def train_model(trainer: DistillationTrainer, name: str, checkpoint: str | None,
             trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
         trainer.save_state()
         if with_card:
-            trainer.create_model_card(model_name=args.hub_model_id.split("/")[-1])
+            _write_card(trainer)
+
+
+def restore_trained(trainer: DistillationTrainer) -> None:
+    """Gives a trainer the state at the end of a training that an earlier start has done, and writes the model card.
+
+    Args:
+        trainer: whose student has the trained weights; see [`open_trained`].
+
+    Raises:
+        SystemExit: with a message, when the card cannot be written.
+    """
+    folder = Path(trainer.args.output_dir)
+    trainer.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    with exit_if_not_written(f"the {folder.name}", folder):
+        _write_card(trainer)
+
+
+def _write_card(trainer: DistillationTrainer) -> None:
+    trainer.create_model_card(model_name=trainer.args.hub_model_id.split("/")[-1])
 
 
 def find_trained(folder: Path) -> list[dict[str, float]] | None:

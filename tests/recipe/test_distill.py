@@ -159,8 +159,10 @@ def test_the_command_says_its_plan_and_continues_after_a_stop(tmp_path, inputs, 
     monkeypatch.undo()
     code, said, _ = run(capsys, "distill", *arguments)
     assert code == 0
-    for name in ("teacher", "baseline"):
+    for name in ("teacher", "baseline", "student"):
         assert f"The {name} in {tmp_path / name} is trained already" in said
+    assert "Training the" not in said
+    assert "## Deployment" in (tmp_path / "student" / "README.md").read_text()
     assert "student_onnx" in json.loads((tmp_path / "results.json").read_text())["models"]
 
 
