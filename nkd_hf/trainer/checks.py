@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, SchedulerType
+from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, SchedulerType, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from ..data.collator import ImageCollator
@@ -221,6 +221,15 @@ def check_weights(student: nn.Module) -> None:
                 f"the student's weights must be finite, got NaN or infinity in {name}. Open another model, or another "
                 "checkpoint"
             )
+
+
+def is_stopped_early(callbacks: list[TrainerCallback]) -> bool:
+    """Whether one of the callbacks has counted as many evaluations without a gain as end a training."""
+    return any(
+        isinstance(callback, EarlyStoppingCallback)
+        and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        for callback in callbacks
+    )
 
 
 def check_metric(trainer: "DistillationTrainer") -> None:

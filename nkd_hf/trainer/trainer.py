@@ -350,10 +350,13 @@ class DistillationTrainer(Trainer):
         """Returns the last whole checkpoint in `output_dir`, in all processes; see [`~nkd_hf.trainer.checkpoints.last_checkpoint`]."""
         return decide_in_first(functools.partial(last_checkpoint, self.args.output_dir))
 
-    def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, *args) -> tuple[int, int]:
-        # Trainer would train one more step when it resumes at the last step, in the middle of an epoch.
-        trained = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, *args)
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
+    def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, checkpoint, *args) -> tuple[int, int]:
+        # Trainer would train one more step when it resumes at the last step, in the middle of an epoch, and one more epoch
+        # when it resumes where EarlyStoppingCallback has ended the training.
+        trained = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, checkpoint, *args)
+        restores = checkpoint is not None and self.args.restore_callback_states_from_checkpoint
+        has_ended = restores and checks.is_stopped_early(self.callback_handler.callbacks)
+        return (num_train_epochs, 0) if has_ended or self.state.global_step >= max_steps else trained
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         # With save_strategy=best, Trainer sets control.should_save to this answer, also after KeepPace has set it to True.

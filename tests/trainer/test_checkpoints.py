@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import digits, make_trainer, native_vit, timm_cnn
-from transformers import TrainerCallback, TrainerState
+from tiny import accuracy, digits, make_trainer, native_vit, timm_cnn
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from nkd_hf import USKDLoss
 from nkd_hf.errors import CheckpointError
@@ -295,3 +295,27 @@ def test_the_log_is_written_once_for_a_checkpoint(tmp_path, monkeypatch):
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1") == trainer.state.best_model_checkpoint
     assert find_damage(str(tmp_path / "checkpoint-1")) is None
+
+
+def test_a_run_that_was_stopped_early_trains_no_more_when_it_is_resumed(tmp_path):
+    def make_early(folder: Path):
+        settings = {
+            "max_steps": -1, "num_train_epochs": 5, "save_strategy": "epoch", "eval_strategy": "epoch", "learning_rate": 1e-9,
+            "load_best_model_at_end": True, "metric_for_best_model": "accuracy",
+            "restore_callback_states_from_checkpoint": True,
+        }  # fmt: skip
+        options = {"compute_metrics": accuracy, "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)]}
+        return make_trainer(folder, timm_cnn(), digits(0, 32), digits(32, 48), **settings, **options)
+
+    trainer = make_early(tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 4  # two epochs of two steps: the second one gained nothing
+    resumed = make_early(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert resumed.state.log_history[:-1] == trainer.state.log_history[:-1]
+    for name, value in trainer.student.state_dict().items():
+        torch.testing.assert_close(resumed.student.state_dict()[name], value, rtol=0, atol=0)
+    # A training from the beginning does not end at once, with the callback that has counted.
+    trainer.train()
+    assert trainer.state.global_step > 0
