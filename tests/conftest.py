@@ -54,6 +54,12 @@ def hub(monkeypatch, tmp_path):
     huggingface_hub.close_session()
 
 
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Model cards without their picture, which takes half a CPU second for each model that is trained."""
+    monkeypatch.setattr("nkd_hf.hub.model_card.card.plot_curves", lambda *args, **kwargs: False)
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, worker_id) -> Path:
     """The folder of what distributed_runs.py has run, once for all workers of pytest."""

@@ -220,9 +220,14 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
     return open_image_processor(student.name_or_path, trust_remote_code=comes_with_code(student))
 
 
+# Preprocessing by the text of a `pretrained_cfg`: a run reads the same one dozens of times, each with four test pictures.
+_read_before: dict[str, Preprocessing] = {}
+
+
 def _read_timm(model: nn.Module, pretrained_cfg: Any) -> Preprocessing:
     with torch.device("cpu"):
         try:
+            settings = repr(dict(pretrained_cfg))
             input_size = dict(pretrained_cfg).get("input_size")
             if input_size is not None and next(iter(input_size)) != 3:
                 raise ValueError(f"its input_size {list(input_size)} has not 3 channels")
@@ -231,7 +236,9 @@ def _read_timm(model: nn.Module, pretrained_cfg: Any) -> Preprocessing:
             raise ValueError(
                 f"the pretrained_cfg of {type(model).__name__} describes no preprocessing ({type(error).__name__}: {reason(error)})"
             ) from error
-    own = read_processor(processor)
+    if settings not in _read_before:
+        _read_before[settings] = read_processor(processor)
+    own = _read_before[settings]
     patch_embed = getattr(model, "patch_embed", None)
     if isinstance(patch_embed, PatchEmbed) and patch_embed.img_size is not None:
         # In a bare timm model that was built for another size, patch_embed alone has that size.

@@ -33,6 +33,8 @@ from nkd_hf.data.labels import label_names
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe.run_folder import collect_settings, read_history
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
     accelerate = Path(sys.executable).with_name("accelerate")

@@ -28,6 +28,7 @@ from nkd_hf import (
     train_transform,
 )
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "digits_distill_cnn.yaml"
 # Two losses, one with parameters of its own, mixup, a moving average and accumulation; nothing that is logged, evaluated
 # and saved falls together.

@@ -27,6 +27,7 @@ from nkd_hf.recipe.plan import PlannedTrainingArguments, make_plan
 from nkd_hf.recipe.report import make_card_info
 from nkd_hf.recipe.run_folder import can_continue, clear_run, collect_settings, read_history
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SIZES = {0: 60, 1: 6, 2: 12, 3: 30}
 # One training, without a teacher, on the images of SIZES.
 PLAIN = [

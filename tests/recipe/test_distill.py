@@ -1,5 +1,7 @@
 """`nkd-hf distill`: own images and a pretrained teacher become a student, its ONNX files, figures and a report."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -17,13 +19,22 @@ from processes import in_processes
 from tiny import digit_folder
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, create_student, distill, parse_args
+from nkd_hf import (
+    DataArguments,
+    DistillationTrainingArguments,
+    RecipeArguments,
+    cli,
+    create_student,
+    distill,
+    parse_args,
+)
 from nkd_hf.data import load_image_dataset
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
 from nkd_hf.recipe.deployment import _image_reader
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 NAMES = ["one", "three", "two", "zero"]
 MODEL = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
 QUICK = {
@@ -54,10 +65,27 @@ def command_line(arguments: dict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory, inputs) -> Path:
+def starts(tmp_path_factory, inputs) -> tuple[Path, str, str]:
+    """The folder of a command that was stopped after its trainings and started again, and what each start printed."""
     folder = tmp_path_factory.mktemp("distill") / "out"
-    distill(**inputs, output_dir=folder, **QUICK)
-    return folder
+    arguments = command_line({**inputs, **QUICK, "output_dir": str(folder)})
+
+    def stop(*args):
+        raise OSError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as first:
+        patch.setattr(distill_module, "deploy", stop)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["distill", *arguments])
+    assert not (folder / "results.json").exists()
+    with contextlib.redirect_stdout(io.StringIO()) as second:
+        cli.main(["distill", *arguments])
+    return folder, first.getvalue(), second.getvalue()
+
+
+@pytest.fixture(scope="module")
+def out(starts) -> Path:
+    return starts[0]
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +166,8 @@ def test_the_record_of_a_run_is_a_configuration_of_a_recipe(out):
     assert data.random_resized_crop == [0.5, 1.0]
 
 
-def test_the_command_says_its_plan_and_continues_after_a_stop(tmp_path, inputs, capsys, monkeypatch):
-    arguments = command_line({**inputs, **QUICK, "output_dir": str(tmp_path)})
-
-    def stop(*args):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(distill_module, "deploy", stop)
-    code, said, _ = run(capsys, "distill", *arguments)
-    assert code == 2
+def test_the_command_says_its_plan_and_continues_after_a_stop(starts, results):
+    folder, said, said_then = starts
     plan = said[: said.index("Training the teacher")]
     assert "train                     38 images, 4 classes, imbalanced: 4 to 12 images a class" in plan
     assert "validation                12 images, 4 classes" in plan
@@ -155,15 +176,11 @@ def test_the_command_says_its_plan_and_continues_after_a_stop(tmp_path, inputs, 
     assert re.search(
         r"training of the teacher   1 epochs, 2 steps of 32 images, adamw_torch, learning rate 0.0001", plan
     )
-    assert not (tmp_path / "results.json").exists()
-    monkeypatch.undo()
-    code, said, _ = run(capsys, "distill", *arguments)
-    assert code == 0
     for name in ("teacher", "baseline", "student"):
-        assert f"The {name} in {tmp_path / name} is trained already" in said
-    assert "Training the" not in said
-    assert "## Deployment" in (tmp_path / "student" / "README.md").read_text()
-    assert "student_onnx" in json.loads((tmp_path / "results.json").read_text())["models"]
+        assert f"The {name} in {folder / name} is trained already" in said_then
+    assert "Training the" not in said_then
+    assert "## Deployment" in (folder / "student" / "README.md").read_text()
+    assert "student_onnx" in results["models"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from nkd_hf.models.students import describe_start
 from nkd_hf.recipe import recipe as recipe_module
 from nkd_hf.teacher_logits.store import StoreInfo, TeacherDescription
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 TYPES = (RecipeArguments, DataArguments, DistillationTrainingArguments)
 CNN = {"channels": [8, 16, 32, 64]}
 

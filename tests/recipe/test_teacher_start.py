@@ -11,6 +11,7 @@ from nkd_hf import create_student, load_teacher
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 NAMES = ["one", "three", "two", "zero"]
 
 

@@ -1,6 +1,7 @@
 """The teacher's logits ahead of time: pairs that mix alike everywhere, the store, the command, and training from it."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -61,6 +62,7 @@ from nkd_hf.teacher_logits.store import (
     write_shard,
 )
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 NUM_TRAIN = 47  # odd, and no multiple of a batch
 MIXING = ["--mixup_alpha", "0.8", "--cutmix_alpha", "1.0"]
 
@@ -407,11 +409,19 @@ def stores(tmp_path_factory, teacher) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def train_live(tmp_path_factory, teacher):
+    """Trains from the teacher itself, once for equal arguments."""
+    return functools.cache(
+        lambda *more: train(tmp_path_factory.mktemp("live"), *arguments(teacher, *more, "--mix_pairs", "true"))
+    )
+
+
 @pytest.mark.parametrize(("store", "workers"), [("plain", 0), ("mixed", 2), ("top3", 0)])
-def test_the_curve_is_that_of_the_live_teacher(stores, teacher, tmp_path, store, workers):
+def test_the_curve_is_that_of_the_live_teacher(stores, teacher, train_live, tmp_path, store, workers):
     more = MIXING if store != "plain" else []
+    live, live_log = train_live(*more)
     more = [*more, "--dataloader_num_workers", str(workers)]
-    live, live_log = train(tmp_path / "live", *arguments(teacher, *more, "--mix_pairs", "true"))
     name = [] if store == "mixed" else ["--teacher", teacher]
     stored, log = train(tmp_path / "stored", *arguments(None, *more, *name, "--teacher_logits", str(stores[store])))
     assert len(log) == len(live_log) > 12
