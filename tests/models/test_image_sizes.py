@@ -58,6 +58,7 @@ def _slow_unless_fixed(name: str):
     return name if fast and name not in LARGE else pytest.param(name, marks=pytest.mark.slow)
 
 
+@pytest.mark.usefixtures("no_draws_of_nothing")
 @pytest.mark.parametrize("name", map(_slow_unless_fixed, FAMILIES))
 def test_64_pixels_or_an_error_that_names_other_sizes(name):
     with torch.device("meta"):
@@ -91,6 +92,7 @@ def test_a_training_step_or_an_error(name, size):
     assert logits.shape == (2, 10)
 
 
+@pytest.mark.usefixtures("no_draws_of_nothing")
 @pytest.mark.parametrize(
     ("name", "size"),
     [

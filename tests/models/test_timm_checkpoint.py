@@ -1,6 +1,7 @@
 """`nkd-hf convert --timm`: checkpoints of timm become folders with timm's logits, and nothing in them is run."""
 
 import argparse
+import functools
 import re
 
 import pytest
@@ -19,9 +20,10 @@ PIXELS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 ARCHITECTURE = "mobilenetv3_small_050"
 
 
-def model(seed=0, **kwargs):
+@functools.cache
+def model(seed=0):
     torch.manual_seed(seed)
-    return timm.create_model(ARCHITECTURE, num_classes=7, **kwargs).eval()
+    return timm.create_model(ARCHITECTURE, num_classes=7).eval()
 
 
 def training_checkpoint(**extra):
