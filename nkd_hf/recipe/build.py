@@ -9,7 +9,9 @@ from transformers import IntervalStrategy, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.arguments import DataArguments, streaming_max_steps
+from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..models.students import create_student
 from ..models.teacher import Teacher
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
@@ -38,6 +40,19 @@ def create_model(
     """Builds a student or teacher by its name; the seed makes the weights of baseline and student the same."""
     set_seed(seed)
     return recipe.create(name, model_args, id2label=id2label)
+
+
+def create_teacher(recipe: RecipeArguments, id2label: dict[int, str], seed: int) -> PreTrainedModel:
+    """Builds a teacher that is trained: an architecture with the student's pixels, or a pretrained one with its own."""
+    if is_architecture(recipe.teacher):
+        return create_model(recipe, recipe.teacher, recipe.teacher_args, id2label, seed)
+    set_seed(seed)
+    return create_student(
+        recipe.teacher,
+        id2label=id2label,
+        allow_pickle=recipe.allow_pickle,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def build_loss(

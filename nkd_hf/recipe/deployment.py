@@ -27,12 +27,11 @@ from ..models.teacher import load_teacher
 from .figures import agreement, fit_temperature, model_figures, per_class
 from .html_report import write_html_report
 from .report import say
-from .run_folder import exit_if_not_written
+from .run_folder import REPORT, exit_if_not_written
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-REPORT = "report.html"
 # Training images from which the ranges of int8 are read.
 _CALIBRATION_IMAGES = 256
 # Images of a batch, of the predictions and of the throughput.

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import release_memory
-from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.arguments import DataArguments
 from ..data.collator import ImageCollator
@@ -17,7 +17,7 @@ from ..hub.model_card.curves import OTHER_DATASET
 from ..hub.teacher_logits import find_store
 from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
-from ..models.students import create_student, describe_start
+from ..models.students import describe_start
 from ..models.teacher import Teacher, load_teacher
 from ..teacher_logits.store import TeacherLogits
 from ..trainer.agreement import decide_in_first
@@ -28,6 +28,7 @@ from .build import (
     build_loss,
     count_epochs,
     create_model,
+    create_teacher,
     passed_epochs,
     runs_teacher,
     set_stream_steps,
@@ -346,17 +347,8 @@ class Recipe:
         return create_model(self.args, name, model_args, self.id2label, self.training_args.seed)
 
     def create_teacher(self) -> PreTrainedModel:
-        """Builds the teacher that is trained: an architecture with the student's pixels, or a pretrained one with its own."""
-        recipe = self.args
-        if is_architecture(recipe.teacher):
-            return self.create(recipe.teacher, recipe.teacher_args)
-        set_seed(self.training_args.seed)
-        return create_student(
-            recipe.teacher,
-            id2label=self.id2label,
-            allow_pickle=recipe.allow_pickle,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        """Builds the teacher that is trained; see [`~nkd_hf.recipe.build.create_teacher`]."""
+        return create_teacher(self.args, self.id2label, self.training_args.seed)
 
     def datasets(self, student: PreTrainedModel) -> ImageDatasets:
         """Makes the images of training and of evaluation as the student gets them."""

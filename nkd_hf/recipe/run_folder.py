@@ -21,7 +21,7 @@ from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.checkpoints import checkpoints, find_damage, is_model_only, remove_unfinished
 from .arguments import RecipeArguments
 
-RESULTS = "results.json"
+RESULTS, REPORT = "results.json", "report.html"
 # The folders of the trained models. A run touches no other folder beside them.
 STAGES = ("teacher", "baseline", "student")
 _SETTINGS = "run.yaml"
@@ -222,6 +222,7 @@ def clear_run(folder: Path, settings: dict[str, Any]) -> None:
         remove_unfinished(str(folder / stage))
         for checkpoint in checkpoints(str(folder / stage)):
             shutil.rmtree(checkpoint)
+    (folder / REPORT).unlink(missing_ok=True)
     for path in reversed(_list_state_files(folder)):  # The results last: until then the run counts as finished.
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -300,13 +300,11 @@ class DistillationTrainer(Trainer):
             broadcast(buffer)
         self.image_losses = ImageLosses()
         try:
-            rest = prediction_loss_only, ignore_keys, metric_key_prefix
-            output = super().evaluation_loop(dataloader, description, *rest)
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             if not self.is_in_train:
                 loaders.end_workers(self._loaders)
-        loss = self.image_losses.mean()
-        if loss is not None:
+        if (loss := self.image_losses.mean()) is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
@@ -351,12 +349,11 @@ class DistillationTrainer(Trainer):
         return decide_in_first(functools.partial(last_checkpoint, self.args.output_dir))
 
     def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, checkpoint, *args) -> tuple[int, int]:
-        # Trainer would train one more step when it resumes at the last step, in the middle of an epoch, and one more epoch
-        # when it resumes where EarlyStoppingCallback has ended the training.
+        # Trainer would train one more step from the last step, and one more epoch where EarlyStoppingCallback has ended it.
         trained = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, checkpoint, *args)
         restores = checkpoint is not None and self.args.restore_callback_states_from_checkpoint
-        has_ended = restores and checks.is_stopped_early(self.callback_handler.callbacks)
-        return (num_train_epochs, 0) if has_ended or self.state.global_step >= max_steps else trained
+        is_stopped = restores and checks.is_stopped_early(self.callback_handler.callbacks)
+        return (num_train_epochs, 0) if is_stopped or self.state.global_step >= max_steps else trained
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         # With save_strategy=best, Trainer sets control.should_save to this answer, also after KeepPace has set it to True.
