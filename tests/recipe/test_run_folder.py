@@ -30,7 +30,6 @@ from nkd_hf.recipe.run_folder import (
 )
 from nkd_hf.trainer.checkpoints import UNFINISHED, find_damage, remove_unfinished
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "digits_distill_cnn.yaml"
 SETTINGS = {"learning_rate": 0.1, "teacher": "resnet34"}
 # The baseline alone, in two steps.
