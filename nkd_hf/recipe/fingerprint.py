@@ -152,8 +152,7 @@ def check_fingerprint(
 def compare_fingerprints(store: dict[str, Any], run: dict[str, Any]) -> str:
     """Describes the fields of `run` that differ from `store`, or returns an empty string."""
     names = dict.fromkeys([*run, *(name for name in _IF_MISSING if name in store)])
-    store, run = _IF_MISSING | store, _IF_MISSING | run
-    differ = [name for name in names if store.get(name) != run.get(name)]
+    differ = [name for name in names if (_IF_MISSING | store).get(name) != (_IF_MISSING | run).get(name)]
     return "; ".join(f"{name}: store {_shorten(store.get(name))}, run {_shorten(run.get(name))}" for name in differ)
 
 

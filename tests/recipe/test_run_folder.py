@@ -427,11 +427,12 @@ def test_a_full_disk_at_a_checkpoint_of_a_recipe_is_a_message(tmp_path, monkeypa
 def test_a_stage_whose_checkpoints_hold_the_model_only_starts_from_the_beginning(tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": "1", "save_only_model": "true"}
     recipe_in(tmp_path, **settings).train_baseline()
+    folder = tmp_path / "baseline"
+    (folder / "trainer_state.json").unlink()  # as if it had been stopped before its end
     again = recipe_in(tmp_path, **settings)
     assert again.goes_on
     capsys.readouterr()
     again.train_baseline()
-    folder = tmp_path / "baseline"
     said = (
         f"The checkpoints in {folder} hold the model only (save_only_model): this training starts from the beginning"
     )

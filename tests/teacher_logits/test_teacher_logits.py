@@ -535,7 +535,7 @@ def test_a_store_of_classes_that_are_drawn_equally_often_is_of_its_run(teacher, 
     _, stored = train(tmp_path / "stored", *arguments(None, *drawn, "--teacher_logits", str(store.folder)))
     losses, live_losses = ([entry["loss"] for entry in log if "loss" in entry] for log in (stored, live))
     assert losses == pytest.approx(live_losses, rel=1e-6)
-    with pytest.raises(ValueError, match="not of this run: balanced_sampling: store True, run False"):
+    with pytest.raises(ValueError, match="not of this run: balanced_sampling: store True, run None"):
         train(tmp_path / "other", *arguments(None, *MIXING, "--teacher_logits", str(store.folder)))
 
 
