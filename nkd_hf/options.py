@@ -143,5 +143,5 @@ def _parse(package: str, file: str) -> ast.Module | None:
         folder = Path(spec.submodule_search_locations[0])
     try:
         return ast.parse((folder / file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, SystemError):  # Python 3.11 may raise SystemError deep in a stack
         return None
