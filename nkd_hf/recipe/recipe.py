@@ -216,12 +216,12 @@ class Recipe:
             del trainer
         del student
         release_memory()
+        if self.args.time_budget is not None and trains_student:
+            fit_time_budget(self)
         if not self.goes_on:
             # Only now, so that input that is refused leaves the results of an earlier run.
             decide_in_folder(self.folder, self._clear_earlier_run)
         self._is_checked = True
-        if self.args.time_budget is not None and trains_student:
-            fit_time_budget(self)
 
     def _clear_earlier_run(self) -> None:
         if has_run(self.folder):

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from .duration import describe_duration
 
-# Steps after which the time is said, and those of them that warm up caches, workers and compilers.
+# The callback prints after STEPS steps; the first WARM_UP of them warm up caches, workers and compilers.
 STEPS, WARM_UP = 10, 3
 
 

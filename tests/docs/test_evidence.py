@@ -1,15 +1,11 @@
 """The evidence benchmark: its data, its statistics, its page, and a tiny real run."""
 
-import contextlib
-import gc
 import gzip
 import json
 import math
-import pickle
 import shutil
 import struct
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +20,6 @@ import evidence_page  # noqa: E402
 from evidence_data import KeptImages, has_fashion, read_idx  # noqa: E402
 from evidence_losses import ABLATIONS, USKDVariantLoss, uskd_labels  # noqa: E402
 from evidence_runs import DATA, SHARED  # noqa: E402
-from processes import in_a_process  # noqa: E402
 
 from nkd_hf import DataArguments, USKDLoss  # noqa: E402
 from nkd_hf.data.image_datasets import ImageDataset  # noqa: E402
@@ -194,48 +189,11 @@ def test_without_fashion_mnist_there_is_a_message(tmp_path, monkeypatch, capsys)
     assert f"Fashion-MNIST is skipped: {tmp_path} lacks its files" in capsys.readouterr().out
 
 
-def test_calls_in_processes_of_their_own(capsys, monkeypatch, tmp_path):
-    assert in_a_process(evidence._set_up_worker, tmp_path / "log") == 0
-    assert pickle.loads(pickle.dumps(evidence._set_up_worker)) is evidence._set_up_worker
-    # The new interpreters need not import what the set-up imports: that takes each of them ten seconds.
-    monkeypatch.setattr(evidence, "_set_up_worker", gc.collect)
+def test_calls_in_processes_of_their_own(capsys):
     evidence.in_parallel([(math.sqrt, 4), (math.sqrt, 9)], 2, "roots")
     assert sorted(capsys.readouterr().out.split()) == ["1/2]", "2.0", "2/2]", "3.0", "[roots", "[roots"]
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         evidence.in_parallel([(math.sqrt, -1)], 2, "roots")
-
-
-class TestSelection:
-    class Bench:
-        """Keeps the jobs, and says that a training is the better the nearer it is to one rate and one weight."""
-
-        def __init__(self, rate: float, loss_args: dict):
-            self.jobs, self.rate, self.loss_args = [], rate, loss_args
-
-        def train(self, job, with_test: bool) -> str:
-            self.jobs.append((job, with_test))
-            return job.name
-
-        def read(self, job) -> dict:
-            hits = (job.learning_rate == self.rate) + (job.loss_args == self.loss_args) / 2
-            return {"validation": hits / 2, "cpu": 1.0}
-
-    @pytest.mark.parametrize("method", evidence.WEIGHTS)
-    @pytest.mark.parametrize("student", evidence.RATES)
-    def test_six_trainings_choose_rate_and_weight(self, student, method, monkeypatch):
-        monkeypatch.setattr(evidence, "_set_up_worker", gc.collect)  # it would change the settings of this process
-        rate, loss_args = evidence.RATES[student][2], evidence.WEIGHTS[method][-1]
-        bench = self.Bench(rate, loss_args)
-        chosen = evidence.select(bench, [("digits", student, method)], 1)[f"digits/{student}/{method}"]
-        assert (chosen["learning_rate"], chosen["loss_args"]) == (rate, loss_args)
-        assert len(chosen["tried"]) == len({job.name for job, _ in bench.jobs}) == 6
-        assert not any(with_test for _, with_test in bench.jobs)
-        assert {job.seed for job, _ in bench.jobs} == {evidence.SELECTION_SEED}
-
-    @pytest.mark.parametrize(("gamma", "trainings"), [(1.5, 2), (4.5, 0)])
-    def test_an_ablation_that_is_the_method_itself_trains_nothing(self, gamma, trainings):
-        chosen = {"digits/cnn/nkd": {"learning_rate": 0.1, "loss_args": {"gamma": gamma}}}
-        assert len(evidence.jobs_of(("digits", "cnn", "nkd-gamma-4.5"), chosen, [0, 1])) == trainings
 
 
 class TestRun:
@@ -244,25 +202,21 @@ class TestRun:
 
     @classmethod
     def arguments(cls, fashion, epochs):
-        trial = ["--fashion", str(fashion), "--epochs", epochs, "--images", "40", "--jobs", "1"]
+        trial = ["--fashion", str(fashion), "--epochs", epochs, "--images", "80", "--jobs", "1"]
         return ["--data", "fashion", *trial, *cls.ARGS]
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
-    def few_trainings(cls):
-        """Small batches, for more steps; a small choice; and the settings of this process are left as they are."""
+    def few_images(cls):
+        """Small batches, for more steps; and the settings of this process are left as they are."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(evidence.RATES, "cnn", [0.1, 0.03])
-            patch.setitem(evidence.MORE_RATES_OF_BASELINE, "cnn", [0.055])
-            for method in ("nkd", "uskd"):
-                patch.setitem(evidence.WEIGHTS, method, evidence.WEIGHTS[method][:2])
             patch.setitem(SHARED, "per_device_train_batch_size", 10)
             patch.setattr(evidence, "_set_up_worker", lambda: None)
             yield
 
     @pytest.fixture(scope="class")
     @classmethod
-    def folder(cls, few_trainings, fashion, tmp_path_factory):
+    def folder(cls, few_images, fashion, tmp_path_factory):
         folder = tmp_path_factory.mktemp("evidence")
         args = [*cls.arguments(fashion, "2"), "--output", str(folder / "out"), "--json", str(folder / "evidence.json")]
         evidence.main(args)
@@ -283,7 +237,7 @@ class TestRun:
         methods = {"baseline", "nkd", "uskd", *self.ABLATIONS} - same
         assert set(runs) == {(method, seed) for method in methods for seed in (0, 1)}
         for cell in ("baseline", "nkd", "uskd"):
-            assert len(result["chosen"][f"fashion/cnn/{cell}"]["tried"]) == 3
+            assert len(result["chosen"][f"fashion/cnn/{cell}"]["tried"]) == 6
         assert all(0 <= run["test"] <= 1 and len(run["curve"]) == 2 for run in runs.values())
         # Another loss, another training.
         assert len({runs[method, 0]["test_loss"] for method in methods}) == len(methods)
@@ -329,10 +283,7 @@ class TestRun:
         with pytest.raises(SystemExit, match=r"torch: .*, there 2\.0$"):
             evidence.main([*self.arguments(fashion, "2"), *args])
 
-    def test_a_cell_is_built_anew(self, folder, fashion, capsys, monkeypatch, tmp_path):
-        # One folder, so that the second call finds the trainings of the first one.
-        kept = types.SimpleNamespace(TemporaryDirectory=lambda: contextlib.nullcontext(str(tmp_path)))
-        monkeypatch.setattr(evidence, "tempfile", kept)
+    def test_a_cell_is_built_anew(self, folder, fashion, capsys):
         args = ["--only", "fashion/cnn/nkd", "--result", str(folder / "evidence.json"), "--fashion", str(fashion)]
         with pytest.raises(SystemExit) as done:
             evidence.main([*args, "--jobs", "1"])

@@ -69,3 +69,16 @@ def test_a_budget_excludes_max_steps(tmp_path):
 
 def test_durations_are_written_for_readers():
     assert [describe_duration(seconds) for seconds in (59.6, 600, 7200)] == ["1 min", "10 min", "2 h"]
+
+
+def test_a_budget_that_is_too_short_leaves_the_results_of_an_earlier_run(tmp_path):
+    images = digit_folder(tmp_path / "images", ["zero", "one"], train=8, validation=2)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text("{}")  # of a run that has ended
+    with pytest.raises(ValueError, match="time_budget must suffice for one epoch of each training"):
+        run(
+            "distill_cnn", "--output_dir", str(folder), "--dataset_name", images, "--time_budget", "0.001s",
+            "--resume_from_checkpoint", "false",
+        )  # fmt: skip
+    assert (folder / "results.json").read_text() == "{}"
