@@ -34,7 +34,7 @@ from nkd_hf.models.saving import save_student
 from nkd_hf.trainer.checkpoints import find_damage
 from nkd_hf.trainer.distillation_model import DistillationModel
 
-STEPS = 5
+STEPS = 10
 # Number of processes -> batch of each and accumulation: global batches of 16 and 32.
 SPLITS = {1: [(8, 2), (8, 4), (16, 1)], 2: [(8, 1), (8, 2)]}
 STUDENTS = {"nkd": native_vit, "uskd": native_vit, "vitkd": native_vit, "batch_norm": timm_cnn}
