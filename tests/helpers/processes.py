@@ -1,5 +1,6 @@
 """Work in forked processes: it spares each of them some ten seconds of imports."""
 
+import gc
 import logging
 import os
 import signal
@@ -50,6 +51,7 @@ def _fork(work: Callable[[], None], log: Path) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        gc.freeze()  # or each collection copies the parent's memory
         try:
             sys.stdout = sys.stderr = log.open("a", buffering=1)
             logging.basicConfig(stream=sys.stderr, force=True)
