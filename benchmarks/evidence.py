@@ -79,8 +79,9 @@ def in_parallel(calls: list[tuple], jobs: int, what: str) -> None:
         for number, (function, *args) in enumerate(calls, 1):
             print(f"[{what} {number}/{len(calls)}] {function(*args)}", flush=True)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, _set_up_worker) as pool:
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["nkd_hf.recipe.recipe", "scipy.stats"])  # imported once for all processes
+    with ProcessPoolExecutor(jobs, forks, _set_up_worker) as pool:
         futures = [pool.submit(*call) for call in calls]
         try:
             for number, future in enumerate(as_completed(futures), 1):

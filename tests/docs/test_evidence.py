@@ -1,5 +1,6 @@
 """The evidence benchmark: its data, its statistics, its page, and a tiny real run."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -7,6 +8,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -283,7 +285,9 @@ class TestRun:
         with pytest.raises(SystemExit, match=r"torch: .*, there 2\.0$"):
             evidence.main([*self.arguments(fashion, "2"), *args])
 
-    def test_a_cell_is_built_anew(self, folder, fashion, capsys):
+    def test_a_cell_is_built_anew(self, folder, fashion, capsys, monkeypatch, tmp_path):
+        kept = SimpleNamespace(TemporaryDirectory=lambda: contextlib.nullcontext(tmp_path))
+        monkeypatch.setattr(evidence, "tempfile", kept)
         args = ["--only", "fashion/cnn/nkd", "--result", str(folder / "evidence.json"), "--fashion", str(fashion)]
         with pytest.raises(SystemExit) as done:
             evidence.main([*args, "--jobs", "1"])
@@ -293,6 +297,7 @@ class TestRun:
         run["test"] += 0.1
         (folder / "other.json").write_text(json.dumps(result))
         args[3] = str(folder / "other.json")
+        # Its trainings are in the folder by now, and are compared again.
         with pytest.raises(SystemExit, match="the figures differ"):
             evidence.main([*args, "--jobs", "1"])
         assert "committed" in capsys.readouterr().out
