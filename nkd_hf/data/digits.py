@@ -7,8 +7,6 @@ import datasets
 import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 
 def load_digits_dataset() -> DatasetDict:
@@ -17,6 +15,10 @@ def load_digits_dataset() -> DatasetDict:
 
 @functools.cache
 def _encode_digits() -> DatasetDict:
+    # Here, since an import of scikit-learn takes a second that the other datasets do without.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     features = datasets.Features(
         image=datasets.Image(decode=False), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])

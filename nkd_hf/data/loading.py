@@ -11,7 +11,6 @@ import pyarrow as pa
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.iterable_dataset import ExamplesIterable
-from sklearn.model_selection import train_test_split
 
 from ..errors import OutsideError, explain_gated_repo, reason, redact
 from ..files import path_fault
@@ -273,6 +272,8 @@ def _split_rows(labels: Sequence[int | None], fraction: float, seed: int) -> tup
     if not 0 < num_validation < len(labels):
         raise ValueError(f"train_val_split={fraction} leaves a split of {len(labels)} rows empty: change it")
     stratified = counts.min() > 1 and len(counts) <= min(num_validation, len(labels) - num_validation)
+    from sklearn.model_selection import train_test_split  # takes a second, and few splits are made
+
     return train_test_split(
         np.arange(len(labels)), test_size=num_validation, random_state=seed, stratify=labels if stratified else None
     )

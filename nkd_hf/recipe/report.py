@@ -4,7 +4,6 @@ import contextlib
 from pathlib import Path
 
 import datasets
-import matplotlib.figure
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import PreTrainedModel, pipeline
 
@@ -78,6 +77,8 @@ def plot_curves(
         curves: points (epochs or steps, accuracy) by these keys.
         data: tells whether the points are at epochs or steps.
     """
+    import matplotlib.figure  # only the process that writes the report needs it
+
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     own, given = results["teacher"], results[ON_STUDENT_PIXELS]

@@ -4,13 +4,12 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import matplotlib.figure
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from .text import plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Keys of a training entry that are neither the loss nor its components.
 _NO_LOSS = {"epoch", "step", "grad_norm", "learning_rate", "num_input_tokens_seen", "total_flos"}
@@ -118,6 +117,9 @@ def plot_curves(
         if os.path.exists(path):
             os.remove(path)
         return False
+    import matplotlib.figure  # only the process that writes the card needs it
+    from matplotlib.ticker import MaxNLocator
+
     width = 4.6 if losses else 6.0
     figure = matplotlib.figure.Figure(figsize=(width * (1 + bool(losses)), 4.0), layout="constrained")
     axes = figure.subplots(1, 1 + bool(losses), squeeze=False)[0]
@@ -181,7 +183,7 @@ def _append(curves: dict[str, Curve], name: str, x: float, y: float) -> None:
         ys.append(y)
 
 
-def _plot_lines(axes: Axes, curves: dict[str, Curve]) -> None:
+def _plot_lines(axes: "Axes", curves: dict[str, Curve]) -> None:
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         axes.plot(
             xs,
