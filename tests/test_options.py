@@ -100,15 +100,17 @@ try:
 except SystemExit as exit:
     print(exit.code, heavy())
 sys.argv[1:] = ["--learning_rate", "1"]
-nkd_hf.start_recipe()
-print(heavy())
+start_recipe = nkd_hf.start_recipe
+nkd_hf.options.importlib.import_module = lambda name: print(name, heavy(), file=sys.stderr)
+start_recipe()
 """
     script = str(ROOT / "recipes" / "distill_cnn.py")
     done = subprocess.run(
         [sys.executable, "-c", code.replace("SCRIPT", repr(script))], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "2 set()\nset()\n"
+    assert done.stdout == "2 set()\n"
     assert done.stderr == (
         "distill_cnn.py: error: unknown argument --learning_rat: did you mean '--learning_rate'? (--help lists the arguments)\n"
         "distill_cnn.py: loading PyTorch and transformers ...\n"
+        "nkd_hf.recipe.recipe set()\n"
     )

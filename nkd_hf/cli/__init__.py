@@ -1,11 +1,10 @@
 """The command line: `nkd-hf COMMAND ...`, or `python -m nkd_hf.cli COMMAND ...`."""
 
-import importlib
 import sys
 
 from .. import __version__
 from ..errors import one_line_errors
-from ..options import DISTILL, PLAN, RECIPE, announce_loading, check_options, read_command, read_fields, suggest
+from ..options import DISTILL, PLAN, RECIPE, check_options, load, read_command, read_fields, suggest
 
 # Command -> the module whose `main` runs it, which is imported when the command is called, and its purpose.
 _COMMANDS = {
@@ -58,8 +57,7 @@ def _run(args: list[str]) -> None:
         hint = suggest(command, _COMMANDS)
         _exit(f"nkd-hf: error: unknown command {command!r}{hint} (nkd-hf --help lists the commands)")
     check_options(f"nkd-hf {command}", args, _known_options(command))
-    announce_loading(f"nkd-hf {command}")
-    importlib.import_module(f".{_COMMANDS[command][0]}", __name__).main(args)
+    load(f"nkd-hf {command}", f"nkd_hf.cli.{_COMMANDS[command][0]}").main(args)
 
 
 def _known_options(command: str) -> set[str] | None:
