@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from .deployment import deploy, write_card
 from .recipe import Recipe
 from .report import say
 from .run_folder import RESULTS
+from .stage import find_trained
 
 # Images of each split that are opened before the first step.
 _SAMPLE = 64
@@ -136,6 +136,7 @@ def run_distillation(
     prepare(recipe, data, training, given)
     run = Recipe(recipe, data, training)
     if not run.is_trained:
+        _check_disk(run)
         run.check()
         say(training, "\n".join(describe_run(run)))
     run.train_teacher()
@@ -156,7 +157,7 @@ def prepare(
     """Opens data and student, checks what a recipe does not check, and sets the defaults that depend on them.
 
     Raises:
-        ValueError: images cannot be read, the student cannot be built, or the disk is too small.
+        ValueError: images cannot be read, or the student cannot be built.
     """
     set_up_process(training)
     with training.main_process_first(desc="loading the data"):
@@ -168,12 +169,17 @@ def prepare(
     size = max(read_preprocessing(student, load_image_processor(student)).size)
     num_images = None if data.streaming else len(splits["train"])
     set_defaults(recipe, data, training, given, num_images, size)
-    trainings = 1 + recipe.compare_with_baseline
-    _check_disk(Path(training.output_dir), trainings * _BYTES_PER_PARAMETER * student.num_parameters())
 
 
-def _check_disk(folder: Path, needed: int) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+def _check_disk(run: Recipe) -> None:
+    """Raises ValueError if the models that are yet to be trained do not fit on the disk."""
+    student = run.create(run.args.student, run.args.student_args)
+    needed = 0
+    for name in run.stages:
+        if not run.goes_on or find_trained(run.folder / name) is None:
+            model = run.create_teacher() if name == "teacher" else student
+            needed += _BYTES_PER_PARAMETER * model.num_parameters()
+    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(

@@ -176,7 +176,8 @@ def _summary(
     gain = None
     if "baseline" in models and "baseline" in logits:
         gain = accuracy_difference(logits["student"], logits["baseline"], labels)
-    headline, text = verdict(models, gain, int((labels != -100).sum()))
+    int8_fault = results.get("int8", {}).get("reason")
+    headline, text = verdict(models, gain, int((labels != -100).sum()), int8_fault)
     tiles = [
         element("div", element("b", value), element("span", note), class_="tile")
         for value, note in facts(models, gain, results.get("agreement_with_teacher"))

@@ -6,13 +6,16 @@ from typing import Any
 from .html_elements import compare, file_size, milliseconds, percent, points
 
 
-def verdict(models: Mapping[str, Any], gain: tuple[float, float] | None, images: int) -> tuple[str, str]:
+def verdict(
+    models: Mapping[str, Any], gain: tuple[float, float] | None, images: int, int8_fault: str | None = None
+) -> tuple[str, str]:
     """Sums up a run.
 
     Args:
         models: figures by model; see [`nkd_hf.recipe.html_report.read_models`].
         gain: the student's accuracy less the baseline's, and half of its 95% interval, as fractions, or None.
         images: number of images.
+        int8_fault: why there is no int8 version, if it was tried.
 
     Returns:
         A headline and a paragraph.
@@ -26,6 +29,8 @@ def verdict(models: Mapping[str, Any], gain: tuple[float, float] | None, images:
         text += f" {_against_teacher(student, teacher)}"
     if "student_int8" in models:
         text += f" {_int8(models['student_int8'])}"
+    elif int8_fault is not None:
+        text += f" It has no int8 version: {int8_fault}."
     return _headline(student, teacher, gain), text
 
 
