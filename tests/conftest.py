@@ -69,17 +69,6 @@ def no_curves(monkeypatch):
     monkeypatch.setattr("nkd_hf.hub.model_card.card.plot_curves", lambda *args, **kwargs: False)
 
 
-@pytest.fixture
-def no_draws_of_nothing(monkeypatch):
-    """timm leaves weights of the meta device as they are, which have no values: PyTorch takes 10 ms to clamp each of them."""
-    from timm.layers import weight_init
-
-    draw = weight_init._trunc_normal_
-    monkeypatch.setattr(
-        weight_init, "_trunc_normal_", lambda tensor, *args: tensor if tensor.is_meta else draw(tensor, *args)
-    )
-
-
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, worker_id) -> Path:
     """The folder of what distributed_runs.py has run, once for all workers of pytest."""

@@ -1,5 +1,6 @@
 """The command line: `nkd-hf COMMAND ...`, or `python -m nkd_hf.cli COMMAND ...`."""
 
+import functools
 import sys
 
 from .. import __version__
@@ -60,6 +61,7 @@ def _run(args: list[str]) -> None:
     load(f"nkd-hf {command}", f"nkd_hf.cli.{_COMMANDS[command][0]}").main(args)
 
 
+@functools.cache  # a process may call `main` again
 def _known_options(command: str) -> set[str] | None:
     """The options of a command, read without importing it; None where that is uncertain."""
     if command in ("plan", "distill"):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .meta_device import OnlyShapes
+
 # Patches and strides of most architectures divide these.
 _STEPS = (32, 14, 48)
 
@@ -41,7 +43,7 @@ def try_image_size(
     """
     model = None
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), OnlyShapes():
             model = build(image_size)
             return model, run_fault(model, image_size)
     except Exception as error:  # from anywhere in timm or in a model's own code
@@ -62,7 +64,7 @@ def run_fault(model: PreTrainedModel, image_size: int) -> Exception | None:
         if isinstance(module, nn.Conv2d) and module.in_channels == 3
     ]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), OnlyShapes():
             output = model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
             logits = output if isinstance(output, torch.Tensor) else output.logits
             if tuple(logits.shape) != (1, model.config.num_labels):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from ..data.arguments import DataArguments, streaming_max_steps
 from ..models.architectures import is_architecture
+from ..models.meta_device import OnlyShapes
 from ..models.preprocessing import Preprocessing
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
@@ -83,7 +84,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     check_class_balance(recipe, data)
     notes: list[str] = []
     steps = _count_steps(recipe, data, training)
-    with torch.device("meta"):
+    with torch.device("meta"), OnlyShapes():
         student, pixels = open_student(recipe, data)
         teacher, teacher_pixels = open_teacher(recipe, data, pixels, notes)
         if recipe.needs_teacher_layers and teacher is None:

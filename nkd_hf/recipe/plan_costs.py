@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
 from ..errors import reason
+from ..models.meta_device import OnlyShapes
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import decayed_parameters
@@ -25,7 +26,7 @@ def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
 def forward_gmacs(model: nn.Module, size: tuple[int, int]) -> float:
     """Counts the multiplications with additions of one image's forward pass, in 1e9: convolutions, matrix products, attention."""
     # With gradients: without them FlopCounterMode fails on modules that get a parameter as input (timm's CaiT, PiT).
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, OnlyShapes():
         model.eval()(torch.empty(1, 3, *size, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2e9
 

@@ -11,6 +11,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, V
 
 from nkd_hf import create_student
 from nkd_hf.models.image_sizes import is_of_the_meta_device, own_image_size, run_fault
+from nkd_hf.models.meta_device import OnlyShapes
 from nkd_hf.models.saving import save_student
 
 # The smallest model of each module of timm 1.0.31.
@@ -58,7 +59,6 @@ def _slow_unless_fixed(name: str):
     return name if fast and name not in LARGE else pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.usefixtures("no_draws_of_nothing")
 @pytest.mark.parametrize("name", map(_slow_unless_fixed, FAMILIES))
 def test_64_pixels_or_an_error_that_names_other_sizes(name):
     with torch.device("meta"):
@@ -92,7 +92,6 @@ def test_a_training_step_or_an_error(name, size):
     assert logits.shape == (2, 10)
 
 
-@pytest.mark.usefixtures("no_draws_of_nothing")
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -147,6 +146,20 @@ def test_img_size_among_the_models_arguments_is_the_image_size():
 def test_sizes_that_an_architecture_does_not_take(name, size, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         create_student(name, num_labels=10, image_size=size)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d(8), torch.nn.LayerNorm([8, 4, 4]), torch.nn.LayerNorm(4)])
+def test_a_norm_that_does_not_fit_its_input_fails_on_the_meta_device_too(norm):
+    norm = norm.to("meta").eval()
+    with torch.device("meta"), OnlyShapes():
+        assert F.gelu(norm(torch.zeros(2, 8, 4, 4))).shape == (2, 8, 4, 4)
+        with pytest.raises(RuntimeError):
+            norm(torch.zeros(2, 6, 4, 5))
+
+
+def test_only_the_meta_device_has_no_values():
+    with OnlyShapes():
+        assert F.silu(torch.nn.BatchNorm1d(1).eval()(torch.ones(1, 1).clamp_(2))).item() > 1
 
 
 def test_the_check_draws_nothing():

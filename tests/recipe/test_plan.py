@@ -19,7 +19,6 @@ from nkd_hf.cli import main
 from nkd_hf.cli.plan_text import format_plan
 from nkd_hf.recipe.plan_costs import count_activation_bytes
 
-pytestmark = pytest.mark.usefixtures("no_draws_of_nothing")
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 # A small student on 37 images.
 TINY = {
