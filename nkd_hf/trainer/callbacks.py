@@ -13,6 +13,7 @@ from ..data.image_datasets import ImageDataset
 from ..data.sampler import EpochIndices, EpochSampler
 from ..data.seeding import derived_seeds
 from .arguments import DistillationTrainingArguments
+from .checkpoints import checkpoints, remove_old
 from .checks import check_batches, check_metric, check_optimizer, check_weights, named_datasets
 from .optimizer_groups import check_no_group_is_empty
 from .sigterm import EXIT_CODE
@@ -33,6 +34,10 @@ class KeepPace(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.save_after_epoch = self.leaving = False
         self.trainer.begin_attempt()
+        # A process that was killed while it deleted an older checkpoint left a part of it.
+        last = checkpoints(args.output_dir)[-1:]
+        if args.should_save and last and os.path.basename(last[0]) == f"checkpoint-{state.global_step}":
+            remove_old(args.output_dir, state.global_step, args.save_total_limit, state.best_model_checkpoint)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.trainer.sigterm.was_received():

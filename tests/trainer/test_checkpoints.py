@@ -262,6 +262,17 @@ def test_old_checkpoints_are_known_by_their_steps_when_the_clock_was_set_back(co
     assert [path.name for path in copy.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+def test_a_run_that_was_killed_while_it_removed_a_checkpoint_removes_the_rest_of_it(copy):
+    """It was its last removal: nothing is saved after it. Without a limit, and from an earlier checkpoint, all stay."""
+    (copy / "checkpoint-4" / "model.safetensors").unlink()
+    trainer_of(copy).train(resume_from_checkpoint=True)
+    assert {path.name for path in copy.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    trainer_of(copy, save_total_limit=1, save_strategy="no").train(resume_from_checkpoint=str(copy / "checkpoint-2"))
+    assert (copy / "checkpoint-6").is_dir()
+    trainer_of(copy, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert [path.name for path in copy.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
 @pytest.mark.parametrize(
     ("step", "limit", "best", "kept"),
     [
