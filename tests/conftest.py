@@ -72,7 +72,7 @@ def no_curves(monkeypatch):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, worker_id) -> Path:
     """The folder of what distributed_runs.py has run, once for all workers of pytest."""
-    from distributed_runs import read, run
+    from distributed_runs import STUDENTS, TEACHERS, read, run
     from filelock import FileLock
     from processes import in_processes
 
@@ -81,6 +81,8 @@ def runs(tmp_path_factory, worker_id) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             folder.mkdir()
+            for make in (*STUDENTS.values(), *TEACHERS.values()):
+                make()  # which keeps a copy, that each of the processes would otherwise make anew
             failed = [size for size in (1, 2, 3) if any(in_processes(size, lambda: run(folder), folder / "log"))]
             (folder / "failed").write_text(f"{failed}: {(folder / 'log').read_text()[-3000:]}" if failed else "")
     assert not (folder / "failed").read_text()

@@ -1,6 +1,8 @@
 """Work in forked processes: it spares each of them some ten seconds of imports."""
 
+import functools
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+
+from nkd_hf import DataArguments, load_image_dataset
 
 
 def in_a_process(work: Callable[[], None], log: Path) -> int:
@@ -47,7 +51,16 @@ def in_processes(world_size: int, work: Callable[[], None], log: Path) -> list[i
     return [_exit_code(process) for process in processes]
 
 
+@functools.cache
+def _prepare() -> None:
+    """Does once what most of the processes would do again, each for itself."""
+    for module in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(module)
+    load_image_dataset(DataArguments())
+
+
 def _fork(work: Callable[[], None], log: Path) -> int:
+    _prepare()
     pid = os.fork()
     if pid == 0:
         code = 1
