@@ -153,16 +153,19 @@ def test_top5_indices_refuses_other_shapes(logits):
 
 
 def test_loads_by_path_in_two_processes_without_network(tmp_path):
-    # One interpreter that splits in two, without transformers, which evaluate does not need here: imports take seconds,
-    # and the race lies behind them.
+    # One interpreter that splits in two: imports take seconds, and the race lies behind them. Without transformers, evaluate
+    # imports less.
     program = """
-import os, socket, sys
+import gc, os, socket, sys
+gc.disable()  # a fifth of the time of the imports
 def refuse(*args, **kwargs):
     raise AssertionError("asked for the network")
 socket.socket.connect = socket.getaddrinfo = refuse
 sys.modules["transformers"] = None
 import evaluate
 del sys.modules["transformers"]
+from transformers import EvalPrediction  # the metric's, as torch
+import torch
 child = os.fork()
 metric = evaluate.load(sys.argv[1])
 for _ in range(5):
