@@ -217,7 +217,7 @@ def test_a_teacher_of_other_names_is_taken_by_its_numbers(tmp_path, monkeypatch)
 def test_the_call_of_a_student_that_carries_its_code_says_so(tmp_path, capsys):
     recipe = run(
         "distill_cnn", "--output_dir", str(tmp_path), "--distillation_loss", "none", "--student", "resnet18_cifar",
-        "--student_args", '{"layers": [1, 1, 1, 1]}', "--max_steps", "2",
+        "--student_args", '{"layers": [1, 1, 1, 1]}',
     )  # fmt: skip
     recipe.report()
     assert f'model="{tmp_path / "baseline"}", trust_remote_code=True)' in capsys.readouterr().out
