@@ -21,7 +21,8 @@ SECONDS, MEMORY = 60, 3 * 2**30
 NAN = float("nan")
 VIT, RESNET, CNN, DEIT = "vit", "resnet", "cnn", "deit"
 MODELS = {VIT: native_vit, RESNET: native_resnet, CNN: timm_cnn, DEIT: timm_deit}
-# By name: the model, and what its config.json gets: settings, or a whole text. And what the refusal says.
+# By name: the model, and what its config.json gets: settings, a function that makes them, or a whole text. And what the
+# refusal says.
 CASES = {
     "a billion classes": (CNN, {"num_classes": 10**9, "label_names": None}, "num_classes must be at most"),
     "a billion labels": (VIT, {"num_labels": 10**9, "id2label": None}, "num_labels must be at most"),
@@ -70,7 +71,11 @@ CASES = {
     "no JSON": (VIT, "{", "config.json is not a valid JSON file"),
     "no text": (VIT, b"\xff\xfe\x00", "config.json is not a valid JSON file"),
     "no mapping": (VIT, "[]", "config.json is no mapping"),
-    "three million names": (VIT, {"id2label": {str(i): f"n{i}" for i in range(3 * 10**6)}}, "config.json has .* MiB"),
+    "three million names": (
+        VIT,
+        lambda: {"id2label": {str(i): f"n{i}" for i in range(3 * 10**6)}},
+        "config.json has .* MiB",
+    ),
     "two million names": (CNN, {"label_names": ["n"] * (2 * 10**6)}, "at most 1048576 names"),
     "other configurations": (VIT, {"configuration_files": ["config.4.0.0.json"]}, "names other configurations"),
     "other weights": (VIT, {"transformers_weights": "../model.safetensors"}, "transformers_weights must be the name"),
@@ -115,7 +120,7 @@ def results(tmp_path_factory):
         open_(str(models / name))
     for name, (model, settings, _) in CASES.items():
         shutil.copytree(models / model, root / name)
-        change(root / name / "config.json", settings)
+        change(root / name / "config.json", settings() if callable(settings) else settings)
     for name, (settings, _) in PROCESSORS.items():
         shutil.copytree(models / RESNET, root / name)
         change(root / name / "preprocessor_config.json", settings)
