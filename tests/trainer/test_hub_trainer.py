@@ -26,6 +26,17 @@ STUDENT = {"config.json", "model.safetensors", "README.md", "training_curves.png
 DATA = {"train": digits(0, 64), "evaluation": digits(64, 96)}
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """A picture is a file of its points: these tests look at names and changes, and drawing takes a third of their time."""
+
+    def write_points(figure, path, **kwargs):
+        lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
+        Path(path).write_text(json.dumps(lines))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write_points)
+
+
 def trainer_of(folder, model=None, **kwargs):
     """A student with an auxiliary head, a token in its arguments, and checkpoints."""
     defaults = {
