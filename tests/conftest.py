@@ -63,10 +63,12 @@ def hub(monkeypatch, tmp_path):
     huggingface_hub.close_session()
 
 
-@pytest.fixture
-def no_curves(monkeypatch):
-    """Model cards without their picture, which takes half a CPU second for each model that is trained."""
-    monkeypatch.setattr("nkd_hf.hub.model_card.card.plot_curves", lambda *args, **kwargs: False)
+@pytest.fixture(scope="module")
+def no_curves():
+    """Model cards without their picture, which takes half a CPU second for each model that a module's tests train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nkd_hf.hub.model_card.card.plot_curves", lambda *args, **kwargs: False)
+        yield
 
 
 @pytest.fixture(scope="session")
