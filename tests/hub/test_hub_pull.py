@@ -99,7 +99,7 @@ def in_a_new_process(hub, tmp_path, code, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_pull_in_a_fresh_process(hub, tmp_path):
+def test_pull_in_a_fresh_process(hub, no_curves, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
     vit_processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6])
