@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .models.features import token_shape
     from .models.preprocessing import load_image_processor
     from .models.students import create_student
-    from .models.teacher import load_teacher
+    from .models.teacher_loading import load_teacher
     from .options import start_recipe
     from .recipe.arguments import RecipeArguments
     from .recipe.distill import distill
@@ -82,7 +82,7 @@ _NAMES = {
     "models.features": ("token_shape",),
     "models.preprocessing": ("load_image_processor",),
     "models.students": ("create_student",),
-    "models.teacher": ("load_teacher",),
+    "models.teacher_loading": ("load_teacher",),
     "data.arguments": ("DataArguments",),
     "data.bad_images": ("BadImageReport",),
     "data.collator": ("ImageCollator",),

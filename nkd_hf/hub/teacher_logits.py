@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..errors import explain_gated_repo, reason
 from ..files import path_fault
 from ..models.repo_ids import read_repo_id
-from ..teacher_logits.store import STORE, StoreInfo, TeacherLogits, unfinished
+from ..teacher_logits.store import STORE, StoreInfo, TeacherDescription, TeacherLogits, list_teachers, unfinished
 from .failures import explain_failures
 from .push import PushApi
 
@@ -87,7 +87,8 @@ def store_card(info: StoreInfo, name: str) -> str:
         info: of the store.
         name: of the dataset.
     """
-    teacher = info.teacher
+    teachers = list_teachers(info.teacher)
+    of_one = "teacher" if len(teachers) == 1 else "teachers, whose mean probabilities these are"
     measured = {
         "with its own preprocessing": info.teacher_own_accuracy,
         "on the student's pixels": info.teacher_accuracy,
@@ -109,7 +110,7 @@ tags:
 
 The logits of a teacher on augmented training images, to distil students from without running it.
 
-- teacher: {f"`{teacher.name}`, " if teacher.name else ""}`{teacher.architecture}`, {teacher.num_parameters / 1e6:.1f} M parameters{accuracy}
+- {of_one}: {"; ".join(map(_describe, teachers))}{accuracy}
 - images: {info.num_samples} in each of {info.epochs} epochs, {info.num_classes} classes
 - stored of each: {kept}
 
@@ -117,3 +118,9 @@ The same images, augmented in the same way, come with the recipe that this was w
 `--teacher_logits {os.path.basename(name)}` with the owner's name before it: a run with another seed, other data or another
 augmentation is refused.
 """
+
+
+def _describe(teacher: TeacherDescription) -> str:
+    name = f"`{teacher.name}`, " if teacher.name else ""
+    weight = "" if teacher.weight is None else f", weight {teacher.weight:.3g}"
+    return f"{name}`{teacher.architecture}`, {teacher.num_parameters / 1e6:.1f} M parameters{weight}"

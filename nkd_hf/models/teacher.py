@@ -3,23 +3,17 @@
 import contextlib
 import copy
 import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
-from transformers import BaseImageProcessor
 
-from ..errors import RefusedError
 from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, check_pooled_head, classifier_head
 from .labels import check_classifier, match_labels
-from .loading import open_image_processor, open_pretrained
 from .outputs import check_inputs, read_logits
-from .preprocessing import Preprocessing, read_preprocessing
-from .repo_ids import read_repo_id
+from .preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +62,16 @@ class Teacher(nn.Module):
         self._taps: dict[str, FeatureTap] = {}
         self._hands_out_head = False
         self.eval().requires_grad_(False)
+
+    @property
+    def members(self) -> list["Teacher"]:
+        """The teachers of one model each that this one consists of: itself, but for an ensemble."""
+        return [self]
+
+    @property
+    def weights(self) -> list[float]:
+        """The share of each member, all together 1."""
+        return [1.0]
 
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
@@ -170,10 +174,13 @@ class Teacher(nn.Module):
         clone._buffers = dict(self._buffers)
         clone._modules = {name: _sharing_weights(module) for name, module in self._modules.items()}
         clone._taps = {}
+        return clone._without_preparation()
+
+    def _without_preparation(self) -> "Teacher":
         # Accelerator.prepare sets a forward that is bound to the original and computes in that accelerator's precision.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            clone.__dict__.pop(name, None)
-        return clone
+            self.__dict__.pop(name, None)
+        return self
 
     def take_features(self) -> dict[str, Tensor]:
         """Returns the tapped features of the last call by name, without gradient; see [`FeatureTap.take`].
@@ -221,91 +228,9 @@ class Teacher(nn.Module):
             logits = read_logits(output, f"teacher {self.name}", len(pixel_values), num_classes)
             return logits if self.order is None else logits[:, self.order]
 
-
-def load_teacher(
-    teacher: str | nn.Module,
-    *,
-    processing_class: BaseImageProcessor | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> Teacher:
-    """Opens a teacher.
-
-    Args:
-        teacher (`str` or `nn.Module`): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
-            `*ForImageClassification` of transformers, or a timm model, also in `DataParallel`,
-            `DistributedDataParallel` or `torch.compile`, which are removed. The teacher shares a module's weights and
-            leaves its mode and `requires_grad` as they are.
-        processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
-            does not carry its preprocessing. None looks in the module's folder or repo; if that has none, the module
-            gets the student's pixels, with a warning.
-        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`); only the
-            pickle's tensors are read.
-        trust_remote_code (`bool`): whether code that lies beside the weights may run.
-
-    Returns:
-        [`Teacher`]
-
-    Raises:
-        ValueError: the id or folder cannot be opened, or has only files that are not allowed; the model is for regression or
-            for several labels an image (`problem_type`).
-
-    Example:
-
-    ```python
-    >>> from nkd_hf import create_student, load_teacher
-    >>> teacher = load_teacher(create_student("resnet18", num_labels=10, image_size=32))
-    >>> teacher.training, teacher.preprocessing.size
-    (False, (32, 32))
-
-    ```
-    """
-    if isinstance(teacher, nn.Module):
-        teacher = unwrap_module(teacher)
-    if isinstance(teacher, Teacher):
-        return teacher
-    if isinstance(teacher, nn.Module):
-        config = getattr(teacher, "config", None)
-        id2label = getattr(config, "id2label", None)
-        return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
-    if not isinstance(teacher, str | os.PathLike):
-        raise ValueError(f"teacher must be a Hub id, a folder or a module, got a {type(teacher).__name__}")
-    teacher = read_repo_id(os.fspath(teacher), "teacher")
-    try:
-        model = open_pretrained(
-            teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
-        )
-        if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
-            try:
-                processing_class = open_image_processor(model.name_or_path, trust_remote_code=trust_remote_code)
-            except OSError as error:
-                raise RefusedError(
-                    "it has no image processor (preprocessor_config.json). Save the model's beside it "
-                    "(processor.save_pretrained), or pass processing_class to load_teacher"
-                ) from error
-    except RefusedError as error:
-        raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"teacher {teacher!r} could not be opened: give the id of an image classifier on the Hub (is there a "
-            f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote"
-            f"{'' if os.path.isdir(os.path.expanduser(teacher)) else f' (there is no folder {teacher!r} here)'}. {error}"
-        ) from error
-    return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
-
-
-def unwrap_module(module: nn.Module) -> nn.Module:
-    """Returns the module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`.
-
-    These wrappers have neither its configuration, with the names of the classes, nor its preprocessing.
-    """
-    while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif is_compiled_module(module):
-            module = module._orig_mod
-        else:
-            return module
+    def combine(self, logits: Sequence[Tensor]) -> Tensor:
+        """Returns the teacher's logits from those of its members, which are its own."""
+        return logits[0]
 
 
 def _sharing_weights(module: nn.Module) -> nn.Module:

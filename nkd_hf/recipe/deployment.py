@@ -23,7 +23,7 @@ from ..export.runtime import open_session, run_session
 from ..models.loading import open_classifier
 from ..models.outputs import read_logits
 from ..models.preprocessing import load_image_processor
-from ..models.teacher import load_teacher
+from ..models.teacher_loading import load_teacher
 from .figures import agreement, fit_temperature, model_figures, per_class
 from .html_report import write_html_report
 from .report import say

@@ -21,7 +21,7 @@ from ..data.labels import read_labels
 from ..data.transforms import PIXELS_VERSION
 from ..models.architectures import is_architecture
 from ..models.preprocessing import RGB, Preprocessing
-from ..models.teacher import load_teacher
+from ..models.teacher_loading import load_teacher
 from ..teacher_logits.store import StoreInfo
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments

@@ -21,7 +21,8 @@ from ..data.student_datasets import make_collator
 from ..hub.model_card.facts import describe_teacher
 from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
-from ..models.teacher import Teacher, load_teacher
+from ..models.teacher import Teacher
+from ..models.teacher_loading import load_teacher
 from ..teacher_logits.compression import sparse_logits
 from ..teacher_logits.store import STORE, StoreInfo, shard_path, unfinished, write_shard
 from ..trainer.agreement import decide_in_first
@@ -91,9 +92,7 @@ def write_teacher_logits(
         shard_size=shard_size,
         # Of the weights before for_inference rounds them.
         fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher.model, training.teacher_dtype),
-        teacher=describe_teacher(
-            teacher.model, None if is_architecture(recipe.teacher) else hide_path(recipe.teacher)
-        ),
+        teacher=describe_teacher(teacher, [None if is_architecture(recipe.teacher) else hide_path(recipe.teacher)]),
         versions=read_versions(),
     )
     teacher.for_inference(

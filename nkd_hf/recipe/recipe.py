@@ -18,7 +18,8 @@ from ..hub.teacher_logits import find_store
 from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.students import describe_start
-from ..models.teacher import Teacher, load_teacher
+from ..models.teacher import Teacher
+from ..models.teacher_loading import load_teacher
 from ..teacher_logits.store import TeacherLogits
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments

@@ -51,11 +51,18 @@ class TeacherDescription(NamedTuple):
         name (`str` or None): Hub id or folder; None for a teacher that was trained for the store.
         architecture (`str`)
         num_parameters (`int`)
+        weight (`float`, *optional*): its share in an ensemble; None for a teacher alone.
     """
 
     name: str | None
     architecture: str
     num_parameters: int
+    weight: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the attributes by name, without a weight that is None."""
+        values = self._asdict()
+        return values if self.weight is not None else {name: values[name] for name in values if name != "weight"}
 
 
 @dataclass
@@ -70,7 +77,7 @@ class StoreInfo:
         temperatures (`list[float]`): T temperatures of `rest_logsumexp`, 1 among them.
         shard_size (`int`): number of samples in a shard; the last shard of an epoch may have fewer.
         fingerprint (`dict`): the settings that the logits depend on; a run must have the same.
-        teacher (`TeacherDescription`)
+        teacher (`TeacherDescription` or a list of them): of an ensemble, each member.
         teacher_accuracy (`float`, *optional*): the teacher's top-1 on the student's pixels of the validation split; None
             until it is measured.
         versions (`dict[str, str]`): versions of the libraries that made the pixels.
@@ -85,7 +92,7 @@ class StoreInfo:
     temperatures: list[float]
     shard_size: int
     fingerprint: dict[str, Any]
-    teacher: TeacherDescription
+    teacher: TeacherDescription | list[TeacherDescription]
     teacher_accuracy: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
@@ -98,7 +105,8 @@ class StoreInfo:
 
     def write(self, folder: Path) -> None:
         """Writes `store.json` completely or not at all."""
-        values = dataclasses.asdict(self) | {"teacher": self.teacher._asdict()}
+        teachers = [teacher.to_json() for teacher in list_teachers(self.teacher)]
+        values = dataclasses.asdict(self) | {"teacher": teachers if isinstance(self.teacher, list) else teachers[0]}
         write_whole(folder / STORE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
@@ -123,7 +131,13 @@ class StoreInfo:
             raise ValueError(f"{folder} is a store of format {found}, expected {FORMAT}: {advice}")
         if fault := _find_fault(values):
             raise ValueError(f"{folder / STORE} is damaged, {fault}: {_again(folder)}")
-        return cls(**values | {"teacher": TeacherDescription(**values["teacher"])})
+        teachers = [TeacherDescription(**teacher) for teacher in list_teachers(values["teacher"])]
+        return cls(**values | {"teacher": teachers if isinstance(values["teacher"], list) else teachers[0]})
+
+
+def list_teachers(teacher: Any) -> list[Any]:
+    """Returns one teacher, or the members of an ensemble, as a list."""
+    return teacher if isinstance(teacher, list) else [teacher]
 
 
 def _again(folder: Path) -> str:
@@ -132,7 +146,7 @@ def _again(folder: Path) -> str:
 
 def _find_fault(values: dict[str, Any]) -> str | None:
     """Describes the first field of a `store.json` with an impossible value; None if there is none."""
-    teacher = values["teacher"] if isinstance(values["teacher"], dict) else {}
+    teachers = list_teachers(values["teacher"])
     is_right = {
         **{name: _is_count(values[name]) for name in ("num_classes", "num_samples", "epochs", "shard_size")},
         "top_k": values["top_k"] is None or _is_count(values["top_k"]),
@@ -140,14 +154,22 @@ def _find_fault(values: dict[str, Any]) -> str | None:
         and all(isinstance(each, int | float) and each > 0 for each in values["temperatures"]),
         "fingerprint": isinstance(values["fingerprint"], dict),
         "versions": isinstance(values["versions"], dict),
-        "teacher": set(teacher) == set(TeacherDescription._fields)
-        and isinstance(teacher["name"], str | None)
-        and isinstance(teacher["architecture"], str)
-        and _is_count(teacher["num_parameters"]),
+        "teacher": bool(teachers) and all(map(_is_teacher, teachers)),
         **{name: isinstance(values[name], float | None) for name in ("teacher_accuracy", "teacher_own_accuracy")},
     }
     wrong = next((name for name, right in is_right.items() if not right), None)
     return wrong and f"its {wrong} is {reprlib.repr(values[wrong])}"
+
+
+def _is_teacher(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {*value, "weight"} == set(TeacherDescription._fields)
+        and isinstance(value["name"], str | None)
+        and isinstance(value["architecture"], str)
+        and _is_count(value["num_parameters"])
+        and isinstance(value.get("weight"), float | None)
+    )
 
 
 def _is_count(value: Any) -> bool:

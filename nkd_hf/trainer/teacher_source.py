@@ -10,7 +10,8 @@ from transformers import BaseImageProcessor
 from ..data.collator import ImageCollator
 from ..models.features import check_token_grids
 from ..models.preprocessing import read_preprocessing
-from ..models.teacher import Teacher, load_teacher, unwrap_module
+from ..models.teacher import Teacher
+from ..models.teacher_loading import load_teacher
 from ..teacher_logits.store import TeacherDescription, TeacherLogits
 from .arguments import DistillationTrainingArguments
 from .distillation_model import DistillationModel
@@ -20,7 +21,7 @@ class TeacherSource(Protocol):
     """The methods of a teacher that the trainer calls."""
 
     @property
-    def description(self) -> Teacher | TeacherDescription:
+    def description(self) -> Teacher | TeacherDescription | list[TeacherDescription]:
         """The teacher as the model card describes it."""
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -61,7 +62,7 @@ class StoredLogits:
         self._temperature = temperature
 
     @property
-    def description(self) -> TeacherDescription:
+    def description(self) -> TeacherDescription | list[TeacherDescription]:
         return self.store.info.teacher
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ class StoredLogits:
 
 
 def open_teacher_source(
-    teacher: str | nn.Module | Teacher | None,
+    teacher: str | nn.Module | Teacher | list | None,
     collator: Any,
     model: DistillationModel,
     processing_class: BaseImageProcessor | None,
@@ -143,7 +144,7 @@ def check_teacher_is_asked_for(
 
 
 def open_live_teacher(
-    teacher: str | nn.Module | Teacher,
+    teacher: str | nn.Module | Teacher | list,
     model: DistillationModel,
     processing_class: BaseImageProcessor | None,
     args: DistillationTrainingArguments,
@@ -155,16 +156,14 @@ def open_live_teacher(
         ValueError: the teacher can't be opened, is the student itself, or lacks the student's classes or a layer that a
             loss reads.
     """
-    if isinstance(teacher, nn.Module):
-        # Another trainer may have compiled its teacher.
-        teacher = unwrap_module(teacher)
-        if teacher is model.student or _have_same_weights(teacher, model.student):
-            raise ValueError(
-                "teacher and student must be two models, got one and the same model, which changes while it teaches. "
-                "Pass copy.deepcopy(student) as teacher."
-            )
+    teacher = load_teacher(teacher)
+    if any(_have_same_weights(member.model, model.student) for member in teacher.members):
+        raise ValueError(
+            "teacher and student must be two models, got one and the same model, which changes while it teaches. "
+            "Pass copy.deepcopy(student) as teacher."
+        )
     # A copy, since another trainer, or its owner, may use the teacher too.
-    teacher = load_teacher(teacher).copy()
+    teacher = teacher.copy()
     pixels = read_preprocessing(model.student, processing_class)
     teacher.align(pixels, model.config.id2label)
     teacher.for_inference(args.teacher_dtype, channels_last=args.teacher_channels_last, compile=args.teacher_compile)

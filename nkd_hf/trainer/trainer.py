@@ -53,7 +53,7 @@ class DistillationTrainer(Trainer):
             [B, 3, H, W] float and `labels`: [B] int64, or [B, C] float after mixup / cutmix. `processing_class` is the
             student's image processor; it is saved with the student. An [`ImageCollator`] with `teacher_logits` takes the
             place of a teacher.
-        teacher (`str`, `nn.Module` or [`Teacher`], *optional*): a Hub id, a folder or a model; see [`load_teacher`].
+        teacher (`str`, `nn.Module`, [`Teacher`] or a list, *optional*): a Hub id, a folder or a model; see [`load_teacher`].
         distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): such as [`NKDLoss`] or [`USKDLoss`], see
             `nkd_hf.losses`, or several by name, which add up. None trains with the task loss alone: the baseline.
         card_info ([`CardInfo`], *optional*): facts for the model card that the trainer does not know, such as the dataset.
@@ -95,7 +95,7 @@ class DistillationTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        *, teacher: str | nn.Module | Teacher | None = None, class_weights: Tensor | None = None,
+        *, teacher: str | nn.Module | Teacher | list | None = None, class_weights: Tensor | None = None,
         distillation_loss: nn.Module | dict[str, nn.Module] | None = None, card_info: CardInfo | None = None,
     ):
         # fmt: on

@@ -30,10 +30,10 @@ from nkd_hf import (
 )
 from nkd_hf.hub.model_card.card import create_card, is_generated, with_repo_id, write_card
 from nkd_hf.hub.model_card.curves import OTHER_DATASET, plot_curves, read_accuracies
-from nkd_hf.hub.model_card.facts import CardInfo
+from nkd_hf.hub.model_card.facts import CardInfo, describe_teacher
 from nkd_hf.hub.model_card.text import hub_id, plain, plain_name
 from nkd_hf.models.saving import save_student
-from nkd_hf.models.teacher import load_teacher
+from nkd_hf.models.teacher_loading import load_teacher
 from nkd_hf.recipe.launch_line import launch_line
 from nkd_hf.recipe.report import make_card_info
 
@@ -820,3 +820,24 @@ def test_balanced_accuracy_is_no_accuracy_on_a_dataset_of_that_name():
     assert read_accuracies(balanced) == {"balanced": {"accuracy": 0.5}}
     photos = {"eval_photos_accuracy": 0.75, "eval_photos_balanced_accuracy": 0.5}
     assert read_accuracies(photos) == {"photos": {"accuracy": 0.75}}
+
+
+def test_card_of_an_ensemble(tmp_path):
+    first, second = timm_cnn(1), timm_cnn(2)
+    first.config.name_or_path = "timm/resnet34.tv_in1k"
+    own = load_teacher(second)
+    own.name = str(tmp_path / "teachers" / "mine")
+    info = CardInfo(teacher={"accuracy": 0.9}, teacher_on_student_pixels={"accuracy": 0.8})
+    teacher = load_teacher([first, own], weights=[3, 1])
+    text = make_card(tmp_path, teacher=teacher, losses={"nkd": NKDLoss()}, info=info)
+    link = "[`timm/resnet34.tv_in1k`](https://huggingface.co/timm/resnet34.tv_in1k)"
+    assert (
+        f"distilled from an ensemble of {link} (190 k parameters, weight 0.75) and `mine` (190 k parameters, weight 0.25) with"
+        in text
+    )
+    assert metadata_of(text)["base_model"] == "timm/resnet34.tv_in1k"
+    assert list(table_of(text).values())[:2] == [["90.00", ""], ["80.00", ""]]
+    assert "the teachers together, `resnet18` + `resnet18`, on the student's pixels" in text
+    # A store of their logits has the same text.
+    described = describe_teacher(teacher, ["timm/resnet34.tv_in1k", "mine"])
+    assert make_card(tmp_path, teacher=described, losses={"nkd": NKDLoss()}, info=info) == text

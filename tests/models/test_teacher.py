@@ -291,5 +291,5 @@ def test_what_is_missing_beside_a_teacher_is_said(tmp_path):
         load_teacher(str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"\(there is no folder 'run/studnt' here\)"):
         load_teacher("run/studnt")
-    with pytest.raises(ValueError, match="teacher must be a Hub id, a folder or a module, got a list"):
-        load_teacher([native_vit()])
+    with pytest.raises(ValueError, match="teacher must be a Hub id, a folder or a module, got a dict"):
+        load_teacher({})

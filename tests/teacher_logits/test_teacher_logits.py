@@ -304,6 +304,7 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
     ["{", "[" * 100_000, "[1]", "null", {"shard_size": 0}, {"shard_size": True}, {"num_samples": "8"}, {"epochs": -1},
      {"top_k": [1]}, {"temperatures": 1}, {"temperatures": [None]}, {"fingerprint": None}, {"versions": [1]},
      {"teacher": None}, {"teacher": {}}, {"teacher": {"name": 1, "architecture": "a", "num_parameters": 1}},
+     {"teacher": []}, {"teacher": [{"name": None, "architecture": "a", "num_parameters": 1, "weight": "1"}]},
      {"teacher_accuracy": "high"}],
     ids=lambda change: str(change)[:40],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def write_card(
     args: TrainingArguments,
     state: TrainerState,
     repo_id: str | None = None,
-    teacher: Teacher | TeacherDescription | None = None,
+    teacher: Teacher | TeacherDescription | list[TeacherDescription] | None = None,
     losses: Mapping[str, nn.Module] | None = None,
     info: CardInfo | None = None,
 ) -> bool:
@@ -125,7 +125,7 @@ def create_card(
     args: TrainingArguments,
     state: TrainerState,
     repo_id: str | None = None,
-    teacher: Teacher | TeacherDescription | None = None,
+    teacher: Teacher | TeacherDescription | list[TeacherDescription] | None = None,
     losses: Mapping[str, nn.Module] | None = None,
     info: CardInfo | None = None,
     curves: str | None = None,
@@ -242,7 +242,8 @@ def _metadata(run: Run) -> ModelCardData:
     # `distill` was asked for in huggingface_hub's issue 3985. No relation stands for a teacher, so none is claimed. Where
     # the student was fine-tuned, `finetune` is claimed: for two models without a relation the Hub would infer a merge.
     start = hub_id(run.start)
-    base_models = [model for model in (start, hub_id(run.teacher_name)) if model]
+    teachers = dict.fromkeys(hub_id(teacher.name) for teacher in run.teachers)
+    base_models = [model for model in (start, *teachers) if model]
     relation = {"base_model_relation": "finetune"} if start else {}
     return ModelCardData(
         language=[plain(language) for language in listed(run.info.language)] or None,

@@ -1,7 +1,7 @@
 """The facts of a card: those that its author gives, and those of the run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification, TrainerState, TrainingArguments
 
 from ...models.teacher import Teacher
-from ...teacher_logits.store import TeacherDescription
+from ...teacher_logits.store import TeacherDescription, list_teachers
 from .curves import publishable_log, read_accuracies
 from .licences import check_license
 from .text import hub_id
@@ -108,7 +108,7 @@ class Run:
     args: TrainingArguments
     state: TrainerState
     repo_id: str | None
-    teacher: Teacher | TeacherDescription | None
+    teacher: Teacher | TeacherDescription | list[TeacherDescription] | None
     losses: Mapping[str, nn.Module]
     info: CardInfo
     curves: str | None
@@ -144,23 +144,14 @@ class Run:
         return self.info.finetuned_from or self.student.name_or_path or None
 
     @property
-    def teacher_name(self) -> str | None:
-        """The name that the teacher was opened from; None for a module that came from no repository of the Hub."""
+    def teachers(self) -> list[TeacherDescription]:
+        """The teacher, or the members of an ensemble, whether it ran during training or before; empty if there is none."""
         if self.teacher is None:
-            return None
-        if isinstance(self.teacher, TeacherDescription):
-            return self.teacher.name
-        if self.teacher.name != type(self.teacher.model).__name__:
-            return self.teacher.name
-        # A teacher that was passed as a module has its class as name; its config may name its repository.
-        return hub_id(getattr(getattr(self.teacher.model, "config", None), "name_or_path", None))
-
-    @property
-    def stored_teacher(self) -> TeacherDescription:
-        """The teacher's name, architecture and size, whether it ran during training or before."""
-        if isinstance(self.teacher, TeacherDescription):
-            return self.teacher
-        return describe_teacher(self.teacher.model, self.teacher_name)
+            return []
+        teacher = self.teacher
+        if isinstance(teacher, Teacher):
+            teacher = describe_teacher(teacher, [_find_name(member) for member in teacher.members])
+        return list_teachers(teacher)
 
     @property
     def is_timm(self) -> bool:
@@ -180,9 +171,23 @@ def architecture(model: nn.Module) -> str:
     return type(model).__name__.removesuffix("ForImageClassification")
 
 
-def describe_teacher(model: nn.Module, name: str | None) -> TeacherDescription:
-    """Returns a teacher's name, if it has one, its architecture and its number of parameters."""
-    return TeacherDescription(name, architecture(model), sum(parameter.numel() for parameter in model.parameters()))
+def describe_teacher(teacher: Teacher, names: Sequence[str | None]) -> TeacherDescription | list[TeacherDescription]:
+    """Returns a teacher's name, if it has one, its architecture and its number of parameters; of an ensemble, each member's."""
+    described = [
+        TeacherDescription(name, architecture(member.model), sum(p.numel() for p in member.model.parameters()))
+        for member, name in zip(teacher.members, names, strict=True)
+    ]
+    if len(described) == 1:
+        return described[0]
+    return [each._replace(weight=weight) for each, weight in zip(described, teacher.weights, strict=True)]
+
+
+def _find_name(teacher: Teacher) -> str | None:
+    """The name that a teacher was opened from; None for a module that came from no repository of the Hub."""
+    if teacher.name != type(teacher.model).__name__:
+        return teacher.name
+    # A teacher that was passed as a module has its class as name; its config may name its repository.
+    return hub_id(getattr(getattr(teacher.model, "config", None), "name_or_path", None))
 
 
 def listed(value: str | list[str] | None) -> list[str]:

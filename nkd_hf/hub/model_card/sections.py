@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ...teacher_logits.store import TeacherDescription
 from .curves import read_accuracies
 from .facts import Run, architecture
 from .text import code, code_block, link, plain, plain_name
@@ -66,10 +67,10 @@ def results(run: Run) -> str:
         )
         lines += [f"Accuracy in % on {images}{where}:", "", "| model | top-1 | top-5 |", "|---|---|---|"]
         student = _architecture(run.student)
-        if run.info.teacher and run.teacher is not None:
-            lines.append(_row(f"the teacher, {code(run.stored_teacher.architecture)}", run.info.teacher))
-        if run.info.teacher_on_student_pixels and run.teacher is not None:
-            name = f"the teacher, {code(run.stored_teacher.architecture)}, on the student's pixels"
+        if run.info.teacher and run.teachers:
+            lines.append(_row(_teacher_of_row(run), run.info.teacher))
+        if run.info.teacher_on_student_pixels and run.teachers:
+            name = f"{_teacher_of_row(run)}, on the student's pixels"
             lines.append(_row(name, run.info.teacher_on_student_pixels))
         if run.info.baseline and run.losses:
             lines.append(_row(f"{student}, trained in the same way without distillation", run.info.baseline))
@@ -239,9 +240,19 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _teacher(run: Run) -> str:
-    teacher = run.stored_teacher
+    members = [_member(teacher) for teacher in run.teachers]
+    return members[0] if len(members) == 1 else f"an ensemble of {', '.join(members[:-1])} and {members[-1]}"
+
+
+def _member(teacher: TeacherDescription) -> str:
     name = code(teacher.architecture) if teacher.name is None else link(teacher.name)
-    return f"{name} ({_count(teacher.num_parameters)} parameters)"
+    weight = "" if teacher.weight is None else f", weight {teacher.weight:.3g}"
+    return f"{name} ({_count(teacher.num_parameters)} parameters{weight})"
+
+
+def _teacher_of_row(run: Run) -> str:
+    names = [code(teacher.architecture) for teacher in run.teachers]
+    return f"the teacher, {names[0]}" if len(names) == 1 else f"the teachers together, {' + '.join(names)}"
 
 
 def _loss(loss: nn.Module) -> str:

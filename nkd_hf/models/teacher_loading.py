@@ -1,0 +1,116 @@
+"""Opens a teacher, or several as one."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import is_compiled_module
+from torch import nn
+from transformers import BaseImageProcessor
+
+from ..errors import RefusedError
+from .loading import open_image_processor, open_pretrained
+from .preprocessing import read_preprocessing
+from .repo_ids import read_repo_id
+from .teacher import Teacher
+from .teacher_ensemble import TeacherEnsemble
+
+
+def load_teacher(
+    teacher: str | nn.Module | Sequence[str | nn.Module],
+    *,
+    weights: Sequence[float] | None = None,
+    processing_class: BaseImageProcessor | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Teacher:
+    """Opens a teacher, or several as one.
+
+    Args:
+        teacher (`str`, `nn.Module` or a list of them): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
+            `*ForImageClassification` of transformers, or a timm model, also in `DataParallel`,
+            `DistributedDataParallel` or `torch.compile`, which are removed. The teacher shares a module's weights and
+            leaves its mode and `requires_grad` as they are. A list is a [`TeacherEnsemble`]: its logits are the logarithm of
+            the weighted mean of its members' probabilities, each with its own preprocessing, precision and order of labels.
+        weights (`Sequence[float]`, *optional*): how much each teacher of a list counts, positive; they are divided by their
+            sum. None weighs all the same.
+        processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
+            does not carry its preprocessing. None looks in the module's folder or repo; if that has none, the module
+            gets the student's pixels, with a warning.
+        allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`); only the
+            pickle's tensors are read.
+        trust_remote_code (`bool`): whether code that lies beside the weights may run.
+
+    Returns:
+        [`Teacher`]
+
+    Raises:
+        ValueError: the id or folder cannot be opened, or has only files that are not allowed; the model is for regression or
+            for several labels an image (`problem_type`); the weights are not one positive number for each teacher.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf import create_student, load_teacher
+    >>> teacher = load_teacher(create_student("resnet18", num_labels=10, image_size=32))
+    >>> teacher.training, teacher.preprocessing.size
+    (False, (32, 32))
+
+    ```
+    """
+    if isinstance(teacher, list | tuple):
+        if processing_class is not None:
+            raise ValueError(
+                "processing_class must be omitted for a list of teachers, got one. Pass load_teacher(model, "
+                "processing_class=its_image_processor) in the list"
+            )
+        options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        return TeacherEnsemble([load_teacher(each, **options) for each in teacher], weights)
+    if weights is not None:
+        raise ValueError(f"weights must be omitted for one teacher, got {list(weights)}. Pass a list of teachers")
+    if isinstance(teacher, nn.Module):
+        teacher = unwrap_module(teacher)
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, nn.Module):
+        config = getattr(teacher, "config", None)
+        id2label = getattr(config, "id2label", None)
+        return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(f"teacher must be a Hub id, a folder or a module, got a {type(teacher).__name__}")
+    teacher = read_repo_id(os.fspath(teacher), "teacher")
+    try:
+        model = open_pretrained(
+            teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+        if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
+            try:
+                processing_class = open_image_processor(model.name_or_path, trust_remote_code=trust_remote_code)
+            except OSError as error:
+                raise RefusedError(
+                    "it has no image processor (preprocessor_config.json). Save the model's beside it "
+                    "(processor.save_pretrained), or pass processing_class to load_teacher"
+                ) from error
+    except RefusedError as error:
+        raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"teacher {teacher!r} could not be opened: give the id of an image classifier on the Hub (is there a "
+            f"network, is HF_HUB_OFFLINE unset, is the id cached?) or a folder that save_pretrained wrote"
+            f"{'' if os.path.isdir(os.path.expanduser(teacher)) else f' (there is no folder {teacher!r} here)'}. {error}"
+        ) from error
+    return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
+
+
+def unwrap_module(module: nn.Module) -> nn.Module:
+    """Returns the module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`.
+
+    These wrappers have neither its configuration, with the names of the classes, nor its preprocessing.
+    """
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif is_compiled_module(module):
+            module = module._orig_mod
+        else:
+            return module
