@@ -20,7 +20,7 @@ from nkd_hf.losses import nkd_loss, uskd_loss
 from nkd_hf.models.architectures import is_architecture
 from nkd_hf.recipe.plan import PlannedTrainingArguments
 from nkd_hf.recipe.plan_costs import forward_gmacs
-from nkd_hf.recipe.plan_models import open_student, open_teacher
+from nkd_hf.recipe.plan_models import open_student, open_teachers
 from nkd_hf.recipe.yaml_file import read_config
 
 PAGE = Path(__file__).parent / "IMAGENET.md"
@@ -76,8 +76,8 @@ def read_row(path: Path) -> Row:
     recipe, data, training = parse_args(types, args=["--config", str(path)])
     with torch.device("meta"):
         student, pixels = open_student(recipe, data)
-        teacher, teacher_pixels = open_teacher(recipe, data, pixels, [])
-        teacher_gmacs = 0.0 if teacher is None else forward_gmacs(teacher, teacher_pixels.size)
+        opened = open_teachers(recipe, data, pixels, [])
+        teacher_gmacs = sum((forward_gmacs(teacher, wanted.size) for teacher, wanted in opened if teacher), start=0.0)
         return Row(
             path.stem, title, record, recipe, data, training, forward_gmacs(student, pixels.size), teacher_gmacs
         )

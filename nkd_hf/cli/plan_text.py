@@ -12,7 +12,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     epochs = f"{plan['epochs']:g} epochs of {plan['num_train_images']:,} images"
     lines = [
         ("student", f"{_format_model(plan['student'])}, {plan['student']['num_classes']} classes"),
-        ("teacher", "none" if plan["teacher"] is None else _format_model(plan["teacher"])),
+        *_label_first("teacher", _format_teacher(plan["teacher"])),
         ("loss", f"{plan['distillation_loss']}{loss_args and f' ({loss_args})'}{own}"),
         *[
             (_TAPS[name], f"{tap['module']}: {tap['channels']} channels, {tap['reads']}")
@@ -57,6 +57,24 @@ def _format_model(model: dict[str, Any]) -> str:
         return f"{model['name']}: parameters and GMACs unknown (see the notes)"
     height, width = model["image_size"]
     return f"{model['name']}: {_format_count(model['parameters'])} parameters, {model['gmacs']:.2f} GMACs at {height}x{width}"
+
+
+def _format_teacher(teacher: dict[str, Any] | None) -> list[str]:
+    if teacher is None:
+        return ["none"]
+    if "members" not in teacher:
+        return [_format_model(teacher)]
+    members = teacher["members"]
+    known = teacher["parameters"] is not None
+    sums = (
+        f"{_format_count(teacher['parameters'])} parameters, {teacher['gmacs']:.2f} GMACs"
+        if known
+        else "not all known"
+    )
+    return [
+        f"{len(members)}, whose probabilities are averaged: {sums}",
+        *(f"{_format_model(member)}, weight {member['weight']:.3g}" for member in members),
+    ]
 
 
 def _format_batch(plan: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def describe_run(run: "Recipe") -> list[str]:
     for name, split in run.data.items():
         lines[name] = _describe_split(split, list(run.id2label.values()))
     if runs_teacher(recipe):
-        lines["teacher"] = _describe_teacher(run)
+        lines |= _describe_teachers(run)
     elif recipe.teacher_logits is not None:
         lines["teacher"] = f"does not run: its logits come from {redact(recipe.teacher_logits)}"
     student = run.create(recipe.student, recipe.student_args)
@@ -72,21 +72,33 @@ def _describe_split(split: Dataset, names: list[str]) -> str:
     return text
 
 
+def _describe_teachers(run: "Recipe") -> dict[str, str]:
+    names, teacher = run.args.teachers, run.teacher
+    if len(names) == 1:
+        return {"teacher": _describe_teacher(run)}
+    lines = {"teacher": f"the mean of {len(names)} teachers' probabilities"}
+    for number, (name, member, weight) in enumerate(zip(names, teacher.members, teacher.weights, strict=True), 1):
+        lines[f"teacher {number}"] = f"{_describe_pretrained(name, member.model, run)}, weight {weight:.3g}"
+    return lines
+
+
 def _describe_teacher(run: "Recipe") -> str:
     recipe, teacher = run.args, run.teacher
-    name = redact(recipe.teacher)
     if run.trains_teacher:
         model = run.create_teacher()
         start = describe_start(model)
-        text = f"{name}: {describe_model(model)}, {start}, trained first"
+        text = f"{redact(recipe.teacher)}: {describe_model(model)}, {start}, trained first"
         if is_architecture(recipe.teacher) and recipe.teacher_init is None:
             with contextlib.suppress(ValueError):
                 text += f" (pretrained: {with_start(recipe.teacher, 'pretrained')})"
         return text
-    teacher = teacher.model if isinstance(teacher, Teacher) else teacher
+    return _describe_pretrained(recipe.teacher, teacher.model if isinstance(teacher, Teacher) else teacher, run)
+
+
+def _describe_pretrained(name: str, teacher: PreTrainedModel, run: "Recipe") -> str:
     classes = teacher.config.num_labels
     used = f"{len(run.id2label)} of its {classes} classes by name" if classes > len(run.id2label) else "as it is"
-    return f"{name}: {describe_model(teacher)}, pretrained, used {used}"
+    return f"{redact(name)}: {describe_model(teacher)}, pretrained, used {used}"
 
 
 def _describe_training(run: "Recipe", changes: dict) -> str:

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from ..losses.base import SHAPES, DistillationLoss, loss_inputs, teacher_inputs
 from ..losses.registry import LOSSES, build_losses, find_losses
-from ..models.architectures import with_start
+from ..models.architectures import is_architecture, with_start
 from ..models.features import TEACHER_HEAD, check_pooled_head, check_token_grids, feature_shape, token_shape
 from ..models.repo_ids import read_repo_id
 from ..models.students import check_preprocessing, create_student
+from ..models.teacher_ensemble import normalize_weights
 from .duration import parse_duration
 
 FINETUNE = ("auto", "always", "never")
@@ -40,9 +41,17 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Arguments of timm's architecture, such as drop_path_rate; saved with the student."},
     )
-    teacher: str | None = field(
+    teacher: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder; or a timm architecture, which is trained first on the same data."},
+        metadata={
+            "help": "Hub id or folder; or a timm architecture, which is trained first on the same data. Several Hub ids or "
+            "folders are one teacher: the mean of their probabilities.",
+            "nargs": "+",
+        },
+    )
+    teacher_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "How much each of several teachers counts, such as 3 1. Default: all the same."},
     )
     teacher_args: dict | None = field(
         default=None, metadata={"help": "Arguments of timm's architecture, for a teacher that is trained first."}
@@ -180,6 +189,8 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
+        if isinstance(self.teacher, list | tuple):
+            self.teacher = list(self.teacher) if len(self.teacher) > 1 else next(iter(self.teacher), "")
         if self.teacher_logits is not None and (not self.needs_teacher or self.needs_teacher_layers):
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} "
@@ -195,16 +206,22 @@ class RecipeArguments:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: omit it"
             )
-        for name, repo_type in {"student": "model", "teacher": "model", "teacher_logits": "dataset"}.items():
-            value = getattr(self, name)
-            if value == "" and repo_type == "model":
-                raise ValueError(f"{name} has no name: set it to a Hub id, a folder or an architecture")
-            setattr(self, name, read_repo_id(value, name, repo_type))
-        if self.teacher is not None:
-            try:
-                self.teacher = with_start(self.teacher, self.teacher_init)
-            except ValueError as error:
-                raise ValueError(f"teacher_init is {self.teacher_init}: {error}") from error
+        self.student = _read_name(self.student, "student")
+        names = [_read_name(name, "teacher") for name in self.teachers]
+        self.teacher_logits = read_repo_id(self.teacher_logits, "teacher_logits", "dataset")
+        try:
+            names = [with_start(name, self.teacher_init) for name in names]
+        except ValueError as error:
+            raise ValueError(f"teacher_init is {self.teacher_init}: {error}") from error
+        if isinstance(self.teacher, list):
+            self.teacher = names
+            self._check_ensemble()
+        elif self.teacher_weights is not None:
+            raise ValueError(
+                f"teacher_weights must be omitted for one teacher, got {self.teacher_weights}. Name several teachers"
+            )
+        elif names:
+            self.teacher = names[0]
         for name in ("teacher_epochs", "teacher_learning_rate", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -218,6 +235,36 @@ class RecipeArguments:
         check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
         # Built once for its errors, which should come before a teacher is trained.
         self.build_loss(**_ANY_SHAPES)
+
+    def _check_ensemble(self) -> None:
+        if self.needs_teacher_layers:
+            raise ValueError(
+                f"distillation_loss={self.distillation_loss} reads layers of one teacher, got teacher={self.teacher}. Name one "
+                "teacher, or a loss of logits alone such as nkd"
+            )
+        if untrained := [name for name in self.teachers if is_architecture(name)]:
+            raise ValueError(
+                f"each of several teachers must be trained already, got the architecture {untrained[0]!r}. Train it first, alone, "
+                "and name its folder"
+            )
+        if self.finetune_teacher == "always":
+            raise ValueError(
+                "finetune_teacher must be auto or never for several teachers, got always. Fine-tune each alone, and name their "
+                "folders"
+            )
+        normalize_weights(self.teacher_weights, len(self.teachers), "teacher_weights")
+
+    @property
+    def teachers(self) -> list[str]:
+        """The names of the teachers, of which there may be none."""
+        if self.teacher is None:
+            return []
+        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+    @property
+    def names_new_teacher(self) -> bool:
+        """Whether the teacher is named by its architecture, so that it starts from random weights and is trained first."""
+        return len(self.teachers) == 1 and is_architecture(self.teacher)
 
     @property
     def losses(self) -> dict[str, type[DistillationLoss]]:
@@ -322,6 +369,12 @@ class RecipeArguments:
         """
         losses = build_losses(self.losses, self.loss_args or {}, shape)
         return losses if len(losses) > 1 else next(iter(losses.values()), None)
+
+
+def _read_name(name: str, argument: str) -> str:
+    if name == "":
+        raise ValueError(f"{argument} has no name: set it to a Hub id, a folder or an architecture")
+    return read_repo_id(name, argument)
 
 
 def _map_shape(model: nn.Module, image_size: tuple[int, int]) -> torch.Size:

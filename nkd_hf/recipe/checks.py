@@ -51,10 +51,10 @@ def check_names(recipe: RecipeArguments) -> None:
     Raises:
         ValueError: there is no such folder, or no such architecture.
     """
-    names = {"student": recipe.student}
+    names = [("student", recipe.student)]
     if runs_teacher(recipe):
-        names["teacher"] = recipe.teacher
-    for role, name in names.items():
+        names += [("teacher", name) for name in recipe.teachers]
+    for role, name in names:
         if is_architecture(name):
             continue
         check_name(name)
@@ -94,13 +94,14 @@ def check_number_of_classes(teacher: Teacher, recipe: RecipeArguments, data: Dat
     Raises:
         ValueError: it has another number.
     """
-    got = teacher.model.config.num_labels
-    if got != num_classes:
-        raise ValueError(
-            f"teacher must have {num_classes} classes, as {redact(data.dataset_name)!r} has, got "
-            f"{got} of {recipe.teacher}. ignore_label_names takes them by their numbers, so these must be "
-            "the same: load a teacher that was trained on these classes"
-        )
+    for name, member in zip(recipe.teachers, teacher.members, strict=True):
+        got = member.model.config.num_labels
+        if got != num_classes:
+            raise ValueError(
+                f"teacher must have {num_classes} classes, as {redact(data.dataset_name)!r} has, got "
+                f"{got} of {name}. ignore_label_names takes them by their numbers, so these must be "
+                "the same: load a teacher that was trained on these classes"
+            )
 
 
 def check_one_step(trainer: DistillationTrainer, sample: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def set_defaults(
     set_default(training, "learning_rate", _LEARNING_RATE[start])
     if num_images is not None and training.max_steps <= 0:
         set_default(training, "num_train_epochs", _count_epochs(start, num_images, training))
-    if recipe.teacher is not None:
+    if len(recipe.teachers) == 1:  # several are not trained
         start = "random" if is_architecture(recipe.teacher) else "pretrained"
         set_default(recipe, "teacher_learning_rate", _TEACHER_LEARNING_RATE[start])
         if num_images is not None and training.max_steps <= 0:

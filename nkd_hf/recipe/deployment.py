@@ -23,6 +23,7 @@ from ..export.runtime import open_session, run_session
 from ..models.loading import open_classifier
 from ..models.outputs import read_logits
 from ..models.preprocessing import load_image_processor
+from ..models.teacher import Teacher
 from ..models.teacher_loading import load_teacher
 from .figures import agreement, fit_temperature, model_figures, per_class
 from .html_report import write_html_report
@@ -40,7 +41,7 @@ _LIBRARIES = ("nkd_hf", "torch", "torchvision", "transformers", "timm", "dataset
 _ORDER = ("teacher", "baseline", "student", "student_onnx", "student_int8")
 # Settings of a run that explain its figures.
 _SETTINGS = (
-    "student", "teacher", "distillation_loss", "loss_args", "finetune_teacher", "teacher_epochs", "teacher_learning_rate",
+    "student", "teacher", "teacher_weights", "distillation_loss", "loss_args", "finetune_teacher", "teacher_epochs", "teacher_learning_rate",
     "image_size", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "optim", "weight_decay", "lr_scheduler_type", "class_weights", "balanced_sampling", "random_resized_crop", "auto_augment",
     "mixup_alpha", "cutmix_alpha", "time_budget", "seed",
@@ -78,8 +79,9 @@ def deploy(run: "Recipe", max_int8_drop: float) -> None:
         images = _make_loader(run, model, run.data["validation"]) if name == "baseline" else loader
         logits[name], labels, pixels[name] = predict(_make_runner(model, student.config.num_labels), images)
     if run.teacher is not None:
-        models["teacher"] = load_teacher(run.teacher).model.cpu().float()
-        logits["teacher"], labels, pixels["teacher"] = _predict_teacher(run)
+        teacher = load_teacher(run.teacher).copy().cpu().float()
+        logits["teacher"], labels, pixels["teacher"] = _predict_teacher(run, teacher)
+        models["teacher"] = teacher if len(teacher.members) > 1 else teacher.model
     models = {name: models[name] for name in _ORDER if name in models}
     run.figures = _collect(run, models, logits, labels, pixels, export)
     with exit_if_not_written("the report", run.folder):
@@ -145,11 +147,20 @@ def _make_runner(model: nn.Module | Path, num_labels: int) -> Callable[[torch.Te
     return compute
 
 
-def _predict_teacher(run: "Recipe") -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-    """Computes the logits of a teacher with its own preprocessing, in the order of the run's classes."""
-    teacher = load_teacher(run.teacher).copy().cpu().float()
-    teacher.align(teacher.preprocessing, run.id2label)
-    return predict(lambda pixels: teacher(pixels).numpy(), _make_loader(run, teacher.model, run.data["validation"]))
+def _predict_teacher(run: "Recipe", teacher: Teacher) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Computes the logits of a teacher with its own preprocessing, in the order of the run's classes.
+
+    The pixels are those of its first member, for which several teachers are aligned in the end.
+    """
+    found = []
+    for member in teacher.members:
+        member.align(member.preprocessing, run.id2label)
+        loader = _make_loader(run, member.model, run.data["validation"])
+        found.append(predict(lambda pixels, member=member: member(pixels).numpy(), loader))
+    logits = teacher.combine([torch.from_numpy(each) for each, _, _ in found]).numpy()
+    teacher.align(teacher.members[0].preprocessing, run.id2label)
+    _, labels, pixels = found[0]
+    return logits, labels, pixels
 
 
 def _export(run: "Recipe", student: PreTrainedModel, labelled: DataLoader, max_drop: float) -> StudentExport | None:

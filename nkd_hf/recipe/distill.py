@@ -57,7 +57,12 @@ DISTILL_ARGUMENTS = (RecipeArguments, DataArguments, DistillationTrainingArgumen
 
 
 def distill(
-    dataset_name: str, *, student: str, output_dir: str | os.PathLike, teacher: str | None = None, **arguments: Any
+    dataset_name: str,
+    *,
+    student: str,
+    output_dir: str | os.PathLike,
+    teacher: str | list[str] | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Distils a teacher into a student for images of one's own: what `nkd-hf distill` does, as a function.
 
@@ -68,7 +73,7 @@ def distill(
         dataset_name: a folder of images, a Hub id, or `digits`.
         student: Hub id or folder (pretrained), or the name of an architecture (random weights).
         output_dir: for the results.
-        teacher: Hub id, folder or name of an architecture; None for a loss without a teacher (`uskd`).
+        teacher: Hub id, folder or name of an architecture; a list of Hub ids and folders for several as one; None for a loss without a teacher (`uskd`).
         **arguments: any argument of `nkd-hf distill`, by its name.
 
     Returns:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ..data.labels import read_labels
 from ..data.transforms import PIXELS_VERSION
 from ..models.architectures import is_architecture
 from ..models.preprocessing import RGB, Preprocessing
+from ..models.teacher import Teacher
+from ..models.teacher_ensemble import normalize_weights
 from ..models.teacher_loading import load_teacher
 from ..teacher_logits.store import StoreInfo
 from ..trainer.arguments import DistillationTrainingArguments
@@ -83,24 +86,31 @@ def fingerprint_run(
     }
 
 
-def fingerprint_teacher(recipe: RecipeArguments, model: nn.Module, dtype: str | None) -> dict[str, Any]:
+def fingerprint_teacher(recipe: RecipeArguments, teacher: Teacher, dtype: str | None) -> dict[str, Any]:
     """Computes the teacher's part of a store's fingerprint.
+
+    Of several teachers it holds lists, sorted by the names, with `teacher_weights` among them: an ensemble is the same in any
+    order of its members, each with its weight.
 
     `teacher_channels_last` and `teacher_compile` are not in it: they change the logits by rounding alone, as another device
     does.
 
     Args:
-        recipe: names the teacher.
-        model: the teacher, with its weights as they were opened.
+        recipe: names the teacher, or several.
+        teacher: with its weights as they were opened.
         dtype: the precision in which it runs; None is float32.
     """
-    return {
-        "teacher": hide_path(recipe.teacher),
-        "teacher_args": recipe.teacher_args,
-        "teacher_revision": read_revision(recipe.teacher),
-        "teacher_sha256": hash_weights(model),
-        "teacher_dtype": dtype or "float32",
-    }
+    members = [
+        {
+            "teacher": hide_path(name),
+            "teacher_args": recipe.teacher_args,
+            "teacher_revision": read_revision(name),
+            "teacher_sha256": hash_weights(member.model),
+        }
+        for name, member in zip(recipe.teachers, teacher.members, strict=True)
+    ]
+    found = members[0] if len(members) == 1 else _join_members(members, teacher.weights)
+    return found | {"teacher_dtype": dtype or "float32"}
 
 
 def check_fingerprint(
@@ -109,7 +119,7 @@ def check_fingerprint(
     """Compares the fingerprint of a store with a run, and warns of other versions of libraries.
 
     The teacher is compared as the run names it: a Hub id by the id, an architecture by its name and arguments, a folder by
-    its weights. A run that names no teacher, or no precision, takes the store's. Where the revision of a Hub id is no longer
+    its weights. Several are compared so in any order, each with its weight. A run that names no teacher, or no precision, takes the store's. Where the revision of a Hub id is no longer
     the store's, the weights are opened and compared, since a new README is a new revision. Where one of the two revisions is
     unknown, as without a network or a cache, the ids alone are compared.
 
@@ -124,13 +134,11 @@ def check_fingerprint(
         ValueError: the two differ; the message names the fields.
     """
     run = dict(run) if teacher_dtype is None else run | {"teacher_dtype": teacher_dtype}
-    if recipe.teacher is not None and (os.path.isdir(recipe.teacher) or _has_moved(recipe.teacher, info)):
-        options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
-        run["teacher_sha256"] = hash_weights(load_teacher(recipe.teacher, **options).model)
-    if recipe.teacher is not None and not os.path.isdir(recipe.teacher):
-        run["teacher"] = recipe.teacher
-        if is_architecture(recipe.teacher):
-            run["teacher_args"] = recipe.teacher_args
+    members = [_identify_teacher(name, recipe, info) for name in recipe.teachers]
+    if len(members) == 1:
+        run |= members[0]
+    elif members:
+        run |= _match_members(recipe, members, info)
     if differences := compare_fingerprints(info.fingerprint, run):
         raise ValueError(
             f"the teacher logits in {folder} are not of this run: {differences}. Set what differs as it is in the store (a "
@@ -184,12 +192,61 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _identify_teacher(name: str, recipe: RecipeArguments, info: StoreInfo) -> dict[str, Any]:
+    """Returns what a teacher of a run is compared by with the store's: its name, its weights, or both."""
+    found = {}
+    is_folder = os.path.isdir(name)
+    if is_folder or _has_moved(name, info):
+        options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
+        found["teacher_sha256"] = hash_weights(load_teacher(name, **options).model)
+    if not is_folder:
+        found["teacher"] = name
+        if is_architecture(name):
+            found["teacher_args"] = recipe.teacher_args
+    return found
+
+
 def _has_moved(teacher: str, info: StoreInfo) -> bool:
     """Whether the Hub has another revision of the store's teacher than `store.json` names."""
-    stored = info.fingerprint.get("teacher_revision")
-    if stored is None or info.fingerprint["teacher"] != teacher:
-        return False
-    return read_revision(teacher) not in (None, stored)
+    stored = {member["teacher_revision"] for member in _split_members(info) if member["teacher"] == teacher} - {None}
+    return bool(stored) and read_revision(teacher) not in (None, *stored)
+
+
+def _join_members(members: list[dict[str, Any]], weights: Sequence[float]) -> dict[str, list]:
+    """Joins what is known of several teachers into lists by its names, sorted so that their order does not matter."""
+    members = [member | {"teacher_weights": round(weight, 9)} for member, weight in zip(members, weights, strict=True)]
+    members.sort(key=lambda member: (member["teacher"], member["teacher_sha256"] or "", member["teacher_weights"]))
+    return {name: [member[name] for member in members] for name in members[0]}
+
+
+def _split_members(info: StoreInfo) -> list[dict[str, Any]]:
+    """Splits what [`fingerprint_teacher`] knows of the teachers; the weight of a teacher alone is None."""
+    names = ("teacher", "teacher_revision", "teacher_sha256", "teacher_weights")
+    values = [info.fingerprint.get(name) for name in names]
+    if not isinstance(values[0], list):
+        values = [[value] for value in values]
+    return [dict(zip(names, member, strict=True)) for member in zip(*values, strict=True)]
+
+
+def _match_members(recipe: RecipeArguments, members: list[dict[str, Any]], info: StoreInfo) -> dict[str, list]:
+    """Returns the fields of several teachers in which a run differs from the store; none if they are the same teachers."""
+    weights = normalize_weights(recipe.teacher_weights, len(members))
+    wanted = [member | {"teacher_weights": round(weight, 9)} for member, weight in zip(members, weights, strict=True)]
+    left = _split_members(info)
+    # First those with a name: any member with the weights of a folder is that folder's.
+    for member in sorted(wanted, key=lambda member: "teacher" not in member):
+        found = next((stored for stored in left if member.items() <= stored.items()), None)
+        if found is None:
+            break
+        left.remove(found)
+    else:
+        if not left:
+            return {}
+    known = {"teacher_sha256": None}
+    named = [
+        known | {"teacher": hide_path(name)} | member for name, member in zip(recipe.teachers, members, strict=True)
+    ]
+    return _join_members(named, weights)
 
 
 def _read_image(image: dict[str, Any] | None) -> bytes:
@@ -201,5 +258,7 @@ def _read_image(image: dict[str, Any] | None) -> bytes:
 
 
 def _shorten(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shorten, value))}]"
     is_hash = isinstance(value, str) and len(value) == 64
     return f"{value[:12]}..." if is_hash else repr(value)

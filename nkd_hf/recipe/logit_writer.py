@@ -19,7 +19,6 @@ from ..data.image_datasets import ImageDataset
 from ..data.sampler import EpochSampler
 from ..data.student_datasets import make_collator
 from ..hub.model_card.facts import describe_teacher
-from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.teacher import Teacher
 from ..models.teacher_loading import load_teacher
@@ -71,7 +70,7 @@ def write_teacher_logits(
     """
     _check_recipe(recipe, data, training, top_k)
     run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
-    if run.trains_teacher and not is_architecture(recipe.teacher):
+    if run.trains_teacher and not recipe.names_new_teacher:
         raise ValueError(
             f"the teacher {recipe.teacher} must have the classes of the data, or finetune_teacher be never. Fine-tune it first "
             "with nkd-hf distill, and name the folder of the fine-tuned teacher"
@@ -91,8 +90,10 @@ def write_teacher_logits(
         temperatures=sorted({1.0, *recipe.top_k_temperatures, *temperatures}),
         shard_size=shard_size,
         # Of the weights before for_inference rounds them.
-        fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher.model, training.teacher_dtype),
-        teacher=describe_teacher(teacher, [None if is_architecture(recipe.teacher) else hide_path(recipe.teacher)]),
+        fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher, training.teacher_dtype),
+        teacher=describe_teacher(
+            teacher, [None if recipe.names_new_teacher else hide_path(name) for name in recipe.teachers]
+        ),
         versions=read_versions(),
     )
     teacher.for_inference(

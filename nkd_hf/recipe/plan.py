@@ -15,9 +15,9 @@ from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel, get_scheduler
 
 from ..data.arguments import DataArguments, streaming_max_steps
-from ..models.architectures import is_architecture
 from ..models.meta_device import OnlyShapes
 from ..models.preprocessing import Preprocessing
+from ..models.teacher_ensemble import normalize_weights
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import SCHEDULES, lr_factor
@@ -31,7 +31,7 @@ from .plan_costs import (
     forward_gmacs,
     list_optimizer_groups,
 )
-from .plan_models import open_student, open_teacher
+from .plan_models import open_student, open_teachers
 
 
 class PlannedTrainingArguments(DistillationTrainingArguments):
@@ -86,7 +86,9 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     steps = _count_steps(recipe, data, training)
     with torch.device("meta"), OnlyShapes():
         student, pixels = open_student(recipe, data)
-        teacher, teacher_pixels = open_teacher(recipe, data, pixels, notes)
+        opened = open_teachers(recipe, data, pixels, notes)
+        # Only a loss with one teacher reads its layers.
+        teacher, teacher_pixels = opened[0] if len(opened) == 1 else (None, None)
         if recipe.needs_teacher_layers and teacher is None:
             raise ValueError(f"{recipe.distillation_loss}'s parameters depend on the teacher: {notes[-1]}")
         teacher_size = teacher_pixels and teacher_pixels.size
@@ -98,19 +100,16 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     for tap in model.taps.values():
         tap.listen()
     student_plan = _describe(recipe.student, student, pixels)
-    runs_teacher = recipe.needs_teacher and recipe.teacher_logits is None
-    teacher_plan = _describe(recipe.teacher, teacher, teacher_pixels) if runs_teacher else None
+    names = recipe.teachers if opened else []
+    teacher_plans = [_describe(name, *each) for name, each in zip(names, opened, strict=True)]
     finetunes = False
-    if teacher is not None and not is_architecture(recipe.teacher):
-        differ = teacher_plan["num_classes"] != student_plan["num_classes"]
+    if teacher is not None and not recipe.names_new_teacher:
+        differ = teacher_plans[0]["num_classes"] != student_plan["num_classes"]
         finetunes = recipe.finetune_teacher == "always" or (differ and recipe.finetune_teacher == "auto")
     if finetunes:
         notes.append("the teacher is fine-tuned on the data first (finetune_teacher)")
-    elif teacher is not None and teacher_plan["num_classes"] != student_plan["num_classes"]:
-        notes.append(
-            f"the teacher has {teacher_plan['num_classes']} classes and the student is planned with "
-            f"{student_plan['num_classes']}: the run stops unless the dataset has as many as the teacher (set num_classes)"
-        )
+    else:
+        notes += _note_classes(teacher_plans, student_plan["num_classes"])
     taps = {
         name: {
             "module": tap.layer,
@@ -122,12 +121,13 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     for tap in model.taps.values():
         tap.listen(False)
 
-    trains_teacher = runs_teacher and (is_architecture(recipe.teacher) or finetunes)
+    trains_teacher = bool(opened) and (recipe.names_new_teacher or finetunes)
     runs = {"teacher": DistillationModel(teacher, {})} if trains_teacher else {}
     if recipe.compare_with_baseline or not losses:
         runs["baseline"] = DistillationModel(student, {})
     if losses:
         runs["student"] = model
+    teachers = nn.ModuleList(model for model, _ in opened if model is not None)
     states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
 
     learning_rate = training.scaled_learning_rate(steps["global_batch_size"])
@@ -146,7 +146,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     groups = list_optimizer_groups(model, training)
     return {
         "student": student_plan,
-        "teacher": teacher_plan,
+        "teacher": _join(teacher_plans, recipe.teacher_weights),
         "distillation_loss": recipe.distillation_loss,
         "loss_args": recipe.loss_args or {},
         "loss_parameters": count_parameters(model.losses.parameters()),
@@ -169,11 +169,11 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "lr_scheduler_kwargs": training.lr_scheduler_kwargs or {},
         "lr_by_epoch": _plan_learning_rates(steps, training, learning_rate, notes),
         "augmentation": _describe_augmentation(recipe, data, training, pixels),
-        "disk": count_disk_bytes(runs, states, steps, training, None if trains_teacher else teacher),
+        "disk": count_disk_bytes(runs, states, steps, training, None if trains_teacher else teachers),
         "memory": count_memory_bytes(
             model,
             pixels.size,
-            teacher,
+            teachers,
             states[[*runs][-1]],
             steps["per_device_train_batch_size"],
             training,
@@ -193,6 +193,32 @@ def _describe(name: str, model: nn.Module | None, pixels: Preprocessing | None) 
         "image_size": list(pixels.size),
         "num_classes": model.config.num_labels if isinstance(model, PreTrainedModel) else model.num_classes,
     }
+
+
+def _join(teachers: list[dict[str, Any]], weights: list[float] | None) -> dict[str, Any] | None:
+    """Returns the plan of one teacher as it is; of several their sums and, as `members`, each with its weight."""
+    if len(teachers) < 2:
+        return teachers[0] if teachers else None
+    sums = {}
+    for name in ("parameters", "gmacs"):
+        values = [teacher[name] for teacher in teachers]
+        sums[name] = None if None in values else sum(values)
+    shares = normalize_weights(weights, len(teachers))
+    members = [teacher | {"weight": share} for teacher, share in zip(teachers, shares, strict=True)]
+    return {"name": ", ".join(teacher["name"] for teacher in teachers), **sums, "members": members}
+
+
+def _note_classes(teachers: list[dict[str, Any]], num_classes: int) -> list[str]:
+    """Notes the teachers that have another number of classes than the student."""
+    notes = []
+    for teacher in teachers:
+        which = f"the teacher {teacher['name']}" if len(teachers) > 1 else "the teacher"
+        if teacher["num_classes"] not in (None, num_classes):
+            notes.append(
+                f"{which} has {teacher['num_classes']} classes and the student is planned with {num_classes}: the run stops "
+                "unless the dataset has as many as the teacher (set num_classes)"
+            )
+    return notes
 
 
 def _count_steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:

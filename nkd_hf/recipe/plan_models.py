@@ -46,29 +46,38 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
     return model, pixels
 
 
-def open_teacher(
+def open_teachers(
     recipe: RecipeArguments, data: DataArguments, student_pixels: Preprocessing, notes: list[str]
-) -> tuple[nn.Module | None, Preprocessing | None]:
-    """Opens the teacher as [`open_student`] does; None, with a note, where it does not run or is not on this machine."""
+) -> list[tuple[nn.Module | None, Preprocessing | None]]:
+    """Opens the teachers as [`open_student`] does; with a note, None for one that is not on this machine.
+
+    The list is empty where no teacher runs.
+    """
     if not recipe.needs_teacher:
-        return None, None
+        return []
     if recipe.teacher_logits is not None:
         notes.append(f"the teacher does not run: its logits come from {recipe.teacher_logits}")
-        return None, None
-    if is_architecture(recipe.teacher):
-        return _create(recipe, data, recipe.teacher, recipe.teacher_args)
-    name = recipe.teacher.removeprefix("timm/")
+        return []
+    if recipe.names_new_teacher:
+        return [_create(recipe, data, recipe.teacher, recipe.teacher_args)]
+    return [_open_teacher(name, recipe, student_pixels, notes) for name in recipe.teachers]
+
+
+def _open_teacher(
+    teacher: str, recipe: RecipeArguments, student_pixels: Preprocessing, notes: list[str]
+) -> tuple[nn.Module | None, Preprocessing | None]:
+    name = teacher.removeprefix("timm/")
     try:
         # The run itself may start on another machine, where the folder is.
-        if fault := path_fault(recipe.teacher):
+        if fault := path_fault(teacher):
             raise ValueError(fault)
-        if name != recipe.teacher and timm.is_model(name):
-            teacher = timm.create_model(name)
-            return teacher, read_preprocessing(teacher)
-        return _open_config(recipe.teacher, default=student_pixels, trust_remote_code=recipe.trust_remote_code)
+        if name != teacher and timm.is_model(name):
+            model = timm.create_model(name)
+            return model, read_preprocessing(model)
+        return _open_config(teacher, default=student_pixels, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
         notes.append(
-            f"teacher {recipe.teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "
+            f"teacher {teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "
             f"{reason(error)}"
         )
         return None, None

@@ -15,7 +15,6 @@ from ..data.loading import load_image_dataset
 from ..data.student_datasets import ImageDatasets, make_collator, make_evaluation_images, make_image_datasets
 from ..hub.model_card.curves import OTHER_DATASET
 from ..hub.teacher_logits import find_store
-from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.students import describe_start
 from ..models.teacher import Teacher
@@ -112,7 +111,7 @@ class Recipe:
         # What `nkd-hf distill` measures beside the accuracies: see recipe/deployment.py.
         self.figures: dict[str, Any] = {}
         self.teacher: PreTrainedModel | Teacher | None = None
-        self.trains_teacher = runs_teacher(recipe) and is_architecture(recipe.teacher)
+        self.trains_teacher = runs_teacher(recipe) and recipe.names_new_teacher
         self.to_push: DistillationTrainer | None = None
         self.result_trainer: DistillationTrainer | None = None
         # In the order in which these steps can fail cheaply.
@@ -143,13 +142,10 @@ class Recipe:
         recipe = self.args
         if self.teacher is not None or not runs_teacher(recipe) or self.trains_teacher:
             return
-        self.teacher = load_teacher(
-            recipe.teacher, allow_pickle=recipe.allow_pickle, trust_remote_code=recipe.trust_remote_code
-        )
-        say(
-            self.training_args,
-            f"The teacher {recipe.teacher}: {describe_size(self.teacher.model)} parameters, pretrained",
-        )
+        options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
+        self.teacher = load_teacher(recipe.teacher, weights=recipe.teacher_weights, **options)
+        size = describe_size(self.teacher)
+        say(self.training_args, f"The teacher {', '.join(recipe.teachers)}: {size} parameters, pretrained")
 
     def _open_data(self) -> None:
         data, training = self.data_args, self.training_args
@@ -312,7 +308,8 @@ class Recipe:
         self._open_named_teacher()
         if isinstance(self.teacher, Teacher) and self.args.ignore_label_names:
             check_number_of_classes(self.teacher, self.args, self.data_args, len(self.id2label))
-            self.teacher.id2label = None
+            for member in self.teacher.members:
+                member.id2label = None
 
     def measure_teacher(self) -> None:
         """Measures the teacher's top-1 with its own preprocessing, and on the student's pixels where they differ.
@@ -330,10 +327,11 @@ class Recipe:
         student = self.create(self.args.student, self.args.student_args)
         trainer = self._make_trainer(self.folder, student, dataloader_persistent_workers=False)
 
-        def evaluate(prepared: Teacher, processor: BaseImageProcessor) -> dict[str, float]:
-            images = make_evaluation_images(self.data["validation"], self.data_args, processor, training.seed)
-            loader = trainer.get_test_dataloader(images)
-            return evaluate_teacher(prepared, loader, trainer.accelerator, shows_bars(training))
+        def evaluate(prepared: Teacher, *processors: BaseImageProcessor) -> dict[str, float]:
+            held_out, data = self.data["validation"], self.data_args
+            images = [make_evaluation_images(held_out, data, processor, training.seed) for processor in processors]
+            loaders = [trainer.get_test_dataloader(each) for each in images]
+            return evaluate_teacher(prepared, loaders, trainer.accelerator, shows_bars(training))
 
         # The teacher that was trained here was measured at the end of its training.
         self.accuracies |= measure_teacher(teacher, student, evaluate, training, self.accuracies.get("teacher"))

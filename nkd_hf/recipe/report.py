@@ -5,7 +5,8 @@ from pathlib import Path
 
 import datasets
 from datasets import DatasetDict, IterableDatasetDict
-from transformers import PreTrainedModel, pipeline
+from torch import nn
+from transformers import pipeline
 
 from ..data.arguments import DataArguments
 from ..data.decoding import read_sample
@@ -47,7 +48,7 @@ def say_held_out(data: DataArguments, splits: DatasetDict, training: Distillatio
 
 def print_table(recipe: RecipeArguments, results: dict[str, float | None], folder: Path) -> None:
     """Prints the accuracies of a run."""
-    teacher = recipe.teacher or (recipe.teacher_logits and f"of {recipe.teacher_logits}")
+    teacher = ", ".join(recipe.teachers) or (recipe.teacher_logits and f"of {recipe.teacher_logits}")
     names = {
         "teacher": f"teacher ({teacher})",
         ON_STUDENT_PIXELS: "teacher, on the student's pixels",
@@ -223,7 +224,7 @@ def show_example(
     print([{"label": entry["label"], "score": round(entry["score"], 4)} for entry in answer])
 
 
-def describe_size(model: PreTrainedModel) -> str:
+def describe_size(model: nn.Module) -> str:
     """The number of a model's parameters, in words."""
-    parameters = model.num_parameters()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{parameters / 1e6:.1f} million" if parameters > 1e6 else f"{parameters / 1e3:.0f} thousand"

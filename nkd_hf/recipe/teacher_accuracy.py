@@ -1,7 +1,7 @@
 """Measures a teacher on the pixels of its own preprocessing and on the student's, and names what makes the two differ."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ _MOST_LOST = 0.01
 def measure_teacher(
     teacher: Teacher,
     student: PreTrainedModel,
-    evaluate: Callable[[Teacher, BaseImageProcessor], dict[str, float]],
+    evaluate: Callable[..., dict[str, float]],
     training: DistillationTrainingArguments,
     own: dict[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -39,42 +39,46 @@ def measure_teacher(
     Args:
         teacher: which is copied, and stays as it is.
         student: whose pixels and classes the teacher gets in training.
-        evaluate: gives the accuracies of a teacher on images that a processor has prepared.
+        evaluate: gives the accuracies of a teacher on images that a processor has prepared, or one for each of its members.
         training: how the teacher computes.
         own: the accuracies with its own preprocessing, where they are known.
 
     Returns:
         The accuracies by their keys in `results.json`: `teacher`, and `teacher_on_student_pixels` where these differ.
     """
-    own_processor, given = load_image_processor(teacher.model), load_image_processor(student)
+    own_processors = [load_image_processor(member.model) for member in teacher.members]
+    given = load_image_processor(student)
     prepared = _prepare(teacher, read_preprocessing(student, given), student, training)
-    if has_same_pixels(prepared, own_processor, given):
+    pairs = zip(prepared.members, own_processors, strict=True)
+    if all(has_same_pixels(member, own_processor, given) for member, own_processor in pairs):
         return {"teacher": own or evaluate(prepared, given)}
     on_student_pixels = evaluate(prepared, given)
     if own is None:
-        prepared = _prepare(teacher, teacher.preprocessing, student, training)
-        own = evaluate(prepared, own_processor)
+        prepared = _prepare(teacher, None, student, training)
+        own = evaluate(prepared, *own_processors)
     return {"teacher": own, ON_STUDENT_PIXELS: on_student_pixels}
 
 
 def _prepare(
-    teacher: Teacher, pixels: Preprocessing, student: PreTrainedModel, training: DistillationTrainingArguments
+    teacher: Teacher, pixels: Preprocessing | None, student: PreTrainedModel, training: DistillationTrainingArguments
 ) -> Teacher:
-    """Copies the teacher and prepares the copy to compute as in training, for these pixels."""
+    """Copies the teacher and prepares the copy to compute as in training, for these pixels or each member for its own."""
     copy = teacher.copy()
-    copy.align(pixels, student.config.id2label)
+    for member in copy.members:
+        member.align(pixels or member.preprocessing, student.config.id2label)
     copy = copy.for_inference(training.teacher_dtype, channels_last=training.teacher_channels_last)
     return copy.to(training.device)
 
 
 def evaluate_teacher(
-    teacher: Teacher, loader: DataLoader, accelerator: Accelerator, shows_bar: bool = False
+    teacher: Teacher, loaders: Sequence[DataLoader], accelerator: Accelerator, shows_bar: bool = False
 ) -> dict[str, float]:
     """Evaluates a teacher on the images of a loader, each counted once over all processes.
 
     Args:
-        teacher: aligned to the loader's pixels and labels, on the loader's device.
-        loader: one that `accelerator` has prepared, with batches of `pixel_values` and `labels`.
+        teacher: aligned to the loaders' pixels and labels, on their device.
+        loaders: one, or one for each member of the teacher with the same images. `accelerator` has prepared them, with
+            batches of `pixel_values` and `labels`.
         accelerator: gathers the predictions of all processes.
         shows_bar: whether to show the progress.
 
@@ -83,9 +87,11 @@ def evaluate_teacher(
     """
     predictions, labels = [], []
     silent = not (shows_bar and accelerator.is_main_process)
-    for batch in tqdm(loader, desc="Evaluating the teacher", leave=False, disable=silent):
-        answer = top5_indices(teacher(batch["pixel_values"]))
-        answer, label = accelerator.gather_for_metrics((answer, batch["labels"]))
+    first = tqdm(loaders[0], desc="Evaluating the teacher", leave=False, disable=silent)
+    # strict, so that each loader comes to its end: accelerate keeps those that have not.
+    for batches in zip(first, *loaders[1:], strict=True):
+        answer = top5_indices(teacher(*(batch["pixel_values"] for batch in batches)))
+        answer, label = accelerator.gather_for_metrics((answer, batches[0]["labels"]))
         predictions.append(answer.cpu())
         labels.append(label.cpu())
     return compute_metrics(EvalPrediction(torch.cat(predictions).numpy(), torch.cat(labels).numpy()))
@@ -117,7 +123,12 @@ def say_teacher_accuracy(
         "distilled on",
     )
     if abs(own - given) > _MOST_LOST and is_first:
-        differences = describe_differences(load_image_processor(teacher.model), load_image_processor(student))
+        processor = load_image_processor(student)
+        differences = dict.fromkeys(
+            difference
+            for member in teacher.members
+            for difference in describe_differences(load_image_processor(member.model), processor)
+        )
         logger.warning(
             "The teacher's top-1 is %.2f %% on the student's pixels and %.2f %% with its own preprocessing: %s. Set these "
             "for the student as the teacher has them, where the student should learn from the better one.",

@@ -24,8 +24,13 @@ def needs_finetuning(recipe: RecipeArguments, teacher: Teacher, id2label: dict[i
         id2label: the classes of the data.
 
     Raises:
-        ValueError: the classes differ, and `finetune_teacher` is `never`.
+        ValueError: the classes differ, and `finetune_teacher` is `never`, or the teacher is one of several.
     """
+    needed = [_needs_finetuning(recipe, member, id2label) for member in teacher.members]
+    return any(needed)
+
+
+def _needs_finetuning(recipe: RecipeArguments, teacher: Teacher, id2label: dict[int, str]) -> bool:
     if recipe.finetune_teacher == "always":
         return True
     if recipe.ignore_label_names or teacher.id2label is None:
@@ -37,6 +42,8 @@ def needs_finetuning(recipe: RecipeArguments, teacher: Teacher, id2label: dict[i
     try:
         match_labels(id2label, teacher.id2label, teacher.name)
     except ValueError as error:
+        if len(recipe.teachers) > 1:
+            raise ValueError(f"{error}. Or fine-tune it on these classes first, alone, and name its folder") from error
         if recipe.finetune_teacher == "auto":
             return True
         advice = "set finetune_teacher to auto, which trains it on these classes first"

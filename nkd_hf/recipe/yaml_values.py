@@ -85,6 +85,8 @@ def _is_plain(value: Any) -> bool:
 def _describe_type(type_hint: Any) -> str:
     origin, type_args = get_origin(type_hint) or type_hint, get_args(type_hint)
     if origin in (Union, types.UnionType):
+        if str in type_args:  # "a list, each item a string or a string" could be read in two ways
+            type_args = sorted(type_args, key=lambda member: get_origin(member) is list)
         return " or ".join(_describe_type(member) for member in type_args)
     if origin is list:
         return f"a list, each item {_describe_type(type_args[0])}" if type_args else "a list"

@@ -59,6 +59,12 @@ def test_softmax_of_the_logits_is_the_weighted_mean():
     )
 
 
+def test_the_order_of_two_does_not_matter():
+    first, second = biased_cnn(1), biased_cnn(2)
+    swapped = load_teacher([second, first], weights=[1, 3])(PIXELS)
+    assert torch.equal(load_teacher([first, second], weights=[3, 1])(PIXELS), swapped)
+
+
 def test_an_ensemble_in_a_list_counts_as_its_members():
     first, second, third = (biased_cnn(seed) for seed in (1, 2, 3))
     nested = load_teacher([load_teacher([first, second], weights=[3, 1]), third], weights=[1, 1])
