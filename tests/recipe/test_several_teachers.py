@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from command_runs import run
+from processes import in_processes
 from safetensors.torch import load_file
 from tiny import digit_folder
 
@@ -29,10 +31,11 @@ from nkd_hf import (
 )
 from nkd_hf.data import load_image_dataset
 from nkd_hf.data.student_datasets import make_evaluation_images
+from nkd_hf.hub.teacher_logits import store_card
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe.fingerprint import check_fingerprint
-from nkd_hf.recipe.run_folder import read_history
+from nkd_hf.recipe.run_folder import read_history, unlock_folder
 from nkd_hf.teacher_logits.store import StoreInfo
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -41,7 +44,7 @@ MODEL = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
 # Two teachers of other sizes and pixels, whose classes have other orders, and one of them has more.
 TEACHERS = {
     "a": {"id2label": ["zero", "two", "three", "one"], "image_size": 40},
-    "b": {"id2label": ["dog", *NAMES, "cat"], "image_size": 32, "image_mean": [0.1, 0.2, 0.3], "crop_pct": 0.8},
+    "b": {"id2label": ["dog", *NAMES, "cat"], "image_size": 32, "image_mean": [0.1, 0.2, 0.3], "crop_pct": 0.5},
     "pets": {"id2label": ["dog", "cat"], "image_size": 32},
 }
 
@@ -52,14 +55,25 @@ def images(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory) -> dict[str, str]:
+def teachers(tmp_path_factory, images) -> dict[str, str]:
+    """Untrained teachers, whose answers differ from image to image."""
     folder = tmp_path_factory.mktemp("teachers")
     for seed, (name, settings) in enumerate(TEACHERS.items()):
         torch.manual_seed(seed)
-        model = create_student("resnet18", model_args=MODEL, **settings)
-        torch.nn.init.normal_(model.timm_model.fc.weight, std=20.0)  # probabilities that differ from image to image
+        model = create_student("resnet18", model_args=MODEL, **settings).eval()
+        with torch.no_grad():
+            logits = model(torch.stack([row["pixel_values"] for row in held_out(images, model)])).logits
+            head, scale = model.timm_model.fc, 3 / logits.std(0)
+            head.weight *= scale[:, None]
+            head.bias.sub_(logits.mean(0)).mul_(scale)
         save_student(model, str(folder / name))
     return {name: str(folder / name) for name in TEACHERS}
+
+
+def held_out(images: str, model: torch.nn.Module) -> list[dict]:
+    """The images of the evaluation, as a model wants them."""
+    split = load_image_dataset(DataArguments(images), 42)["validation"]
+    return [*make_evaluation_images(split, DataArguments(images), load_image_processor(model), 42)]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +86,12 @@ def quick(images) -> dict:
 
 def top1_of_mean(images: str, members: list[str], weights: list[float]) -> float:
     """Top-1 of the weighted mean of the probabilities, each teacher with its own preprocessing."""
-    split = load_image_dataset(DataArguments(images), 42)["validation"]
     total = 0
     for name, weight in zip(members, weights, strict=True):
         member = load_teacher(name)
         member.selects_classes = True
         member.align(member.preprocessing, dict(enumerate(NAMES)))
-        rows = make_evaluation_images(split, DataArguments(images), load_image_processor(member.model), 42)
+        rows = held_out(images, member.model)
         total = total + weight * torch.stack([member(row["pixel_values"][None])[0].softmax(-1) for row in rows])
     return float(np.mean(total.argmax(-1).numpy() == [row["labels"] for row in rows]))
 
@@ -138,6 +151,28 @@ def test_the_mean_is_measured_on_the_students_pixels_too(tmp_path, quick, teache
     recipe.measure_teacher()
     assert {*recipe.accuracies} == {"teacher", "teacher_on_student_pixels"}
     assert [member.has_own_dtype for member in recipe.teacher.members] == [False, False]  # its copies have
+
+
+def test_two_processes_measure_the_mean_as_one_does(tmp_path, quick, teachers):
+    """Thirteen images in batches of four, from a loader for each teacher: each image counts once."""
+    pair = {"teacher": [teachers["a"], teachers["b"]], "teacher_weights": [1.0, 3.0]}
+    values = {**quick, **pair, "finetune_teacher": "auto", "max_eval_samples": 13}
+
+    def measure(batch_size: int) -> dict:
+        recipe = make_recipe(tmp_path, {**values, "per_device_eval_batch_size": batch_size})
+        recipe.measure_teacher()
+        unlock_folder(recipe.folder)
+        return recipe.accuracies
+
+    def work() -> None:
+        accuracies = measure(4)
+        if PartialState().is_main_process:
+            (tmp_path / "measured.json").write_text(json.dumps(accuracies))
+
+    assert in_processes(2, work, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()[-3000:]
+    alone = measure(13)
+    assert json.loads((tmp_path / "measured.json").read_text()) == alone
+    assert len({values["accuracy"] for values in alone.values()}) == 2
 
 
 def make_recipe(folder: Path, values: dict) -> Recipe:
@@ -230,6 +265,10 @@ def test_a_store_names_all_teachers_and_is_of_no_others(store, teachers, tmp_pat
         with pytest.raises(ValueError, match=r"are not of this run: .*teacher\w*: store \[.*\], run ") as error:
             check(**given)
         assert "\n" not in str(error.value)
+    assert (
+        "- teachers, whose mean probabilities these are: `a`, `resnet18`, 0.0 M parameters, weight 0.75; `b`,"
+        in store_card(info, "x")
+    )
     # And a store of one is of no ensemble.
     alone = dataclasses.replace(
         info,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import DIGITS, timm_cnn
 
-from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe
+from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, load_teacher
 from nkd_hf.hub.model_card.curves import OTHER_DATASET
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe.stage import open_trained
@@ -40,6 +40,6 @@ def test_a_teacher_that_differs_on_the_students_pixels_is_a_warning_in_both_dire
 ):
     accuracies = {"teacher": {"accuracy": own}, ON_STUDENT_PIXELS: {"accuracy": given}}
     with caplog.at_level(logging.WARNING):
-        say_teacher_accuracy(accuracies, SimpleNamespace(model=timm_cnn()), timm_cnn(), TRAINING)
+        say_teacher_accuracy(accuracies, load_teacher(timm_cnn()), timm_cnn(), TRAINING)
     assert f"{own:.2%} with its own preprocessing, {given:.2%} on the student's pixels" in capsys.readouterr().out
     assert ("with its own preprocessing" in caplog.text) == warns
