@@ -69,7 +69,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
 
     Returns:
         `dict`, fit for JSON. `student` and `teacher` (None where there is none) with `parameters` and `gmacs`, of one
-        image's forward pass (None for a teacher that is not known here); `tap`, what USKD's auxiliary head reads, with
+        image's forward pass (None for a teacher that is not known here), of several teachers their sums and each of them in
+        `members`; `tap`, what USKD's auxiliary head reads, with
         `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
         rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
         `global_batch_size`; `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and
