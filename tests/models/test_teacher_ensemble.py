@@ -199,3 +199,17 @@ def test_a_training_under_the_trainers_precision(tmp_path):
     assert [member.dtype for member in trainer.teacher.members] == [torch.bfloat16] * 2
     assert trainer.teacher(PIXELS).dtype == torch.float32
     trainer.train()
+
+
+def test_a_training_that_is_stopped_goes_on_bit_for_bit(tmp_path):
+    def train(folder, checkpoint=None, **kwargs):
+        teachers = [biased_cnn(1), biased_cnn(2)]
+        trainer = make_trainer(
+            folder, timm_cnn(), digits(0, 64), teacher=teachers, distillation_loss=NKDLoss(), max_steps=4, **kwargs
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.student.state_dict()
+
+    whole = train(tmp_path / "run", save_strategy="steps", save_steps=2)
+    resumed = train(tmp_path / "run", str(tmp_path / "run" / "checkpoint-2"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
