@@ -6,6 +6,7 @@ with a learning rate and a number of steps by what the weights start from. `docs
 
 import math
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from .build import images_per_epoch
 _STEPS = {"pretrained": (1500, 10, 60), "random": (4000, 20, 120)}
 _LEARNING_RATE = {"pretrained": 3e-4, "random": 2e-3}
 _TEACHER_LEARNING_RATE = {"pretrained": 1e-4, "random": 1e-3}
+# Measured with EfficientNet-Lite0, at 5 epochs: 88.05 % of Fashion-MNIST with 1e-3 and 85.45 % with 3e-4, 98.61 % of the digits
+# with 1e-3, 95.83 % with 3e-4 and 68.61 % with 1e-4.
+_PRETRAINED_WITH_BATCH_NORM = 1e-3
 # Input sizes up to this one are those of small pictures, which a strong augmentation makes unrecognisable.
 _SMALL_PIXELS = 64
 
@@ -57,6 +61,7 @@ def set_defaults(
     given: set[str],
     num_images: int | None,
     image_size: int,
+    with_batch_norm: Collection[str] = (),
 ) -> None:
     """Sets the arguments that the user has not set and that depend on the models and on the data.
 
@@ -65,22 +70,27 @@ def set_defaults(
         given: the names of the arguments that the user has set.
         num_images: of the training split; None for a stream whose images nobody has counted.
         image_size: of the student's input, in pixels.
+        with_batch_norm: those of `student` and `teacher` that have batch norm.
     """
 
     def set_default(arguments: Any, name: str, value: Any) -> None:
         if name not in given:
             setattr(arguments, name, value)
 
+    def learning_rate(of: str, start: str, rates: dict[str, float]) -> float:
+        return _PRETRAINED_WITH_BATCH_NORM if start == "pretrained" and of in with_batch_norm else rates[start]
+
     num_images = images_per_epoch(data) if num_images is None else num_images
     set_default(training, "per_device_train_batch_size", 32 if num_images is not None and num_images < 2000 else 64)
     set_default(training, "per_device_eval_batch_size", 128)
     start = "random" if is_architecture(recipe.student) else "pretrained"
-    set_default(training, "learning_rate", _LEARNING_RATE[start])
+    set_default(training, "learning_rate", learning_rate("student", start, _LEARNING_RATE))
     if num_images is not None and training.max_steps <= 0:
         set_default(training, "num_train_epochs", _count_epochs(start, num_images, training))
     if len(recipe.teachers) == 1:  # several are not trained
         start = "random" if is_architecture(recipe.teacher) else "pretrained"
-        set_default(recipe, "teacher_learning_rate", _TEACHER_LEARNING_RATE[start])
+        rate = learning_rate("teacher", start, _TEACHER_LEARNING_RATE)
+        set_default(recipe, "teacher_learning_rate", rate)
         if num_images is not None and training.max_steps <= 0:
             set_default(recipe, "teacher_epochs", _count_epochs(start, num_images, training))
     if training.load_best_model_at_end and training.max_steps <= 0:

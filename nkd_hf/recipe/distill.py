@@ -10,17 +10,20 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from torch import nn
 
 from ..data.arguments import DataArguments
 from ..data.decoding import read_sample
 from ..data.loading import load_image_dataset
 from ..errors import BadSampleError
+from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..models.teacher_loading import load_teacher
 from ..options import suggest
 from ..trainer.arguments import DistillationTrainingArguments
 from .announcement import describe_run
 from .arguments import RecipeArguments
-from .build import create_model, set_up_process
+from .build import create_model, runs_teacher, set_up_process
 from .defaults import fixed_defaults, set_defaults
 from .deployment import deploy, write_card
 from .recipe import Recipe
@@ -162,7 +165,7 @@ def prepare(
     """Opens data and student, checks what a recipe does not check, and sets the defaults that depend on them.
 
     Raises:
-        ValueError: images cannot be read, or the student cannot be built.
+        ValueError: images cannot be read, or a model cannot be opened.
     """
     set_up_process(training)
     with training.main_process_first(desc="loading the data"):
@@ -173,7 +176,14 @@ def prepare(
     student = create_model(recipe, recipe.student, recipe.student_args, {0: "a", 1: "b"}, training.seed)
     size = max(read_preprocessing(student, load_image_processor(student)).size)
     num_images = None if data.streaming else len(splits["train"])
-    set_defaults(recipe, data, training, given, num_images, size)
+    models: dict[str, nn.Module] = {"student": student}
+    if runs_teacher(recipe) and len(recipe.teachers) == 1 and not is_architecture(recipe.teacher):
+        hub = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
+        models["teacher"] = load_teacher(recipe.teacher, **hub).model
+    with_batch_norm = [
+        name for name, model in models.items() if any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    ]
+    set_defaults(recipe, data, training, given, num_images, size, with_batch_norm)
 
 
 def _check_disk(run: Recipe) -> None:

@@ -174,7 +174,7 @@ def test_the_command_says_its_plan_and_continues_after_a_stop(starts, results):
     assert re.search(r"teacher  .*40 x 40 pixels, pretrained, new head of 4 classes, trained first", plan)
     assert re.search(r"student  .*32 x 32 pixels, random weights", plan)
     assert re.search(
-        r"training of the teacher   1 epochs, 2 steps of 32 images, adamw_torch, learning rate 0.0001", plan
+        r"training of the teacher   1 epochs, 2 steps of 32 images, adamw_torch, learning rate 0.001 ", plan
     )
     for name in ("teacher", "baseline", "student"):
         assert f"The {name} in {folder / name} is trained already" in said_then
@@ -242,6 +242,15 @@ def test_defaults_follow_the_start_and_the_number_of_images(student, images, giv
     assert {name: getattr(training, name) for name in expected} == expected
     assert (recipe.teacher_learning_rate, data.auto_augment) == (1e-4, "rand-m6-mstd0.5-inc1")
     assert training.metric_for_best_model == "accuracy"
+
+
+@pytest.mark.parametrize("with_batch_norm", [[], ["student"], ["teacher"], ["student", "teacher"]])
+def test_pretrained_models_with_batch_norm_get_a_higher_rate(with_batch_norm):
+    training = DistillationTrainingArguments("unused", use_cpu=True, report_to="none")
+    recipe, data = RecipeArguments(student="timm/some.tag", teacher="timm/other.tag"), DataArguments("somewhere")
+    set_defaults(recipe, data, training, set(), 5000, 224, with_batch_norm)
+    assert training.learning_rate == (1e-3 if "student" in with_batch_norm else 3e-4)
+    assert recipe.teacher_learning_rate == (1e-3 if "teacher" in with_batch_norm else 1e-4)
 
 
 def test_two_processes_distil_into_one_folder(tmp_path, inputs):
