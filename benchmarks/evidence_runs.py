@@ -32,6 +32,7 @@ from nkd_hf.data.sampler import epoch_order
 from nkd_hf.data.transforms import processor_transform
 from nkd_hf.metrics import compute_metrics, top5_indices
 from nkd_hf.models.preprocessing import load_image_processor
+from nkd_hf.recipe.loss_shapes import loss_shapes
 from nkd_hf.teacher_logits.store import TeacherLogits
 
 SIZE = 28
@@ -232,7 +233,7 @@ class Bench(NamedTuple):
         loss_args = job.loss_args | (ablation.loss_args if ablation else {})
         recipe = self._recipe(job, folder, loss_args)
         student = recipe.create(recipe.args.student, recipe.args.student_args)
-        shapes = recipe.args.loss_shapes(student, (SIZE, SIZE))
+        shapes = loss_shapes(recipe.args.losses.values(), student, (SIZE, SIZE))
         if ablation and ablation.loss:
             shapes.pop("feature_norm", None)
             loss = ablation.loss(**shapes, **loss_args)

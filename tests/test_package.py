@@ -1,4 +1,4 @@
-"""Import directions, lazy imports, and the examples of every public docstring."""
+"""Import directions, lazy imports, the length of files, and the examples of every public docstring."""
 
 import ast
 import doctest
@@ -67,6 +67,13 @@ def test_files_of_a_room_import_each_other_in_one_direction():
         module = "nkd_hf." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
         graph[module] = imports(file)
     TopologicalSorter({module: names & graph.keys() for module, names in graph.items()}).prepare()
+
+
+def test_files_are_short():
+    lengths = {path.relative_to(PACKAGE).as_posix(): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
+    long = {name: count for name, count in lengths.items() if count > 350}
+    assert len(long) <= 3, long
+    assert max(long.values()) <= 450, long
 
 
 def test_losses_and_features_import_torch_alone():

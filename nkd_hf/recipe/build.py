@@ -15,6 +15,7 @@ from ..models.students import create_student
 from ..models.teacher import Teacher
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
+from .loss_shapes import loss_shapes
 from .progress import shows_bars
 
 
@@ -64,13 +65,15 @@ def build_loss(
     """Builds the distillation loss, or several by name, for the layers of these models.
 
     Raises:
-        ValueError: the loss does not fit the models; see [`RecipeArguments.loss_shapes`].
+        ValueError: the loss does not fit the models; see [`~nkd_hf.recipe.loss_shapes.loss_shapes`].
     """
     size = read_preprocessing(student, load_image_processor(student)).size
     model = teacher_size = None
     if recipe.needs_teacher_layers:
         model, teacher_size = teacher.model, teacher.preprocessing and teacher.preprocessing.size
-    return recipe.build_loss(**recipe.loss_shapes(student, size, model, training.feature_layer, teacher_size))
+    return recipe.build_loss(
+        **loss_shapes(recipe.losses.values(), student, size, model, training.feature_layer, teacher_size)
+    )
 
 
 def count_epochs(training: DistillationTrainingArguments, num_images: int) -> int:

@@ -23,6 +23,7 @@ from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import SCHEDULES, lr_factor
 from .arguments import RecipeArguments
 from .class_sizes import check_class_balance
+from .loss_shapes import loss_shapes
 from .plan_costs import (
     count_disk_bytes,
     count_memory_bytes,
@@ -93,7 +94,9 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         if recipe.needs_teacher_layers and teacher is None:
             raise ValueError(f"{recipe.distillation_loss}'s parameters depend on the teacher: {notes[-1]}")
         teacher_size = teacher_pixels and teacher_pixels.size
-        shapes = recipe.loss_shapes(student, pixels.size, teacher, training.feature_layer, teacher_size)
+        shapes = loss_shapes(
+            recipe.losses.values(), student, pixels.size, teacher, training.feature_layer, teacher_size
+        )
         losses = recipe.build_loss(**shapes) or {}
         losses = losses if isinstance(losses, dict) else {"distillation": losses}
         # Without the moving average, which is counted as the copy of the student that it is.

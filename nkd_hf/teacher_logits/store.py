@@ -61,8 +61,7 @@ class TeacherDescription(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the attributes by name, without a weight that is None."""
-        values = self._asdict()
-        return values if self.weight is not None else {name: values[name] for name in values if name != "weight"}
+        return {name: value for name, value in self._asdict().items() if (name, value) != ("weight", None)}
 
 
 @dataclass
@@ -162,14 +161,10 @@ def _find_fault(values: dict[str, Any]) -> str | None:
 
 
 def _is_teacher(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and {*value, "weight"} == set(TeacherDescription._fields)
-        and isinstance(value["name"], str | None)
-        and isinstance(value["architecture"], str)
-        and _is_count(value["num_parameters"])
-        and isinstance(value.get("weight"), float | None)
-    )
+    kinds = {"name": str | None, "architecture": str, "num_parameters": int, "weight": float | None}
+    if not isinstance(value, dict) or {*value, "weight"} != set(kinds):
+        return False
+    return _is_count(value["num_parameters"]) and all(isinstance(value.get(name), kinds[name]) for name in kinds)
 
 
 def _is_count(value: Any) -> bool:

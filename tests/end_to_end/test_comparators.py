@@ -47,6 +47,7 @@ from transformers import (
 from nkd_hf import DKDLoss, KDLoss, MGDLoss, NKDLoss, RecipeArguments, SRRLLoss, create_student, load_teacher, losses
 from nkd_hf.losses.registry import LOSSES
 from nkd_hf.models.features import FeatureTap, classifier_head, feature_shape
+from nkd_hf.recipe.loss_shapes import loss_shapes
 from nkd_hf.trainer.distillation_model import DistillationModel
 
 # Name -> module, function, reference, whether it takes labels, components.
@@ -482,7 +483,7 @@ def recipe_trainer(folder, names, student, teacher, loss_args=None, train=None, 
     assert recipe.needs_teacher
     assert recipe.needs_teacher_layers == any(name in names for name in ("vitkd", "mgd", "srrl"))
     torch.manual_seed(3)
-    shapes = recipe.loss_shapes(student, (32, 32), teacher if recipe.needs_teacher_layers else None)
+    shapes = loss_shapes(recipe.losses.values(), student, (32, 32), teacher if recipe.needs_teacher_layers else None)
     return make_trainer(folder, student, digits(0, 128) if train is None else train, digits(128, 160), teacher=teacher,
                         distillation_loss=recipe.build_loss(**shapes), **kwargs)  # fmt: skip
 

@@ -23,6 +23,7 @@ from nkd_hf import (
     parse_args,
 )
 from nkd_hf.models.mmcls import convert_state_dict
+from nkd_hf.recipe.loss_shapes import loss_shapes
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 STEPS = json.loads((DATA / "mmcls_steps.json").read_text())
@@ -76,7 +77,7 @@ def test_one_step_is_the_official_one(tmp_path, row):
         official = OFFICIAL[recipe.teacher]
         teacher.load_state_dict(convert_state_dict(official_state_dict(official, "teacher."), official))
 
-    loss = recipe.build_loss(**recipe.loss_shapes(student, (224, 224)))
+    loss = recipe.build_loss(**loss_shapes(recipe.losses.values(), student, (224, 224)))
     auxiliary = {key.removeprefix("loss_uskd."): shape for key, shape in expected["auxiliary_keys"].items()}
     in_student = []
     if auxiliary:

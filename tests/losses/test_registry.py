@@ -10,6 +10,7 @@ from nkd_hf import DistillationLoss, RecipeArguments, create_student
 from nkd_hf.losses.base import SHAPES, loss_inputs, teacher_inputs
 from nkd_hf.losses.registry import LOSSES, find_losses
 from nkd_hf.models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD
+from nkd_hf.recipe.loss_shapes import loss_shapes
 from nkd_hf.trainer.optimization import decayed_parameters
 
 OWN = """
@@ -103,21 +104,21 @@ def test_no_loss():
 def test_own_losses_read_their_shapes_from_the_models(own):
     arguments = RecipeArguments("resnet18", distillation_loss="own_losses.Mid", loss_args={"weight": 2.0})
     assert not arguments.needs_teacher
-    loss = arguments.build_loss(**arguments.loss_shapes(timm_cnn(), (32, 32)))
+    loss = arguments.build_loss(**loss_shapes(arguments.losses.values(), timm_cnn(), (32, 32)))
     assert (loss.in_features, loss.num_classes, loss.weight) == (32, 10, 2.0)
     arguments = RecipeArguments("resnet18", distillation_loss="own_losses.OneMap")
-    assert arguments.build_loss(**arguments.loss_shapes(timm_deit(), (32, 32))).student_channels == 32
+    assert arguments.build_loss(**loss_shapes(arguments.losses.values(), timm_deit(), (32, 32))).student_channels == 32
 
     arguments = RecipeArguments(
         "a", teacher="b", distillation_loss="nkd+own_losses.TwoMaps", loss_args={"nkd": {"gamma": 1.0}}
     )
     assert arguments.needs_teacher_layers
     wide = create_student("resnet18", id2label=DIGITS, image_size=32)
-    losses = arguments.build_loss(**arguments.loss_shapes(native_resnet(), (32, 32), wide))
+    losses = arguments.build_loss(**loss_shapes(arguments.losses.values(), native_resnet(), (32, 32), wide))
     assert list(losses) == ["nkd", "own_losses_TwoMaps"]
     assert losses["nkd"].gamma == 1.0
     with pytest.raises(ValueError, match="must not be the smaller one"):
-        arguments.loss_shapes(timm_deit(), (32, 32), wide)
+        loss_shapes(arguments.losses.values(), timm_deit(), (32, 32), wide)
 
 
 def test_subclass_of_nkd_reads_a_store_as_nkd_does(own):

@@ -22,6 +22,7 @@ from transformers import (
 from nkd_hf import MGDLoss, SRRLLoss, USKDLoss, ViTKDLoss, create_student, load_teacher, token_shape
 from nkd_hf.models.features import FeatureTap, check_pooled_head, check_token_grids, feature_shape
 from nkd_hf.recipe.arguments import RecipeArguments
+from nkd_hf.recipe.loss_shapes import loss_shapes
 from nkd_hf.trainer.distillation_model import DistillationModel
 
 
@@ -246,7 +247,7 @@ def test_srrl_needs_a_classifier_of_the_averaged_map(tmp_path):
     for pool in ("max", "avgmax"):
         teacher = create_student("resnet18", num_labels=10, image_size=64, model_args=small | {"global_pool": pool})
         with pytest.raises(ValueError, match=wrong):
-            recipe.loss_shapes(timm_cnn(), (64, 64), teacher)
+            loss_shapes(recipe.losses.values(), timm_cnn(), (64, 64), teacher)
         with pytest.raises(ValueError, match=wrong):
             make_trainer(tmp_path, timm_cnn(), teacher=teacher, distillation_loss=SRRLLoss(64, 64))
     regnet = timm.create_model("regnetx_002", num_classes=10, global_pool="max")
@@ -477,8 +478,8 @@ def test_grids_of_student_and_teacher_are_compared(tmp_path):
     ):
         recipe = RecipeArguments(student="a", teacher="b", distillation_loss=name)
         with pytest.raises(ValueError, match=message):
-            recipe.loss_shapes(wide_vit(), WIDE, square, teacher_image_size=(64, 64))
-        assert recipe.loss_shapes(wide_vit(), WIDE, wide_deit())
+            loss_shapes(recipe.losses.values(), wide_vit(), WIDE, square, teacher_image_size=(64, 64))
+        assert loss_shapes(recipe.losses.values(), wide_vit(), WIDE, wide_deit())
 
 
 def test_vitkd_generates_in_the_grid_of_the_image():
