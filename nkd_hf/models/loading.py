@@ -67,17 +67,19 @@ def open_classifier(name: str, **kwargs) -> PreTrainedModel:
 def open_pretrained(
     name: str,
     *,
+    model_class: type = AutoModelForImageClassification,
     new_head: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     **kwargs,
 ) -> PreTrainedModel:
-    """Calls `AutoModelForImageClassification.from_pretrained`, and refuses the pickles and missing weights that it accepts.
+    """Calls `from_pretrained` of an auto class, and refuses the pickles and missing weights that it accepts.
 
     The model gets the attribute `starts_with_new_head`: whether its classifier starts from random weights.
 
     Args:
         name: a folder or a Hub id.
+        model_class: the auto class. A model of another one than the default may need more than pixels.
         new_head: whether the classifier may start from random weights, as a student's may. All other weights must be in the
             file.
         allow_pickle: whether weights in a pickle (`pytorch_model.bin`) are opened where there are no safetensors; only the
@@ -112,7 +114,7 @@ def open_pretrained(
             labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
             kwargs["config"] = TimmWrapperConfig.from_dict(config, **labels)
         with _without_conversion(), _without_report(), build_limit(size, num_new_classes):
-            model, loaded = AutoModelForImageClassification.from_pretrained(
+            model, loaded = model_class.from_pretrained(
                 name,
                 use_safetensors=None if allow_pickle else True,
                 weights_only=True,
@@ -143,7 +145,8 @@ def open_pretrained(
     model.starts_with_new_head = any(not _WITHOUT_EFFECT.fullmatch(key) for key in random)
     model.config.return_dict = True  # A file with False makes forward return tuples.
     try:
-        check_inputs(model, "the model")
+        if model_class is AutoModelForImageClassification:
+            check_inputs(model, "the model")
     except ValueError as error:
         raise RefusedError(str(error)) from error
     return model

@@ -14,12 +14,15 @@ from .preprocessing import read_preprocessing
 from .repo_ids import read_repo_id
 from .teacher import Teacher
 from .teacher_ensemble import TeacherEnsemble
+from .zero_shot import check_prompts, is_zero_shot, open_zero_shot
 
 
 def load_teacher(
     teacher: str | nn.Module | Sequence[str | nn.Module],
     *,
     weights: Sequence[float] | None = None,
+    prompts: str | Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     processing_class: BaseImageProcessor | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -34,6 +37,10 @@ def load_teacher(
             the weighted mean of its members' probabilities, each with its own preprocessing, precision and order of labels.
         weights (`Sequence[float]`, *optional*): how much each teacher of a list counts, positive; they are divided by their
             sum. None weighs all the same.
+        prompts (`str` or a list of them, *optional*): for the Hub id or folder of a CLIP or SigLIP model, which is used
+            zero-shot: texts with one `{}` each, for the name of a class (`"a photo of a {}."`). The embeddings of a
+            class's texts are averaged. They are computed here, once, and the model's text side is not kept.
+        class_names (`Sequence[str]`, *optional*): what stands for `{}`, in the order of the logits; for `prompts` alone.
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
             does not carry its preprocessing. None looks in the module's folder or repo; if that has none, the module
             gets the student's pixels, with a warning.
@@ -46,7 +53,8 @@ def load_teacher(
 
     Raises:
         ValueError: the id or folder cannot be opened, or has only files that are not allowed; the model is for regression or
-            for several labels an image (`problem_type`); the weights are not one positive number for each teacher.
+            for several labels an image (`problem_type`); the weights are not one positive number for each teacher; a CLIP or
+            SigLIP model comes without prompts, or prompts with anything else.
 
     Example:
 
@@ -58,6 +66,14 @@ def load_teacher(
 
     ```
     """
+    if (prompts is None) != (class_names is None):
+        raise ValueError("prompts and class_names must come together, got one of them. Pass both, or omit both")
+    if prompts is not None and not isinstance(teacher, str | os.PathLike):
+        raise ValueError(
+            f"prompts must come with the Hub id or folder of one CLIP or SigLIP model, got a {type(teacher).__name__}. Load "
+            "each such teacher by load_teacher(name, prompts=..., class_names=...)"
+        )
+    prompts = None if prompts is None else check_prompts(prompts)
     if isinstance(teacher, list | tuple):
         if processing_class is not None:
             raise ValueError(
@@ -80,9 +96,8 @@ def load_teacher(
         raise ValueError(f"teacher must be a Hub id, a folder or a module, got a {type(teacher).__name__}")
     teacher = read_repo_id(os.fspath(teacher), "teacher")
     try:
-        model = open_pretrained(
-            teacher, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, dtype=torch.float32
-        )
+        options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        model = _open_model(teacher, prompts, class_names, options)
         if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
             try:
                 processing_class = open_image_processor(model.name_or_path, trust_remote_code=trust_remote_code)
@@ -100,6 +115,26 @@ def load_teacher(
             f"{'' if os.path.isdir(os.path.expanduser(teacher)) else f' (there is no folder {teacher!r} here)'}. {error}"
         ) from error
     return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
+
+
+def _open_model(
+    name: str, prompts: Sequence[str] | None, class_names: Sequence[str] | None, options: dict[str, bool]
+) -> nn.Module:
+    """Opens a classifier, or a CLIP or SigLIP model as one."""
+    if not is_zero_shot(name, options["trust_remote_code"]):
+        model = open_pretrained(name, **options, dtype=torch.float32)
+        if prompts is not None:
+            raise RefusedError(
+                f"prompts are for a CLIP or SigLIP model, which classifies by texts, got {type(model).__name__}. Omit them "
+                "(in a recipe: teacher_prompts)"
+            )
+        return model
+    if prompts is None:
+        raise RefusedError(
+            "it classifies by texts, so it needs prompts with a {} for the name of a class. Set teacher_prompts in a recipe "
+            "('a photo of a {}.', for example), or pass prompts and class_names to load_teacher"
+        )
+    return open_zero_shot(name, prompts, class_names, **options)
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification, TrainerState, TrainingArguments
 
 from ...models.teacher import Teacher
+from ...models.zero_shot import ZeroShotClassifier
 from ...teacher_logits.store import TeacherDescription, list_teachers
 from .curves import publishable_log, read_accuracies
 from .licences import check_license
@@ -168,6 +169,8 @@ def architecture(model: nn.Module) -> str:
     """Returns timm's name of a model, or its class."""
     if isinstance(model, TimmWrapperForImageClassification):
         return model.config.architecture
+    if isinstance(model, ZeroShotClassifier):
+        return model.architecture
     return type(model).__name__.removesuffix("ForImageClassification")
 
 
