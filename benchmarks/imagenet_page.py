@@ -76,7 +76,7 @@ def read_row(path: Path) -> Row:
     recipe, data, training = parse_args(types, args=["--config", str(path)])
     with torch.device("meta"):
         student, pixels = open_student(recipe, data)
-        opened = open_teachers(recipe, data, pixels, [])
+        opened = open_teachers(recipe, data, student, pixels, [])
         teacher_gmacs = sum((forward_gmacs(teacher, wanted.size) for teacher, wanted in opened if teacher), start=0.0)
         return Row(
             path.stem, title, record, recipe, data, training, forward_gmacs(student, pixels.size), teacher_gmacs

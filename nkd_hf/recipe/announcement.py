@@ -97,6 +97,9 @@ def _describe_teacher(run: "Recipe") -> str:
 
 def _describe_pretrained(name: str, teacher: PreTrainedModel, run: "Recipe") -> str:
     classes = teacher.config.num_labels
+    if prompts := run.args.teacher_prompts:
+        used = f"by {prompts[0]!r}" if len(prompts) == 1 else f"by {len(prompts)} prompts"
+        return f"{redact(name)}: {describe_model(teacher)}, pretrained, used zero-shot {used}"
     used = f"{len(run.id2label)} of its {classes} classes by name" if classes > len(run.id2label) else "as it is"
     return f"{redact(name)}: {describe_model(teacher)}, pretrained, used {used}"
 

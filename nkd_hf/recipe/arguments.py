@@ -13,6 +13,7 @@ from ..models.architectures import is_architecture, with_start
 from ..models.repo_ids import read_repo_id
 from ..models.students import check_preprocessing, create_student
 from ..models.teacher_ensemble import normalize_weights
+from ..models.zero_shot import check_prompts
 from .duration import parse_duration
 
 FINETUNE = ("auto", "always", "never")
@@ -49,6 +50,14 @@ class RecipeArguments:
     teacher_weights: list[float] | None = field(
         default=None,
         metadata={"help": "How much each of several teachers counts, such as 3 1. Default: all the same."},
+    )
+    teacher_prompts: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "For a CLIP or SigLIP model as teacher, which is not trained: texts with {} for the name of a class, such as "
+            "'a photo of a {}.'; the embeddings of several are averaged.",
+            "nargs": "+",
+        },
     )
     teacher_args: dict | None = field(
         default=None, metadata={"help": "Arguments of timm's architecture, for a teacher that is trained first."}
@@ -219,6 +228,9 @@ class RecipeArguments:
             )
         elif names:
             self.teacher = names[0]
+        if self.teacher_prompts is not None:
+            self.teacher_prompts = check_prompts(self.teacher_prompts, "teacher_prompts")
+            self._check_zero_shot()
         for name in ("teacher_epochs", "teacher_learning_rate", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -250,6 +262,22 @@ class RecipeArguments:
                 "folders"
             )
         normalize_weights(self.teacher_weights, len(self.teachers), "teacher_weights")
+
+    def _check_zero_shot(self) -> None:
+        if len(self.teachers) != 1 or is_architecture(self.teacher):
+            raise ValueError(
+                f"teacher_prompts are for one CLIP or SigLIP model, got teacher={self.teacher!r}. Set teacher to its Hub id or "
+                "folder, or omit teacher_prompts"
+            )
+        if self.needs_teacher_layers:
+            raise ValueError(
+                f"distillation_loss={self.distillation_loss} reads layers of the teacher, and one with teacher_prompts has "
+                "its logits alone. Name a loss of logits alone such as nkd"
+            )
+        if self.finetune_teacher == "always":
+            raise ValueError(
+                "finetune_teacher must be auto or never for a teacher with teacher_prompts, got always. It is used as it is"
+            )
 
     @property
     def teachers(self) -> list[str]:

@@ -13,6 +13,7 @@ from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.students import create_student
 from ..models.teacher import Teacher
+from ..models.teacher_loading import load_teacher
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
 from .loss_shapes import loss_shapes
@@ -51,6 +52,27 @@ def create_teacher(recipe: RecipeArguments, id2label: dict[int, str], seed: int)
     return create_student(
         recipe.teacher,
         id2label=id2label,
+        allow_pickle=recipe.allow_pickle,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def open_teacher(recipe: RecipeArguments, teacher: str | list[str], id2label: dict[int, str] | None = None) -> Teacher:
+    """Opens a pretrained teacher, or several as one, by the names.
+
+    Args:
+        recipe: of the run.
+        teacher: one name of the recipe's teachers, or all of them.
+        id2label: the classes of the data, for `teacher_prompts`.
+
+    Raises:
+        ValueError: see [`~nkd_hf.models.teacher_loading.load_teacher`].
+    """
+    return load_teacher(
+        teacher,
+        weights=recipe.teacher_weights if isinstance(teacher, list) else None,
+        prompts=recipe.teacher_prompts,
+        class_names=None if recipe.teacher_prompts is None else list(id2label.values()),
         allow_pickle=recipe.allow_pickle,
         trust_remote_code=recipe.trust_remote_code,
     )

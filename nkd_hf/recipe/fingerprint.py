@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers.utils import CONFIG_NAME, cached_file
@@ -21,13 +20,14 @@ from ..data.decoding import read_bytes
 from ..data.labels import read_labels
 from ..data.transforms import PIXELS_VERSION
 from ..models.architectures import is_architecture
+from ..models.hashing import hash_tensors
 from ..models.preprocessing import RGB, Preprocessing
 from ..models.teacher import Teacher
 from ..models.teacher_ensemble import normalize_weights
-from ..models.teacher_loading import load_teacher
 from ..teacher_logits.store import StoreInfo
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
+from .build import open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +110,18 @@ def fingerprint_teacher(recipe: RecipeArguments, teacher: Teacher, dtype: str | 
         for name, member in zip(recipe.teachers, teacher.members, strict=True)
     ]
     found = members[0] if len(members) == 1 else _join_members(members, teacher.weights)
+    if recipe.teacher_prompts is not None:
+        found["teacher_prompts"] = recipe.teacher_prompts
     return found | {"teacher_dtype": dtype or "float32"}
 
 
 def check_fingerprint(
-    folder: Path, info: StoreInfo, recipe: RecipeArguments, run: dict[str, Any], teacher_dtype: str | None = None
+    folder: Path,
+    info: StoreInfo,
+    recipe: RecipeArguments,
+    run: dict[str, Any],
+    teacher_dtype: str | None = None,
+    id2label: dict[int, str] | None = None,
 ) -> None:
     """Compares the fingerprint of a store with a run, and warns of other versions of libraries.
 
@@ -129,12 +136,15 @@ def check_fingerprint(
         recipe: the arguments of the run.
         run: the run's [`fingerprint_run`].
         teacher_dtype: the precision of the run's teacher.
+        id2label: the classes of the run, for a teacher with `teacher_prompts`.
 
     Raises:
         ValueError: the two differ; the message names the fields.
     """
     run = dict(run) if teacher_dtype is None else run | {"teacher_dtype": teacher_dtype}
-    members = [_identify_teacher(name, recipe, info) for name in recipe.teachers]
+    members = [_identify_teacher(name, recipe, info, id2label) for name in recipe.teachers]
+    if members:
+        run["teacher_prompts"] = recipe.teacher_prompts
     if len(members) == 1:
         run |= members[0]
     elif members:
@@ -185,20 +195,17 @@ def read_revision(teacher: str) -> str | None:
 
 def hash_weights(model: nn.Module) -> str:
     """Hashes the parameters and buffers of a model with their names; the file that they came from does not matter."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_tensors(model.state_dict())
 
 
-def _identify_teacher(name: str, recipe: RecipeArguments, info: StoreInfo) -> dict[str, Any]:
+def _identify_teacher(
+    name: str, recipe: RecipeArguments, info: StoreInfo, id2label: dict[int, str] | None
+) -> dict[str, Any]:
     """Returns what a teacher of a run is compared by with the store's: its name, its weights, or both."""
     found = {}
     is_folder = os.path.isdir(name)
     if is_folder or _has_moved(name, info):
-        options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
-        found["teacher_sha256"] = hash_weights(load_teacher(name, **options).model)
+        found["teacher_sha256"] = hash_weights(open_teacher(recipe, name, id2label).model)
     if not is_folder:
         found["teacher"] = name
         if is_architecture(name):

@@ -18,6 +18,7 @@ from ..data.arguments import DataArguments, streaming_max_steps
 from ..models.meta_device import OnlyShapes
 from ..models.preprocessing import Preprocessing
 from ..models.teacher_ensemble import normalize_weights
+from ..models.zero_shot import ZeroShotClassifier
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import SCHEDULES, lr_factor
@@ -88,7 +89,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     steps = _count_steps(recipe, data, training)
     with torch.device("meta"), OnlyShapes():
         student, pixels = open_student(recipe, data)
-        opened = open_teachers(recipe, data, pixels, notes)
+        opened = open_teachers(recipe, data, student, pixels, notes)
         # Only a loss with one teacher reads its layers.
         teacher, teacher_pixels = opened[0] if len(opened) == 1 else (None, None)
         if recipe.needs_teacher_layers and teacher is None:
@@ -195,7 +196,9 @@ def _describe(name: str, model: nn.Module | None, pixels: Preprocessing | None) 
         "parameters": count_parameters(model.parameters()),
         "gmacs": forward_gmacs(model, pixels.size),
         "image_size": list(pixels.size),
-        "num_classes": model.config.num_labels if isinstance(model, PreTrainedModel) else model.num_classes,
+        "num_classes": model.config.num_labels
+        if isinstance(model, PreTrainedModel | ZeroShotClassifier)
+        else model.num_classes,
     }
 
 

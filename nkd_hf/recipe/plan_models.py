@@ -3,8 +3,14 @@
 import os
 
 import timm
+import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, TimmWrapperConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    TimmWrapperConfig,
+)
 
 from ..data.arguments import DataArguments
 from ..errors import reason
@@ -15,6 +21,7 @@ from ..models.loading import open_image_processor
 from ..models.model_config import is_timm_config, read_config
 from ..models.preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from ..models.student_preprocessing import change_preprocessing
+from ..models.zero_shot import ZeroShotClassifier
 from .arguments import RecipeArguments
 
 
@@ -47,11 +54,11 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
 
 
 def open_teachers(
-    recipe: RecipeArguments, data: DataArguments, student_pixels: Preprocessing, notes: list[str]
+    recipe: RecipeArguments, data: DataArguments, student: nn.Module, student_pixels: Preprocessing, notes: list[str]
 ) -> list[tuple[nn.Module | None, Preprocessing | None]]:
     """Opens the teachers as [`open_student`] does; with a note, None for one that is not on this machine.
 
-    The list is empty where no teacher runs.
+    A zero-shot teacher has the student's number of classes. The list is empty where no teacher runs.
     """
     if not recipe.needs_teacher:
         return []
@@ -60,17 +67,20 @@ def open_teachers(
         return []
     if recipe.names_new_teacher:
         return [_create(recipe, data, recipe.teacher, recipe.teacher_args)]
-    return [_open_teacher(name, recipe, student_pixels, notes) for name in recipe.teachers]
+    num_classes = student.config.num_labels
+    return [_open_teacher(name, recipe, num_classes, student_pixels, notes) for name in recipe.teachers]
 
 
 def _open_teacher(
-    teacher: str, recipe: RecipeArguments, student_pixels: Preprocessing, notes: list[str]
+    teacher: str, recipe: RecipeArguments, num_classes: int, student_pixels: Preprocessing, notes: list[str]
 ) -> tuple[nn.Module | None, Preprocessing | None]:
     name = teacher.removeprefix("timm/")
     try:
         # The run itself may start on another machine, where the folder is.
         if fault := path_fault(teacher):
             raise ValueError(fault)
+        if recipe.teacher_prompts is not None:
+            return _open_zero_shot(teacher, num_classes, recipe.trust_remote_code)
         if name != teacher and timm.is_model(name):
             model = timm.create_model(name)
             return model, read_preprocessing(model)
@@ -81,6 +91,17 @@ def _open_teacher(
             f"{reason(error)}"
         )
         return None, None
+
+
+def _open_zero_shot(name: str, num_classes: int, trust_remote_code: bool) -> tuple[ZeroShotClassifier, Preprocessing]:
+    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    read_config(name, **local)  # which refuses odd values
+    config = AutoConfig.from_pretrained(name, **local)
+    with build_limit():
+        model = AutoModelForZeroShotImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    size = getattr(model, "projection_dim", config.vision_config.hidden_size)
+    classifier = ZeroShotClassifier(model, torch.zeros(num_classes, size), list(map(str, range(num_classes))))
+    return classifier, read_preprocessing(classifier, open_image_processor(name, **local))
 
 
 def _create(

@@ -29,6 +29,7 @@ from .build import (
     count_epochs,
     create_model,
     create_teacher,
+    open_teacher,
     passed_epochs,
     runs_teacher,
     set_stream_steps,
@@ -110,6 +111,7 @@ class Recipe:
         self.curves: dict[str, list[tuple[float, float]]] = {}
         # What `nkd-hf distill` measures beside the accuracies: see recipe/deployment.py.
         self.figures: dict[str, Any] = {}
+        self.id2label: dict[int, str] = {}
         self.teacher: PreTrainedModel | Teacher | None = None
         self.trains_teacher = runs_teacher(recipe) and recipe.names_new_teacher
         self.to_push: DistillationTrainer | None = None
@@ -118,7 +120,7 @@ class Recipe:
         check_arguments(recipe, data, training)
         create_repo_for(training)
         self._open_run_folder()
-        if not self.is_trained:
+        if not self.is_trained and recipe.teacher_prompts is None:
             self._open_named_teacher()  # before the data, which are the longer download
         self._open_data()
         self._decide_on_teacher()
@@ -142,8 +144,7 @@ class Recipe:
         recipe = self.args
         if self.teacher is not None or not runs_teacher(recipe) or self.trains_teacher:
             return
-        options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
-        self.teacher = load_teacher(recipe.teacher, weights=recipe.teacher_weights, **options)
+        self.teacher = open_teacher(recipe, recipe.teacher, self.id2label)
         size = describe_size(self.teacher)
         say(self.training_args, f"The teacher {', '.join(recipe.teachers)}: {size} parameters, pretrained")
 
@@ -178,7 +179,7 @@ class Recipe:
         with training.main_process_first(desc="opening the teacher's logits"):
             store = TeacherLogits(find_store(recipe.teacher_logits, epochs))
         fingerprint = self.fingerprint(self.create(recipe.student, recipe.student_args))
-        check_fingerprint(store.folder, store.info, recipe, fingerprint, training.teacher_dtype)
+        check_fingerprint(store.folder, store.info, recipe, fingerprint, training.teacher_dtype, self.id2label)
         store.check_complete(epochs)
         own, given = store.info.teacher_own_accuracy, store.info.teacher_accuracy
         self.results |= {"teacher": own, ON_STUDENT_PIXELS: given}

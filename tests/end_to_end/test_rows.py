@@ -28,7 +28,7 @@ from nkd_hf import (
     load_image_processor,
     parse_args,
 )
-from nkd_hf.recipe import recipe as recipe_module
+from nkd_hf.recipe import build as build_module
 from nkd_hf.recipe.build import build_loss
 from nkd_hf.trainer.optimization import lr_factor
 
@@ -159,7 +159,7 @@ def untrained_teacher(name, **kwargs):
 @pytest.fixture
 def row(request, photographs, tmp_path, monkeypatch):
     """The row's recipe, and a trainer of its student with its loss that has not begun."""
-    open_teacher = recipe_module.load_teacher
+    open_teacher = build_module.load_teacher
 
     def load_teacher(teacher, **kwargs):
         if isinstance(teacher, str):
@@ -168,7 +168,7 @@ def row(request, photographs, tmp_path, monkeypatch):
             teacher = untrained_teacher(teacher, num_labels=100 if "cifar" in teacher else 1000, **shallow)
         return open_teacher(teacher)
 
-    monkeypatch.setattr(recipe_module, "load_teacher", load_teacher)
+    monkeypatch.setattr(build_module, "load_teacher", load_teacher)
     recipe = Recipe(*arguments_of(request.param, photographs, tmp_path))
     student = recipe.create(recipe.args.student, recipe.args.student_args)
     teacher = load_teacher(recipe.teacher or recipe.args.teacher) if recipe.args.needs_teacher else None

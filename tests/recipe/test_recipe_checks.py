@@ -23,6 +23,7 @@ from nkd_hf.cli.evaluate import evaluate
 from nkd_hf.hub.teacher_logits import store_card
 from nkd_hf.models.saving import save_student
 from nkd_hf.models.students import describe_start
+from nkd_hf.recipe import build as build_module
 from nkd_hf.recipe import recipe as recipe_module
 from nkd_hf.teacher_logits.store import StoreInfo, TeacherDescription
 
@@ -70,7 +71,7 @@ def test_a_teacher_of_other_classes_is_refused_before_the_baseline(tmp_path, by_
 def test_a_teacher_whose_answer_is_no_row_of_its_classes_is_refused_before_the_baseline(tmp_path, monkeypatch):
     """As one whose config.json says ten classes, and whose head has twelve."""
     teacher = save(tmp_path / "teacher")
-    load = recipe_module.load_teacher
+    load = build_module.load_teacher
 
     def load_wider(name, **kwargs):
         opened = load(name, **kwargs)
@@ -78,7 +79,7 @@ def test_a_teacher_whose_answer_is_no_row_of_its_classes_is_refused_before_the_b
             opened.model.timm_model.fc = torch.nn.Linear(64, 12)
         return opened
 
-    monkeypatch.setattr(recipe_module, "load_teacher", load_wider)
+    monkeypatch.setattr(build_module, "load_teacher", load_wider)
     refused(tmp_path, "12", "--teacher", teacher)
 
 

@@ -630,7 +630,7 @@ def test_new_weights_of_a_teacher_on_the_hub_are_noticed(hub, teacher, tmp_path,
     run = {"seed": 0}
 
     with monkeypatch.context() as patch:
-        patch.setattr("nkd_hf.recipe.fingerprint.load_teacher", None)  # at the same revision nothing is opened
+        patch.setattr("nkd_hf.recipe.fingerprint.open_teacher", None)  # at the same revision nothing is opened
         check_fingerprint(Path("store"), info, recipe, run)
     repo.add({"README.md": "Words."})
     check_fingerprint(Path("store"), info, recipe, run)
