@@ -12,9 +12,9 @@ from ..losses.registry import LOSSES, build_losses, find_losses
 from ..models.architectures import is_architecture, with_start
 from ..models.repo_ids import read_repo_id
 from ..models.students import check_preprocessing, create_student
-from ..models.teacher_ensemble import normalize_weights
 from ..models.zero_shot import check_prompts
 from .duration import parse_duration
+from .teacher_checks import check_ensemble, check_zero_shot
 
 FINETUNE = ("auto", "always", "never")
 # Losses by whether they have a teacher, for the help.
@@ -221,7 +221,7 @@ class RecipeArguments:
             raise ValueError(f"teacher_init is {self.teacher_init}: {error}") from error
         if isinstance(self.teacher, list):
             self.teacher = names
-            self._check_ensemble()
+            check_ensemble(self)
         elif self.teacher_weights is not None:
             raise ValueError(
                 f"teacher_weights must be omitted for one teacher, got {self.teacher_weights}. Name several teachers"
@@ -230,7 +230,7 @@ class RecipeArguments:
             self.teacher = names[0]
         if self.teacher_prompts is not None:
             self.teacher_prompts = check_prompts(self.teacher_prompts, "teacher_prompts")
-            self._check_zero_shot()
+            check_zero_shot(self)
         for name in ("teacher_epochs", "teacher_learning_rate", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -244,40 +244,6 @@ class RecipeArguments:
         check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
         # Built once for its errors, which should come before a teacher is trained.
         self.build_loss(**_ANY_SHAPES)
-
-    def _check_ensemble(self) -> None:
-        if self.needs_teacher_layers:
-            raise ValueError(
-                f"distillation_loss={self.distillation_loss} reads layers of one teacher, got teacher={self.teacher}. Name one "
-                "teacher, or a loss of logits alone such as nkd"
-            )
-        if untrained := [name for name in self.teachers if is_architecture(name)]:
-            raise ValueError(
-                f"each of several teachers must be trained already, got the architecture {untrained[0]!r}. Train it first, alone, "
-                "and name its folder"
-            )
-        if self.finetune_teacher == "always":
-            raise ValueError(
-                "finetune_teacher must be auto or never for several teachers, got always. Fine-tune each alone, and name their "
-                "folders"
-            )
-        normalize_weights(self.teacher_weights, len(self.teachers), "teacher_weights")
-
-    def _check_zero_shot(self) -> None:
-        if len(self.teachers) != 1 or is_architecture(self.teacher):
-            raise ValueError(
-                f"teacher_prompts are for one CLIP or SigLIP model, got teacher={self.teacher!r}. Set teacher to its Hub id or "
-                "folder, or omit teacher_prompts"
-            )
-        if self.needs_teacher_layers:
-            raise ValueError(
-                f"distillation_loss={self.distillation_loss} reads layers of the teacher, and one with teacher_prompts has "
-                "its logits alone. Name a loss of logits alone such as nkd"
-            )
-        if self.finetune_teacher == "always":
-            raise ValueError(
-                "finetune_teacher must be auto or never for a teacher with teacher_prompts, got always. It is used as it is"
-            )
 
     @property
     def teachers(self) -> list[str]:

@@ -87,7 +87,7 @@ def set_defaults(
     set_default(training, "learning_rate", learning_rate("student", start, _LEARNING_RATE))
     if num_images is not None and training.max_steps <= 0:
         set_default(training, "num_train_epochs", _count_epochs(start, num_images, training))
-    if len(recipe.teachers) == 1:  # several are not trained
+    if len(recipe.teachers) == 1 and recipe.teacher_prompts is None:  # others are not trained
         start = "random" if is_architecture(recipe.teacher) else "pretrained"
         rate = learning_rate("teacher", start, _TEACHER_LEARNING_RATE)
         set_default(recipe, "teacher_learning_rate", rate)

@@ -177,7 +177,8 @@ def prepare(
     size = max(read_preprocessing(student, load_image_processor(student)).size)
     num_images = None if data.streaming else len(splits["train"])
     models: dict[str, nn.Module] = {"student": student}
-    if runs_teacher(recipe) and len(recipe.teachers) == 1 and not is_architecture(recipe.teacher):
+    is_one = len(recipe.teachers) == 1 and recipe.teacher_prompts is None  # others are not trained
+    if runs_teacher(recipe) and is_one and not is_architecture(recipe.teacher):
         hub = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
         models["teacher"] = load_teacher(recipe.teacher, **hub).model
     with_batch_norm = [
