@@ -84,7 +84,7 @@ def runs(tmp_path_factory, worker_id) -> Path:
         if not folder.is_dir():
             folder.mkdir()
             for make in (*STUDENTS.values(), *TEACHERS.values()):
-                make()  # which keeps a copy, that each of the processes would otherwise make anew
+                make()  # which keeps a copy; without it, each of the processes would make its own
             failed = [size for size in (1, 2, 3) if any(in_processes(size, lambda: run(folder), folder / "log"))]
             (folder / "failed").write_text(f"{failed}: {(folder / 'log').read_text()[-3000:]}" if failed else "")
     assert not (folder / "failed").read_text()

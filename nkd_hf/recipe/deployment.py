@@ -41,7 +41,8 @@ _LIBRARIES = ("nkd_hf", "torch", "torchvision", "transformers", "timm", "dataset
 _ORDER = ("teacher", "baseline", "student", "student_onnx", "student_int8")
 # Settings of a run that explain its figures.
 _SETTINGS = (
-    "student", "teacher", "teacher_weights", "teacher_prompts", "distillation_loss", "loss_args", "finetune_teacher", "teacher_epochs", "teacher_learning_rate",
+    "student", "teacher", "teacher_weights", "teacher_prompts", "distillation_loss", "loss_args", "finetune_teacher",
+    "teacher_epochs", "teacher_learning_rate",
     "image_size", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "optim", "weight_decay", "lr_scheduler_type", "class_weights", "balanced_sampling", "random_resized_crop", "auto_augment",
     "mixup_alpha", "cutmix_alpha", "time_budget", "seed",

@@ -162,7 +162,7 @@ def run_distillation(
 def prepare(
     recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, given: set[str]
 ) -> None:
-    """Opens data and student, checks what a recipe does not check, and sets the defaults that depend on them.
+    """Opens data and models, checks what a recipe does not check, and sets the defaults that depend on them.
 
     Raises:
         ValueError: images cannot be read, or a model cannot be opened.
@@ -177,8 +177,9 @@ def prepare(
     size = max(read_preprocessing(student, load_image_processor(student)).size)
     num_images = None if data.streaming else len(splits["train"])
     models: dict[str, nn.Module] = {"student": student}
-    is_one = len(recipe.teachers) == 1 and recipe.teacher_prompts is None  # others are not trained
-    if runs_teacher(recipe) and is_one and not is_architecture(recipe.teacher):
+    is_tunable = runs_teacher(recipe) and len(recipe.teachers) == 1 and recipe.teacher_prompts is None
+    needs_rate = recipe.finetune_teacher != "never" and "teacher_learning_rate" not in given
+    if is_tunable and needs_rate and not is_architecture(recipe.teacher):
         hub = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
         models["teacher"] = load_teacher(recipe.teacher, **hub).model
     with_batch_norm = [
