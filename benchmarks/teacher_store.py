@@ -40,7 +40,8 @@ from nkd_hf import (
     load_teacher,
 )
 from nkd_hf.teacher_logits.compression import sparse_logits
-from nkd_hf.teacher_logits.store import StoreInfo, TeacherDescription, TeacherLogits, shard_path, write_shard
+from nkd_hf.teacher_logits.info import StoreInfo, TeacherDescription
+from nkd_hf.teacher_logits.store import TeacherLogits, shard_path, write_shard
 
 CLASSES = 1000
 NUM_IMAGENET, EPOCHS = 1_281_167, 300

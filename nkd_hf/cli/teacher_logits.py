@@ -20,7 +20,8 @@ from ..models.repo_ids import read_repo_id
 from ..recipe.arguments import RecipeArguments
 from ..recipe.logit_writer import write_teacher_logits
 from ..recipe.parser import parse_args
-from ..teacher_logits.store import StoreInfo, unfinished
+from ..teacher_logits.info import StoreInfo
+from ..teacher_logits.store import unfinished
 from ..trainer.arguments import DistillationTrainingArguments
 
 

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..errors import explain_gated_repo, reason
 from ..files import path_fault
 from ..models.repo_ids import read_repo_id
-from ..teacher_logits.store import STORE, StoreInfo, TeacherDescription, TeacherLogits, list_teachers, unfinished
+from ..teacher_logits.info import STORE, StoreInfo, TeacherDescription, list_teachers
+from ..teacher_logits.store import TeacherLogits, unfinished
 from .failures import explain_failures
 from .push import PushApi
 

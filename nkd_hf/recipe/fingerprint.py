@@ -24,7 +24,7 @@ from ..models.hashing import hash_tensors
 from ..models.preprocessing import RGB, Preprocessing
 from ..models.teacher import Teacher
 from ..models.teacher_ensemble import normalize_weights
-from ..teacher_logits.store import StoreInfo
+from ..teacher_logits.info import StoreInfo
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
 from .build import open_teacher

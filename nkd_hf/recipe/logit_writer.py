@@ -23,7 +23,8 @@ from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.teacher import Teacher
 from ..models.teacher_loading import load_teacher
 from ..teacher_logits.compression import sparse_logits
-from ..teacher_logits.store import STORE, StoreInfo, shard_path, unfinished, write_shard
+from ..teacher_logits.info import STORE, StoreInfo
+from ..teacher_logits.store import shard_path, unfinished, write_shard
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments

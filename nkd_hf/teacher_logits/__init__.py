@@ -1,17 +1,8 @@
 """The store of a teacher's logits on the training images, on disk."""
 
 from .compression import dense_logits, sparse_logits
-from .store import (
-    FORMAT,
-    STORE,
-    StoreInfo,
-    TeacherDescription,
-    TeacherLogits,
-    read_record,
-    shard_path,
-    unfinished,
-    write_shard,
-)
+from .info import FORMAT, STORE, StoreInfo, TeacherDescription
+from .store import TeacherLogits, read_record, shard_path, unfinished, write_shard
 
 __all__ = [
     "FORMAT",

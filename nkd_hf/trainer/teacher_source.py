@@ -12,7 +12,8 @@ from ..models.features import check_token_grids
 from ..models.preprocessing import read_preprocessing
 from ..models.teacher import Teacher
 from ..models.teacher_loading import load_teacher
-from ..teacher_logits.store import TeacherDescription, TeacherLogits
+from ..teacher_logits.info import TeacherDescription
+from ..teacher_logits.store import TeacherLogits
 from .arguments import DistillationTrainingArguments
 from .distillation_model import DistillationModel
 

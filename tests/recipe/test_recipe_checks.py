@@ -25,7 +25,7 @@ from nkd_hf.models.saving import save_student
 from nkd_hf.models.students import describe_start
 from nkd_hf.recipe import build as build_module
 from nkd_hf.recipe import recipe as recipe_module
-from nkd_hf.teacher_logits.store import StoreInfo, TeacherDescription
+from nkd_hf.teacher_logits.info import StoreInfo, TeacherDescription
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 TYPES = (RecipeArguments, DataArguments, DistillationTrainingArguments)

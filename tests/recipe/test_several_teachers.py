@@ -36,7 +36,7 @@ from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe.fingerprint import check_fingerprint
 from nkd_hf.recipe.run_folder import read_history, unlock_folder
-from nkd_hf.teacher_logits.store import StoreInfo
+from nkd_hf.teacher_logits.info import StoreInfo
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 NAMES = ["one", "three", "two", "zero"]

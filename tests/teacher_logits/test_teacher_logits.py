@@ -51,16 +51,8 @@ from nkd_hf.recipe.parser import parse_args
 from nkd_hf.recipe.plan import PlannedTrainingArguments, make_plan
 from nkd_hf.recipe.run_folder import read_history
 from nkd_hf.teacher_logits.compression import dense_logits, sparse_logits
-from nkd_hf.teacher_logits.store import (
-    STORE,
-    StoreInfo,
-    TeacherDescription,
-    TeacherLogits,
-    read_record,
-    shard_path,
-    unfinished,
-    write_shard,
-)
+from nkd_hf.teacher_logits.info import STORE, StoreInfo, TeacherDescription
+from nkd_hf.teacher_logits.store import TeacherLogits, read_record, shard_path, unfinished, write_shard
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 NUM_TRAIN = 47  # odd, and no multiple of a batch

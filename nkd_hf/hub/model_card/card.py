@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ...models.teacher import Teacher
-from ...teacher_logits.store import TeacherDescription
+from ...teacher_logits.info import TeacherDescription
 from ..student_files import CARD, read_json
 from .curves import percentages, plot_curves
 from .facts import CardInfo, Run, listed

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification, Tra
 
 from ...models.teacher import Teacher
 from ...models.zero_shot import ZeroShotClassifier
-from ...teacher_logits.store import TeacherDescription, list_teachers
+from ...teacher_logits.info import TeacherDescription, list_teachers
 from .curves import publishable_log, read_accuracies
 from .licences import check_license
 from .text import hub_id

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ...teacher_logits.store import TeacherDescription
+from ...teacher_logits.info import TeacherDescription
 from .curves import read_accuracies
 from .facts import Run, architecture
 from .text import code, code_block, link, plain, plain_name
