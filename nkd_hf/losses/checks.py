@@ -46,6 +46,14 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> None:
         )
 
 
+def check_flag(name: str, value: bool) -> None:
+    """ValueError unless it is True or False: a text such as "false" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"{name} must be True or False, got {value!r:.60} ({type(value).__name__}): pass one of the two"
+        )
+
+
 def check_count(name: str, value: int, least: int, mend: str) -> None:
     """ValueError unless `value` is an integer of at least `least`; `mend` ends the message."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import DistillationLoss
-from .checks import check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .checks import check_flag, check_labels, check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .standardized import describe_standardize, standardize_logits
 
 
 def dkd_loss(
@@ -18,6 +19,7 @@ def dkd_loss(
     alpha: float = 1.0,
     beta: float = 6.0,
     temperature: float = 4.0,
+    standardize: bool = False,
 ) -> Tensor:
     r"""Decoupled knowledge distillation loss of "Decoupled Knowledge Distillation" (CVPR 2022,
     https://arxiv.org/abs/2203.08679), equation 7.
@@ -39,16 +41,19 @@ def dkd_loss(
         alpha: weight of the target term, >= 0.
         beta: weight of the non-target term, >= 0.
         temperature: :math:`\tau`, > 0.
+        standardize: whether the logits of both are standardised first, see [`standardize_logits`].
 
     The defaults are those of github.com/yzd-v/cls_KD; the paper chooses beta for each pair of teacher and student.
     Differs from cls_KD: mixup labels are taken (there they are an error), in NKD's way.
 
     Returns:
         A scalar: float64 for float64 student logits, otherwise float32, in which the arithmetic runs, autocast or not.
+        Not finite with `standardize` where the teacher masks a class with -inf.
 
     Raises:
-        ValueError: shapes or dtypes don't fit, C < 2, B = 0, alpha, beta or temperature out of range, or labels that are
-            outside 0..C-1 or rows that don't sum to one (looked at on the CPU only, since a GPU would have to wait).
+        ValueError: shapes or dtypes don't fit, C < 2, B = 0, alpha, beta or temperature out of range, standardize no bool, or
+            labels that are outside 0..C-1 or rows that don't sum to one (looked at on the CPU only, since a GPU would have
+            to wait).
         TypeError: not a tensor.
 
     Example:
@@ -61,7 +66,7 @@ def dkd_loss(
         >>> f"{loss.item():.4f}"
         '0.5930'
     """
-    return sum(_components(student_logits, teacher_logits, labels, alpha, beta, temperature))
+    return sum(_components(student_logits, teacher_logits, labels, alpha, beta, temperature, standardize))
 
 
 class DKDLoss(DistillationLoss):
@@ -88,32 +93,44 @@ class DKDLoss(DistillationLoss):
   year      = {2022}
 }"""
 
-    def __init__(self, alpha: float = 1.0, beta: float = 6.0, temperature: float = 4.0):
+    def __init__(self, alpha: float = 1.0, beta: float = 6.0, temperature: float = 4.0, standardize: bool = False):
         super().__init__()
         check_scalar("alpha", alpha)
         check_scalar("beta", beta)
         check_scalar("temperature", temperature, positive=True)
+        check_flag("standardize", standardize)
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
+        self.standardize = standardize
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Returns the weighted components."""
         target_term, non_target_term = _components(
-            student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature
+            student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature, self.standardize
         )
         return {"dkd_target": target_term, "dkd_non_target": non_target_term}
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+            f"{describe_standardize(self.standardize)}"
+        )
 
 
 def _components(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    standardize: bool,
 ) -> tuple[Tensor, Tensor]:
     check_scalar("alpha", alpha)
     check_scalar("beta", beta)
     check_scalar("temperature", temperature, positive=True)
+    check_flag("standardize", standardize)
     check_student_logits(student_logits)
     batch_size, num_classes = student_logits.shape
     check_other_logits("teacher_logits", teacher_logits, student_logits, f"load a {num_classes}-class teacher")
@@ -122,13 +139,16 @@ def _components(
     target = labels.argmax(-1, keepdim=True) if labels.ndim == 2 else labels.long().unsqueeze(-1)
     is_target = torch.zeros_like(student_logits, dtype=torch.bool).scatter_(-1, target, True)
     dtype = compute_dtype(student_logits)
-    student_binary, student_rest = _log_probs(student_logits.to(dtype) / temperature, target, is_target)
-    teacher_binary, teacher_rest = _log_probs(teacher_logits.detach().to(dtype) / temperature, target, is_target)
+    student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+    if standardize:
+        student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+    student_binary, student_rest = _log_probs(student_logits / temperature, target, is_target)
+    teacher_binary, teacher_rest = _log_probs(teacher_logits / temperature, target, is_target)
     # log 0 at the target, where the teacher's probability is 0 too, would make 0 * -inf = nan
     student_rest = student_rest.masked_fill(is_target, 0)
     target_term = F.kl_div(student_binary, teacher_binary.exp(), reduction="sum")
     # a teacher that rules out all other classes says nothing of them: a softmax over minus infinity is 0 / 0
-    is_certain = teacher_logits.detach().masked_fill(is_target, -math.inf).amax(-1, keepdim=True) == -math.inf
+    is_certain = teacher_logits.masked_fill(is_target, -math.inf).amax(-1, keepdim=True) == -math.inf
     non_target_term = F.kl_div(student_rest, teacher_rest.exp().masked_fill(is_certain, 0), reduction="sum")
     scale = temperature**2 / batch_size
     return alpha * scale * target_term, beta * scale * non_target_term

@@ -102,6 +102,16 @@ def _softened(logits: Tensor, temperature: float) -> Tensor:
     return powers / powers.sum(1, keepdim=True)
 
 
+def standardized_reference(logits: Tensor) -> Tensor:
+    """Logits in units of their deviation from their mean, image by image."""
+    rows = []
+    for row in logits:
+        mean = sum(row) / len(row)
+        deviation = (sum((value - mean) ** 2 for value in row) / (len(row) - 1)).sqrt()
+        rows.append((row - mean) / (1e-7 + deviation))
+    return torch.stack(rows)
+
+
 def kd_reference(
     student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.5, temperature: float = 4.0
 ) -> tuple[Tensor]:
