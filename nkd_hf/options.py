@@ -102,7 +102,11 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
     ```
     """
-    matches = difflib.get_close_matches(name, names, n=1)
+    names = list(names)
+    # Of `dataset` and `dataset_config_name`, the first is nearer to `dataset_name`.
+    shorter = sorted((known for known in names if name.startswith(f"{known}_")), key=len, reverse=True)
+    near = difflib.get_close_matches
+    matches = near(name, names, n=1, cutoff=0.8) or shorter or near(name, names, n=1)
     return f": did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -89,6 +89,19 @@ def test_a_source_that_is_read_differently_checks_nothing(tmp_path, monkeypatch,
     check_options("nkd-hf", ["--gama"], known)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("dataset_name", "dataset"),
+        ("dataset_config", "dataset_config_name"),
+        ("datase", "dataset"),
+        ("modell", "model"),
+    ],
+)
+def test_the_nearest_name_is_one_that_the_wrong_one_begins_with_or_a_similar_one(name, near):
+    assert options.suggest(name, ["dataset_config_name", "dataset", "model"]) == f": did you mean {near!r}?"
+
+
 def test_a_wrong_option_is_answered_and_a_right_one_announced_before_libraries_are_loaded():
     code = """
 import runpy, sys

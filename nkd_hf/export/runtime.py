@@ -1,6 +1,7 @@
 """Opens ONNX files with onnxruntime, and says how to install it."""
 
 import importlib
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 INPUT, OUTPUT = "pixel_values", "logits"
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_INSTALL = "Run `pip install 'nkd_hf[onnx]'`."
 
 
 def check_extra() -> None:
@@ -21,14 +24,19 @@ def check_extra() -> None:
     Raises:
         MissingExtraError: one of them is missing.
     """
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in _PACKAGES:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise MissingExtraError(
-                f"the package {name} must be installed to export to ONNX, got {type(error).__name__}. Run "
-                "`pip install 'nkd_hf[onnx]'`."
+                f"the package {name} must be installed to export to ONNX, got {type(error).__name__}. {_INSTALL}"
             ) from error
+
+
+def describe_missing_extra() -> str | None:
+    """Names the packages of the extra `onnx` that are not installed, without importing them; None if all are."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} must be installed for it. {_INSTALL}" if missing else None
 
 
 def open_session(source: str | Path | bytes, threads: int | None = None) -> "InferenceSession":

@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..errors import redact
+from ..export.runtime import describe_missing_extra
 from ..models.architectures import is_architecture, with_start
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.students import describe_start
@@ -47,6 +48,8 @@ def describe_run(run: "Recipe") -> list[str]:
         lines[f"training of the {name}"] = _describe_training(run, changes)
     precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "float32"
     lines["machine"] = f"{training.world_size} x {training.device.type}, {precision}"
+    missing = describe_missing_extra()
+    lines["export"] = "ONNX and int8" if missing is None else f"no ONNX: {missing}"
     lines["output"] = str(run.folder)
     width = max(map(len, lines))
     return [f"{name:<{width}}  {text}" for name, text in lines.items()]

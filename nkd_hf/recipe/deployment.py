@@ -70,7 +70,7 @@ def deploy(run: "Recipe", max_int8_drop: float) -> None:
         )
     loader = _make_loader(run, student, run.data["validation"])
     with exit_if_not_written("the export", folder):
-        export = _export(run, student, loader, max_int8_drop)
+        export, fault = _export(run, student, loader, max_int8_drop)
     if export is not None:
         models["student_onnx"] = export.onnx.path
         if export.int8 is not None and export.int8.kept:
@@ -85,6 +85,8 @@ def deploy(run: "Recipe", max_int8_drop: float) -> None:
         models["teacher"] = teacher if len(teacher.members) > 1 else teacher.model
     models = {name: models[name] for name in _ORDER if name in models}
     run.figures = _collect(run, models, logits, labels, pixels, export)
+    if fault is not None:
+        run.figures["onnx"] = {"reason": fault}
     with exit_if_not_written("the report", run.folder):
         write_html_report(
             run.folder / REPORT,
@@ -164,8 +166,10 @@ def _predict_teacher(run: "Recipe", teacher: Teacher) -> tuple[np.ndarray, np.nd
     return logits, labels, pixels
 
 
-def _export(run: "Recipe", student: PreTrainedModel, labelled: DataLoader, max_drop: float) -> StudentExport | None:
-    """Writes the ONNX files; None, with a line that says why, if they cannot be made."""
+def _export(
+    run: "Recipe", student: PreTrainedModel, labelled: DataLoader, max_drop: float
+) -> tuple[StudentExport | None, str | None]:
+    """Writes the ONNX files, or returns why they cannot be made."""
     train = run.data["train"]
     if isinstance(train, datasets.IterableDataset):
         chosen = train.take(_CALIBRATION_IMAGES)
@@ -180,14 +184,14 @@ def _export(run: "Recipe", student: PreTrainedModel, labelled: DataLoader, max_d
         )
     except (MissingExtraError, ValueError) as error:
         say(run.training_args, f"There is no ONNX file: {error}")
-        return None
+        return None, redact(str(error)).rstrip(".")
     int8 = export.int8
     said = f"int8 has {100 * int8.accuracy_int8:.2f} % top-1, float {100 * int8.accuracy_float:.2f} %"
     say(
         run.training_args,
         f"{export.onnx.path.parent}: {said}" + ("" if int8.kept else f"; int8 is not kept: {int8.reason}"),
     )
-    return export
+    return export, None
 
 
 def _collect(

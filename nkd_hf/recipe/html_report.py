@@ -111,7 +111,7 @@ def write_html_report(
     models = read_models(results["models"])
     images = ReportImages(logits, labels, [clean(name) for name in class_names], read_image)
     cards = [
-        _summary(models, logits, labels, results),
+        _summary(models, logits, labels, results, class_names),
         _table(models),
         _cost_card("latency", models, "p50", milliseconds, "latency of an image (log scale)"),
         _cost_card("size", models, "size_bytes", file_size, "size on disk (log scale)"),
@@ -171,13 +171,20 @@ def _page(title: str, main: ET.Element) -> ET.Element:
 
 
 def _summary(
-    models: Mapping[str, Any], logits: Mapping[str, np.ndarray], labels: np.ndarray, results: Mapping[str, Any]
+    models: Mapping[str, Any],
+    logits: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    results: Mapping[str, Any],
+    class_names: Sequence[str],
 ) -> ET.Element:
     gain = None
     if "baseline" in models and "baseline" in logits:
         gain = accuracy_difference(logits["student"], logits["baseline"], labels)
-    int8_fault = results.get("int8", {}).get("reason")
-    headline, text = verdict(models, gain, int((labels != -100).sum()), int8_fault)
+    faults = [results.get(name, {}).get("reason") for name in ("int8", "onnx")]
+    answers = np.unique(logits["student"][labels != -100].argmax(-1))
+    is_constant = len(answers) == 1 < len(np.unique(labels[labels != -100]))
+    only_answer = clean(class_names[answers[0]]) if is_constant else None
+    headline, text = verdict(models, gain, int((labels != -100).sum()), *faults, only_answer)
     tiles = [
         element("div", element("b", value), element("span", note), class_="tile")
         for value, note in facts(models, gain, results.get("agreement_with_teacher"))

@@ -7,7 +7,12 @@ from .html_elements import compare, file_size, milliseconds, percent, points
 
 
 def verdict(
-    models: Mapping[str, Any], gain: tuple[float, float] | None, images: int, int8_fault: str | None = None
+    models: Mapping[str, Any],
+    gain: tuple[float, float] | None,
+    images: int,
+    int8_fault: str | None = None,
+    onnx_fault: str | None = None,
+    only_answer: str | None = None,
 ) -> tuple[str, str]:
     """Sums up a run.
 
@@ -16,6 +21,8 @@ def verdict(
         gain: the student's accuracy less the baseline's, and half of its 95% interval, as fractions, or None.
         images: number of images.
         int8_fault: why there is no int8 version, if it was tried.
+        onnx_fault: why there is no ONNX version, if it was tried.
+        only_answer: the class that the student answers for every image, if it is always the same.
 
     Returns:
         A headline and a paragraph.
@@ -31,6 +38,11 @@ def verdict(
         text += f" {_int8(models['student_int8'])}"
     elif int8_fault is not None:
         text += f" It has no int8 version: {int8_fault}."
+    elif onnx_fault is not None:
+        text += f" It has no ONNX version: {onnx_fault}."
+    if only_answer is not None:
+        text += f" Every answer is {only_answer}: train it longer, or with another learning rate."
+        return "The student has learned nothing: its answer is the same for every image.", text
     return _headline(student, teacher, gain), text
 
 

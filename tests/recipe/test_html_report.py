@@ -252,6 +252,22 @@ def test_figures_may_be_missing(digits, tmp_path):
     assert 'class="student_int8">' in content
 
 
+def test_the_verdict_says_why_there_is_no_onnx_file_and_that_a_student_answers_one_class(digits, tmp_path):
+    run = select(digits, ["teacher", "student"], 3)
+    write_html_report(
+        tmp_path / "report.html", **run | {"results": run["results"] | {"onnx": {"reason": "no <disk>"}}}
+    )
+    verdict = re.search(r'id="verdict">(.*?)</section>', (tmp_path / "report.html").read_text())[1]
+    assert "It has no ONNX version: no &lt;disk&gt;." in verdict
+    assert "learned nothing" not in verdict
+    run["logits"]["student"] = np.zeros_like(run["logits"]["student"]) + [0, 0, 1]
+    write_html_report(tmp_path / "report.html", **run)
+    verdict = re.search(r'id="verdict">(.*?)</section>', (tmp_path / "report.html").read_text())[1]
+    assert "The student has learned nothing" in verdict
+    assert "Every answer is two: train it longer" in verdict
+    assert "no ONNX version" not in verdict
+
+
 def test_wrong_arguments_are_named(digits, tmp_path):
     path = tmp_path / "report.html"
     with pytest.raises(ValueError, match=r"results\[\"models\"\] must have an entry 'student', got \['teacher'\]"):
