@@ -260,7 +260,7 @@ def test_the_verdict_says_why_there_is_no_onnx_file_and_that_a_student_answers_o
     verdict = re.search(r'id="verdict">(.*?)</section>', (tmp_path / "report.html").read_text())[1]
     assert "It has no ONNX version: no &lt;disk&gt;." in verdict
     assert "learned nothing" not in verdict
-    run["logits"]["student"] = np.zeros_like(run["logits"]["student"]) + [0, 0, 1]
+    run["logits"]["student"] = np.tile([0, 0, 1], (len(run["labels"]), 1))
     write_html_report(tmp_path / "report.html", **run)
     verdict = re.search(r'id="verdict">(.*?)</section>', (tmp_path / "report.html").read_text())[1]
     assert "The student has learned nothing" in verdict
