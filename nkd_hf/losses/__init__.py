@@ -12,6 +12,7 @@ from .dkd import DKDLoss, dkd_loss
 from .kd import KDLoss, kd_loss
 from .mgd import MGDLoss
 from .nkd import NKDLoss, nkd_loss
+from .rld import RLDLoss, rld_loss
 from .srrl import SRRLLoss
 from .uskd import USKDLoss, uskd_loss
 from .vitkd import ViTKDLoss
@@ -25,6 +26,7 @@ __all__ = [
     "KDLoss",
     "MGDLoss",
     "NKDLoss",
+    "RLDLoss",
     "SRRLLoss",
     "USKDLoss",
     "ViTKDLoss",
@@ -34,6 +36,7 @@ __all__ = [
     "dkd_loss",
     "kd_loss",
     "nkd_loss",
+    "rld_loss",
     "uskd_loss",
     "wsld_loss",
     "wttm_loss",

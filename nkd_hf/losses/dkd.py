@@ -154,10 +154,14 @@ def _components(
     return alpha * scale * target_term, beta * scale * non_target_term
 
 
-def _log_probs(logits: Tensor, target: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, 2] of the target and of all the rest, and [B, C] among the rest, where the target has -inf."""
-    rest_logits = logits.masked_fill(is_target, -math.inf)
+def binary_log_probs(logits: Tensor, rest_logits: Tensor, target: Tensor) -> Tensor:
+    """Log-probabilities [B, 2] of the target [B, 1] and of all the rest, whose logits have -inf at the target."""
     # from the log-odds, so that a rest of small probability keeps its digits
     log_odds = logits.gather(-1, target) - rest_logits.logsumexp(-1, keepdim=True)
-    binary = torch.cat([F.logsigmoid(log_odds), F.logsigmoid(-log_odds)], dim=-1)
-    return binary, rest_logits.log_softmax(-1)
+    return torch.cat([F.logsigmoid(log_odds), F.logsigmoid(-log_odds)], dim=-1)
+
+
+def _log_probs(logits: Tensor, target: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """[`binary_log_probs`], and log-probabilities [B, C] among the rest, where the target has -inf."""
+    rest_logits = logits.masked_fill(is_target, -math.inf)
+    return binary_log_probs(logits, rest_logits, target), rest_logits.log_softmax(-1)

@@ -12,6 +12,7 @@ from .dkd import DKDLoss
 from .kd import KDLoss
 from .mgd import MGDLoss
 from .nkd import NKDLoss
+from .rld import RLDLoss
 from .srrl import SRRLLoss
 from .uskd import USKDLoss
 from .vitkd import ViTKDLoss
@@ -21,7 +22,7 @@ from .wttm import WTTMLoss
 LOSSES: dict[str, type[DistillationLoss]] = {
     loss.name.lower(): loss
     for loss in (
-        NKDLoss, USKDLoss, ViTKDLoss, KDLoss, DKDLoss, WSLDLoss, DISTLoss, WTTMLoss, MGDLoss, SRRLLoss,
+        NKDLoss, USKDLoss, ViTKDLoss, KDLoss, DKDLoss, WSLDLoss, DISTLoss, WTTMLoss, RLDLoss, MGDLoss, SRRLLoss,
     )
 }  # fmt: skip
 

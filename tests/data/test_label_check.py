@@ -15,6 +15,7 @@ from nkd_hf import (
     DKDLoss,
     KDLoss,
     NKDLoss,
+    RLDLoss,
     USKDLoss,
     WSLDLoss,
     WTTMLoss,
@@ -42,6 +43,7 @@ LOSSES = {
     "wsld": WSLDLoss,
     "dist": DISTLoss,
     "wttm": WTTMLoss,
+    "rld": RLDLoss,
 }
 TEACHERLESS = ("none", "own", "uskd")
 

@@ -26,6 +26,7 @@ from losses_reference import (
     dkd_reference,
     kd_reference,
     mgd_reference,
+    rld_reference,
     srrl_reference,
     wsld_reference,
     wttm_reference,
@@ -57,11 +58,12 @@ OF_LOGITS = {
     "wsld": (losses.WSLDLoss, losses.wsld_loss, wsld_reference, True, ["wsld"]),
     "dist": (losses.DISTLoss, losses.dist_loss, dist_reference, False, ["dist_inter_class", "dist_intra_class"]),
     "wttm": (losses.WTTMLoss, losses.wttm_loss, wttm_reference, False, ["wttm"]),
+    "rld": (losses.RLDLoss, losses.rld_loss, rld_reference, True, ["rld_confidence", "rld_correlation"]),
 }
 OF_MAPS = {"mgd": ["mgd"], "srrl": ["srrl_feature", "srrl_regression"]}
 COMPONENTS = {name: entry[4] for name, entry in OF_LOGITS.items()} | OF_MAPS
 # The official names of hyper-parameters and of what a loss trains -> ours.
-ARGUMENTS = {"temp": "temperature"}
+ARGUMENTS = {"temp": "temperature", "alpha_temperature": "target_temperature"}
 TRAINED = {"generation.": "generator.", "Connectors.": "connector."}
 
 
@@ -81,9 +83,9 @@ def call_of(name, student_logits, teacher_logits, labels):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", [name for name in GOLDEN if name.split("_")[0] in OF_LOGITS])
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name.split("_")[0] in [*OF_LOGITS, "rldls"]])
 def test_golden_of_logits(name, dtype):
-    loss_name = name.split("_")[0]
+    loss_name = name.split("_")[0].replace("rldls", "rld")  # on standardised logits
     make_module, function, *_ = OF_LOGITS[loss_name]
     params, golden, inputs = golden_of(name, dtype)
     student_logits = inputs["student_logits"].requires_grad_()
@@ -143,6 +145,7 @@ def test_equals_reference(name, batch_size, num_classes, labels):
         "wsld": {"alpha": 1.5, "temperature": 2.0},
         "dist": {"beta": 0.6, "gamma": 1.7},
         "wttm": {"exponent": 0.35, "beta": 1.4},
+        "rld": {"alpha": 0.7, "beta": 2.0, "temperature": 3.0, "target_temperature": 2.0, "standardize": True},
     }[name]
     batch = make_batch(batch_size, num_classes, labels=labels)
     arguments = call_of(name, *batch)
@@ -245,14 +248,15 @@ def test_teacher_gets_no_gradient():
 def test_perfect_student_has_no_gradient():
     teacher_logits = make_batch(5, 7)[1]
     student_logits = teacher_logits.clone().requires_grad_()
-    labels = torch.arange(5)
     for name, (make_module, *_) in OF_LOGITS.items():
         module = make_module(exponent=1.0) if name == "wttm" else make_module()
+        # RLD's student is not perfect where the teacher is wrong.
+        labels = teacher_logits.argmax(1) if name == "rld" else torch.arange(5)
         loss = sum(module(*call_of(name, student_logits, teacher_logits, labels)).values())
         [gradient] = torch.autograd.grad(loss, student_logits)
         # DIST's floor of 1e-8 keeps its correlation below 1.
         assert gradient.norm() < (1e-4 if name == "dist" else 1e-12), name
-        if name in ("dkd", "wttm"):
+        if name in ("dkd", "wttm", "rld"):
             assert abs(loss.item()) < 1e-14
 
 
@@ -294,6 +298,33 @@ def test_wttm_weighs_smooth_teachers_more_and_is_kl_at_exponent_1():
     assert weights[2].item() == pytest.approx(1, abs=1e-3)
 
 
+def test_rld_of_a_wrong_teacher():
+    """The student learns the teacher's confidence for the right class, and nothing of the classes above that."""
+    teacher = torch.tensor([[3.0, 1.0, 0.0, -1.0], [0.0, 2.0, 2.0, 5.0]], dtype=torch.float64)
+    labels = torch.tensor([1, 0])  # two classes are below the first, none below the second
+    student = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
+    confidence, correlation = losses.RLDLoss()(student, teacher, labels).values()
+    [gradient] = torch.autograd.grad(correlation, student, retain_graph=True)
+    assert not gradient[0, :2].any()
+    assert not gradient[1].any()
+    assert gradient[0, 2] < 0 < gradient[0, 3]
+    # The answer's probability is what the target's is driven to, above the even share of 0.25.
+    [gradient] = torch.autograd.grad(confidence, student)
+    assert torch.equal(gradient.argmin(1), labels)
+    largest = teacher.softmax(1).amax(1)
+    torch.testing.assert_close(gradient[[0, 1], labels], (0.25 - largest) / 2)
+
+
+def test_rld_of_equal_logits_is_finite():
+    for teacher in (torch.zeros(3, 5), torch.randn(3, 5)):
+        for standardize in (False, True):
+            student = torch.zeros(3, 5, requires_grad=True)
+            loss = losses.rld_loss(student, teacher, torch.tensor([0, 1, 2]), standardize=standardize)
+            [gradient] = torch.autograd.grad(loss, student)
+            assert loss.isfinite()
+            assert gradient.isfinite().all()
+
+
 def test_mgd_mask_is_drawn_anew_for_each_image_and_channel():
     module, maps = MGDLoss(6, 8, mask_ratio=0.5), (torch.randn(3, 6, 4, 4), torch.randn(3, 8, 4, 4))
     torch.manual_seed(0)
@@ -317,6 +348,10 @@ def test_errors_of_settings():
         (lambda: losses.DISTLoss(gamma=math.inf), "gamma must be a finite number"),
         (lambda: losses.WTTMLoss(exponent=0.0), "exponent must be a finite number > 0"),
         (lambda: losses.WTTMLoss(beta=-1.0), "beta must be a finite number >= 0"),
+        (lambda: losses.RLDLoss(alpha=-1.0), "alpha must be a finite number >= 0"),
+        (lambda: losses.RLDLoss(temperature=0.0), "temperature must be a finite number > 0"),
+        (lambda: losses.RLDLoss(target_temperature=math.inf), "target_temperature must be a finite number > 0"),
+        (lambda: losses.RLDLoss(standardize="no"), "standardize must be True or False, got 'no'"),
         (lambda: MGDLoss(0, 8), "student_channels must be at least 1, got 0"),
         (lambda: MGDLoss(6, 8, mask_ratio=1.0), "mask_ratio must be below 1, got 1.0"),
         (lambda: SRRLLoss(6, True), "teacher_channels must be at least 1, got True"),
@@ -642,7 +677,7 @@ def test_whole_model_compiles():
 
 
 def test_every_loss_has_its_paper():
-    assert len({loss.name for loss in LOSSES.values()}) == len(LOSSES) == 10
+    assert len({loss.name for loss in LOSSES.values()}) == len(LOSSES) == 11
     assert {loss.__name__ for loss in LOSSES.values()} <= set(losses.__all__)
     for loss in LOSSES.values():
         assert {"name", "paper", "citation"} <= vars(loss).keys()
@@ -656,7 +691,7 @@ def test_every_loss_has_its_paper():
 @pytest.mark.parametrize(
     "loss",
     [NKDLoss(), NKDLoss(temperature=4), KDLoss(), DKDLoss(), DKDLoss(temperature=1), losses.WSLDLoss(), losses.WTTMLoss(),
-     losses.DISTLoss()],
+     losses.DISTLoss(), losses.RLDLoss()],
     ids=str,
 )  # fmt: skip
 def test_classes_that_a_teacher_rules_out(loss, masked, labels):

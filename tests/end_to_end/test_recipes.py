@@ -280,7 +280,10 @@ def teachers(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("recipe", "teacher", "loss", "loss_args"),
     [
-        *[("distill_cnn", "cnn, 1x1", loss, "{}") for loss in ("kd", "dkd", "wsld", "dist", "wttm", "mgd", "srrl")],
+        *[
+            ("distill_cnn", "cnn, 1x1", loss, "{}")
+            for loss in ("kd", "dkd", "wsld", "dist", "wttm", "rld", "mgd", "srrl")
+        ],
         ("distill_deit", "cnn, 1x1", "dkd+wsld+dist+wttm", '{"dkd": {"beta": 2.0}, "wttm": {"exponent": 0.5}}'),
         ("distill_deit", "cnn, 1x1", "srrl", "{}"),
         ("distill_deit", "vit, 4x4", "mgd", "{}"),

@@ -190,6 +190,38 @@ def wttm_reference(
     return (beta * total / len(student),)
 
 
+def rld_reference(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    target_temperature: float = 1.0,
+    standardize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Weighted confidence and correlation term of RLD, image by image."""
+    labels = labels.argmax(1) if labels.ndim == 2 else labels
+    if standardize:
+        student_logits, teacher_logits = standardized_reference(student_logits), standardized_reference(teacher_logits)
+    student, teacher = (_softened(logits, target_temperature) for logits in (student_logits, teacher_logits))
+    confidence_terms, correlation_terms = [], []
+    for b, target in enumerate(labels.tolist()):
+        q = teacher[b].max()
+        p, p_rest = student[b, target], student[b].sum() - student[b, target]
+        confidence_terms.append(q * (q / p).log() + (1 - q) * ((1 - q) / p_rest).log())
+        below = [i for i in range(student.shape[1]) if teacher_logits[b, i] < teacher_logits[b, target]]
+        p_below, q_below = (
+            _softened(logits[b : b + 1, below], temperature)[0] for logits in (student_logits, teacher_logits)
+        )
+        correlation_terms.append((q_below * (q_below / p_below).log()).sum())
+    batch_size = len(student)
+    return (
+        alpha * target_temperature**2 * sum(confidence_terms) / batch_size,
+        beta * temperature**2 * sum(correlation_terms) / batch_size,
+    )
+
+
 def mgd_reference(module: nn.Module, student_map: Tensor, teacher_map: Tensor, noise: Tensor) -> tuple[Tensor]:
     """MGD, image by image and channel by channel."""
     total = 0.0

@@ -14,6 +14,7 @@ from nkd_hf import (
     KDLoss,
     MGDLoss,
     NKDLoss,
+    RLDLoss,
     SRRLLoss,
     WSLDLoss,
     WTTMLoss,
@@ -155,7 +156,7 @@ def test_a_member_of_other_classes_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "loss", [NKDLoss(), KDLoss(), DKDLoss(), WSLDLoss(), DISTLoss(), WTTMLoss()], ids=lambda loss: loss.name
+    "loss", [NKDLoss(), KDLoss(), DKDLoss(), WSLDLoss(), DISTLoss(), WTTMLoss(), RLDLoss()], ids=lambda loss: loss.name
 )
 def test_every_loss_of_logits_trains(tmp_path, loss):
     trainer = make_trainer(
