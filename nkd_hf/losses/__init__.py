@@ -14,6 +14,7 @@ from .mgd import MGDLoss
 from .nkd import NKDLoss, nkd_loss
 from .rld import RLDLoss, rld_loss
 from .srrl import SRRLLoss
+from .tfkd import TfKDLoss, tfkd_loss
 from .uskd import USKDLoss, uskd_loss
 from .vitkd import ViTKDLoss
 from .wsld import WSLDLoss, wsld_loss
@@ -28,6 +29,7 @@ __all__ = [
     "NKDLoss",
     "RLDLoss",
     "SRRLLoss",
+    "TfKDLoss",
     "USKDLoss",
     "ViTKDLoss",
     "WSLDLoss",
@@ -37,6 +39,7 @@ __all__ = [
     "kd_loss",
     "nkd_loss",
     "rld_loss",
+    "tfkd_loss",
     "uskd_loss",
     "wsld_loss",
     "wttm_loss",

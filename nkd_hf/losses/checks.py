@@ -46,6 +46,13 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> None:
         )
 
 
+def check_share(name: str, value: float) -> None:
+    """ValueError unless `value`, a weight beside a task loss of weight 1 - value, is from 0 to 1."""
+    check_scalar(name, value)
+    if value > 1:
+        raise ValueError(f"{name} must be at most 1, got {value}: 1 - {name} is the weight of the task loss")
+
+
 def check_flag(name: str, value: bool) -> None:
     """ValueError unless it is True or False: a text such as "false" would count as true."""
     if not isinstance(value, bool):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .base import DistillationLoss
-from .checks import check_flag, check_other_logits, check_scalar, check_student_logits, compute_dtype
+from .checks import check_flag, check_other_logits, check_scalar, check_share, check_student_logits, compute_dtype
 from .standardized import describe_standardize, standardize_logits
 
 
@@ -53,7 +53,7 @@ def kd_loss(
         >>> f"{loss.item():.4f}"
         '8.5197'
     """
-    _check_alpha(alpha)
+    check_share("alpha", alpha)
     check_scalar("temperature", temperature, positive=True)
     check_flag("standardize", standardize)
     check_student_logits(student_logits)
@@ -99,7 +99,7 @@ class KDLoss(DistillationLoss):
 
     def __init__(self, alpha: float = 0.5, temperature: float = 4.0, standardize: bool = False):
         super().__init__()
-        _check_alpha(alpha)
+        check_share("alpha", alpha)
         check_scalar("temperature", temperature, positive=True)
         check_flag("standardize", standardize)
         self.alpha = alpha
@@ -124,9 +124,3 @@ class KDLoss(DistillationLoss):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, temperature={self.temperature}{describe_standardize(self.standardize)}"
-
-
-def _check_alpha(alpha: float) -> None:
-    check_scalar("alpha", alpha)
-    if alpha > 1:
-        raise ValueError(f"alpha must be at most 1, got {alpha}: 1 - alpha is the weight of the task loss")

@@ -14,15 +14,16 @@ from .mgd import MGDLoss
 from .nkd import NKDLoss
 from .rld import RLDLoss
 from .srrl import SRRLLoss
+from .tfkd import TfKDLoss
 from .uskd import USKDLoss
 from .vitkd import ViTKDLoss
 from .wsld import WSLDLoss
 from .wttm import WTTMLoss
 
 LOSSES: dict[str, type[DistillationLoss]] = {
-    loss.name.lower(): loss
+    loss.name.lower().replace("-", ""): loss
     for loss in (
-        NKDLoss, USKDLoss, ViTKDLoss, KDLoss, DKDLoss, WSLDLoss, DISTLoss, WTTMLoss, RLDLoss, MGDLoss, SRRLLoss,
+        NKDLoss, USKDLoss, TfKDLoss, ViTKDLoss, KDLoss, DKDLoss, WSLDLoss, DISTLoss, WTTMLoss, RLDLoss, MGDLoss, SRRLLoss,
     )
 }  # fmt: skip
 

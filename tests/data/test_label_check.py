@@ -16,6 +16,7 @@ from nkd_hf import (
     KDLoss,
     NKDLoss,
     RLDLoss,
+    TfKDLoss,
     USKDLoss,
     WSLDLoss,
     WTTMLoss,
@@ -38,6 +39,7 @@ LOSSES = {
     "own": OwnLoss,
     "nkd": NKDLoss,
     "uskd": lambda: USKDLoss(in_features=32, num_classes=10),
+    "tfkd": TfKDLoss,
     "kd": KDLoss,
     "dkd": DKDLoss,
     "wsld": WSLDLoss,
@@ -45,7 +47,7 @@ LOSSES = {
     "wttm": WTTMLoss,
     "rld": RLDLoss,
 }
-TEACHERLESS = ("none", "own", "uskd")
+TEACHERLESS = ("none", "own", "uskd", "tfkd")
 
 
 def with_labels(labels) -> list[dict]:

@@ -222,6 +222,22 @@ def rld_reference(
     )
 
 
+def tfkd_reference(
+    student_logits: Tensor, labels: Tensor, alpha: float = 0.1, temperature: float = 20.0, multiplier: float = 100.0
+) -> tuple[Tensor]:
+    """Tf-KD, image by image, without the task loss."""
+    num_classes = student_logits.shape[1]
+    labels = labels if labels.ndim == 2 else F.one_hot(labels, num_classes).to(student_logits.dtype)
+    # The virtual teacher of each class, softened only after mixing.
+    virtual = torch.full((num_classes, num_classes), 0.01 / (num_classes - 1), dtype=student_logits.dtype)
+    virtual.fill_diagonal_(0.99)
+    total = 0.0
+    for row, label in zip(student_logits, labels, strict=True):
+        p, q = _softened(row[None], 1)[0], _softened((label @ virtual)[None], temperature)[0]
+        total = total + (q * (q / p).log()).sum() / num_classes
+    return (alpha * multiplier * total / len(student_logits),)
+
+
 def mgd_reference(module: nn.Module, student_map: Tensor, teacher_map: Tensor, noise: Tensor) -> tuple[Tensor]:
     """MGD, image by image and channel by channel."""
     total = 0.0

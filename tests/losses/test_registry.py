@@ -77,9 +77,9 @@ def test_what_the_losses_need():
         arguments = RecipeArguments(
             "resnet18", teacher="resnet34" if teacher_inputs(loss) else None, distillation_loss=name
         )
-        assert arguments.needs_teacher == (name != "uskd")
+        assert arguments.needs_teacher == (name not in ("uskd", "tfkd"))
         assert arguments.needs_teacher_layers == (name in ("vitkd", "mgd", "srrl"))
-        assert arguments.losses_of_all_logits == ([] if name in ("nkd", "uskd") else [name])
+        assert arguments.losses_of_all_logits == ([] if name in ("nkd", "uskd", "tfkd") else [name])
         assert loss_inputs(arguments.build_loss(**dict.fromkeys(set(SHAPES) - {"feature_norm"}, 2))) == loss_inputs(
             loss
         )
