@@ -79,12 +79,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top_k", default="all", metavar="K",
-        help="how many logits are stored beside the target's, in float16: 10 and 100 serve NKD alone; all of them are "
-        "float32 and serve every loss of logits (default: all)",
+        help="how many logits are stored beside the target's, in float16, from which losses of logits are approximated; all "
+        "of them are float32 and exact (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--temperatures", type=float, nargs="+", default=[], metavar="T",
-        help="of NKD, for --top_k; the recipe's and 1 are always there",
+        help="at which other losses will read a store of --top_k; 1 and the recipe's are always there",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=256, help="images, even (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, default=32768, help="samples in a file, even (default: %(default)s)")

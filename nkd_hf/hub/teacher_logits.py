@@ -96,9 +96,7 @@ def store_card(info: StoreInfo, name: str) -> str:
     }
     measured = [f"{100 * value:.2f} % {where}" for where, value in measured.items() if value is not None]
     accuracy = f", top-1 on the validation split {' and '.join(measured)}" if measured else ""
-    kept = (
-        "all logits, float32" if info.top_k is None else f"the {info.top_k} largest logits but the target's, float16"
-    )
+    kept = "all logits, float32" if info.top_k is None else _describe_top_k(info)
     return f"""\
 ---
 tags:
@@ -119,6 +117,18 @@ The same images, augmented in the same way, come with the recipe that this was w
 `--teacher_logits {os.path.basename(name)}` with the owner's name before it: a run with another seed, other data or another
 augmentation is refused.
 """
+
+
+def _describe_top_k(info: StoreInfo) -> str:
+    text = f"the {info.top_k} largest logits but the target's, float16"
+    text += f", for losses at temperature {_list_numbers(info.temperatures)}"
+    if info.standardized_temperatures:
+        text += f", of standardised logits at {_list_numbers(info.standardized_temperatures)}"
+    return text
+
+
+def _list_numbers(values: list[float]) -> str:
+    return " or ".join(f"{value:g}" for value in values)
 
 
 def _describe(teacher: TeacherDescription) -> str:

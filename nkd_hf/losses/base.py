@@ -35,6 +35,7 @@ class DistillationLoss(nn.Module):
     | `student_map`, `teacher_map` | [B, D, H, W] last feature map |
     | `teacher_head_weight`, `teacher_head_bias` | [C, D] and [C] of the classifier that reads the average of `teacher_map` |
     | `label_smoothing` | a float, which asks for the task loss, or None |
+    | `logit_moments` | [B, 2] mean and unbiased standard deviation over all classes of the logits that a store has the largest of, which `teacher_logits` are rebuilt from; else None |
 
     A loss that asks for one of `teacher_*` has a teacher, and a loss that asks for none of them has no teacher. The
     teacher's tensors have no gradient. What the loss trains trains with the student, and is in the checkpoints alone.
@@ -59,6 +60,11 @@ class DistillationLoss(nn.Module):
         works_from_top_k (`bool`): whether the largest logits of the teacher suffice. Such a loss reads two things of the
             teacher: the target's probability, and the probabilities of the other classes among themselves at its
             `temperature`, an attribute; the smallest of them may be replaced by their mean.
+        soft_temperature (`float`, *optional*): the temperature at which the loss reads the teacher's softmax over all classes,
+            where the smallest probabilities may be replaced by their mean: a store of the largest logits then serves the
+            loss. None needs the logits of all classes, unless `works_from_top_k` is set.
+        standardize (`bool`): whether the loss standardises the logits first. For a store of the largest logits it then takes
+            `logit_moments` in place of their own mean and deviation.
         always_decays (`tuple[str, ...]`): names of the loss's own parameters that weight decay shrinks even where it spares
             parameters of such names (`no_weight_decay`).
 
@@ -77,6 +83,8 @@ class DistillationLoss(nn.Module):
     citation: str = ""
     task_weight: float = 1.0
     works_from_top_k: bool = False
+    soft_temperature: float | None = None
+    standardize: bool = False
     always_decays: tuple[str, ...] = ()
 
     @staticmethod

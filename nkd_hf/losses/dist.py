@@ -72,6 +72,7 @@ class DISTLoss(DistillationLoss):
   booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
   year      = {2022}
 }"""
+    soft_temperature = 1.0
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0):
         super().__init__()

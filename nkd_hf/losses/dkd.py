@@ -20,6 +20,7 @@ def dkd_loss(
     beta: float = 6.0,
     temperature: float = 4.0,
     standardize: bool = False,
+    logit_moments: Tensor | None = None,
 ) -> Tensor:
     r"""Decoupled knowledge distillation loss of "Decoupled Knowledge Distillation" (CVPR 2022,
     https://arxiv.org/abs/2203.08679), equation 7.
@@ -42,6 +43,8 @@ def dkd_loss(
         beta: weight of the non-target term, >= 0.
         temperature: :math:`\tau`, > 0.
         standardize: whether the logits of both are standardised first, see [`standardize_logits`].
+        logit_moments: [B, 2] mean and unbiased standard deviation of the teacher's logits, for `standardize` where some of
+            `teacher_logits` are approximations; None computes them.
 
     The defaults are those of github.com/yzd-v/cls_KD; the paper chooses beta for each pair of teacher and student.
     Differs from cls_KD: mixup labels are taken (there they are an error), in NKD's way.
@@ -66,7 +69,9 @@ def dkd_loss(
         >>> f"{loss.item():.4f}"
         '0.5930'
     """
-    return sum(_components(student_logits, teacher_logits, labels, alpha, beta, temperature, standardize))
+    return sum(
+        _components(student_logits, teacher_logits, labels, alpha, beta, temperature, standardize, logit_moments)
+    )
 
 
 class DKDLoss(DistillationLoss):
@@ -104,11 +109,19 @@ class DKDLoss(DistillationLoss):
         self.temperature = temperature
         self.standardize = standardize
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    @property
+    def soft_temperature(self) -> float:
+        """The temperature of the teacher's softmax."""
+        return self.temperature
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, logit_moments: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Returns the weighted components."""
         target_term, non_target_term = _components(
-            student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature, self.standardize
-        )
+            student_logits, teacher_logits, labels,
+            self.alpha, self.beta, self.temperature, self.standardize, logit_moments,
+        )  # fmt: skip
         return {"dkd_target": target_term, "dkd_non_target": non_target_term}
 
     def extra_repr(self) -> str:
@@ -126,6 +139,7 @@ def _components(
     beta: float,
     temperature: float,
     standardize: bool,
+    logit_moments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_scalar("alpha", alpha)
     check_scalar("beta", beta)
@@ -141,7 +155,10 @@ def _components(
     dtype = compute_dtype(student_logits)
     student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if standardize:
-        student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+        student_logits, teacher_logits = (
+            standardize_logits(student_logits),
+            standardize_logits(teacher_logits, logit_moments),
+        )
     student_binary, student_rest = _log_probs(student_logits / temperature, target, is_target)
     teacher_binary, teacher_rest = _log_probs(teacher_logits / temperature, target, is_target)
     # log 0 at the target, where the teacher's probability is 0 too, would make 0 * -inf = nan

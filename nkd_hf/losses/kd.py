@@ -14,6 +14,7 @@ def kd_loss(
     alpha: float = 0.5,
     temperature: float = 4.0,
     standardize: bool = False,
+    logit_moments: Tensor | None = None,
 ) -> Tensor:
     r"""Knowledge distillation loss of "Distilling the Knowledge in a Neural Network" (https://arxiv.org/abs/1503.02531),
     section 2.
@@ -32,6 +33,8 @@ def kd_loss(
         temperature: :math:`\tau`, > 0.
         standardize: whether the logits of both are standardised first, see [`standardize_logits`]. Its official code has
             temperature 2 and a weight of 9 beside 0.1 for the task loss on CIFAR-100, the ratio of `alpha` 0.989.
+        logit_moments: [B, 2] mean and unbiased standard deviation of the teacher's logits, for `standardize` where some of
+            `teacher_logits` are approximations; None computes them.
 
     The defaults are those of github.com/yzd-v/cls_KD.
 
@@ -63,7 +66,10 @@ def kd_loss(
     dtype = compute_dtype(student_logits)
     student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if standardize:
-        student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+        student_logits, teacher_logits = (
+            standardize_logits(student_logits),
+            standardize_logits(teacher_logits, logit_moments),
+        )
     teacher_prob = (teacher_logits / temperature).softmax(-1)
     student_log_prob = (student_logits / temperature).log_softmax(-1)
     cross_entropy = -(teacher_prob * student_log_prob).sum(-1).mean()
@@ -111,7 +117,14 @@ class KDLoss(DistillationLoss):
         """What the task loss is multiplied with."""
         return 1 - self.alpha
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+    @property
+    def soft_temperature(self) -> float:
+        """The temperature of the teacher's softmax."""
+        return self.temperature
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, logit_moments: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Returns the weighted component."""
         loss = kd_loss(
             student_logits,
@@ -119,6 +132,7 @@ class KDLoss(DistillationLoss):
             alpha=self.alpha,
             temperature=self.temperature,
             standardize=self.standardize,
+            logit_moments=logit_moments,
         )
         return {"kd": loss}
 

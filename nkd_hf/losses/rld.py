@@ -22,6 +22,7 @@ def rld_loss(
     temperature: float = 1.0,
     target_temperature: float = 1.0,
     standardize: bool = False,
+    logit_moments: Tensor | None = None,
 ) -> Tensor:
     r"""Refined logit distillation loss of "Knowledge Distillation with Refined Logits" (ICCV 2025,
     https://arxiv.org/abs/2408.07703).
@@ -47,6 +48,8 @@ def rld_loss(
         temperature: :math:`\tau` of the correlation term, > 0.
         target_temperature: :math:`\tau_t` of the confidence term, > 0.
         standardize: whether the logits of both are standardised first, see [`standardize_logits`].
+        logit_moments: [B, 2] mean and unbiased standard deviation of the teacher's logits, for `standardize` where some of
+            `teacher_logits` are approximations; None computes them.
 
     The defaults are those of the official code (github.com/zju-SWJ/RLD) for ResNet-34 to ResNet-18 on ImageNet; it has beta 2
     for ResNet-50 to MobileNet, and beta 8 and temperature 4 on CIFAR-100.
@@ -74,8 +77,11 @@ def rld_loss(
         '0.2078'
     """
     return sum(
-        _components(student_logits, teacher_logits, labels, alpha, beta, temperature, target_temperature, standardize)
-    )
+        _components(
+            student_logits, teacher_logits, labels,
+            alpha, beta, temperature, target_temperature, standardize, logit_moments,
+        )
+    )  # fmt: skip
 
 
 class RLDLoss(DistillationLoss):
@@ -118,11 +124,18 @@ class RLDLoss(DistillationLoss):
         self.target_temperature = target_temperature
         self.standardize = standardize
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    @property
+    def soft_temperature(self) -> float:
+        """The temperature of the correlation term; the confidence term has `target_temperature`."""
+        return self.temperature
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, logit_moments: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Returns the weighted components."""
         confidence_term, correlation_term = _components(
             student_logits, teacher_logits, labels,
-            self.alpha, self.beta, self.temperature, self.target_temperature, self.standardize,
+            self.alpha, self.beta, self.temperature, self.target_temperature, self.standardize, logit_moments,
         )  # fmt: skip
         return {"rld_confidence": confidence_term, "rld_correlation": correlation_term}
 
@@ -152,6 +165,7 @@ def _components(
     temperature: float,
     target_temperature: float,
     standardize: bool,
+    logit_moments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_settings(alpha, beta, temperature, target_temperature, standardize)
     check_student_logits(student_logits)
@@ -163,7 +177,10 @@ def _components(
     dtype = compute_dtype(student_logits)
     student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if standardize:
-        student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+        student_logits, teacher_logits = (
+            standardize_logits(student_logits),
+            standardize_logits(teacher_logits, logit_moments),
+        )
 
     answer = teacher_logits.argmax(-1, keepdim=True)
     student_binary = _confidence(student_logits / target_temperature, target)

@@ -108,6 +108,11 @@ class WSLDLoss(DistillationLoss):
         self.alpha = alpha
         self.temperature = temperature
 
+    @property
+    def soft_temperature(self) -> float:
+        """The temperature of the soft labels; the weight is of temperature 1."""
+        return self.temperature
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Returns the weighted component."""
         loss = wsld_loss(student_logits, teacher_logits, labels, alpha=self.alpha, temperature=self.temperature)

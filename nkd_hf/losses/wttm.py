@@ -93,6 +93,11 @@ class WTTMLoss(DistillationLoss):
         self.exponent = exponent
         self.beta = beta
 
+    @property
+    def soft_temperature(self) -> float:
+        """The temperature that the power is; the weight U is of temperature 1, too."""
+        return 1 / self.exponent
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
         """Returns the weighted component."""
         return {"wttm": wttm_loss(student_logits, teacher_logits, exponent=self.exponent, beta=self.beta)}

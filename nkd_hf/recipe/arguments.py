@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..losses.base import SHAPES, DistillationLoss, teacher_inputs
 from ..losses.registry import LOSSES, build_losses, find_losses
+from ..losses.top_k import TopKView, read_top_k_view
 from ..models.architectures import is_architecture, with_start
 from ..models.repo_ids import read_repo_id
 from ..models.students import check_preprocessing, create_student
@@ -273,16 +274,11 @@ class RecipeArguments:
         return any(set(teacher_inputs(loss)) - {"teacher_logits"} for loss in self.losses.values())
 
     @property
-    def losses_of_all_logits(self) -> list[str]:
-        """The names of the losses that need the teacher's logits of all classes."""
-        losses = self.losses.items()
-        return sorted(name for name, loss in losses if teacher_inputs(loss) and not loss.works_from_top_k)
-
-    @property
-    def top_k_temperatures(self) -> list[float]:
-        """The temperatures of the losses that work from the teacher's largest logits."""
-        losses = build_losses(self.losses, self.loss_args or {}, _ANY_SHAPES).values()
-        return [float(loss.temperature) for loss in losses if loss.works_from_top_k]
+    def top_k_views(self) -> dict[str, TopKView | None]:
+        """What each loss with a teacher reads of the teacher's logits; None where it needs those of all classes."""
+        losses = build_losses(self.losses, self.loss_args or {}, _ANY_SHAPES)
+        views = {name: read_top_k_view(loss) for name, loss in zip(self.losses, losses.values(), strict=True)}
+        return {name: view for name, view in views.items() if teacher_inputs(self.losses[name])}
 
     @property
     def preprocessing(self) -> dict[str, Any]:

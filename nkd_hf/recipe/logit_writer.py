@@ -57,7 +57,7 @@ def write_teacher_logits(
         training: `output_dir` is the folder of the store. It must not push.
         epochs: how many; a store of more keeps them.
         top_k: how many logits are stored beside the target's; None stores all.
-        temperatures: of NKD, for `top_k`; the recipe's and 1 are always there.
+        temperatures: at which losses read a store of `top_k`; 1 and those of the recipe's losses are always there.
         batch_size: images of a forward pass, even.
         shard_size: samples in a file, even.
 
@@ -88,7 +88,7 @@ def write_teacher_logits(
         epochs=epochs,
         # There are no more beside the target.
         top_k=None if top_k is None else min(top_k, len(run.id2label) - 1),
-        temperatures=sorted({1.0, *recipe.top_k_temperatures, *temperatures}),
+        **_choose_temperatures(recipe, top_k, temperatures),
         shard_size=shard_size,
         # Of the weights before for_inference rounds them.
         fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher, training.teacher_dtype),
@@ -127,7 +127,7 @@ def _check_recipe(
         raise ValueError(
             f"distillation_loss={recipe.distillation_loss} reads layers of the teacher, and a store has its logits alone"
         )
-    others = recipe.losses_of_all_logits
+    others = [name for name, view in recipe.top_k_views.items() if view is None]
     if top_k is not None and others:
         raise ValueError(f"{', '.join(others)} needs top_k = all: omit --top_k")
     if data.streaming:
@@ -139,11 +139,25 @@ def _check_recipe(
         )
 
 
+def _choose_temperatures(
+    recipe: RecipeArguments, top_k: int | None, temperatures: Sequence[float]
+) -> dict[str, list[float]]:
+    """Returns the temperatures of a store, of the logits and of the standardised logits, as `StoreInfo` takes them."""
+    views = [view for view in recipe.top_k_views.values() if view is not None]
+    if top_k is None:  # All logits serve any temperature. store.json names those of NKD, as it did in older stores.
+        views = [view for view in views if not view.with_target]
+    standardized = {view.temperature for view in views if view.standardized}
+    return {
+        "temperatures": sorted({1.0, *(view.temperature for view in views if not view.standardized), *temperatures}),
+        "standardized_temperatures": sorted(standardized.union(temperatures) if standardized else []),
+    }
+
+
 def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:
     """Writes `store.json`, or checks that the store in the folder can go on, and returns what is in it then."""
     if (folder / STORE).exists():
         earlier = StoreInfo.read(folder)
-        shape = ("num_classes", "top_k", "temperatures", "shard_size")
+        shape = ("num_classes", "top_k", "temperatures", "standardized_temperatures", "shard_size")
         before, now = ({name: getattr(each, name) for name in shape} | each.fingerprint for each in (earlier, info))
         # The hash of the weights says more.
         del now["teacher_revision"]
@@ -190,8 +204,9 @@ def _write_shards(
                 logits = teacher(batch["pixel_values"].to(training.device)).float()
                 labels = batch["labels"]
                 target = labels if labels.ndim == 1 else labels.argmax(-1)
-                rows = sparse_logits(logits, target.to(logits.device), info.top_k, info.temperatures)
-                _check_finite(logits, epoch, positions)
+                temperatures = info.temperatures, info.standardized_temperatures
+                rows = sparse_logits(logits, target.to(logits.device), info.top_k, *temperatures)
+                _check_finite(logits, epoch, positions, info)
                 parts.append({name: value.cpu() for name, value in rows.items()})
                 bar.update(len(labels))
             # Without the second one of an odd dataset's last sample.
@@ -227,10 +242,15 @@ class _ShardBatches:
                 yield [keys[position] for position in positions[start : start + self.batch_size]]
 
 
-def _check_finite(logits: torch.Tensor, epoch: int, positions: range) -> None:
+def _check_finite(logits: torch.Tensor, epoch: int, positions: range, info: StoreInfo) -> None:
     # A class may be masked with -inf.
     if logits.isnan().any() or (logits == torch.inf).any():
         raise ValueError(
             f"the teacher's logits are not finite, in epoch {epoch} between the positions {positions.start} and "
             f"{positions.stop}: try --teacher_dtype float32, or bf16 in place of fp16"
+        )
+    if info.standardized_temperatures and (logits == -torch.inf).any():
+        raise ValueError(
+            f"the teacher's logits must be finite for standardize, got -inf in epoch {epoch} between the positions "
+            f"{positions.start} and {positions.stop}. Set standardize to false, since a masked class leaves no mean"
         )

@@ -1,6 +1,6 @@
 """The store of a teacher's logits on the training images, on disk."""
 
-from .compression import dense_logits, sparse_logits
+from .compression import dense_logits, softmax_logits, sparse_logits
 from .info import FORMAT, STORE, StoreInfo, TeacherDescription
 from .store import TeacherLogits, read_record, shard_path, unfinished, write_shard
 
@@ -13,6 +13,7 @@ __all__ = [
     "dense_logits",
     "read_record",
     "shard_path",
+    "softmax_logits",
     "sparse_logits",
     "unfinished",
     "write_shard",

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..losses.standardized import FLOOR
+
 
 def sparse_logits(
-    logits: Tensor, target: Tensor, top_k: int | None, temperatures: Sequence[float]
+    logits: Tensor,
+    target: Tensor,
+    top_k: int | None,
+    temperatures: Sequence[float],
+    standardized_temperatures: Sequence[float] = (),
 ) -> dict[str, Tensor]:
     """Makes the fields of a shard for some samples.
 
@@ -17,6 +23,7 @@ def sparse_logits(
         target: [n] int64, the heaviest classes of the labels.
         top_k: K, at most C - 1; None for all classes.
         temperatures: for `rest_logsumexp`.
+        standardized_temperatures: for `rest_logsumexp_standardized`.
 
     Returns:
         The fields by name, as the top of store.py lists them.
@@ -33,7 +40,7 @@ def sparse_logits(
     peak = peak.masked_fill(peak == -math.inf, 0)  # -inf if the teacher rules out all other classes
     rest = others.scatter(1, classes, -math.inf) - peak
     target_logit = logits.gather(1, target)
-    return {
+    rows = {
         "target": target[:, 0].to(index_dtype),
         "target_logit": target_logit[:, 0],
         "peak_logit": peak[:, 0],
@@ -41,14 +48,27 @@ def sparse_logits(
         "log_odds": (target_logit - peak - (others - peak).logsumexp(1, keepdim=True))[:, 0],
         "classes": classes.to(index_dtype),
         "values": (top - peak).half(),
-        "rest_logsumexp": torch.stack([(rest / temperature).logsumexp(1) for temperature in temperatures], 1),
+        "rest_logsumexp": _sum_rest(rest, temperatures),
     }
+    if standardized_temperatures:
+        deviation, mean = torch.std_mean(logits - peak, 1, keepdim=True)
+        rows |= {
+            "mean": mean[:, 0],
+            "std": deviation[:, 0],
+            "rest_logsumexp_standardized": _sum_rest(rest / (FLOOR + deviation), standardized_temperatures),
+        }
+    return rows
+
+
+def _sum_rest(rest: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Returns the logsumexp [n, T] of the rest at each temperature."""
+    return torch.stack([(rest / temperature).logsumexp(1) for temperature in temperatures], 1)
 
 
 def dense_logits(
     rows: dict[str, Tensor], num_classes: int, temperatures: Sequence[float], temperature: float
 ) -> Tensor:
-    """Returns teacher logits for a loss: the stored ones, or logits that approximate them.
+    """Returns teacher logits for NKD: the stored ones, or logits that approximate them.
 
     With K of the C classes, all classes that are not stored get the same logit, so that their total share among the classes
     but the target is the teacher's at `temperature`. The target's probability at temperature 1 is the teacher's, as NKD needs
@@ -82,3 +102,50 @@ def dense_logits(
     dense = dense.scatter_(1, classes, rows["values"].float()).scatter_(1, target, -math.inf)
     others = dense.logsumexp(1, keepdim=True)
     return dense.scatter_(1, target, torch.where(others == -math.inf, 0, rows["log_odds"][:, None] + others))
+
+
+def softmax_logits(
+    rows: dict[str, Tensor],
+    num_classes: int,
+    temperatures: Sequence[float],
+    temperature: float,
+    standardized: bool = False,
+) -> Tensor:
+    """Returns teacher logits for a loss that reads their softmax over all classes at one temperature.
+
+    All classes that are not stored get the same logit, so that their total probability at `temperature` is the teacher's. The
+    other probabilities at that temperature are then the teacher's, too; at another temperature they are not. The logits are
+    the teacher's less the largest one of the classes but the target, which changes no softmax.
+
+    Args:
+        rows: of [`sparse_logits`], on any device.
+        num_classes: C.
+        temperatures: those of `rest_logsumexp`, or of `rest_logsumexp_standardized`.
+        temperature: of the loss, one of `temperatures`.
+        standardized: whether the temperature is of the standardised logits. The logits that are returned are not standardised:
+            `mean` and `std` of the rows are those of all of the teacher's logits.
+
+    Returns:
+        [n, C] float32.
+
+    Example:
+        >>> teacher_logits = torch.tensor([[5.0, 3.0, 2.0, 1.0, 0.0]])
+        >>> rows = sparse_logits(teacher_logits, torch.tensor([0]), 2, [1.0, 4.0])
+        >>> for logits in (teacher_logits, softmax_logits(rows, 5, [1.0, 4.0], 4.0)):
+        ...     [round(probability, 4) for probability in (logits / 4).softmax(1)[0].tolist()]
+        [0.3659, 0.2219, 0.1728, 0.1346, 0.1048]
+        [0.3659, 0.2219, 0.1728, 0.1197, 0.1197]
+    """
+    if "logits" in rows:
+        return rows["logits"]
+    classes, target = rows["classes"].long(), rows["target"].long()[:, None]
+    target_logit = rows["target_logit"] - rows["peak_logit"]
+    num_rest = num_classes - 1 - classes.shape[1]
+    dense = target_logit.new_full((len(target), num_classes), -math.inf)
+    if num_rest:
+        name, scale = "rest_logsumexp", temperature
+        if standardized:
+            name, scale = "rest_logsumexp_standardized", temperature * (FLOOR + rows["std"][:, None])
+        mass = rows[name][:, list(temperatures).index(temperature), None]
+        dense = dense.copy_(scale * (mass - math.log(num_rest)))
+    return dense.scatter_(1, classes, rows["values"].float()).scatter_(1, target, target_logit[:, None])

@@ -52,6 +52,8 @@ class StoreInfo:
         versions (`dict[str, str]`): versions of the libraries that made the pixels.
         format (`int`): version of the files' format.
         teacher_own_accuracy (`float`, *optional*): the teacher's top-1 with its own preprocessing; None in older stores.
+        standardized_temperatures (`list[float]`): temperatures of `rest_logsumexp_standardized`; `store.json` has them only
+            where there are some.
     """
 
     num_classes: int
@@ -66,6 +68,7 @@ class StoreInfo:
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
     teacher_own_accuracy: float | None = None
+    standardized_temperatures: list[float] = field(default_factory=list)
 
     @property
     def num_shards(self) -> int:
@@ -76,6 +79,8 @@ class StoreInfo:
         """Writes `store.json` completely or not at all."""
         teachers = [teacher.to_json() for teacher in list_teachers(self.teacher)]
         values = dataclasses.asdict(self) | {"teacher": teachers if isinstance(self.teacher, list) else teachers[0]}
+        if not self.standardized_temperatures:
+            del values["standardized_temperatures"]
         write_whole(folder / STORE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
@@ -95,6 +100,7 @@ class StoreInfo:
         known = {name.name for name in dataclasses.fields(cls)}
         if isinstance(values, dict):
             values.setdefault("teacher_own_accuracy", None)  # missing in older stores
+            values.setdefault("standardized_temperatures", [])
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != known:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"{folder} is a store of format {found}, expected {FORMAT}: {advice}")
@@ -119,8 +125,7 @@ def _find_fault(values: dict[str, Any]) -> str | None:
     is_right = {
         **{name: _is_count(values[name]) for name in ("num_classes", "num_samples", "epochs", "shard_size")},
         "top_k": values["top_k"] is None or _is_count(values["top_k"]),
-        "temperatures": isinstance(values["temperatures"], list)
-        and all(isinstance(each, int | float) and each > 0 for each in values["temperatures"]),
+        **{name: _are_positive(values[name]) for name in ("temperatures", "standardized_temperatures")},
         "fingerprint": isinstance(values["fingerprint"], dict),
         "versions": isinstance(values["versions"], dict),
         "teacher": bool(teachers) and all(map(_is_teacher, teachers)),
@@ -135,6 +140,10 @@ def _is_teacher(value: Any) -> bool:
     if not isinstance(value, dict) or {*value, "weight"} != set(kinds):
         return False
     return _is_count(value["num_parameters"]) and all(isinstance(value.get(name), kinds[name]) for name in kinds)
+
+
+def _are_positive(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(each, int | float) and each > 0 for each in values)
 
 
 def _is_count(value: Any) -> bool:

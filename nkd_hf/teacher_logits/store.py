@@ -5,7 +5,7 @@
     epoch-0000/shard-00000.json           the shard's SHA-256 and size, written last: a shard without it is not finished
 
 A shard has one row for each sample. With all classes: `target` [n] and `logits` [n, C] float32. With the K largest logits
-but the target's, which give NKD's target term exactly and its other term approximately:
+but the target's, from which [`dense_logits`] and [`softmax_logits`] rebuild the others:
 
     target              [n] int    the heaviest class of the label; "others" are all classes but the target
     target_logit        [n] float32
@@ -14,6 +14,11 @@ but the target's, which give NKD's target term exactly and its other term approx
     classes             [n, K] int, the K others with the largest logits, the largest first
     values              [n, K] float16, logits of `classes` less the peak, so that large probabilities have small errors
     rest_logsumexp      [n, T] float32, logsumexp((logits - peak) / temperature) of the others not in `classes`
+
+and where `store.json` has standardized_temperatures, for losses that standardise the logits:
+
+    mean, std           [n] float32, of the logits of all classes less the peak; the standard deviation is unbiased
+    rest_logsumexp_standardized  [n, T] float32, as `rest_logsumexp`, at temperature * (1e-7 + std)
 
 A class is an int16, or an int32 where there are more than 32768.
 """
@@ -32,7 +37,8 @@ from torch import Tensor
 
 from ..errors import failed_write
 from ..files import write_whole
-from .compression import dense_logits
+from ..losses.top_k import TopKView
+from .compression import dense_logits, softmax_logits
 from .info import StoreInfo
 
 # Number of shards that stay open: a batch lies in one or two of them.
@@ -153,6 +159,36 @@ class TeacherLogits:
     def dense(self, rows: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
         """[`dense_logits`] of the rows from [`read`], which may be on another device now."""
         return dense_logits(rows, self.info.num_classes, self.info.temperatures, temperature)
+
+    def find_missing(self, view: TopKView) -> str | None:
+        """Says what a store of the largest logits lacks for a loss that reads `view`; None if it lacks nothing."""
+        name = "standardized_temperatures" if view.standardized else "temperatures"
+        known = getattr(self.info, name)
+        if view.temperature in known:
+            return None
+        wanted = "temperature of standardised logits" if view.standardized else "temperature"
+        return (
+            f"{wanted} must be one of {', '.join(map(str, known)) or 'none'}, those of {self.folder}, got "
+            f"{view.temperature}: write a store with this loss, or with --temperatures"
+        )
+
+    def rebuild(self, rows: dict[str, Tensor], view: TopKView) -> dict[str, Tensor]:
+        """Returns what a loss that reads `view` asks for.
+
+        Args:
+            rows: from [`read`], on any device; a store of the largest logits has what `view` needs, see [`find_missing`].
+            view: of the loss.
+
+        Returns:
+            `teacher_logits` [n, C] float32; for standardised ones, `logit_moments` [n, 2] float32, too.
+        """
+        info = self.info
+        if not view.with_target:
+            return {"teacher_logits": self.dense(rows, view.temperature)}
+        if not view.standardized:
+            return {"teacher_logits": softmax_logits(rows, info.num_classes, info.temperatures, view.temperature)}
+        logits = softmax_logits(rows, info.num_classes, info.standardized_temperatures, view.temperature, True)
+        return {"teacher_logits": logits, "logit_moments": torch.stack([rows["mean"], rows["std"]], 1)}
 
 
 def shard_path(folder: Path, epoch: int, shard: int) -> Path:

@@ -24,7 +24,7 @@ from .task_loss import IGNORE_INDEX, cross_entropy, read_class_weights
 
 # The arguments that a loss's forward may name: those that DistillationLoss lists.
 _LOSS_INPUTS = {
-    "student_logits", "teacher_logits", "labels", "label_smoothing", "token_grid",
+    "student_logits", "teacher_logits", "logit_moments", "labels", "label_smoothing", "token_grid",
     *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD,
 }  # fmt: skip
 _STACKS = (nn.Sequential, nn.ModuleList)
@@ -167,7 +167,8 @@ class DistillationModel(nn.Module):
             pixel_values (`Tensor`): [B, 3, H, W] float.
             labels (`Tensor`, *optional*): [B] int64 class indices, or [B, C] float rows that sum to 1.
             teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
-                `teacher_logits` [B, C] float. With a dict, even an empty one, the losses are computed, which needs labels.
+                `teacher_logits` [B, C] float; `kd.teacher_logits` is read by the loss `kd` in its place. With a dict, even
+                an empty one, the losses are computed, which needs labels.
             **kwargs: arguments of the student's forward, such as `interpolate_pos_encoding` or `output_hidden_states`.
                 Other columns of a batch (`index`, `position`, `path`, ...) are ignored.
 
@@ -198,7 +199,7 @@ class DistillationModel(nn.Module):
         # One check for all losses, the user's own included. The task loss ignores the label of images without a class.
         check_labels(labels, logits.shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
         labels = labels if labels.is_floating_point() else labels.long()
-        available = {"student_logits": logits, "labels": labels, **teacher_outputs}
+        available = {"student_logits": logits, "logit_moments": None, "labels": labels, **teacher_outputs}
         for name, tap in self.taps.items():
             available[name] = tap.take()
             tap.listen(False)
@@ -209,7 +210,7 @@ class DistillationModel(nn.Module):
             shares = losses["task"] is None and self.class_weights is None
             available["label_smoothing"] = self.label_smoothing if shares else None
             with_task = shares and "label_smoothing" in self._inputs[name]
-            components = loss(**{key: available[key] for key in self._inputs[name]})
+            components = loss(**{key: available.get(f"{name}.{key}", available[key]) for key in self._inputs[name]})
             components = check_components(components, loss, with_task)
             if with_task:
                 losses["task"] = components.pop("task")

@@ -6,8 +6,10 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
+from transformers.utils import logging
 
 from ..data.collator import ImageCollator
+from ..losses.top_k import TopKView, read_top_k_view
 from ..models.features import check_token_grids
 from ..models.preprocessing import read_preprocessing
 from ..models.teacher import Teacher
@@ -16,6 +18,8 @@ from ..teacher_logits.info import TeacherDescription
 from ..teacher_logits.store import TeacherLogits
 from .arguments import DistillationTrainingArguments
 from .distillation_model import DistillationModel
+
+logger = logging.get_logger(__name__)
 
 
 class TeacherSource(Protocol):
@@ -26,7 +30,10 @@ class TeacherSource(Protocol):
         """The teacher as the model card describes it."""
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns `teacher_logits` [B, C] and the features that the losses ask for, by the names of their arguments."""
+        """Returns `teacher_logits` [B, C] and the features that the losses ask for, by the names of their arguments.
+
+        A name such as `kd.teacher_logits` is of the loss `kd` alone.
+        """
 
 
 class LiveTeacher:
@@ -55,19 +62,35 @@ class StoredLogits:
 
     Args:
         store: the store that the batches' `teacher_logits` were read from.
-        temperature: of the loss, at which a store of the largest logits alone is made dense.
+        views: by the losses' names; of a store of the largest logits alone, what each loss reads of the logits.
     """
 
-    def __init__(self, store: TeacherLogits, temperature: float):
+    def __init__(self, store: TeacherLogits, views: dict[str, TopKView]):
         self.store = store
-        self._temperature = temperature
+        self._views = views
 
     @property
     def description(self) -> TeacherDescription | list[TeacherDescription]:
         return self.store.info.teacher
 
+    @property
+    def approximates(self) -> list[str]:
+        """The names of the losses that read approximations of some logits."""
+        info = self.store.info
+        # The target's logit is stored beside the K largest.
+        return list(self._views) if info.top_k is not None and info.top_k < info.num_classes - 1 else []
+
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"teacher_logits": self.store.dense(batch["teacher_logits"], self._temperature)}
+        rows = batch["teacher_logits"]
+        if not self._views:
+            return {"teacher_logits": self.store.dense(rows)}
+        rebuilt = {view: self.store.rebuild(rows, view) for view in dict.fromkeys(self._views.values())}
+        outputs = dict(next(iter(rebuilt.values())))
+        if len(rebuilt) > 1:
+            outputs |= {
+                f"{name}.{key}": value for name, view in self._views.items() for key, value in rebuilt[view].items()
+            }
+        return outputs
 
 
 def open_teacher_source(
@@ -87,6 +110,9 @@ def open_teacher_source(
     stored = None if store is None else open_stored_logits(store, model)
     check_teacher_is_asked_for(model, teacher, store, args)
     if teacher is None:
+        if stored is not None and stored.approximates and accelerator.is_main_process:
+            # A run makes several trainers of its student.
+            logger.warning_once(describe_approximation(stored, model))
         return stored
     return open_live_teacher(teacher, model, processing_class, args, accelerator)
 
@@ -102,21 +128,29 @@ def open_stored_logits(store: TeacherLogits, model: DistillationModel) -> Stored
             f"the distillation losses ask a teacher for {', '.join(model.teacher_inputs)}, and {store.folder} has its "
             "logits alone: set a teacher and no teacher_logits"
         )
-    takers = [loss for name, loss in model.losses.items() if model.needs("teacher_logits", of=name)]
-    if store.info.top_k is None or not takers:
-        return StoredLogits(store, temperature=1.0)
-    if others := [type(loss).__name__ for loss in takers if not getattr(loss, "works_from_top_k", False)]:
+    views = {
+        name: read_top_k_view(loss) for name, loss in model.losses.items() if model.needs("teacher_logits", of=name)
+    }
+    if store.info.top_k is None or not views:
+        return StoredLogits(store, {})
+    if others := [type(model.losses[name]).__name__ for name, view in views.items() if view is None]:
         raise ValueError(
-            f"{', '.join(others)} needs top_k = all, and {store.folder} has the {store.info.top_k} largest logits, from "
-            "which NKD alone can be computed: write a store without --top_k"
+            f"{', '.join(others)} needs top_k = all, and {store.folder} has the {store.info.top_k} largest logits: write a "
+            "store without --top_k"
         )
-    temperatures = {float(loss.temperature) for loss in takers}
-    if len(temperatures) > 1 or not temperatures <= set(store.info.temperatures):
-        raise ValueError(
-            f"NKD's temperature must be one of {', '.join(map(str, store.info.temperatures))}, those of "
-            f"{store.folder}, got {', '.join(map(str, temperatures))}: write a store with --temperatures"
-        )
-    return StoredLogits(store, temperatures.pop())
+    for name, view in views.items():
+        if fault := store.find_missing(view):
+            raise ValueError(f"{type(model.losses[name]).__name__}'s {fault}")
+    return StoredLogits(store, views)
+
+
+def describe_approximation(stored: StoredLogits, model: DistillationModel) -> str:
+    """Says in a line which losses a store of the largest logits approximates."""
+    info, names = stored.store.info, [type(model.losses[name]).__name__ for name in stored.approximates]
+    return (
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} approximated: of {info.num_classes} classes, "
+        f"{stored.store.folder} has the {info.top_k} largest logits but the target's, and the others share what is left"
+    )
 
 
 def check_teacher_is_asked_for(

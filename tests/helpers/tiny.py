@@ -16,12 +16,19 @@ from transformers import (
     set_seed,
 )
 
-from nkd_hf import DistillationTrainer, DistillationTrainingArguments, create_student
+from nkd_hf import DistillationLoss, DistillationTrainer, DistillationTrainingArguments, create_student
 
 NUM_CLASSES = 10
 DIGITS = {i: str(i) for i in range(NUM_CLASSES)}
 # Arguments of the trainer, not of its training arguments.
 OWN_ARGUMENTS = ("compute_metrics", "callbacks", "data_collator", "card_info", "class_weights")
+
+
+class Mimic(DistillationLoss):
+    """A loss that reads all logits as they are."""
+
+    def forward(self, student_logits, teacher_logits):
+        return {"mimic": (student_logits - teacher_logits).square().mean()}
 
 
 def digits(start: int, stop: int) -> list[dict]:

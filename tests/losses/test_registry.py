@@ -9,6 +9,7 @@ from tiny import DIGITS, native_resnet, timm_cnn, timm_deit
 from nkd_hf import DistillationLoss, RecipeArguments, create_student
 from nkd_hf.losses.base import SHAPES, loss_inputs, teacher_inputs
 from nkd_hf.losses.registry import LOSSES, find_losses
+from nkd_hf.losses.top_k import TopKView
 from nkd_hf.models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD
 from nkd_hf.recipe.loss_shapes import loss_shapes
 from nkd_hf.trainer.optimization import decayed_parameters
@@ -54,6 +55,10 @@ class Warm(NKDLoss):
     def __init__(self):
         super().__init__(temperature=2.0)
 
+class Mimic(DistillationLoss):
+    def forward(self, student_logits, teacher_logits):
+        return {"mimic": (student_logits - teacher_logits).square().mean()}
+
 class Plain(torch.nn.Module):
     pass
 """
@@ -68,7 +73,7 @@ def own(tmp_path, monkeypatch):
 
 
 def test_what_the_losses_need():
-    inputs = {"student_logits", "teacher_logits", "labels", "label_smoothing", "token_grid"}
+    inputs = {"student_logits", "teacher_logits", "logit_moments", "labels", "label_smoothing", "token_grid"}
     inputs |= {*STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD}
     for name, loss in LOSSES.items():
         assert issubclass(loss, DistillationLoss)
@@ -79,7 +84,8 @@ def test_what_the_losses_need():
         )
         assert arguments.needs_teacher == (name not in ("uskd", "tfkd"))
         assert arguments.needs_teacher_layers == (name in ("vitkd", "mgd", "srrl"))
-        assert arguments.losses_of_all_logits == ([] if name in ("nkd", "uskd", "tfkd") else [name])
+        needs_all = [name for name, view in arguments.top_k_views.items() if view is None]
+        assert needs_all == ([name] if name in ("vitkd", "mgd", "srrl") else [])
         assert loss_inputs(arguments.build_loss(**dict.fromkeys(set(SHAPES) - {"feature_norm"}, 2))) == loss_inputs(
             loss
         )
@@ -88,12 +94,21 @@ def test_what_the_losses_need():
     assert all(f"`{name}`" in listed for name in inputs | set(SHAPES))
 
 
-def test_temperatures_of_the_losses_that_read_the_largest_logits():
+def test_what_the_losses_read_of_the_largest_logits():
     arguments = RecipeArguments(
         "resnet18", teacher="resnet34", distillation_loss="kd+nkd+uskd", loss_args={"nkd": {"temperature": 3}}
     )
-    assert arguments.top_k_temperatures == [3.0]
-    assert RecipeArguments("resnet18", teacher="resnet34", distillation_loss="kd").top_k_temperatures == []
+    assert arguments.top_k_views == {"kd": TopKView(4.0), "nkd": TopKView(3.0, with_target=False)}
+    for name, loss_args, view in (
+        ("kd", {"temperature": 2, "standardize": True}, TopKView(2.0, standardized=True)),
+        ("dkd", {"standardize": True}, TopKView(4.0, standardized=True)),
+        ("wsld", {"temperature": 2.0}, TopKView(2.0)),
+        ("rld", {"temperature": 4.0, "standardize": True}, TopKView(4.0, standardized=True)),
+        ("dist", {}, TopKView(1.0)),
+        ("wttm", {"exponent": 0.1}, TopKView(10.0)),
+    ):
+        arguments = RecipeArguments("a", teacher="b", distillation_loss=name, loss_args=loss_args)
+        assert arguments.top_k_views == {name: view}
 
 
 def test_no_loss():
@@ -123,7 +138,10 @@ def test_own_losses_read_their_shapes_from_the_models(own):
 
 def test_subclass_of_nkd_reads_a_store_as_nkd_does(own):
     arguments = RecipeArguments("a", teacher="b", distillation_loss="own_losses.Warm")
-    assert (arguments.losses_of_all_logits, arguments.top_k_temperatures) == ([], [2.0])
+    assert arguments.top_k_views == {"own_losses.Warm": TopKView(2.0, with_target=False)}
+    # A loss of one's own that says nothing needs all logits.
+    arguments = RecipeArguments("a", teacher="b", distillation_loss="nkd+own_losses.Mimic")
+    assert arguments.top_k_views["own_losses.Mimic"] is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import ClassLabel, Dataset, Features
 from huggingface_hub import constants
-from tiny import make_trainer, timm_cnn
+from tiny import Mimic, make_trainer, timm_cnn
 from torch.utils.data import BatchSampler, DataLoader
 
 from nkd_hf import (
@@ -503,7 +503,7 @@ def test_more_epochs_are_added_and_another_store_is_left_alone(stores, teacher, 
         (["--batch_size", "7"], "must be even"),
         (["--epochs", "0"], "--epochs must be positive"),
         (["--temperatures", "-1"], "--temperatures must be positive"),
-        (["--distillation_loss", "kd", "--top_k", "3"], "kd needs top_k = all"),
+        (["--distillation_loss", "tiny.Mimic", "--top_k", "3"], "tiny.Mimic needs top_k = all: omit --top_k"),
         (["--distillation_loss", "vitkd"], "reads layers of the teacher"),
         (["--distillation_loss", "none"], "the recipe has no teacher"),
     ],
@@ -710,8 +710,11 @@ def test_a_recipe_says_what_differs_before_it_trains(stores, teacher, tmp_path):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (KDLoss(), "KDLoss needs top_k = all"),
-        ({"nkd": NKDLoss(), "dkd": DKDLoss()}, "DKDLoss needs top_k = all"),
+        (Mimic(), "Mimic needs top_k = all"),
+        ({"nkd": NKDLoss(), "mimic": Mimic()}, "Mimic needs top_k = all"),
+        (KDLoss(), r"KDLoss's temperature must be one of 1.0, 3.0, .* got 4.0: write a store with"),
+        ({"nkd": NKDLoss(), "dkd": DKDLoss()}, "DKDLoss's temperature must be one of 1.0, 3.0"),
+        (KDLoss(temperature=3.0, standardize=True), "KDLoss's temperature of standardised logits must be one of none"),
         (NKDLoss(temperature=2.0), "temperature must be one of 1.0, 3.0"),
         (None, "asks for no teacher"),
     ],
