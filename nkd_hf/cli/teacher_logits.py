@@ -3,7 +3,8 @@
     accelerate launch -m nkd_hf.cli teacher-logits --config FILE --output DIR --epochs N
 
 FILE is the recipe's, and its arguments can be overridden as in a recipe. A second start goes on where the first one stopped;
-with a larger N it adds epochs, and with a smaller one it removes none. Several machines need one folder that all of them see,
+with a larger N it adds epochs, and with a smaller one it removes none. With --cycle M the store has M epochs, which training
+repeats however long it is. Several machines need one folder that all of them see,
 or each writes its shards into its own folder, and these are copied into one.
 """
 
@@ -18,7 +19,7 @@ from ..errors import PushError
 from ..hub.teacher_logits import push_store
 from ..models.repo_ids import read_repo_id
 from ..recipe.arguments import RecipeArguments
-from ..recipe.logit_writer import write_teacher_logits
+from ..recipe.logit_writer import check_cycle, write_teacher_logits
 from ..recipe.parser import parse_args
 from ..teacher_logits.info import StoreInfo
 from ..teacher_logits.store import unfinished
@@ -56,6 +57,7 @@ def write_store(args: list[str] | None = None) -> str | None:
         data,
         training,
         options.epochs,
+        cycle=options.cycle,
         top_k=None if options.top_k == "all" else int(options.top_k),
         temperatures=options.temperatures,
         batch_size=options.batch_size,
@@ -77,6 +79,10 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs", required=True, type=int, metavar="N", help="how many epochs; a store of more keeps them"
     )
+    parser.add_argument(
+        "--cycle", type=int, metavar="M",
+        help="store M of the epochs, which training repeats, shuffled again each time (default: store all)",
+    )  # fmt: skip
     parser.add_argument(
         "--top_k", default="all", metavar="K",
         help="how many logits are stored beside the target's, in float16, from which losses of logits are approximated; all "
@@ -101,6 +107,7 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "shard_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(options, name)}")
+    check_cycle(options.cycle, options.epochs)
     if options.top_k != "all" and not (options.top_k.isdecimal() and int(options.top_k) > 0):
         raise ValueError(f"--top_k must be a positive integer or all, got {options.top_k!r}")
     if options.batch_size % 2 or options.shard_size % 2:
@@ -125,6 +132,8 @@ def _report(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str |
     print(
         f"{folder}: {info.epochs} epochs of {info.num_samples} images, {size / 1e6:.1f} MB, {size / samples:.0f} bytes each."
     )
+    if info.cycle is not None:
+        print(f"Training repeats these {info.cycle} epochs, whatever its number of epochs.")
     print(f"Train with it: --teacher_logits {folder}")
     if options.push_to_hub is None:
         return None

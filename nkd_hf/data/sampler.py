@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler, SequentialSampler
 
+from .orders import permutation, shuffled_runs
 from .seeding import derived_seeds, seeded
 
 
@@ -67,8 +68,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -
     """
     if not shuffle:
         return list(range(num_samples))
-    generator = torch.Generator().manual_seed(derived_seeds(seed, epoch)[2])
-    return torch.randperm(num_samples, generator=generator).tolist()
+    return permutation(num_samples, seed, epoch)
 
 
 def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> list[int]:
@@ -110,9 +110,11 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         pairs: whether the positions 2k and 2k + 1 belong together: the last sample of an odd dataset then comes twice, so
             that no pair is split when the last batches are filled up with the first samples.
         labels: [num_samples] integers, by which [`balanced_order`] draws the rows. None takes each row once.
+        cycle: after so many epochs their samples come again, with the same keys, shuffled by [`shuffled_runs`] so that pairs
+            stay together. None repeats no epoch.
 
     Raises:
-        ValueError: `num_samples` is not positive, or `labels` are passed without `shuffle`.
+        ValueError: `num_samples` or `cycle` is not positive, or `labels` are passed without `shuffle`.
 
     Example:
         >>> sampler = EpochSampler(3, seed=0, shuffle=False)
@@ -129,9 +131,12 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         positions: bool = False,
         pairs: bool = False,
         labels: np.ndarray | None = None,
+        cycle: int | None = None,
     ):
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}: the dataset is empty")
+        if cycle is not None and cycle < 1:
+            raise ValueError(f"cycle must be positive, got {cycle}. Omit it to repeat no epoch")
         if labels is not None and not shuffle:
             raise ValueError("shuffle must be True with labels, by which rows are drawn, got False. Omit labels")
         self.num_samples = num_samples
@@ -140,6 +145,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.positions = positions
         self.pairs = pairs
         self.labels = labels
+        self.cycle = cycle
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -150,15 +156,19 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         return self.num_samples + (self.num_samples % 2 if self.pairs else 0)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        epoch, order, draws = self.epoch, *self._draw_rows()
-        positions = [min(position, self.num_samples - 1) for position in range(len(self))]
+        epoch = self.epoch if self.cycle is None else self.epoch % self.cycle
+        order, draws = self._draw_rows(epoch)
+        positions = range(len(self))
+        if epoch != self.epoch and self.shuffle:
+            positions = shuffled_runs(len(self), 2 if self.pairs else 1, self.seed, self.epoch)
+        positions = [min(position, self.num_samples - 1) for position in positions]
         return (_key(epoch, order[at], at if self.positions else None, draws[at]) for at in positions)
 
-    def _draw_rows(self) -> tuple[list[int], list[int]]:
-        """Returns the rows of the epoch, and how often each of them came before in it."""
+    def _draw_rows(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Returns the rows of an epoch, and how often each of them came before in it."""
         if self.labels is None:
-            return epoch_order(self.num_samples, self.seed, self.epoch, self.shuffle), [0] * self.num_samples
-        order, times, draws = balanced_order(self.labels, self.seed, self.epoch), Counter(), []
+            return epoch_order(self.num_samples, self.seed, epoch, self.shuffle), [0] * self.num_samples
+        order, times, draws = balanced_order(self.labels, self.seed, epoch), Counter(), []
         for row in order:
             draws.append(times[row])
             times[row] += 1

@@ -96,6 +96,7 @@ def store_card(info: StoreInfo, name: str) -> str:
     }
     measured = [f"{100 * value:.2f} % {where}" for where, value in measured.items() if value is not None]
     accuracy = f", top-1 on the validation split {' and '.join(measured)}" if measured else ""
+    repeated = "" if info.cycle is None else ", which a longer training repeats"
     kept = "all logits, float32" if info.top_k is None else _describe_top_k(info)
     return f"""\
 ---
@@ -110,7 +111,7 @@ tags:
 The logits of a teacher on augmented training images, to distil students from without running it.
 
 - {of_one}: {"; ".join(map(_describe, teachers))}{accuracy}
-- images: {info.num_samples} in each of {info.epochs} epochs, {info.num_classes} classes
+- images: {info.num_samples} in each of {info.epochs} epochs{repeated}, {info.num_classes} classes
 - stored of each: {kept}
 
 The same images, augmented in the same way, come with the recipe that this was written for, and

@@ -38,6 +38,8 @@ def describe_run(run: "Recipe") -> list[str]:
         lines |= _describe_teachers(run)
     elif recipe.teacher_logits is not None:
         lines["teacher"] = f"does not run: its logits come from {redact(recipe.teacher_logits)}"
+        if run.teacher_logits.info.cycle is not None:
+            lines["teacher"] += f", whose {run.teacher_logits.info.cycle} epochs of augmentation are repeated"
     student = run.create(recipe.student, recipe.student_args)
     lines["student"] = f"{redact(recipe.student)}: {describe_model(student)}, {describe_start(student)}"
     lines["loss"] = (

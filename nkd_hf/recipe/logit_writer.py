@@ -42,6 +42,7 @@ def write_teacher_logits(
     training: DistillationTrainingArguments,
     epochs: int,
     *,
+    cycle: int | None = None,
     top_k: int | None = None,
     temperatures: Sequence[float] = (),
     batch_size: int = 256,
@@ -56,6 +57,7 @@ def write_teacher_logits(
         data: the dataset and its augmentation; images are mixed in pairs.
         training: `output_dir` is the folder of the store. It must not push.
         epochs: how many; a store of more keeps them.
+        cycle: how many of them are stored, which training repeats; None stores all.
         top_k: how many logits are stored beside the target's; None stores all.
         temperatures: at which losses read a store of `top_k`; 1 and those of the recipe's losses are always there.
         batch_size: images of a forward pass, even.
@@ -65,10 +67,11 @@ def write_teacher_logits(
         What is in `store.json`, with the teacher's accuracies.
 
     Raises:
-        ValueError: the recipe has no teacher whose logits could be stored, or its arguments, models and data do not fit
-            each other.
+        ValueError: the recipe has no teacher whose logits could be stored, its arguments, models and data do not fit each
+            other, or `cycle` is not between 1 and `epochs`.
         SystemExit: with a message, when the folder holds another store.
     """
+    check_cycle(cycle, epochs)
     _check_recipe(recipe, data, training, top_k)
     run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
     if run.trains_teacher and not recipe.names_new_teacher:
@@ -85,7 +88,7 @@ def write_teacher_logits(
     info = StoreInfo(
         num_classes=len(run.id2label),
         num_samples=len(run.data["train"]),
-        epochs=epochs,
+        epochs=epochs if cycle is None else cycle,
         # There are no more beside the target.
         top_k=None if top_k is None else min(top_k, len(run.id2label) - 1),
         **_choose_temperatures(recipe, top_k, temperatures),
@@ -96,6 +99,7 @@ def write_teacher_logits(
             teacher, [None if recipe.names_new_teacher else hide_path(name) for name in recipe.teachers]
         ),
         versions=read_versions(),
+        cycle=cycle,
     )
     teacher.for_inference(
         training.teacher_dtype, channels_last=training.teacher_channels_last, compile=training.teacher_compile
@@ -116,6 +120,12 @@ def write_teacher_logits(
     if training.process_index == 0:
         info.write(run.folder)
     return info
+
+
+def check_cycle(cycle: int | None, epochs: int) -> None:
+    """Raises ValueError for a cycle that is not between 1 and the number of epochs."""
+    if cycle is not None and not 1 <= cycle <= epochs:
+        raise ValueError(f"cycle must be from 1 to {epochs}, the epochs, got {cycle}. Omit it to store each epoch")
 
 
 def _check_recipe(
@@ -157,7 +167,7 @@ def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:
     """Writes `store.json`, or checks that the store in the folder can go on, and returns what is in it then."""
     if (folder / STORE).exists():
         earlier = StoreInfo.read(folder)
-        shape = ("num_classes", "top_k", "temperatures", "standardized_temperatures", "shard_size")
+        shape = ("num_classes", "top_k", "temperatures", "standardized_temperatures", "shard_size", "cycle")
         before, now = ({name: getattr(each, name) for name in shape} | each.fingerprint for each in (earlier, info))
         # The hash of the weights says more.
         del now["teacher_revision"]

@@ -1,6 +1,7 @@
 """Opens the shapes of student and teacher without a network. The functions are called under `torch.device("meta")`."""
 
 import os
+from pathlib import Path
 
 import timm
 import torch
@@ -22,6 +23,7 @@ from ..models.model_config import is_timm_config, read_config
 from ..models.preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from ..models.student_preprocessing import change_preprocessing
 from ..models.zero_shot import ZeroShotClassifier
+from ..teacher_logits.info import STORE, StoreInfo
 from .arguments import RecipeArguments
 
 
@@ -63,12 +65,23 @@ def open_teachers(
     if not recipe.needs_teacher:
         return []
     if recipe.teacher_logits is not None:
-        notes.append(f"the teacher does not run: its logits come from {recipe.teacher_logits}")
+        notes.append(f"the teacher does not run: its logits come from {_describe_store(recipe.teacher_logits)}")
         return []
     if recipe.names_new_teacher:
         return [_create(recipe, data, recipe.teacher, recipe.teacher_args)]
     num_classes = student.config.num_labels
     return [_open_teacher(name, recipe, num_classes, student_pixels, notes) for name in recipe.teachers]
+
+
+def _describe_store(name: str) -> str:
+    """Returns the name of a store with its epochs and bytes, where it is on this machine."""
+    folder = Path(name).expanduser()
+    if not (folder / STORE).is_file():
+        return name
+    info = StoreInfo.read(folder)
+    num_bytes = sum(path.stat().st_size for path in folder.glob("epoch-*/*.safetensors"))
+    repeated = "" if info.cycle is None else ", which training repeats"
+    return f"{name}, {info.epochs} epochs of {info.num_samples:,} images{repeated}, {num_bytes / 1e6:,.1f} MB"
 
 
 def _open_teacher(

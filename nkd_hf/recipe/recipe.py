@@ -419,7 +419,7 @@ class Recipe:
                 return student
         changes["push_to_hub"] = training.push_to_hub and is_result
         trainer = self._make_trainer(folder, student, loss, teacher, **changes)
-        trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies)
+        trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies, self.teacher_logits)
         if history is not None:
             restore_trained(trainer)
         else:

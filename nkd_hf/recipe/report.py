@@ -16,6 +16,7 @@ from ..hub.push import create_repo, push_student
 from ..models.loading import open_classifier
 from ..models.preprocessing import load_image_processor
 from ..models.saving import hidden_progress_bars
+from ..teacher_logits.store import TeacherLogits
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.trainer import DistillationTrainer
 from .arguments import RecipeArguments
@@ -104,6 +105,7 @@ def make_card_info(
     data: DataArguments,
     splits: DatasetDict | IterableDatasetDict,
     accuracies: dict[str, dict[str, float]],
+    store: TeacherLogits | None = None,
 ) -> CardInfo:
     """Collects the facts of a run for the student's model card.
 
@@ -112,11 +114,15 @@ def make_card_info(
         data: of the run.
         splits: what [`load_image_dataset`] returned.
         accuracies: of teacher and baseline, as far as they are measured.
+        store: of the teacher's logits, if there is one.
     """
     crop = "random_crop_padding" if data.random_crop_padding else "random_resized_crop"
     others = (
         "horizontal_flip", "auto_augment", "random_erasing", "pca_lighting", "mixup_alpha", "cutmix_alpha", "balanced_sampling",
     )  # fmt: skip
+    augmentation = [f"{name}={value}" for name in (crop, *others) if (value := getattr(data, name))]
+    if store is not None and store.info.cycle is not None:
+        augmentation.append(f"cycle={store.info.cycle}")
     return CardInfo(
         dataset=data.dataset_name,
         dataset_config=data.dataset_config_name,
@@ -127,7 +133,7 @@ def make_card_info(
         teacher=accuracies.get("teacher"),
         teacher_on_student_pixels=accuracies.get(ON_STUDENT_PIXELS),
         baseline=accuracies.get("baseline"),
-        augmentation=", ".join(f"{name}={value}" for name in (crop, *others) if (value := getattr(data, name))),
+        augmentation=", ".join(augmentation),
         class_weights=recipe.class_weights,
         launch=launch_line(),
         license=recipe.license,

@@ -54,6 +54,8 @@ class StoreInfo:
         teacher_own_accuracy (`float`, *optional*): the teacher's top-1 with its own preprocessing; None in older stores.
         standardized_temperatures (`list[float]`): temperatures of `rest_logsumexp_standardized`; `store.json` has them only
             where there are some.
+        cycle (`int`, *optional*): number of epochs after which training repeats them, all of the store's; None where it
+            must not. `store.json` has it only where it is set.
     """
 
     num_classes: int
@@ -69,6 +71,7 @@ class StoreInfo:
     format: int = FORMAT
     teacher_own_accuracy: float | None = None
     standardized_temperatures: list[float] = field(default_factory=list)
+    cycle: int | None = None
 
     @property
     def num_shards(self) -> int:
@@ -81,6 +84,8 @@ class StoreInfo:
         values = dataclasses.asdict(self) | {"teacher": teachers if isinstance(self.teacher, list) else teachers[0]}
         if not self.standardized_temperatures:
             del values["standardized_temperatures"]
+        if self.cycle is None:
+            del values["cycle"]
         write_whole(folder / STORE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
@@ -101,6 +106,7 @@ class StoreInfo:
         if isinstance(values, dict):
             values.setdefault("teacher_own_accuracy", None)  # missing in older stores
             values.setdefault("standardized_temperatures", [])
+            values.setdefault("cycle", None)
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != known:
             found = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"{folder} is a store of format {found}, expected {FORMAT}: {advice}")
@@ -124,6 +130,7 @@ def _find_fault(values: dict[str, Any]) -> str | None:
     teachers = list_teachers(values["teacher"])
     is_right = {
         **{name: _is_count(values[name]) for name in ("num_classes", "num_samples", "epochs", "shard_size")},
+        "cycle": values["cycle"] is None or (_is_count(values["cycle"]) and values["cycle"] == values["epochs"]),
         "top_k": values["top_k"] is None or _is_count(values["top_k"]),
         **{name: _are_positive(values[name]) for name in ("temperatures", "standardized_temperatures")},
         "fingerprint": isinstance(values["fingerprint"], dict),

@@ -68,18 +68,20 @@ class TeacherLogits:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.info = StoreInfo.read(self.folder)
-        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._open: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
         self._verified: set[Path] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict(), "_verified": set()}
 
     def check_complete(self, epochs: int) -> None:
-        """Checks that the shards of the first epochs are there.
+        """Checks that the shards of the first epochs, or of those that are repeated in their place, are there.
 
         Raises:
             ValueError: the store has fewer epochs, or some shards are missing.
         """
+        if self.info.cycle is not None:
+            epochs = min(epochs, self.info.cycle)
         if epochs > self.info.epochs:
             raise ValueError(
                 f"{self.folder} has the logits of {self.info.epochs} epochs, and the run takes {epochs}: run `nkd-hf "
@@ -121,23 +123,21 @@ class TeacherLogits:
                 f"{self.folder} has {info.epochs} epochs of {info.num_samples} samples, and the run asks for epoch {epoch}, "
                 f"positions {min(positions)} to {max(positions)}, counted from 0: write a store of more epochs"
             )
-        # The positions of a batch follow each other, except where the batch reaches the next shard or wraps around.
-        runs: list[tuple[int, list[int]]] = []
-        for position in positions:
-            shard, row = divmod(position, info.shard_size)
-            if runs and runs[-1][0] == shard:
-                runs[-1][1].append(row)
-            else:
-                runs.append((shard, [row]))
+        places: dict[int, list[int]] = {}
+        for place, position in enumerate(positions):
+            places.setdefault(position // info.shard_size, []).append(place)
         parts: dict[str, list[Tensor]] = {}
-        for shard, rows in runs:
-            file, first = self._shard(epoch, shard), min(rows)
-            for name in file.keys():  # noqa: SIM118 (safetensors' file is no mapping)
-                values = file.get_slice(name)[first : max(rows) + 1]
-                parts.setdefault(name, []).append(values[[row - first for row in rows]])
-        return {name: torch.cat(values) for name, values in parts.items()}
+        for shard, own in places.items():
+            rows = torch.tensor([positions[place] % info.shard_size for place in own])
+            for name, values in self._shard(epoch, shard).items():
+                parts.setdefault(name, []).append(values[rows])
+        if len(places) == 1:
+            return {name: values for name, (values,) in parts.items()}
+        order = torch.tensor([place for own in places.values() for place in own]).argsort()
+        return {name: torch.cat(values)[order] for name, values in parts.items()}
 
-    def _shard(self, epoch: int, shard: int) -> Any:
+    def _shard(self, epoch: int, shard: int) -> dict[str, Tensor]:
+        """Returns the fields of a shard, whose rows are read from the file where they are indexed."""
         path = shard_path(self.folder, epoch, shard)
         if path in self._open:
             self._open.move_to_end(path)
@@ -145,14 +145,16 @@ class TeacherLogits:
         again = "remove it and run `nkd-hf teacher-logits` again, which writes what is missing, or download it again"
         try:
             is_damaged = path not in self._verified and read_record(path)["sha256"] != _sha256(path)
-            file = None if is_damaged else safetensors.safe_open(path, "pt")
+            fields = {} if is_damaged else _map_file(path)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}): {again}") from error
         if is_damaged:
             raise ValueError(f"{path} is damaged, its SHA-256 is not that of {_record_path(path).name}: {again}")
-        self._open[path] = file
+        self._open[path] = fields
         self._verified.add(path)
-        if len(self._open) > _NUM_OPEN:
+        # A batch of a repeated epoch lies in any of the epoch's shards.
+        num_open = _NUM_OPEN if self.info.cycle is None else max(_NUM_OPEN, self.info.num_shards)
+        if len(self._open) > num_open:
             self._open.popitem(last=False)
         return self._open[path]
 
@@ -214,6 +216,12 @@ def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
             f"{path} of {len(content) / 2**20:.0f} MiB could not be written ({cause}). The shards before it are finished: "
             f"{advice}, and run `nkd-hf teacher-logits` again, which goes on where it stopped"
         ) from error
+
+
+def _map_file(path: Path) -> dict[str, Tensor]:
+    """Maps the tensors of a file into memory."""
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safetensors' file is no mapping)
 
 
 def unfinished(folder: Path, info: StoreInfo, epochs: int) -> list[tuple[int, int]]:

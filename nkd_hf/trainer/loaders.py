@@ -47,13 +47,16 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
             equally often.
     """
     check_sampling(args.train_sampling_strategy, is_balanced=dataset.sampling_labels is not None)
+    is_own = isinstance(collator, ImageCollator)
+    store = collator.teacher_logits if is_own else None
     return EpochSampler(
         len(dataset),
         read_data_seed(args),
         shuffle=args.train_sampling_strategy == "random",
         positions=_needs_positions(collator),
-        pairs=isinstance(collator, ImageCollator) and collator.mix_pairs,
+        pairs=is_own and collator.mix_pairs,
         labels=dataset.sampling_labels,
+        cycle=None if store is None else store.info.cycle,
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import ClassLabel, Dataset, Features
 from huggingface_hub import constants
+from store_runs import MIXING, NUM_TRAIN, Pixels, Position, arguments, train, write
 from tiny import Mimic, make_trainer, timm_cnn
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -33,58 +34,26 @@ from nkd_hf import (
     ImageDataset,
     KDLoss,
     NKDLoss,
-    Recipe,
     RecipeArguments,
-    cli,
     load_image_dataset,
     load_teacher,
     nkd_loss,
     train_transform,
 )
-from nkd_hf.data.sampler import EpochDataset, EpochSampler
+from nkd_hf.data.sampler import EpochSampler
 from nkd_hf.data.transforms import PIXELS_VERSION
 from nkd_hf.hub.teacher_logits import find_store, push_store
 from nkd_hf.models.preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe.fingerprint import check_fingerprint, fingerprint_run, hash_weights
-from nkd_hf.recipe.parser import parse_args
 from nkd_hf.recipe.plan import PlannedTrainingArguments, make_plan
-from nkd_hf.recipe.run_folder import read_history
 from nkd_hf.teacher_logits.compression import dense_logits, sparse_logits
 from nkd_hf.teacher_logits.info import STORE, StoreInfo, TeacherDescription
 from nkd_hf.teacher_logits.store import TeacherLogits, read_record, shard_path, unfinished, write_shard
 
 pytestmark = pytest.mark.usefixtures("no_curves")
-NUM_TRAIN = 47  # odd, and no multiple of a batch
-MIXING = ["--mixup_alpha", "0.8", "--cutmix_alpha", "1.0"]
-
 
 # --- pairs ---
-
-
-class Pixels(EpochDataset):
-    """Random pixels that are a function of epoch and index."""
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def __len__(self):
-        return self.length
-
-    def get_sample(self, epoch, index):
-        generator = torch.Generator().manual_seed(1000 * epoch + index)
-        pixels = torch.rand(3, 4, 4, generator=generator)
-        return {"pixel_values": pixels, "labels": index % 5, "epoch": epoch, "index": index}
-
-
-class Position:
-    """The collator, with the positions of its samples beside the batch."""
-
-    def __init__(self, collator):
-        self.collator = collator
-
-    def __call__(self, samples):
-        return self.collator(samples) | {"position": torch.tensor([sample["position"] for sample in samples])}
 
 
 def mixed(size: int, batch: int, processes: int, workers: int = 0, split_batches: bool = False) -> dict:
@@ -366,31 +335,6 @@ def teacher(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("teacher") / "resnet"
     save_student(timm_cnn(seed=1), str(folder))
     return str(folder)
-
-
-def arguments(teacher: str | None, *more: str) -> list[str]:
-    given = [
-        "--student", "resnet18", "--student_args", '{"channels": [4, 8, 8, 8]}', "--image_size", "32", "--seed", "0",
-        "--max_train_samples", str(NUM_TRAIN), "--max_eval_samples", "30", "--use_cpu", "true", "--disable_tqdm", "true",
-        "--report_to", "none", "--optim", "sgd", "--learning_rate", "0.05", "--per_device_train_batch_size", "8",
-        "--num_train_epochs", "2", "--logging_steps", "1", "--save_strategy", "no", "--random_resized_crop", "0.6", "1.0",
-    ]  # fmt: skip
-    return given + (["--teacher", teacher] if teacher else []) + list(more)
-
-
-def write(folder: Path, teacher: str, *more: str) -> TeacherLogits:
-    options = ["--output", str(folder), "--epochs", "2", "--batch_size", "16", "--shard_size", "16"]
-    cli.main(["teacher-logits", *options, *arguments(teacher, *more)])
-    return TeacherLogits(folder)
-
-
-def train(folder: Path, *given: str) -> tuple[Recipe, list[dict]]:
-    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-    recipe = Recipe(*parse_args(types, args=[*given, "--output_dir", str(folder)]))
-    recipe.train_teacher()
-    recipe.train_baseline()
-    recipe.train_student()
-    return recipe, read_history(folder / "student")
 
 
 @pytest.fixture(scope="module")
