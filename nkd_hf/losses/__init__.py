@@ -13,6 +13,7 @@ from .kd import KDLoss, kd_loss
 from .mgd import MGDLoss
 from .nkd import NKDLoss, nkd_loss
 from .rld import RLDLoss, rld_loss
+from .sd_nkd import SDNKDLoss, sd_nkd_loss
 from .srrl import SRRLLoss
 from .tfkd import TfKDLoss, tfkd_loss
 from .uskd import USKDLoss, uskd_loss
@@ -28,6 +29,7 @@ __all__ = [
     "MGDLoss",
     "NKDLoss",
     "RLDLoss",
+    "SDNKDLoss",
     "SRRLLoss",
     "TfKDLoss",
     "USKDLoss",
@@ -39,6 +41,7 @@ __all__ = [
     "kd_loss",
     "nkd_loss",
     "rld_loss",
+    "sd_nkd_loss",
     "tfkd_loss",
     "uskd_loss",
     "wsld_loss",

@@ -33,6 +33,7 @@ class DistillationLoss(nn.Module):
     | `student_high`, `teacher_high` | [B, P, D] patch tokens of a ViT after its last block and its final norm |
     | `token_grid` | height and width of the images of the student, in patches: their product is P |
     | `student_map`, `teacher_map` | [B, D, H, W] last feature map |
+    | `student_head_weight`, `student_head_bias` | [C, D] and [C] of the classifier that reads the average of `student_map` |
     | `teacher_head_weight`, `teacher_head_bias` | [C, D] and [C] of the classifier that reads the average of `teacher_map` |
     | `label_smoothing` | a float, which asks for the task loss, or None |
     | `logit_moments` | [B, 2] mean and unbiased standard deviation over all classes of the logits that a store has the largest of, which `teacher_logits` are rebuilt from; else None |

@@ -13,6 +13,7 @@ from .kd import KDLoss
 from .mgd import MGDLoss
 from .nkd import NKDLoss
 from .rld import RLDLoss
+from .sd_nkd import SDNKDLoss
 from .srrl import SRRLLoss
 from .tfkd import TfKDLoss
 from .uskd import USKDLoss
@@ -23,7 +24,7 @@ from .wttm import WTTMLoss
 LOSSES: dict[str, type[DistillationLoss]] = {
     loss.name.lower().replace("-", ""): loss
     for loss in (
-        NKDLoss, USKDLoss, TfKDLoss, ViTKDLoss, KDLoss, DKDLoss, WSLDLoss, DISTLoss, WTTMLoss, RLDLoss, MGDLoss, SRRLLoss,
+        NKDLoss, USKDLoss, TfKDLoss, ViTKDLoss, KDLoss, DKDLoss, WSLDLoss, DISTLoss, WTTMLoss, RLDLoss, SDNKDLoss, MGDLoss, SRRLLoss,
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@
 - `low` and `high`, for ViTKD: a ViT's patch tokens after its first two blocks, and after its last block and final norm
   (arXiv 2209.02432; forward of the backbones `VisionTransformer` and `Deit_3` of github.com/yzd-v/cls_KD). A ViT of timm
   that pools before it normalises (`fc_norm`) has that norm applied to each token.
-- `map`, for MGD and SRRL: the last feature map, which the classifier of a CNN or a Swin averages over its places; for a ViT,
+- `map`, for MGD, SRRL and SD-NKD: the last feature map, which the classifier of a CNN or a Swin averages over its places; for a ViT,
   the patch tokens after the final norm, in the grid of the image's patches.
 """
 

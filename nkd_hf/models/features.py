@@ -17,7 +17,8 @@ from .feature_layout import Output, find_reading, input_size, run_once, unchange
 # Argument of a loss's forward -> kind of feature.
 STUDENT_FEATURES = {"mid_feature": "mid", "student_low": "low", "student_high": "high", "student_map": "map"}
 TEACHER_FEATURES = {"teacher_low": "low", "teacher_high": "high", "teacher_map": "map"}
-# Arguments that are no features: the parameters of the classifier that reads the average of the teacher's map.
+# Arguments that are no features: the parameters of the classifiers that read the average of a map.
+STUDENT_HEAD = ("student_head_weight", "student_head_bias")
 TEACHER_HEAD = ("teacher_head_weight", "teacher_head_bias")
 
 # Kind of feature -> its name in a message, and the models that its losses need.
@@ -25,7 +26,7 @@ _UNKNOWN = {
     "map": (
         "last feature map is",
         "MGD and SRRL, which read it, need a ResNet, MobileNet, RegNet, ShuffleNetV2, Swin, ViT or DeiT, timm's or "
-        "transformers', as student and as teacher",
+        "transformers', as student and as teacher; SD-NKD needs one of these, but no ViT or DeiT",
     ),
     "low": (
         "low patch tokens are",
@@ -155,11 +156,12 @@ def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = No
         tap.remove()
 
 
-def classifier_head(model: nn.Module) -> nn.Linear:
-    """The classifier that reads the average of the feature map of kind `map`, for SRRL.
+def classifier_head(model: nn.Module, role: str = "teacher") -> nn.Linear:
+    """The classifier that reads the average of the feature map of kind `map`, for SRRL and SD-NKD.
 
     Args:
-        model (`nn.Module`): the teacher.
+        model (`nn.Module`): the teacher or the student.
+        role (`str`): `teacher` or `student`, for the message.
 
     Raises:
         ValueError: the model's classifier reads something else (a ViT's reads the class token), or the model is unknown.
@@ -168,22 +170,28 @@ def classifier_head(model: nn.Module) -> nn.Linear:
     head = None if name is None else model.get_submodule(name)
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"no classifier of an averaged feature map is known for {describe(model)}: SRRL, which feeds the student's to "
-            "it, needs a ResNet, MobileNet, RegNet, ShuffleNetV2 or Swin, timm's or transformers', as teacher"
+            f"no classifier of an averaged feature map is known for {describe(model)}: SRRL and SD-NKD, which feed other "
+            f"averages to it, need a ResNet, MobileNet, RegNet, ShuffleNetV2 or Swin, timm's or transformers', as {role}"
         )
     return head
 
 
-def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None) -> None:
+def head_parameters(head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight [C, D] and bias [C] of a classifier; zeros where it has no bias."""
+    return head.weight, head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
+
+
+def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None, role: str = "teacher") -> None:
     """ValueError unless [`classifier_head`] of the averaged `map` gives the model's own logits, on random images.
 
     A model on the meta device, which has no values, passes if its layers are known.
 
     Args:
-        model (`nn.Module`): the teacher.
+        model (`nn.Module`): the teacher or the student.
         size (`tuple[int, int]`, *optional*): height and width of its images. Default: the size that it was built for.
+        role (`str`): `teacher` or `student`, for the message.
     """
-    head, tap = classifier_head(model), FeatureTap(model, kind="map")
+    head, tap = classifier_head(model, role), FeatureTap(model, kind="map")
     calls: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
     try:
@@ -205,9 +213,9 @@ def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None) -> 
         # Half-precision sums in another order differ in some of the last bits. `not <=` refuses NaN, too.
         if not difference <= max(1e-4, 4 * torch.finfo(wanted.dtype).eps):
             raise ValueError(
-                f"SRRL's teacher must average its last feature map and classify that, got {describe(model)}: {what} (they "
-                f"differ by {difference:.1%} on random images). Choose a teacher with plain average pooling and one linear "
-                "layer after it"
+                f"the {role} of SRRL or SD-NKD must average its last feature map and classify that, got {describe(model)}: "
+                f"{what} (they differ by {difference:.1%} on random images). Choose a {role} with plain average pooling and "
+                "one linear layer after it"
             )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, check_pooled_head, classifier_head
+from .features import TEACHER_FEATURES, TEACHER_HEAD, FeatureTap, check_pooled_head, classifier_head, head_parameters
 from .labels import check_classifier, match_labels
 from .outputs import check_inputs, read_logits
 from .preprocessing import Preprocessing
@@ -193,10 +193,9 @@ class Teacher(nn.Module):
         """
         features = {name: tap.take() for name, tap in self._taps.items()}
         if self._hands_out_head:
-            head = classifier_head(self.model)
-            bias = head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
+            weight, bias = head_parameters(classifier_head(self.model))
             order = slice(None) if self.order is None else self.order
-            features |= dict(zip(TEACHER_HEAD, (head.weight[order], bias[order]), strict=True))
+            features |= dict(zip(TEACHER_HEAD, (weight[order], bias[order]), strict=True))
         return features
 
     def forward(self, pixel_values: Tensor) -> Tensor:

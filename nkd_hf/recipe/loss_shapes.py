@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from ..losses.base import DistillationLoss, loss_inputs
-from ..models.features import TEACHER_HEAD, check_pooled_head, check_token_grids, feature_shape, token_shape
+from ..models.features import (
+    STUDENT_HEAD,
+    TEACHER_HEAD,
+    check_pooled_head,
+    check_token_grids,
+    feature_shape,
+    token_shape,
+)
 
 
 def loss_shapes(
@@ -51,6 +58,8 @@ def loss_shapes(
         check_token_grids(student, teacher, image_size, teacher_image_size)
     if not inputs.isdisjoint(TEACHER_HEAD):
         check_pooled_head(teacher, teacher_image_size)
+    if not inputs.isdisjoint(STUDENT_HEAD):
+        check_pooled_head(student, image_size, role="student")
     maps = {side: _map_shape(*sides[side]) for side in sides if f"{side}_map" in inputs}
     for loss in losses:
         if {"student_map", "teacher_map"} <= set(loss_inputs(loss)):

@@ -10,24 +10,33 @@ from typing import Any
 import safetensors.torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput
 
 from ..losses.base import check_components, loss_inputs
 from ..losses.checks import check_labels
-from ..models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD, FeatureTap
+from ..models.feature_layers import classifier_name
+from ..models.features import (
+    STUDENT_FEATURES,
+    STUDENT_HEAD,
+    TEACHER_FEATURES,
+    TEACHER_HEAD,
+    FeatureTap,
+    check_pooled_head,
+    head_parameters,
+)
 from ..models.labels import check_class_order
 from ..models.outputs import check_inputs, read_logits
 from ..models.saving import rename_keys, save_student
+from .block_classes import block_classes
 from .task_loss import IGNORE_INDEX, cross_entropy, read_class_weights
 
 # The arguments that a loss's forward may name: those that DistillationLoss lists.
 _LOSS_INPUTS = {
     "student_logits", "teacher_logits", "logit_moments", "labels", "label_smoothing", "token_grid",
-    *STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD,
+    *STUDENT_FEATURES, *STUDENT_HEAD, *TEACHER_FEATURES, *TEACHER_HEAD,
 }  # fmt: skip
-_STACKS = (nn.Sequential, nn.ModuleList)
 # Public attributes of a student that DistillationModel does not lend: Trainer would not move a model with a device map, so that
 # the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
 _NOT_LENT = {"hf_device_map", "push_to_hub"}
@@ -113,8 +122,12 @@ class DistillationModel(nn.Module):
         # The taps listen for the losses alone: other calls of the student keep no features.
         for tap in self.taps.values():
             tap.listen(False)
+        self._head_name = None
+        if any(self.needs(name) for name in STUDENT_HEAD):
+            check_pooled_head(student, role="student")
+            self._head_name = classifier_name(student)
         # FSDP shards these blocks one by one.
-        self._no_split_modules = _block_classes(student)
+        self._no_split_modules = block_classes(student)
         self.columns, self._takes_options = _forward_columns(student)
 
     def __getattr__(self, name: str) -> Any:
@@ -203,6 +216,9 @@ class DistillationModel(nn.Module):
         for name, tap in self.taps.items():
             available[name] = tap.take()
             tap.listen(False)
+        if self._head_name is not None:
+            head = self.student.get_submodule(self._head_name)
+            available |= dict(zip(STUDENT_HEAD, head_parameters(head), strict=True))
         available["token_grid"] = next((tap.grid for tap in self.taps.values() if tap.grid is not None), None)
         losses = {"task": None}
         for name, loss in self.losses.items():
@@ -315,25 +331,6 @@ def _with_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
         return type(output)(**{**output, "loss": loss})
     others = {name: output[name] for name in ("hidden_states", "attentions") if name in output}
     return ImageClassifierOutput(loss=loss, logits=output.logits, **others)
-
-
-def _block_classes(student: PreTrainedModel) -> set[str]:
-    """The names of the classes whose modules FSDP shards one by one; without any, the student is sharded as one."""
-    if isinstance(student, TimmWrapperForImageClassification):
-        # TimmWrapper's own _no_split_modules names a class that no classifier holds, and FSDP fails on it.
-        return _stacked_classes(student.timm_model)
-    return set(student._no_split_modules or ()) & {type(module).__name__ for module in student.modules()}
-
-
-def _stacked_classes(module: nn.Module) -> set[str]:
-    """Returns the class names of the outermost modules that stand in a list and have submodules."""
-    classes = set()
-    for part in module.children():
-        if isinstance(module, _STACKS) and not isinstance(part, _STACKS) and any(part.children()):
-            classes.add(type(part).__name__)
-        else:
-            classes |= _stacked_classes(part)
-    return classes
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: str) -> None:

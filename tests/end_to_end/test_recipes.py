@@ -287,6 +287,7 @@ def teachers(tmp_path_factory) -> dict[str, str]:
         ("distill_deit", "cnn, 1x1", "dkd+wsld+dist+wttm", '{"dkd": {"beta": 2.0}, "wttm": {"exponent": 0.5}}'),
         ("distill_deit", "cnn, 1x1", "srrl", "{}"),
         ("distill_deit", "vit, 4x4", "mgd", "{}"),
+        ("distill_cnn", "cnn, 1x1", "sdnkd", '{"scales": [1]}'),
         ("distill_cnn", "cnn, 1x1", "kd+srrl", '{"kd": {"alpha": 0.9}}'),
         ("distill_deit", "cnn, 2x2", "kd+srrl", '{"kd": {"alpha": 0.9}}'),
         ("distill_cnn", "cnn, 1x1", "nkd+mgd", '{"mgd": {"alpha": 1e-3}}'),
@@ -317,6 +318,13 @@ def test_comparators_by_name_alone_and_added_with_mixup(tmp_path, teachers, reci
             "cnn, 2x2",
             "mgd",
             "MGD's student map is 1x1, the teacher's 2x2: it compares them place by place",
+        ),
+        ("distill_cnn", "cnn, 2x2", "sdnkd", r"student_map must have 4 places or more .* got 1x1: set smaller scales"),
+        (
+            "distill_deit",
+            "cnn, 1x1",
+            "sdnkd",
+            r"no classifier of an averaged .* \(deit_tiny_patch16_224\).* as student",
         ),
         ("distill_deit", "cnn, 1x1", "nkd+mgd", "MGD's student map is 4x4, the teacher's 1x1"),
         (

@@ -238,6 +238,28 @@ def tfkd_reference(
     return (alpha * multiplier * total / len(student_logits),)
 
 
+def sd_nkd_reference(
+    student_region_logits: Tensor,
+    teacher_region_logits: Tensor,
+    labels: Tensor,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """SD-NKD as the official code has it, region by region and image by image: the soft term has all classes."""
+    labels = labels.argmax(1) if labels.ndim == 2 else labels
+    batch_size, _, num_regions = student_region_logits.shape
+    total = 0.0
+    for b, target in enumerate(labels.tolist()):
+        whole_is_right = teacher_region_logits[b, :, 0].argmax() == target
+        for r in range(num_regions):
+            rows = student_region_logits[b : b + 1, :, r], teacher_region_logits[b : b + 1, :, r]
+            p, q = (_softened(row, 1)[0] for row in rows)
+            soft_p, soft_q = (_softened(row, temperature)[0] for row in rows)
+            loss = -q[target] * p[target].log() - gamma * temperature**2 * (soft_q * soft_p.log()).sum()
+            total = total + (1 if (rows[1].argmax() == target) == whole_is_right else 2) * loss
+    return total / (batch_size * num_regions)
+
+
 def mgd_reference(module: nn.Module, student_map: Tensor, teacher_map: Tensor, noise: Tensor) -> tuple[Tensor]:
     """MGD, image by image and channel by channel."""
     total = 0.0

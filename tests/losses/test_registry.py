@@ -10,7 +10,7 @@ from nkd_hf import DistillationLoss, RecipeArguments, create_student
 from nkd_hf.losses.base import SHAPES, loss_inputs, teacher_inputs
 from nkd_hf.losses.registry import LOSSES, find_losses
 from nkd_hf.losses.top_k import TopKView
-from nkd_hf.models.features import STUDENT_FEATURES, TEACHER_FEATURES, TEACHER_HEAD
+from nkd_hf.models.features import STUDENT_FEATURES, STUDENT_HEAD, TEACHER_FEATURES, TEACHER_HEAD
 from nkd_hf.recipe.loss_shapes import loss_shapes
 from nkd_hf.trainer.optimization import decayed_parameters
 
@@ -74,7 +74,7 @@ def own(tmp_path, monkeypatch):
 
 def test_what_the_losses_need():
     inputs = {"student_logits", "teacher_logits", "logit_moments", "labels", "label_smoothing", "token_grid"}
-    inputs |= {*STUDENT_FEATURES, *TEACHER_FEATURES, *TEACHER_HEAD}
+    inputs |= {*STUDENT_FEATURES, *STUDENT_HEAD, *TEACHER_FEATURES, *TEACHER_HEAD}
     for name, loss in LOSSES.items():
         assert issubclass(loss, DistillationLoss)
         assert set(loss_inputs(loss)) <= inputs
@@ -83,9 +83,9 @@ def test_what_the_losses_need():
             "resnet18", teacher="resnet34" if teacher_inputs(loss) else None, distillation_loss=name
         )
         assert arguments.needs_teacher == (name not in ("uskd", "tfkd"))
-        assert arguments.needs_teacher_layers == (name in ("vitkd", "mgd", "srrl"))
+        assert arguments.needs_teacher_layers == (name in ("vitkd", "mgd", "srrl", "sdnkd"))
         needs_all = [name for name, view in arguments.top_k_views.items() if view is None]
-        assert needs_all == ([name] if name in ("vitkd", "mgd", "srrl") else [])
+        assert needs_all == ([name] if name in ("vitkd", "mgd", "srrl", "sdnkd") else [])
         assert loss_inputs(arguments.build_loss(**dict.fromkeys(set(SHAPES) - {"feature_norm"}, 2))) == loss_inputs(
             loss
         )
