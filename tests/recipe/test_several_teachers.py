@@ -36,7 +36,9 @@ from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe.fingerprint import check_fingerprint
 from nkd_hf.recipe.run_folder import read_history, unlock_folder
+from nkd_hf.teacher_logits.compression import sparse_logits
 from nkd_hf.teacher_logits.info import StoreInfo
+from nkd_hf.teacher_logits.store import TeacherLogits
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 NAMES = ["one", "three", "two", "zero"]
@@ -220,6 +222,9 @@ def store(tmp_path_factory, quick, teachers) -> Path:
     pair = ["--teacher", teachers["a"], teachers["b"], "--teacher_weights", "3", "1"]
     for _ in range(2):  # the second one finds all of it written
         cli.main(["teacher-logits", *options, "--config", str(folder / "config.yaml"), *pair])
+    options[1] = str(folder / "top2")
+    more = ["--distillation_loss", "kd+nkd", "--top_k", "2"]
+    cli.main(["teacher-logits", *options, "--config", str(folder / "config.yaml"), *pair, *more])
     return folder / "logits"
 
 
@@ -238,6 +243,30 @@ def test_training_from_a_store_is_live_training_bit_for_bit(train, store, teache
         "distilled from an ensemble of `a` (15 k parameters, weight 0.75) and `b` (15 k parameters, weight 0.25)"
         in card
     )
+
+
+def test_a_store_of_the_largest_logits_is_of_the_mean(train, store, teachers):
+    """Its rows are those of the logits of the mean, and several losses train from it."""
+    largest, full = TeacherLogits(store.parent / "top2"), TeacherLogits(store)
+    assert largest.info.fingerprint == full.info.fingerprint
+    assert largest.info.teacher == full.info.teacher
+    for epoch in range(2):
+        positions = range(full.info.num_samples)
+        rows = full.read(epoch, positions)
+        expected = sparse_logits(rows["logits"], rows["target"].long(), 2, [1.0, 4.0])
+        found = largest.read(epoch, positions)
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+    loss = {"distillation_loss": "kd+nkd"}
+    _, log, _ = train(
+        teacher_logits=str(largest.folder), **loss, teacher=(teachers["a"], teachers["b"]), teacher_weights=(3, 1)
+    )
+    _, exact, _ = train(teacher_logits=str(full.folder), **loss)
+    assert len(log) == len(exact) > 8
+    values, exact_values = ([entry["loss"] for entry in each if "loss" in entry] for each in (log, exact))
+    assert values == pytest.approx(exact_values, rel=0.05)
+    assert log[0]["nkd_target"] == pytest.approx(exact[0]["nkd_target"], rel=1e-6)
+    assert values != exact_values
 
 
 def test_a_store_names_all_teachers_and_is_of_no_others(store, teachers, tmp_path):
