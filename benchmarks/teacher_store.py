@@ -64,7 +64,7 @@ def write_store(folder: Path, labels: list[int], top_k: int | None, num_classes:
         [1.0],
         len(labels),
         fingerprint={},
-        teacher=TeacherDescription(None, "random", 0),
+        teacher=TeacherDescription(None, "random", 1),
     )
     logits = 3 * torch.randn(len(labels), num_classes, generator=torch.Generator().manual_seed(0))
     write_shard(shard_path(folder, 0, 0), sparse_logits(logits, torch.tensor(labels), top_k, info.temperatures))
