@@ -1,7 +1,7 @@
 PYTHON ?= python3
 SOURCES = nkd_hf recipes tests benchmarks
 
-.PHONY: help demo test test-oldest test-slow test-rows quality style
+.PHONY: help demo test test-oldest test-slow test-rows test-gpu wheels quality style
 
 # `make` alone shows the list, too.
 help:  ## list the targets
@@ -21,6 +21,35 @@ test-slow: .venv/installed-test  ## run the long tests: the three recipes in ful
 
 test-rows: .venv/installed-test  ## take one training step of each row of the paper's tables
 	.venv/bin/python -m pytest -m rows -s
+
+# A machine with a GPU may have no network: `make test-gpu WHEELS=build/wheels` installs what `make wheels` has downloaded
+# elsewhere beside the packages of PYTHON, and runs there. Without WHEELS it runs in .venv.
+ifdef WHEELS
+GPU_INSTALLED = build/site-packages/installed
+GPU_PYTHON = PYTHONPATH=$(CURDIR):$(CURDIR)/build/site-packages HF_HUB_OFFLINE=1 $(PYTHON)
+else
+GPU_INSTALLED = .venv/installed-test
+GPU_PYTHON = .venv/bin/python
+endif
+
+test-gpu: $(GPU_INSTALLED)  ## run the tests that need a GPU, in less than 3 minutes
+	@$(GPU_PYTHON) benchmarks/gpu/check.py
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu --numprocesses 4 --dist worksteal --durations 5
+
+PLATFORMS = $(foreach version,_2_28 _2_27 _2_17 2014,--platform manylinux$(version)_x86_64)
+wheels: .venv/installed-test  ## download into build/wheels what test-gpu needs on a machine without a network
+	rm -rf build/wheels
+	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels .
+	.venv/bin/python -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --implementation cp \
+	    $(PLATFORMS) --dest build/wheels --requirement benchmarks/gpu/wheels.txt
+	@du -sm build/wheels | awk '{ print $$1 " MB in " $$2; exit $$1 >= 60 }'
+
+# dill pickles the modules of a folder of another name by their content, on which `datasets` fails.
+build/site-packages/installed: benchmarks/gpu/wheels.txt $(wildcard $(WHEELS)/*.whl)
+	rm -rf build/site-packages
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --find-links $(WHEELS) --target build/site-packages \
+	    --requirement benchmarks/gpu/wheels.txt nkd_hf
+	@touch $@
 
 quality: .venv/installed-test  ## check the code with ruff
 	.venv/bin/ruff check $(SOURCES)

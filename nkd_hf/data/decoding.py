@@ -10,10 +10,15 @@ import numpy as np
 import PIL.ImageOps
 import torch
 from datasets.utils.file_utils import xopen
-from torchcodec.decoders import decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..errors import BadSampleError, reason
 from .seeding import seeded
+
+try:
+    from torchcodec.decoders import decode_jpeg
+except ImportError:  # no wheel for this machine: Pillow decodes to the same values, in more time
+    decode_jpeg = None
 
 _ORIENTATION = PIL.ExifTags.Base.Orientation
 # The formats that are opened. Pillow's other formats hold no photographs, and some start a program, as EPS does
@@ -54,7 +59,7 @@ def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.I
         sample: `image` as `{"bytes", "path"}` or None, and `label`, an integer or None.
         name: the row's name in the error.
         as_tensor: whether the image may be a tensor [3, H, W] uint8. A plain JPEG then becomes one: torchcodec decodes it
-            to the same values in less time.
+            to the same values in less time, and Pillow does where torchcodec is missing.
 
     Returns:
         The image, and the label.
@@ -129,6 +134,8 @@ def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:
         raise ValueError(f"{width} x {height} pixels are a strip of more than {MAX_ASPECT_RATIO} : 1: crop it")
     is_plain = image.format == "JPEG" and image.mode == "RGB"
     if as_tensor and is_plain and image.getexif().get(_ORIENTATION, 1) == 1:
+        if decode_jpeg is None:
+            return pil_to_tensor(image)
         with contextlib.suppress(RuntimeError):  # Pillow decodes the file below, or says what is wrong with it
             return decode_jpeg(content, mode="RGB")
     image.load()  # a PNG's EXIF tags may lie behind its pixels

@@ -175,8 +175,12 @@ def compare_fingerprints(store: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def read_versions() -> dict[str, str]:
-    """Reads the installed versions of the libraries that make the pixels."""
-    return {library: importlib.metadata.version(library) for library in _LIBRARIES}
+    """Reads the installed versions of the libraries that make the pixels. A library that is not installed makes none."""
+    versions = {}
+    for library in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return versions
 
 
 def hide_path(teacher: str) -> str:

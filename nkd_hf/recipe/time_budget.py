@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate.utils import release_memory
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -61,6 +62,8 @@ class _Clock(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)  # or these are the times in which the steps are queued
         self.times.append(time.perf_counter())
 
 

@@ -30,13 +30,18 @@ if TYPE_CHECKING:
 OWN_COLUMNS = ("epoch", "index", "position", "teacher_logits")
 
 
-def seed_samplers(accelerator: Accelerator, args: DistillationTrainingArguments) -> None:
-    """Sets the seed by which accelerate seeds a RandomSampler in several processes.
+def configure_loaders(accelerator: Accelerator, args: DistillationTrainingArguments) -> None:
+    """Sets how accelerate's loaders seed a RandomSampler in several processes, and how they copy batches to a GPU.
 
-    Without a seed, accelerate takes torch's initial seed, which differs between processes once a trainer has trained.
+    Without a seed, accelerate takes torch's initial seed, which differs between processes once a trainer has trained. It
+    would wait in each step until the GPU has finished all earlier ones and has the batch. From pinned memory the copy takes
+    its place in the GPU's queue.
     """
-    if args.world_size > 1 and accelerator.dataloader_config.data_seed is None:
-        accelerator.dataloader_config.data_seed = args.seed
+    config = accelerator.dataloader_config
+    if args.world_size > 1 and config.data_seed is None:
+        config.data_seed = args.seed
+    if args.dataloader_pin_memory and accelerator.device.type == "cuda":
+        config.non_blocking = True
 
 
 def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArguments, collator: Callable) -> EpochSampler:

@@ -89,7 +89,10 @@ Samples of the batch, by their index in the data: 4, 2
             return
         values = [value for batch in self._open for value in batch.losses.values()]
         if grad_norm is not None and not scaled:
-            values.append(torch.as_tensor(grad_norm, device=values[0].device))
+            # Filled on the device, since it would wait for a number that is copied there.
+            values.append(
+                grad_norm if isinstance(grad_norm, Tensor) else torch.full((), grad_norm, device=values[0].device)
+            )
         finite, event = torch.stack([value.float() for value in values]).isfinite().all(), None
         if finite.is_cuda:
             finite, event = (

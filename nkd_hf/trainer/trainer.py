@@ -113,7 +113,7 @@ class DistillationTrainer(Trainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
             compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
         )  # fmt: skip
-        loaders.seed_samplers(self.accelerator, args)
+        loaders.configure_loaders(self.accelerator, args)
         if compute_loss_func is not None and not self.has_own("loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
         # The smoothing is in the model's task loss, for both kinds of labels.

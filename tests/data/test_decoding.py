@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
+from nkd_hf.data import decoding
 from nkd_hf.data.arguments import DataArguments
 from nkd_hf.data.decoding import draws_from_torch, read_sample, takes_tensors
 from nkd_hf.data.seeding import seeded
@@ -73,6 +74,19 @@ def test_values_are_pillows(tmp_path, name):
         values = decoded.permute(1, 2, 0).numpy() if is_tensor else np.asarray(decoded)
         assert values.dtype == np.uint8
         np.testing.assert_array_equal(values, np.asarray(image))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_values_and_layout_are_the_same_without_torchcodec(monkeypatch, name):
+    given, _ = read_sample(row(READ[name][0]), "it", as_tensor=True)
+    monkeypatch.setattr(decoding, "decode_jpeg", None)
+    image, _ = read_sample(row(READ[name][0]), "it", as_tensor=True)
+    assert isinstance(image, torch.Tensor) == READ[name][1]
+    if READ[name][1]:
+        assert torch.equal(image, given)
+        assert image.stride() == given.stride()  # the transforms round alike
+    else:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(given))
 
 
 @pytest.mark.parametrize("content", [jpeg()[:-2], jpeg()[: len(jpeg()) // 2], jpeg()[:200], b""])

@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DataLoaderConfiguration
 from transformers import TrainerState
 
 from nkd_hf import NonFiniteLossError
 from nkd_hf.errors import CheckpointError
 from nkd_hf.trainer.checkpoint_writer import CheckpointWriter, find_sums
 from nkd_hf.trainer.checkpoints import UNFINISHED, find_damage
+from nkd_hf.trainer.loaders import configure_loaders
 from nkd_hf.trainer.loss_log import LossLog
 from nkd_hf.trainer.non_finite import MAX_SKIPPED, StepGuard
 
@@ -108,3 +111,20 @@ def test_a_checkpoint_takes_its_place_when_it_is_whole(tmp_path):
         write(tmp_path, 4, "fail", writer)
     assert not writer.is_writing
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("device", "is_pinned", "waits"), [("cuda", True, False), ("cuda", False, True), ("cpu", True, True)]
+)
+def test_a_step_waits_for_no_batch_that_is_copied_from_pinned_memory(device, is_pinned, waits):
+    config = DataLoaderConfiguration()
+    args = SimpleNamespace(world_size=1, seed=0, dataloader_pin_memory=is_pinned)
+    configure_loaders(SimpleNamespace(device=torch.device(device), dataloader_config=config), args)
+    assert config.non_blocking is not waits
+
+
+def test_a_gradient_norm_may_be_a_number():
+    guard = StepGuard(skips=False)
+    guard.add(1, 0.1, torch.tensor(2.0), None)
+    with pytest.raises(NonFiniteLossError, match="the gradient norm of step 1 is not finite"):
+        guard.close_step(1, float("inf"), scaled=False)

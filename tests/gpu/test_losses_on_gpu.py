@@ -1,0 +1,94 @@
+"""The losses on a GPU, eager and compiled, in each precision: the values and gradients of float64 on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nkd_hf.losses.base import loss_inputs
+from nkd_hf.losses.registry import LOSSES, build_losses
+
+SHAPES = {"in_features": 16, "student_dim": 16, "teacher_dim": 24, "student_channels": 8, "teacher_channels": 12}
+# Shapes of the losses' inputs beside [B, C] logits, without B.
+FEATURES = {
+    "mid_feature": (16,), "student_low": (2, 9, 16), "teacher_low": (2, 9, 24), "student_high": (9, 16),
+    "teacher_high": (9, 24), "student_map": (8, 4, 4), "teacher_map": (12, 4, 4),
+}  # fmt: skip
+# Arguments with which the masks of these losses do not depend on what is drawn.
+LOSS_ARGS = {"mgd": {"mask_ratio": 0.0}, "vitkd": {"mask_ratio": 1.0}}
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_inputs(dtype: torch.dtype, batch: int, classes: int) -> dict:
+    """The inputs of all losses by name, rounded to a dtype."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"student_logits": (classes,), "teacher_logits": (classes,), **FEATURES}
+    tensors = {name: 2 * torch.randn(batch, *shape, generator=generator) for name, shape in shapes.items()}
+    for side, channels in (("student", 8), ("teacher", 12)):
+        tensors[f"{side}_head_weight"] = torch.randn(classes, channels, generator=generator)
+        tensors[f"{side}_head_bias"] = torch.zeros(classes)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()} | {"labels": labels}
+
+
+def evaluate(
+    losses: nn.ModuleDict, inputs: dict[str, Tensor], scale: float, backend: str | None
+) -> dict[str, list[Tensor]]:
+    """Components of each loss, and its gradients with respect to what is the student's."""
+    wanted = {name: loss_inputs(loss) for name, loss in losses.items()}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name != "labels" and not name.startswith("teacher"))
+    given = inputs | {"token_grid": (3, 3), "label_smoothing": 0.1, "logit_moments": None}
+
+    def compute() -> dict[str, dict[str, Tensor]]:
+        return {name: loss(**{key: given[key] for key in wanted[name]}) for name, loss in losses.items()}
+
+    results = (compute if backend is None else torch.compile(compute, fullgraph=True, backend=backend))()
+    values = {}
+    for name, components in results.items():
+        leaves = [inputs[key] for key in wanted[name] if key in inputs and inputs[key].requires_grad]
+        gradients = torch.autograd.grad(scale * sum(components.values()), leaves, retain_graph=True)
+        values[name] = [*components.values(), *(gradient.double() / scale for gradient in gradients)]
+    return values
+
+
+# The losses compute in float32 whatever the logits' precision is, so that one graph says enough of compiled ones.
+@pytest.mark.parametrize(("precision", "compiled"), [(name, False) for name in PRECISIONS] + [("float32", True)])
+def test_losses_are_those_of_float64(device, precision, compiled):
+    batch, classes, names = (8, 10, ["nkd", "uskd"]) if device == "cpu" else (256, 1000, LOSSES)
+    torch.manual_seed(0)
+    shapes = SHAPES | {"num_classes": classes}
+    # On the CPU, tests/losses compiles each of them.
+    names = names if compiled else LOSSES
+    built = {name: build_losses({name: LOSSES[name]}, LOSS_ARGS.get(name, {}), shapes)[name] for name in names}
+    losses, inputs = nn.ModuleDict(built), make_inputs(PRECISIONS[precision], batch, classes)
+    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    expected = evaluate(copy.deepcopy(losses).double(), exact, 1.0, None)
+    # As the gradient scaler's, without which small gradients are 0.
+    scale = 2.0**10 if precision == "fp16" else 1.0
+    backend = {"cpu": "eager", "cuda": "inductor"}[device] if compiled else None
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    measured = evaluate(losses.to(device), inputs, scale, backend)
+    for name, values in measured.items():
+        # A GPU multiplies and convolves in TF32.
+        value_bound = 5e-3 if any(True for _ in losses[name].parameters()) else 1e-4
+        gradient_bound = value_bound if precision == "float32" else 2e-2
+        for value, other in zip(values, expected[name], strict=True):
+            assert value.device.type == device
+            bound = value_bound if value.ndim == 0 else gradient_bound
+            assert (value.detach().cpu().double() - other).norm() <= bound * other.detach().norm() + 1e-6, (
+                name,
+                value,
+                other,
+            )
+
+
+@pytest.mark.parametrize("labels", ["class indices", "mixup"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_looks_at_a_value(meta, name, labels):
+    loss = build_losses({name: LOSSES[name]}, {}, SHAPES | {"num_classes": 10})[name].to(meta)
+    inputs = {key: tensor.to(meta) for key, tensor in make_inputs(torch.float16, 8, 10).items()}
+    if labels == "mixup":
+        inputs["labels"] = torch.empty(8, 10, device=meta)
+    assert all(value.is_meta for value in evaluate(nn.ModuleDict({name: loss}), inputs, 1.0, None)[name])
