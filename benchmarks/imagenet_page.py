@@ -16,7 +16,8 @@ import torch
 from tables import markdown
 
 from nkd_hf import DataArguments, RecipeArguments, parse_args
-from nkd_hf.losses import nkd_loss, uskd_loss
+from nkd_hf.losses import sd_nkd_loss, uskd_loss
+from nkd_hf.losses.base import loss_inputs
 from nkd_hf.models.architectures import is_architecture
 from nkd_hf.recipe.plan import PlannedTrainingArguments
 from nkd_hf.recipe.plan_costs import forward_gmacs
@@ -47,10 +48,10 @@ class Row(NamedTuple):
     teacher_gmacs: float  # of one forward pass; 0 where there is no teacher
 
     @property
-    def figures(self) -> tuple[float, float] | None:
-        """Top-1 of the paper, in percent: baseline and result."""
-        found = re.search(r"baseline ([\d.]+), .+ ([\d.]+) \(top-1\)", self.record["paper"][0])
-        return found and (float(found[1]), float(found[2]))
+    def figures(self) -> tuple[float | None, float] | None:
+        """Top-1 that was reported, in percent: baseline, where it is known, and result."""
+        found = re.match(r"(?:baseline ([\d.]+), )?[^,;]+ ([\d.]+) \(top-1\)", self.record["paper"][0])
+        return found and (found[1] and float(found[1]), float(found[2]))
 
     @property
     def launch(self) -> str:
@@ -101,10 +102,13 @@ def read_record(path: Path) -> tuple[str, dict[str, list[str]]]:
 
 def read_rows() -> list[Row]:
     paths = (path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("digits"))
-    # NKD, USKD, then what is not the paper's own table: CIFAR-100, and ViTKD beside NKD.
-    return [
-        read_row(path) for path in sorted(paths, key=lambda path: ("cifar" in path.stem, "vitkd" in path.stem, path))
-    ]
+    return [read_row(path) for path in sorted(paths, key=_order)]
+
+
+def _order(path: Path) -> tuple:
+    """NKD, USKD, then what is not the paper's own table: ViTKD beside NKD, CIFAR-100, and the rows of other papers."""
+    name = path.stem
+    return not name.startswith(("nkd", "uskd")), "cifar" in name, "vitkd" in name, path
 
 
 def baselines(rows: list[Row]) -> dict[str, str]:
@@ -126,8 +130,13 @@ def table_of_rows(rows: list[Row]) -> str:
         if row.figures:
             baseline, result = row.figures
             error = 100 * math.sqrt(result / 100 * (1 - result / 100) / images)
-            cells = [f"{baseline:.2f} -> {result:.2f}", f"{result - baseline:+.2f}", f"{error:.2f}"]
+            if baseline is None:
+                cells = [f"{result:.2f}", "", f"{error:.2f}"]
+            else:
+                cells = [f"{baseline:.2f} -> {result:.2f}", f"{result - baseline:+.2f}", f"{error:.2f}"]
         batch = f"{row.recipe.num_processes} x {row.training.per_device_train_batch_size}"
+        if row.training.gradient_accumulation_steps > 1:
+            batch += f" x {row.training.gradient_accumulation_steps}"
         lines.append([f"`{row.name}`", *cells, batch, f"{row.training.num_train_epochs:g}"])
     columns = ["row", "top-1: baseline -> result", "gain", "standard error", "GPUs x batch", "epochs"]
     return markdown("Top-1 in percent", columns, lines)
@@ -173,24 +182,38 @@ def table_of_first_losses(rows: list[Row]) -> str:
     """The loss of a student that takes all classes for equally likely, by the losses themselves."""
     lines = {}
     for row in rows:
-        student_logits, labels = torch.zeros(2, row.num_classes), torch.tensor([0, 1])
-        task = math.log(row.num_classes)
-        args = row.recipe.loss_args
-        if row.recipe.distillation_loss == "uskd":
-            low = high = uskd_loss(student_logits, student_logits, labels, **args).item()
-        else:
-            args = args.get("nkd", args)
-            # A teacher that knows nothing, and one that is certain.
-            certain = torch.zeros(2, row.num_classes).scatter(1, labels[:, None], 100.0)
-            low, high = (
-                nkd_loss(student_logits, logits, labels, **args).item() for logits in (student_logits, certain)
-            )
-        loss = f"{task + low:.2f}" if low == high else f"{task + low:.2f} to {task + high:.2f}"
+        # A teacher that knows nothing, and one that is certain.
+        labels = torch.tensor([0, 1])
+        teachers = torch.zeros(2, row.num_classes), torch.zeros(2, row.num_classes).scatter(1, labels[:, None], 100.0)
+        task, low = first_loss(row, teachers[0], labels)
+        _, high = first_loss(row, teachers[1], labels)
+        loss = " to ".join(dict.fromkeys((f"{low:.2f}", f"{high:.2f}")))
         vitkd = ", and ViTKD's" if "vitkd" in row.recipe.distillation_loss else ""
         lines.setdefault((f"{task:.2f}", f"{loss}{vitkd}"), []).append(f"`{row.name}`")
     columns = ["rows", "`task`", "`loss`"]
     table = [[", ".join(names), *figures] for figures, names in lines.items()]
     return markdown("Of a student that takes all classes for equally likely", columns, table)
+
+
+def first_loss(row: Row, teacher_logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Task loss and whole loss of a student whose logits are equal, without ViTKD's part."""
+    student_logits = torch.zeros_like(teacher_logits)
+    inputs = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
+    task, total = math.log(row.num_classes), 0.0
+    for name, loss_class in row.recipe.losses.items():
+        args = row.recipe.loss_args if len(row.recipe.losses) == 1 else row.recipe.loss_args[name]
+        if name == "uskd":
+            total += uskd_loss(student_logits, student_logits, labels, **args).item()
+        elif name == "sdnkd":
+            # A region is like another where all logits are equal.
+            args = {key: value for key, value in args.items() if key != "scales"}
+            total += sd_nkd_loss(student_logits[..., None], teacher_logits[..., None], labels, **args).item()
+        elif name != "vitkd":
+            loss = loss_class(**args)
+            task *= loss.task_weight
+            given = {key: value for key, value in inputs.items() if key in loss_inputs(loss)}
+            total += sum(value.item() for value in loss(**given).values())
+    return task, task + total
 
 
 def commands(rows: list[Row]) -> str:
@@ -199,7 +222,8 @@ def commands(rows: list[Row]) -> str:
     for row in rows:
         parts.append(f"### `{row.name}`")
         parts.append(f"{row.title}.")
-        facts = [f"teacher: {text}" for text in row.record.get("teacher", [])]
+        facts = [f"figures: {text}" for text in row.record["paper"]]
+        facts += [f"teacher: {text}" for text in row.record.get("teacher", [])]
         facts += [f"student: {text}" for text in row.record["student"]]
         facts += [f"differs: {text}" for text in row.record.get("differs", [])]
         if shared[row.name] != row.name:

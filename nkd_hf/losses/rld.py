@@ -54,7 +54,7 @@ def rld_loss(
     The defaults are those of the official code (github.com/zju-SWJ/RLD) for ResNet-34 to ResNet-18 on ImageNet; it has beta 2
     for ResNet-50 to MobileNet, and beta 8 and temperature 4 on CIFAR-100.
     Differs from the official code: mixup labels are taken, in NKD's way, and the loss begins with its full weight (there it
-    grows over the first epoch on ImageNet, over 20 epochs on CIFAR-100).
+    grows over 20 epochs on CIFAR-100).
 
     Returns:
         A scalar: float64 for float64 student logits, otherwise float32, in which the arithmetic runs, autocast or not.

@@ -47,7 +47,7 @@ def sd_nkd_loss(
     The defaults are NKD's for CNN students on ImageNet. The official code has gamma 0.5 for ResNet-34 to ResNet-18 and 2 for
     ResNet-50 to MobileNet, both at temperature 1.
     Differs from the official code: mixup labels are taken, in NKD's way; the loss begins with its full weight (there it grows
-    over the first epoch on ImageNet); and a loss that is not finite stays so (there it becomes 0).
+    over 20 epochs on CIFAR-100); and a loss that is not finite stays so (there it becomes 0).
 
     Returns:
         A scalar: float64 for float64 student logits, otherwise float32, in which the arithmetic runs, autocast or not.

@@ -16,7 +16,7 @@ import timm
 import torch
 from sklearn.datasets import load_sample_images
 from tiny import top1
-from transformers import pipeline, set_seed
+from transformers import get_scheduler, pipeline, set_seed
 
 from nkd_hf import (
     DataArguments,
@@ -49,6 +49,7 @@ PARAMETERS = {
     "deit_small_patch16_224": 22_050_664,
     "deit_base_patch16_224": 86_567_656,
     "resnet18_cifar": 11_220_132,
+    "resnetv2_50x1_bit": 25_549_352,
 }
 CHANNELS = {
     "uskd_mobilenet": 512,
@@ -87,6 +88,14 @@ SCHEDULES = {
         1024, 1252, 100, {0: 0.08, 1: 0.26, 2: 0.44, 3: 0.62, 4: 0.80, 5: 0.80, 99: 0.4 * (1 - math.cos(math.pi / 95))}
     ),
     "resnet18_cifar": Schedule(128, 391, 200, {0: 0.1, 59: 0.1, 60: 0.02, 120: 0.004, 160: 8e-4, 199: 8e-4}),
+    "sdnkd_resnet50_mobilenet": Schedule(512, 2503, 100, {0: 0.2, 29: 0.2, 30: 0.02, 60: 0.002, 90: 2e-4}),
+    # Of 375,600 steps 5000 are the warm-up.
+    "resnetv2_50x1_bit": Schedule(
+        4096,
+        313,
+        1200,
+        {0: 0.0, 8: 0.03 * 2504 / 5000, 600: 0.015 * (1 + math.cos(math.pi * (187800 - 5000) / 370600))},
+    ),
     "deit_tiny_patch16_224": ADAMW,
     "deit_small_patch16_224": ADAMW,
     "deit_base_patch16_224": ADAMW,
@@ -109,6 +118,14 @@ DECAY = {
         4416 * 13 + 169 * (2 * 3 + 2 * 6 + 6 * 12 + 2 * 24) + 2 * (384 + 768 + 1536) + 2 * 96 + 96 + 2 * 768 + 1000,
     ),
 }
+# GroupNorm: the first of each block has its input's channels, the others 64, 128, 256 and 512; at the end 2048; the head's bias.
+DECAY["resnetv2_50x1_bit"] = (
+    0.01,
+    2 * (64 + 2 * 256 + 256 + 3 * 512 + 512 + 5 * 1024 + 1024 + 2 * 2048)
+    + 4 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512)
+    + 2 * 2048
+    + 1000,
+)
 # Of the loss: the head's bias, and Swin's norm; ViTKD's two convolutions' and three aligners' biases.
 UNDECAYED_OF_LOSS = {"uskd_swin-tiny": 1000 + 2 * 384, "uskd_deit-tiny": 1000}
 TEACHER_WIDTHS = {"small": 384, "base": 768, "large": 1024}
@@ -151,6 +168,8 @@ def untrained_teacher(name, **kwargs):
     """The teacher's architecture with random weights: no weights of the Hub are here."""
     architecture = name.removeprefix("timm/").partition(".")[0]
     set_seed(1)
+    if architecture == "resnetv2_152x2_bit":
+        architecture = "resnetv2_50x1_bit"  # the same layers, a tenth of the weights
     if not architecture.endswith("_cifar"):
         return create_student(architecture, **kwargs)
     return create_student(architecture, image_size=32, crop_pct=1.0, **kwargs)
@@ -192,7 +211,7 @@ def test_row(row):
         (loss,) = trainer.model.losses.values()
         assert loss.head.in_features == CHANNELS[name]
 
-    expected = SCHEDULES.get(student, STEPS_X01)
+    expected = SCHEDULES.get(name, SCHEDULES.get(student, STEPS_X01))
     local = args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert local * recipe.args.num_processes == args.base_batch_size == expected.global_batch_size
     images = recipe.data_args.num_train_images
@@ -200,10 +219,14 @@ def test_row(row):
     assert math.ceil(images / expected.global_batch_size) == expected.steps_per_epoch
     assert args.num_train_epochs == expected.num_epochs
     # The rate in the row's own steps, scaled as a run with its global batch scales it.
-    factor = lr_factor(
-        args.lr_scheduler_type.value, expected.steps_per_epoch * expected.num_epochs, expected.num_epochs,
-        args.learning_rate, args.lr_scheduler_kwargs,
-    )  # fmt: skip
+    num_steps = expected.steps_per_epoch * expected.num_epochs
+    if args.lr_scheduler_type == "cosine":  # transformers' own
+        dummy = torch.optim.SGD([torch.zeros(1)], 1.0)
+        (factor,) = get_scheduler("cosine", dummy, args.get_warmup_steps(num_steps), num_steps).lr_lambdas
+    else:
+        factor = lr_factor(
+            args.lr_scheduler_type.value, num_steps, expected.num_epochs, args.learning_rate, args.lr_scheduler_kwargs
+        )
     rate = args.scaled_learning_rate(expected.global_batch_size)
     for epoch, value in expected.rates.items():
         assert rate * factor(epoch * expected.steps_per_epoch) == pytest.approx(value, rel=1e-6)
@@ -220,7 +243,7 @@ def test_row(row):
     total = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert groups == {weight_decay: total - undecayed, 0.0: undecayed}
     assert optimizer.param_groups[0]["initial_lr"] == pytest.approx(args.learning_rate * local / args.base_batch_size)
-    if "deit" in name or "swin" in name:
+    if "deit" in name or "swin" in name or name == "kd_resnet152x2_resnet50":
         assert isinstance(optimizer, torch.optim.AdamW)
         assert optimizer.defaults["betas"] == (0.9, 0.999)
     else:
@@ -229,7 +252,7 @@ def test_row(row):
 
 
 SETTINGS = {
-    "clip": {"nkd_resnet50_mobilenet": 5.0, "deit": 5.0, "swin": 5.0},
+    "clip": {"sdnkd": 40.0, "kd_resnet152x2": 1.0, "nkd_resnet50_mobilenet": 5.0, "deit": 5.0, "swin": 5.0},
     "drop path": {"swin": 0.2, "deit-base": 0.1},
     "moving average": {"deit-base": 0.99996},
     "lighting": {"regnetx": 0.1},
@@ -254,7 +277,9 @@ def test_the_rest_of_the_row(name, photographs, tmp_path):
     assert training.label_smoothing_factor == (0.1 if transformer else 0.0)
     strong = ("rand-m9-n2-mstd0.5-inc1", 0.25, 0.8, 1.0)
     augmentation = (data.auto_augment, data.random_erasing, data.mixup_alpha, data.cutmix_alpha)
-    assert augmentation == (strong if transformer else (None, 0.0, 0.0, 0.0))
+    plain = (None, 0.0, 1.0 if name == "kd_resnet152x2_resnet50" else 0.0, 0.0)
+    assert augmentation == (strong if transformer else plain)
+    assert data.random_resized_crop == ([0.05, 1.0] if name == "kd_resnet152x2_resnet50" else [0.08, 1.0])
     assert data.random_crop_padding == (4 if "cifar" in name else None)
     assert (recipe.image_size, recipe.crop_pct) == ((32, 1.0) if "cifar" in name else (224, 0.875))
     if "mobilenet" in name and "v2" not in name:
@@ -265,7 +290,12 @@ def test_the_rest_of_the_row(name, photographs, tmp_path):
         "uskd": {"alpha": 0.1, "beta": 0.1, "mu": 0.1} if "cifar" in name
         else {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
     }  # fmt: skip
-    losses["nkd+vitkd"] = {"nkd": losses["nkd"], "vitkd": {"alpha": 3e-5, "beta": 3e-6, "mask_ratio": 0.5}}
+    vitkd = {"alpha": 3e-5, "beta": 3e-6, "mask_ratio": 0.5}
+    losses["nkd+vitkd"] = {"nkd": losses["nkd"], "vitkd": vitkd}
+    losses["wttm+vitkd"] = {"wttm": {"exponent": 0.8, "beta": 1.6}, "vitkd": vitkd}
+    losses["dist"] = {"beta": 2.0, "gamma": 2.0}
+    losses["sdnkd"] = {"gamma": 2.0, "temperature": 1.0, "scales": [1, 2]}
+    losses["kd"] = {"alpha": 1.0, "temperature": 1.0}
     assert recipe.loss_args == losses[recipe.distillation_loss]
     if recipe.teacher and recipe.teacher.startswith("timm/"):
         tagged = recipe.teacher.removeprefix("timm/")
