@@ -22,6 +22,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         None,
         ("global batch", _format_batch(plan)),
         ("steps", f"{plan['num_steps']:,}, {_format_number(plan['steps_per_epoch'])} an epoch, {epochs}"),
+        *_label_first("without labels", [plan["unlabeled"]] if plan["unlabeled"] else []),
         ("precision", plan["precision"]),
         ("optimiser", ", ".join(_format_optimizer(plan))),
         *_label_first("", _format_groups(plan["optimizer_groups"])),

@@ -24,7 +24,23 @@ class DataArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset, where the Hub has several."}
     )
-    train_split: str | None = field(default=None, metadata={"help": "Training split. Default: `train`."})
+    unlabeled_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images without labels that join each batch of the student, named as `dataset_name`: the teacher alone "
+            "teaches them, and labels that the dataset has are ignored."
+        },
+    )
+    unlabeled_ratio: float = field(
+        default=1.0, metadata={"help": "Images of `unlabeled_dataset` for each labelled image of a batch."}
+    )
+    train_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training split. Default: `train`. `none` trains on `unlabeled_dataset` alone, and reads no label but for "
+            "the evaluation."
+        },
+    )
     validation_split: str | None = field(
         default=None,
         metadata={
@@ -110,6 +126,7 @@ class DataArguments:
     def __post_init__(self):
         if not self._is_parquet:  # parquet files may have addresses
             self.dataset_name = read_repo_id(self.dataset_name, "dataset_name", "dataset")
+        self._check_unlabeled()
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {self.on_bad_image!r}")
         if not 0 < self.train_val_split < 1:
@@ -141,9 +158,44 @@ class DataArguments:
                 "dataset without streaming"
             )
 
+    def _check_unlabeled(self) -> None:
+        if not 0 < self.unlabeled_ratio < math.inf:
+            raise ValueError(
+                f"unlabeled_ratio must be a finite number > 0, got {self.unlabeled_ratio}: omit unlabeled_dataset to use none"
+            )
+        if self.unlabeled_dataset is None:
+            needed_by = (
+                "train_split=none" if self.trains_without_labels else f"unlabeled_ratio={self.unlabeled_ratio:g}"
+            )
+            if self.trains_without_labels or self.unlabeled_ratio != 1:
+                raise ValueError(
+                    f"unlabeled_dataset must be set for {needed_by}, got None: name the images without labels, or omit the other"
+                )
+            return
+        if not _is_parquet(self.unlabeled_dataset):
+            self.unlabeled_dataset = read_repo_id(self.unlabeled_dataset, "unlabeled_dataset", "dataset")
+        if self.trains_without_labels and self.unlabeled_ratio != 1:
+            raise ValueError(
+                f"unlabeled_ratio must be omitted with train_split=none, got {self.unlabeled_ratio}: there are no labelled images "
+                "that it could count"
+            )
+        # Images that join labelled ones have no order of which pairs could be a part.
+        for name in ("streaming", "balanced_sampling" if self.trains_without_labels else "mix_pairs"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be false with unlabeled_dataset, got true: omit one of the two")
+
+    @property
+    def trains_without_labels(self) -> bool:
+        """Whether all training images are those of `unlabeled_dataset`."""
+        return self.train_split == "none"
+
     @property
     def _is_parquet(self) -> bool:
-        return self.dataset_name.endswith(".parquet") or any(character in self.dataset_name for character in "*?[")
+        return _is_parquet(self.dataset_name)
+
+
+def _is_parquet(name: str) -> bool:
+    return name.endswith(".parquet") or any(character in name for character in "*?[")
 
 
 def streaming_max_steps(num_train_images: int, num_train_epochs: float, global_batch_size: int) -> int:

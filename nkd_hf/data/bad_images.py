@@ -54,8 +54,8 @@ def describe_bad_images(dataset: ImageDataset | StreamingImageDataset) -> str | 
 
     With several processes, all must call this: each process knows only the bad images that it has read itself.
     """
-    kind = "training" if dataset.training else "evaluation"
     if isinstance(dataset, StreamingImageDataset):
+        kind = "training" if dataset.training else "evaluation"
         count = sum(gather_object([dataset.num_bad_images]))
         names = sorted(set(gather_object(dataset.bad_names)))[:NUM_NAMED]
         text = f"{count} bad images were met in the {kind} stream so far (once more in each pass) and skipped"
@@ -64,7 +64,9 @@ def describe_bad_images(dataset: ImageDataset | StreamingImageDataset) -> str | 
         rows = sorted(set(gather_object(dataset.bad_rows)))
         count = len(rows)
         names = [dataset.describe_row(row) for row in rows[:NUM_NAMED]]
-        text = f"{count} of {len(dataset)} {kind} images were bad so far, and the next good rows took their place"
+        text = (
+            f"{count} of {len(dataset)} {dataset.kind} images were bad so far, and the next good rows took their place"
+        )
         if not dataset.training:
             text += f" and count twice: accuracy is off by at most {count / len(dataset):.2%}"
         rest = f"and {count - NUM_NAMED} more" if count > NUM_NAMED else None
@@ -77,7 +79,8 @@ def _report(dataloader) -> None:
     dataset = None if dataloader is None else dataloader.dataset
     if isinstance(dataset, IterableDatasetShard):
         dataset = dataset.dataset
-    if isinstance(dataset, ImageDataset | StreamingImageDataset) and dataset.on_bad_image == "skip":
-        text = describe_bad_images(dataset)
-        if text is not None and PartialState().is_main_process:
-            logger.warning("%s", text)
+    for each in (dataset, getattr(dataset, "unlabeled", None)):
+        if isinstance(each, ImageDataset | StreamingImageDataset) and each.on_bad_image == "skip":
+            text = describe_bad_images(each)
+            if text is not None and PartialState().is_main_process:
+                logger.warning("%s", text)

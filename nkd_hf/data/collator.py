@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from ..teacher_logits.store import TeacherLogits
 from .sampler import check_positions
 from .seeding import seeded
+from .unlabeled_images import UNLABELED
 
 
 class ImageCollator:
@@ -26,6 +27,9 @@ class ImageCollator:
     then a function of seed and epoch alone, whatever the number of workers and processes and the batch of each process,
     which must be even. The last sample of an odd dataset, which comes twice, is not mixed.
 
+    Images without labels, which samples of [`~nkd_hf.data.unlabeled_images.JoinedImageDataset`] bring along, are mixed among
+    themselves, with a ratio of their own. Where all images are without labels, `mix_pairs` and `teacher_logits` hold for them.
+
     Labels are checked here, where it costs no GPU synchronisation: on a GPU, a label out of range is an unreadable
     device-side assertion.
 
@@ -40,7 +44,8 @@ class ImageCollator:
     Call with a list of samples `{"pixel_values": [3, H, W] float, "labels" or "label": int}`, with or without `epoch`,
     `index` and `position`. Returns `pixel_values` [B, 3, H, W], `labels`: [B] int64, or [B, num_labels] float32 after
     mixing, `index` [B] int64 if the samples carry it (training's do), and with a store `teacher_logits`, the dict of
-    [`~nkd_hf.teacher_logits.store.TeacherLogits.read`].
+    [`~nkd_hf.teacher_logits.store.TeacherLogits.read`]. With U images without labels, `unlabeled_pixel_values` [U, 3, H, W] are
+    theirs, and `index` [B + U] has -1 - row for each of them at its end; B may be 0.
 
     Raises:
         ValueError: an argument is out of range; a label is not an integer from 0 to `num_labels - 1`; a pair is split, or a
@@ -97,6 +102,39 @@ class ImageCollator:
         return ImageCollator(self.num_labels, seed=self.seed)
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        unlabeled = [
+            each for sample in samples for each in ([sample] if UNLABELED in sample else sample.get("unlabeled", ()))
+        ]
+        if not unlabeled:
+            return self._collate(samples)
+        labeled = [sample for sample in samples if UNLABELED not in sample]
+        pixel_values = self._mix_unlabeled(unlabeled, in_pairs=self.mix_pairs and not labeled)
+        batch = {"pixel_values": pixel_values[:0], "labels": torch.empty(0, dtype=torch.int64)}
+        batch |= self._collate(labeled) if labeled else {}
+        batch[UNLABELED] = pixel_values
+        if self.teacher_logits is not None:
+            check_positions(unlabeled)
+            epoch, positions = unlabeled[0]["epoch"], [sample["position"] for sample in unlabeled]
+            batch["teacher_logits"] = self.teacher_logits.read(epoch, positions)
+        if "index" in batch or not labeled:
+            rows = torch.tensor([-1 - sample["index"] for sample in unlabeled])
+            batch["index"] = torch.cat([batch.get("index", rows[:0]), rows])
+        return batch
+
+    def _mix_unlabeled(self, samples: list[dict], in_pairs: bool) -> Tensor:
+        pixel_values = torch.stack([sample[UNLABELED] for sample in samples])
+        if self._mix is None:
+            return pixel_values
+        # torchvision mixes labels too: numbers that nobody reads.
+        labels = torch.zeros(len(samples), dtype=torch.int64)
+        if in_pairs:
+            check_positions(samples)
+            self._mix_in_pairs(pixel_values, labels, samples)
+            return pixel_values
+        with seeded(self.seed, *_mixing_key(samples)):
+            return self._mix(pixel_values, labels)[0]
+
+    def _collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         pixel_values = torch.stack([sample["pixel_values"] for sample in samples])
         if self._mix is None and not any("labels" in sample or "label" in sample for sample in samples):
             return {"pixel_values": pixel_values}  # `Trainer.predict` on images without labels
@@ -108,9 +146,7 @@ class ImageCollator:
             labels = self._mix_in_pairs(pixel_values, labels, samples)
         elif self._mix is not None:
             if known:
-                key = [part for sample in samples for part in (sample["epoch"], sample["index"])]
-                key += [sample["draw"] for sample in samples if sample.get("draw")]
-                with seeded(self.seed, *key):
+                with seeded(self.seed, *_mixing_key(samples)):
                     pixel_values, labels = self._mix(pixel_values, labels)
             else:
                 pixel_values, labels = self._mix(pixel_values, labels)
@@ -165,6 +201,11 @@ class ImageCollator:
                 "build the student with the dataset's number of labels, or drop unlabelled rows (-1)"
             )
         return label
+
+
+def _mixing_key(samples: list[dict]) -> list[int]:
+    key = [part for sample in samples for part in (sample["epoch"], sample["index"])]
+    return key + [sample["draw"] for sample in samples if sample.get("draw")]
 
 
 def without_mixing(collator: Callable) -> Callable:

@@ -47,7 +47,7 @@ def _class_names(dataset: Any) -> Iterator[list[str]]:
     elif isinstance(dataset, Subset):
         yield from _class_names(dataset.dataset)
     elif isinstance(dataset, ImageDataset | StreamingImageDataset):
-        label = dataset.dataset.features["label"]
+        label = dataset.dataset.features.get("label")
         if isinstance(label, datasets.ClassLabel):
             yield describe_synsets(label.names)
 

@@ -69,11 +69,16 @@ def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.I
     """
     if sample["label"] is None or sample["label"] < 0:
         raise BadSampleError(f"{name} has no label ({sample['label']})")
+    return read_image(sample, name, as_tensor), sample["label"]
+
+
+def read_image(sample: dict, name: str, as_tensor: bool = False) -> PIL.Image.Image | torch.Tensor:
+    """Decodes the RGB image of a row as [`read_sample`] does, and reads no label."""
     if sample["image"] is None:
         raise BadSampleError(f"{name} has no image")
     try:
         image = _decode(sample["image"], as_tensor)
-        return image if isinstance(image, torch.Tensor) else _to_rgb(image), sample["label"]
+        return image if isinstance(image, torch.Tensor) else _to_rgb(image)
     except PIL.UnidentifiedImageError as error:
         formats = ", ".join(FORMATS)
         raise BadSampleError(
@@ -110,9 +115,20 @@ def read_bytes(encoded: dict) -> bytes | None:
 
 def read_pixels(encoded: dict, name: str, transform: Callable, key: tuple[int, ...]) -> tuple[torch.Tensor, int]:
     image, label = read_sample(encoded, name, takes_tensors(transform))
+    return transform_image(image, name, transform, key), label
+
+
+def transform_image(
+    image: PIL.Image.Image | torch.Tensor, name: str, transform: Callable, key: tuple[int, ...]
+) -> torch.Tensor:
+    """Transforms a decoded image with random numbers that are a function of the key alone.
+
+    Raises:
+        BadSampleError: the memory does not suffice.
+    """
     try:
         with seeded(*key, torch_only=draws_from_torch(transform)):
-            return transform(image), label
+            return transform(image)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # PyTorch's MemoryError
             raise

@@ -83,7 +83,7 @@ class ImageDataset(EpochDataset):
         balanced_sampling: bool = False,
     ):
         _check_on_bad_image(on_bad_image)
-        _check_columns(dataset)
+        self._check_columns(dataset)
         if len(dataset) == 0:
             raise ValueError("the dataset has no rows: name another split")
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
@@ -95,6 +95,10 @@ class ImageDataset(EpochDataset):
         # One flag per row, in memory that workers share. It needs no lock, since setting a flag twice is harmless.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
+
+    @staticmethod
+    def _check_columns(dataset: Dataset) -> None:
+        _check_columns(dataset)
 
     def check_labels(self) -> None:
         """Raises BadSampleError for the first row without a label, unless bad rows are skipped; reads no images."""
@@ -123,9 +127,12 @@ class ImageDataset(EpochDataset):
     def describe_row(self, row: int, sample: dict | None = None) -> str:
         """`row 5 of the training data (folder/file.jpg)`; the sample is read if it is not passed."""
         path = ((self.dataset[row] if sample is None else sample)["image"] or {}).get("path")
-        return f"row {row} of the {'training' if self.training else 'evaluation'} data" + (
-            f" ({path})" if path else ""
-        )
+        return f"row {row} of the {self.kind} data" + (f" ({path})" if path else "")
+
+    @property
+    def kind(self) -> str:
+        """`training` or `evaluation`, as messages call the images."""
+        return "training" if self.training else "evaluation"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -145,18 +152,21 @@ class ImageDataset(EpochDataset):
             sample = self.dataset[row]
             key = (self.seed, epoch, row, draw) if draw else (self.seed, epoch, row)
             try:
-                pixels, label = read_pixels(sample, self.describe_row(row, sample), self.transform, key)
+                result = self._read(sample, self.describe_row(row, sample), key)
             except BadSampleError as error:
                 if self.on_bad_image == "error":
                     raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
                 self._bad[row] = True
                 logger.warning("%s. The next good row takes its place.", error)
                 continue
-            result = {"pixel_values": pixels, "labels": label}
             if self.training:
                 result |= {"epoch": epoch, "index": row, "draw": draw}
             return result
         raise ValueError(f"all {len(self)} rows are bad: see the warnings above, or set on_bad_image to error")
+
+    def _read(self, sample: dict, name: str, key: tuple[int, ...]) -> dict:
+        pixels, label = read_pixels(sample, name, self.transform, key)
+        return {"pixel_values": pixels, "labels": label}
 
 
 class StreamingImageDataset(torch.utils.data.IterableDataset):

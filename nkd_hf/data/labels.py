@@ -35,7 +35,9 @@ def label_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
         >>> label_names(load_image_dataset(DataArguments(dataset_name="digits")))[:3]
         ['0', '1', '2']
     """
-    feature = data["train"].features["label"]
+    # The training images have no labels where `train_split` is none.
+    features = data["train"].features
+    feature = (features if "label" in features else data["validation"].features)["label"]
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"the stream's labels are {feature.dtype} without names, so the number of classes is unknown: load without "

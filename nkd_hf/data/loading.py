@@ -2,30 +2,27 @@
 
 import math
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.iterable_dataset import ExamplesIterable
 
-from ..errors import OutsideError, explain_gated_repo, reason, redact
-from ..files import path_fault
+from ..errors import reason, redact
 from .arguments import DataArguments
-from .digits import load_digits_dataset
 from .labels import (
     _LABEL_COLUMNS,
     _cast_labels,
-    _check_parquet_classes,
     _in_order_of_numbers,
     _is_text,
     _warn_of_empty_classes,
     _with_class_labels,
 )
-from .row_paths import check_data_files, keep_within
+from .row_paths import keep_within
+from .source import EMPTY_SPLIT, check_image_column, open_dataset
+from .unlabeled import load_unlabeled_images
 
 
 def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | IterableDatasetDict:
@@ -43,16 +40,24 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         In a stream, integers without names stay integers. A warning names the classes, and the folders of classes, that
         have no images in a split.
 
+        With `unlabeled_dataset` there is a third split, `unlabeled`, with the column `image` alone; with `train_split` none, it
+        is the split `train`, and `max_train_samples` are drawn from it.
+
     Raises:
         ValueError: the dataset cannot be reached, has no such split, column or kind of label (the message names those that
-            exist), a split has no rows, or local parquet files number their classes differently.
+            exist), a split has no rows, local parquet files number their classes differently, or the images of the evaluation
+            are among those without labels.
 
     Example:
         >>> data = load_image_dataset(DataArguments(dataset_name="digits", max_eval_samples=100))
         >>> len(data["train"]), len(data["validation"]), data["train"].column_names
         (1437, 100, ['image', 'label'])
     """
-    loaded = _load(args)
+    if args.trains_without_labels:
+        evaluated, validation = load_evaluation_split(args, seed)
+        train = load_unlabeled_images(args, evaluated)
+        return DatasetDict(train=_subset(train, args.max_train_samples, seed), validation=validation)
+    loaded = open_dataset(args)
     splits = {"train": _pick_split(loaded, args.train_split, ["train"], "train_split")}
     candidates = [name for name in _EVALUATION_SPLITS if name != args.train_split]
     if args.validation_split is not None or any(name in loaded for name in candidates):
@@ -78,7 +83,10 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         train, validation = _split_rows(splits["train"]["label"][:], args.train_val_split, seed)
         splits = {"train": splits["train"].select(train), "validation": splits["train"].select(validation)}
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
-    return DatasetDict({name: _subset(split, limits[name], seed) for name, split in splits.items()})
+    found = DatasetDict({name: _subset(split, limits[name], seed) for name, split in splits.items()})
+    if args.unlabeled_dataset is not None:
+        found["unlabeled"] = load_unlabeled_images(args, str(found["validation"].split))
+    return found
 
 
 def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dataset | IterableDataset]:
@@ -99,7 +107,7 @@ def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dat
         >>> name, len(split), split.column_names
         ('validation', 360, ['image', 'label'])
     """
-    loaded = _load(args)
+    loaded = open_dataset(args)
     wanted = args.validation_split or next((name for name in _EVALUATION_SPLITS if name in loaded), None)
     split = _pick_columns(_pick_split(loaded, wanted, [_EVALUATION_SPLITS[0]], "the split to evaluate on"), args)
     if args.streaming:
@@ -110,53 +118,6 @@ def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dat
     train = _pick_columns(loaded["train"], args) if "train" in loaded else split
     split = _with_class_labels({"train": train, "validation": split})["validation"]
     return wanted, _subset(split, args.max_eval_samples, seed)
-
-
-def _load(args: DataArguments) -> DatasetDict | IterableDatasetDict:
-    name = os.path.expanduser(args.dataset_name)
-    if name == "digits":
-        digits = load_digits_dataset()
-        if args.streaming:
-            return IterableDatasetDict({key: split.to_iterable_dataset(num_shards=4) for key, split in digits.items()})
-        return digits
-    if not args._is_parquet and (fault := path_fault(args.dataset_name)):
-        raise ValueError(f"dataset_name={redact(args.dataset_name)!r} could not be loaded: {fault}. {_EXPECTED}")
-    source = {"path": name, "name": args.dataset_config_name}
-    if args._is_parquet:
-        source = {"path": "parquet", "data_files": name}
-    try:
-        if not args._is_parquet:
-            check_data_files(name)
-        loaded = datasets.load_dataset(**source, streaming=args.streaming)
-    except OutsideError:
-        raise
-    except (
-        *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
-        *(yaml.YAMLError, pickle.UnpicklingError),  # from its card, and from a tar file: no code in them was run
-    ) as error:
-        if how := explain_gated_repo(error, name, "dataset"):
-            raise ValueError(f"dataset_name={redact(args.dataset_name)!r} could not be loaded: {how}") from error
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        if any(text in str(cause) for text in _EMPTY_SPLIT):
-            raise ValueError(
-                f"dataset_name={redact(args.dataset_name)!r} could not be loaded: one of its splits has no rows ({reason(cause)}). Remove its "
-                "file, or put images in it"
-            ) from error
-        raise ValueError(
-            f"dataset_name={redact(args.dataset_name)!r} could not be loaded ({type(cause).__name__}: {reason(cause)}). {_EXPECTED}"
-        ) from error
-    if args._is_parquet or os.path.exists(name):
-        _check_parquet_classes(loaded, args, source)
-    return loaded
-
-
-_EXPECTED = (
-    "Expected an existing folder of images or of parquet files, a parquet file or a quoted glob, digits, or a dataset of the "
-    "Hub (check its name and dataset_config_name; if it is gated, accept its terms on its page and run `hf auth login`; with "
-    "no network, only one that was loaded before)"
-)
-# Parts of datasets' errors for a split without rows: one for an empty file, one where all files are empty.
-_EMPTY_SPLIT = ("BatchSize must be greater than 0", "corresponds to no data")
 
 
 def _pick_split(loaded: dict, wanted: str | None, candidates: list[str], option: str):
@@ -201,11 +162,7 @@ def _pick_columns(split, args: DataArguments):
             split = split.cast_column(source, datasets.Image(decode=False))
     split = split.rename_columns({source: target for source, target in columns.items() if source != target})
     image, label = split.features["image"], split.features["label"]
-    encoded = isinstance(image, dict) and set(image) <= {"bytes", "path"}
-    if not (encoded or isinstance(image, datasets.Image) or image in map(datasets.Value, IMAGE_DTYPES)):
-        raise ValueError(
-            f"the image column is {image}, expected images, encoded bytes or paths: set image_column_name"
-        )
+    check_image_column(image)
     if isinstance(split, Dataset) and label in (datasets.Value("float32"), datasets.Value("float64")):
         # One missing label makes the integers of a CSV file floats. (In a stream, the cast would cut fractions off.)
         try:
@@ -227,7 +184,6 @@ def _pick_columns(split, args: DataArguments):
 
 # In the order of preference.
 _EVALUATION_SPLITS = ("validation", "val", "valid", "test")
-IMAGE_DTYPES = ("binary", "large_binary", "string", "large_string")
 INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
@@ -241,7 +197,7 @@ def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> Non
     try:
         empty = next(iter(split), None) is None
     except pa.ArrowInvalid as error:
-        if not any(text in str(error) for text in _EMPTY_SPLIT):
+        if not any(text in str(error) for text in EMPTY_SPLIT):
             raise
         empty = True
     if empty:

@@ -24,9 +24,11 @@ class EpochDataset(Dataset):
     Attributes:
         sampling_labels (`np.ndarray`, *optional*): [N] int64 class of each row, negative for none. Where it is set, the
             trainer draws the rows of an epoch with [`balanced_order`].
+        needs_positions (`bool`): whether the trainer's keys must have a position.
     """
 
     sampling_labels: np.ndarray | None = None
+    needs_positions: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -11,8 +11,9 @@ from .collator import ImageCollator
 from .image_datasets import ImageDataset, StreamingImageDataset
 from .loading import load_image_dataset
 from .transforms import processor_transform, train_transform
+from .unlabeled_images import JoinedImageDataset, UnlabeledImageDataset, seed_unlabeled
 
-ImageDatasets = tuple[ImageDataset, ImageDataset] | tuple[StreamingImageDataset, StreamingImageDataset]
+ImageDatasets = tuple[ImageDataset | None, ImageDataset] | tuple[StreamingImageDataset, StreamingImageDataset]
 
 
 def make_datasets(
@@ -34,6 +35,9 @@ def make_datasets(
     Raises:
         ValueError: the dataset cannot be loaded, as in [`load_image_dataset`], or the student has no image processor.
 
+    With `unlabeled_dataset`, the training images bring those without labels along, and the trainer needs a distillation loss
+    with a teacher.
+
     Example:
         >>> from nkd_hf import DataArguments, create_student, make_datasets
         >>> student = create_student("resnet18", num_labels=10, image_size=32)
@@ -50,9 +54,21 @@ def make_datasets(
 
 
 def make_image_datasets(
-    splits: DatasetDict | IterableDatasetDict, data_arguments: DataArguments, student: PreTrainedModel, seed: int
+    splits: DatasetDict | IterableDatasetDict,
+    data_arguments: DataArguments,
+    student: PreTrainedModel,
+    seed: int,
+    with_unlabeled: bool = True,
 ) -> ImageDatasets:
-    """Makes the images of training and of evaluation from the splits of [`load_image_dataset`]."""
+    """Makes the images of training and of evaluation from the splits of [`load_image_dataset`].
+
+    Args:
+        splits: of the dataset.
+        data_arguments: the augmentation.
+        student: says how its images are prepared.
+        seed: of the augmentation.
+        with_unlabeled: whether images without labels are among those of training. Without them there may be none, None.
+    """
     processor = load_image_processor(student)
     pixels = read_preprocessing(student, processor)
     transform = train_transform(
@@ -61,8 +77,16 @@ def make_image_datasets(
     evaluation = make_evaluation_images(splits["validation"], data_arguments, processor, seed)
     if data_arguments.streaming:
         return StreamingImageDataset(splits["train"], transform, seed, data_arguments.on_bad_image), evaluation
-    options = {"on_bad_image": data_arguments.on_bad_image, "balanced_sampling": data_arguments.balanced_sampling}
-    return ImageDataset(splits["train"], transform, seed, **options), evaluation
+    options = {"on_bad_image": data_arguments.on_bad_image}
+    if data_arguments.trains_without_labels:
+        train = UnlabeledImageDataset(splits["train"], transform, seed, **options) if with_unlabeled else None
+        return train, evaluation
+    balanced = {"balanced_sampling": data_arguments.balanced_sampling}
+    if not with_unlabeled or "unlabeled" not in splits:
+        return ImageDataset(splits["train"], transform, seed, **options, **balanced), evaluation
+    unlabeled = UnlabeledImageDataset(splits["unlabeled"], transform, seed_unlabeled(seed), **options)
+    joined = {"unlabeled": unlabeled, "ratio": data_arguments.unlabeled_ratio}
+    return JoinedImageDataset(splits["train"], transform, seed, **options, **balanced, **joined), evaluation
 
 
 def make_evaluation_images(
@@ -71,8 +95,10 @@ def make_evaluation_images(
     processor: BaseImageProcessor,
     seed: int = 0,
 ) -> ImageDataset | StreamingImageDataset:
-    """Makes the images of a split as an image processor prepares them for evaluation."""
+    """Makes the images of a split, which may have no labels, as an image processor prepares them for evaluation."""
     kind = StreamingImageDataset if data_arguments.streaming else ImageDataset
+    if "label" not in (split.column_names or ["label"]):
+        kind = UnlabeledImageDataset
     return kind(split, processor_transform(processor), seed, data_arguments.on_bad_image, training=False)
 
 

@@ -27,7 +27,7 @@ class DistillationLoss(nn.Module):
     |---|---|
     | `student_logits` | [B, C] float |
     | `teacher_logits` | [B, C] float |
-    | `labels` | [B] int64 classes, or [B, C] float rows that sum to one (mixup, cutmix) |
+    | `labels` | [B] int64 classes, or [B, C] float rows that sum to one (mixup, cutmix); of an image without a label, the class that the teacher gives the largest logit |
     | `mid_feature` | [B, D] of a middle layer of the student; [B, N, D] tokens of a Swin |
     | `student_low`, `teacher_low` | [B, 2, P, D] patch tokens of a ViT after its first and its second block |
     | `student_high`, `teacher_high` | [B, P, D] patch tokens of a ViT after its last block and its final norm |

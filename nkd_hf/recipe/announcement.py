@@ -16,6 +16,7 @@ from .build import runs_teacher
 from .class_sizes import are_unequal, count_images
 from .report import describe_size
 from .teacher_start import teacher_changes
+from .unlabeled import describe_unlabeled
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -34,6 +35,8 @@ def describe_run(run: "Recipe") -> list[str]:
     lines = {"data": redact(run.data_args.dataset_name)}
     for name, split in run.data.items():
         lines[name] = _describe_split(split, list(run.id2label.values()))
+    if unlabeled := describe_unlabeled(run.data_args):
+        lines["without labels"] = unlabeled
     if runs_teacher(recipe):
         lines |= _describe_teachers(run)
     elif recipe.teacher_logits is not None:
@@ -42,9 +45,8 @@ def describe_run(run: "Recipe") -> list[str]:
             lines["teacher"] += f", whose {run.teacher_logits.info.cycle} epochs of augmentation are repeated"
     student = run.create(recipe.student, recipe.student_args)
     lines["student"] = f"{redact(recipe.student)}: {describe_model(student)}, {describe_start(student)}"
-    lines["loss"] = (
-        f"{recipe.distillation_loss}, with the labels" if recipe.distillation_loss != "none" else "the labels"
-    )
+    labels = "without labels" if run.data_args.trains_without_labels else "with the labels"
+    lines["loss"] = "the labels" if recipe.distillation_loss == "none" else f"{recipe.distillation_loss}, {labels}"
     for name in run.stages:
         changes = teacher_changes(recipe, run.data_args, training) if name == "teacher" else {}
         lines[f"training of the {name}"] = _describe_training(run, changes)
@@ -66,6 +68,8 @@ def describe_model(model: PreTrainedModel) -> str:
 def _describe_split(split: Dataset, names: list[str]) -> str:
     if not isinstance(split, Dataset):
         return f"a stream, {len(names)} classes"
+    if "label" not in split.column_names:
+        return f"{len(split)} images without labels"
     counts = count_images(split, len(names))
     text = f"{len(split)} images, {len(names)} classes"
     present = counts[counts > 0]

@@ -18,6 +18,7 @@ from ..trainer.trainer import DistillationTrainer
 from .arguments import RecipeArguments
 from .build import runs_teacher
 from .class_sizes import check_class_balance
+from .unlabeled import check_unlabeled
 
 
 def check_arguments(recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments) -> None:
@@ -25,10 +26,11 @@ def check_arguments(recipe: RecipeArguments, data: DataArguments, training: Dist
 
     Raises:
         ValueError: the Hub knows no such licence, the loss has no teacher for which something is set, or what is set for
-            classes of different sizes does not fit.
+            classes of different sizes or for images without labels does not fit.
     """
     check_license(recipe.license)
     check_class_balance(recipe, data)
+    check_unlabeled(recipe, data)
     if data.balanced_sampling:
         check_sampling(training.train_sampling_strategy, is_balanced=True)
     if recipe.time_budget is not None and training.max_steps > 0:

@@ -48,12 +48,13 @@ def make_class_settings(
 
     Returns:
         `dict`: `class_weights`, [C] float32 or None, and `metrics`, which computes balanced accuracy where classes differ
-        in size by more than a factor of 2. Classes without images don't count, and a stream's classes count as equal.
+        in size by more than a factor of 2. Classes without images don't count, and those of a stream, or of images without
+        labels, count as equal.
 
     Raises:
         ValueError: there are class weights, and a class has no training images.
     """
-    if isinstance(train, IterableDataset):
+    if isinstance(train, IterableDataset) or "label" not in train.column_names:
         return {"class_weights": None, "metrics": compute_metrics}
     sizes = count_images(train, len(class_names))
     return {

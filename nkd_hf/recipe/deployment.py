@@ -45,7 +45,7 @@ _SETTINGS = (
     "teacher_epochs", "teacher_learning_rate",
     "image_size", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "optim", "weight_decay", "lr_scheduler_type", "class_weights", "balanced_sampling", "random_resized_crop", "auto_augment",
-    "mixup_alpha", "cutmix_alpha", "time_budget", "seed",
+    "mixup_alpha", "cutmix_alpha", "time_budget", "seed", "unlabeled_dataset", "unlabeled_ratio",
 )  # fmt: skip
 
 
@@ -212,6 +212,8 @@ def _collect(
         parameters = sum(parameter.numel() for parameter in counted.parameters())
         figures[name] = model_figures(logits[name], labels) | {"parameters": parameters} | measured[name] | size
     settings = vars(run.args) | vars(run.data_args) | run.training_args.to_dict()
+    if run.data_args.unlabeled_dataset is None:
+        del settings["unlabeled_ratio"]  # nothing reads it
     torch_models = ("teacher", "baseline", "student")
     results: dict[str, Any] = {"models": figures}
     if "teacher" in logits:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ..data.arguments import DataArguments
-from ..data.decoding import read_sample
+from ..data.decoding import read_image, read_sample
 from ..data.loading import load_image_dataset
 from ..errors import BadSampleError
 from ..models.architectures import is_architecture
@@ -222,6 +222,7 @@ def _find_faults(split: Any, rows: list[int], name: str) -> Iterator[str]:
         sample = split[row]
         path = (sample["image"] or {}).get("path")
         try:
-            read_sample(sample, f"row {row} of {name}" + (f" ({path})" if path else ""))
+            read = read_sample if "label" in sample else read_image
+            read(sample, f"row {row} of {name}" + (f" ({path})" if path else ""))
         except BadSampleError as error:
             yield str(error)

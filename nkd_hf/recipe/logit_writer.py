@@ -18,6 +18,8 @@ from ..data.collator import ImageCollator
 from ..data.image_datasets import ImageDataset
 from ..data.sampler import EpochSampler
 from ..data.student_datasets import make_collator
+from ..data.unlabeled_images import UNLABELED
+from ..errors import redact
 from ..hub.model_card.facts import describe_teacher
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.teacher import Teacher
@@ -140,6 +142,11 @@ def _check_recipe(
     others = [name for name, view in recipe.top_k_views.items() if view is None]
     if top_k is not None and others:
         raise ValueError(f"{', '.join(others)} needs top_k = all: omit --top_k")
+    if data.unlabeled_dataset is not None and not data.trains_without_labels:
+        raise ValueError(
+            f"unlabeled_dataset must be omitted, got {redact(data.unlabeled_dataset)!r}: a store has the logits of one order of "
+            "images. Set train_split to none, which trains on unlabeled_dataset alone"
+        )
     if data.streaming:
         raise ValueError("teacher logits need streaming off: a stream has no order in which they could be stored")
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -211,8 +218,9 @@ def _write_shards(
             positions, parts = _shard_positions(info, shard), []
             for _ in range(0, len(positions), batch_size):
                 batch = next(loader)
-                logits = teacher(batch["pixel_values"].to(training.device)).float()
-                labels = batch["labels"]
+                logits = teacher(batch.get(UNLABELED, batch["pixel_values"]).to(training.device)).float()
+                # Without labels, the teacher's most probable class is the target.
+                labels = logits if UNLABELED in batch else batch["labels"]
                 target = labels if labels.ndim == 1 else labels.argmax(-1)
                 temperatures = info.temperatures, info.standardized_temperatures
                 rows = sparse_logits(logits, target.to(logits.device), info.top_k, *temperatures)

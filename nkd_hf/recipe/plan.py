@@ -34,6 +34,7 @@ from .plan_costs import (
     list_optimizer_groups,
 )
 from .plan_models import open_student, open_teachers
+from .unlabeled import check_unlabeled, describe_unlabeled, refuse_training_of_teacher
 
 
 class PlannedTrainingArguments(DistillationTrainingArguments):
@@ -75,8 +76,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         `members`; `tap`, what USKD's auxiliary head reads, with
         `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
         rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
-        `global_batch_size`; `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and
-        `memory` in bytes, the least that is needed. The other keys are named as the arguments.
+        `global_batch_size`; `unlabeled`, how images without labels take part, in words; `decayed_parameters` and
+        `undecayed_parameters`, student and losses together; `disk` and `memory` in bytes, the least that is needed. The other keys are named as the arguments.
 
     Raises:
         ValueError: the arguments do not say enough, or do not fit the models.
@@ -85,6 +86,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         if value is None or value < 1:
             raise ValueError(f"the plan needs {name}, got {value}: set it in the config, or give --{name}")
     check_class_balance(recipe, data)
+    check_unlabeled(recipe, data)
     notes: list[str] = []
     steps = _count_steps(recipe, data, training)
     with torch.device("meta"), OnlyShapes():
@@ -111,6 +113,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     if teacher is not None and not recipe.names_new_teacher:
         differ = teacher_plans[0]["num_classes"] != student_plan["num_classes"]
         finetunes = recipe.finetune_teacher == "always" or (differ and recipe.finetune_teacher == "auto")
+    if finetunes and data.trains_without_labels:
+        refuse_training_of_teacher(recipe)
     if finetunes:
         notes.append("the teacher is fine-tuned on the data first (finetune_teacher)")
     else:
@@ -135,6 +139,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
     teachers = nn.ModuleList(model for model, _ in opened if model is not None)
     states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
 
+    joins = data.unlabeled_dataset is not None and not data.trains_without_labels
+    unlabeled = math.ceil(data.unlabeled_ratio * steps["per_device_train_batch_size"]) if joins else 0
     learning_rate = training.scaled_learning_rate(steps["global_batch_size"])
     if learning_rate != training.learning_rate:
         notes.append(
@@ -159,6 +165,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "taps": taps,
         "runs": list(runs),
         **steps,
+        "unlabeled": describe_unlabeled(data),
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
         "teacher_dtype": training.teacher_dtype or "float32",
         "optimizer": training.optim.value,
@@ -180,7 +187,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
             pixels.size,
             teachers,
             states[[*runs][-1]],
-            steps["per_device_train_batch_size"],
+            steps["per_device_train_batch_size"] + unlabeled,
             training,
             not recomputes,
         ),

@@ -162,7 +162,7 @@ class Recipe:
 
     def _decide_on_teacher(self) -> None:
         """Finds out whether a pretrained teacher is fine-tuned first; then its weights are opened again, for training."""
-        if isinstance(self.teacher, Teacher) and needs_finetuning(self.args, self.teacher, self.id2label):
+        if needs_finetuning(self.args, self.teacher, self.id2label, self.data_args):
             self.teacher, self.trains_teacher = None, True
 
     def _open_teacher_logits(self) -> None:
@@ -350,9 +350,9 @@ class Recipe:
         """Builds the teacher that is trained; see [`~nkd_hf.recipe.build.create_teacher`]."""
         return create_teacher(self.args, self.id2label, self.training_args.seed)
 
-    def datasets(self, student: PreTrainedModel) -> ImageDatasets:
+    def datasets(self, student: PreTrainedModel, with_unlabeled: bool = True) -> ImageDatasets:
         """Makes the images of training and of evaluation as the student gets them."""
-        return make_image_datasets(self.data, self.data_args, student, self.training_args.seed)
+        return make_image_datasets(self.data, self.data_args, student, self.training_args.seed, with_unlabeled)
 
     def collator(self, with_teacher_logits: bool = False) -> ImageCollator:
         """Makes the collator of this run's batches; a store's logits are of images that are mixed in pairs."""
@@ -398,7 +398,7 @@ class Recipe:
         return self._make_trainer(self.folder, student, loss, teacher, **changes)
 
     def _make_trainer(self, folder: Path, student: PreTrainedModel, loss=None, teacher=None, **changes):
-        datasets, collator = self.datasets(student), self.collator(with_teacher_logits=loss is not None)
+        datasets, collator = self.datasets(student, loss is not None), self.collator(loss is not None)
         changes |= self._class_settings
         return make_trainer(
             self.training_args, folder, student, datasets, collator, loss, teacher, self.steps_per_epoch,

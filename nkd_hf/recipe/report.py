@@ -123,25 +123,30 @@ def make_card_info(
     augmentation = [f"{name}={value}" for name in (crop, *others) if (value := getattr(data, name))]
     if store is not None and store.info.cycle is not None:
         augmentation.append(f"cycle={store.info.cycle}")
+    unlabeled = splits["train"] if data.trains_without_labels else splits.get("unlabeled")
     return CardInfo(
         dataset=data.dataset_name,
         dataset_config=data.dataset_config_name,
         # A split that was cut out of the training split has no name of its own.
         dataset_split=None if _is_held_out(splits) else str(splits["validation"].split),
-        num_train_images=None if data.streaming else len(splits["train"]),
+        num_train_images=None if data.streaming or data.trains_without_labels else len(splits["train"]),
         num_eval_images=None if data.streaming else len(splits["validation"]),
         teacher=accuracies.get("teacher"),
         teacher_on_student_pixels=accuracies.get(ON_STUDENT_PIXELS),
         baseline=accuracies.get("baseline"),
         augmentation=", ".join(augmentation),
         class_weights=recipe.class_weights,
+        unlabeled_dataset=data.unlabeled_dataset,
+        num_unlabeled_images=None if unlabeled is None else len(unlabeled),
+        trained_without_labels=data.trains_without_labels,
         launch=launch_line(),
         license=recipe.license,
     )
 
 
 def _is_held_out(splits: DatasetDict | IterableDatasetDict) -> bool:
-    return splits["validation"].split == splits["train"].split
+    train, validation = splits["train"], splits["validation"]
+    return "label" in train.features and validation.split == train.split
 
 
 def create_repo_for(training: DistillationTrainingArguments) -> None:

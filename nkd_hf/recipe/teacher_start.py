@@ -3,30 +3,41 @@
 import logging
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..data.arguments import DataArguments, streaming_max_steps
 from ..models.labels import match_labels, names_all, normalize_id2label
 from ..models.teacher import Teacher
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
 from .build import images_per_epoch
+from .unlabeled import refuse_training_of_teacher
 
 logger = logging.getLogger(__name__)
 
 
-def needs_finetuning(recipe: RecipeArguments, teacher: Teacher, id2label: dict[int, str]) -> bool:
+def needs_finetuning(
+    recipe: RecipeArguments, teacher: PreTrainedModel | Teacher | None, id2label: dict[int, str], data: DataArguments
+) -> bool:
     """Decides by `finetune_teacher` and by the classes of teacher and data whether the teacher is trained on the data first.
 
     A teacher that has all classes of the data by name, and others, is used as it is: from now on it selects their logits.
 
     Args:
         recipe: of the run.
-        teacher: pretrained.
+        teacher: pretrained; what is no [`Teacher`] is not opened yet, or is trained in this run.
         id2label: the classes of the data.
+        data: says whether there are labels to train on.
 
     Raises:
-        ValueError: the classes differ, and `finetune_teacher` is `never`, or the teacher is one of several.
+        ValueError: the classes differ, and `finetune_teacher` is `never`, or the teacher is one of several, or no image has a
+            label.
     """
+    if not isinstance(teacher, Teacher):
+        return False
     needed = [_needs_finetuning(recipe, member, id2label) for member in teacher.members]
+    if any(needed) and data.trains_without_labels:
+        refuse_training_of_teacher(recipe)
     return any(needed)
 
 

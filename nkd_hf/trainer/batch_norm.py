@@ -18,6 +18,7 @@ from ..data.collator import without_mixing
 from ..data.image_datasets import StreamingImageDataset
 from ..data.sampler import EpochDataset, EpochSampler
 from ..data.seeding import seeded
+from ..data.unlabeled_images import UNLABELED
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -68,7 +69,11 @@ def estimate_batch_norm(
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     # Drop path and the loader draw random numbers here. Training's random numbers must not depend on them.
     with seeded(*key), torch.random.fork_rng(devices), accelerator.autocast():
-        pixels = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
+        # Where no image has a label, `pixel_values` is empty.
+        names = [UNLABELED, "pixel_values"]
+        pixels = (
+            next(batch[name] for name in names if name in batch) for batch in itertools.islice(loader, num_batches)
+        )
         update_bn(pixels, model, device=accelerator.device)
     if world_size > 1:
         for norm in norms:

@@ -26,6 +26,7 @@ from .arguments import DistillationTrainingArguments
 from .batch_norm import has_batch_norm, smallest_batch, wants_more_values
 from .loss_log import LossLog
 from .optimizer_groups import check_no_group_is_empty
+from .unlabeled_checks import check_unlabeled
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -102,6 +103,7 @@ def check_trainer(trainer: "DistillationTrainer") -> None:
             "class_weights must be None with a compute_loss_func, which takes the place of the task loss, got a tensor. "
             "Read the weights in compute_loss_func"
         )
+    check_unlabeled(trainer)
     check_label_names(trainer)
     check_pixels(datasets, model.student, trainer.processing_class)
     check_dataset_classes(model.config.id2label, datasets)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput
 
-from ..losses.base import check_components, loss_inputs
+from ..losses.base import loss_inputs
 from ..losses.checks import check_labels
 from ..models.feature_layers import classifier_name
 from ..models.features import (
@@ -30,7 +30,9 @@ from ..models.labels import check_class_order
 from ..models.outputs import check_inputs, read_logits
 from ..models.saving import rename_keys, save_student
 from .block_classes import block_classes
+from .loss_components import compute_components
 from .task_loss import IGNORE_INDEX, cross_entropy, read_class_weights
+from .unlabeled import add_labels
 
 # The arguments that a loss's forward may name: those that DistillationLoss lists.
 _LOSS_INPUTS = {
@@ -105,8 +107,8 @@ class DistillationModel(nn.Module):
         self.register_buffer("class_weights", weights, persistent=False)
         # Where several losses have a task_weight, the weights multiply.
         self.task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in losses.values())
-        self._inputs = {name: loss_inputs(loss) for name, loss in losses.items()}
-        for name, inputs in self._inputs.items():
+        self.inputs_of = {name: loss_inputs(loss) for name, loss in losses.items()}
+        for name, inputs in self.inputs_of.items():
             if unknown := set(inputs) - _LOSS_INPUTS:
                 raise ValueError(
                     f"the forward of distillation loss {name!r} asks for {sorted(unknown)}: "
@@ -149,7 +151,7 @@ class DistillationModel(nn.Module):
 
     def needs(self, name: str, of: str | None = None) -> bool:
         """Whether a loss asks for this input; with `of`, whether the loss of that name does."""
-        return any(name in inputs for loss, inputs in self._inputs.items() if of in (None, loss))
+        return any(name in inputs for loss, inputs in self.inputs_of.items() if of in (None, loss))
 
     @property
     def tap(self) -> FeatureTap | None:
@@ -170,6 +172,7 @@ class DistillationModel(nn.Module):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         teacher_outputs: dict[str, Tensor] | None = None,
+        num_teacher_only: int = 0,
         **kwargs: Any,
     ) -> ModelOutput:
         """Runs the student once and, for training, its losses.
@@ -182,6 +185,8 @@ class DistillationModel(nn.Module):
             teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
                 `teacher_logits` [B, C] float; `kd.teacher_logits` is read by the loss `kd` in its place. With a dict, even
                 an empty one, the losses are computed, which needs labels.
+            num_teacher_only (`int`): how many images at the end of the batch have no label: `labels` are the others'.
+                (`Trainer` takes all arguments with `label` in their names for columns.)
             **kwargs: arguments of the student's forward, such as `interpolate_pos_encoding` or `output_hidden_states`.
                 Other columns of a batch (`index`, `position`, `path`, ...) are ignored.
 
@@ -193,7 +198,7 @@ class DistillationModel(nn.Module):
         options = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         columns = self.select_columns(kwargs) | (options if self._takes_options else {})
         if teacher_outputs is not None:
-            return self._training_output(pixel_values, labels, teacher_outputs, columns)
+            return self._training_output(pixel_values, labels, teacher_outputs, columns, num_teacher_only)
         output = _run(self.student if self.training else self.evaluated_student, pixel_values, columns)
         if labels is None:
             return output
@@ -203,16 +208,24 @@ class DistillationModel(nn.Module):
         return _with_loss(output, cross_entropy(output.logits, labels, *settings))
 
     def _training_output(
-        self, pixel_values: Tensor, labels: Tensor, teacher_outputs: dict[str, Tensor], columns: dict[str, Any]
+        self,
+        pixel_values: Tensor,
+        labels: Tensor,
+        teacher_outputs: dict[str, Tensor],
+        columns: dict[str, Any],
+        num_unlabeled: int,
     ) -> DistillationOutput:
         for tap in self.taps.values():
             tap.listen()
         output = _run(self.student, pixel_values, columns)
         logits = read_logits(output, "the student", len(pixel_values), self.student.config.num_labels)
         # One check for all losses, the user's own included. The task loss ignores the label of images without a class.
-        check_labels(labels, logits.shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
+        if num_unlabeled < len(logits):
+            shape = len(logits) - num_unlabeled, logits.shape[1]
+            check_labels(labels, shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
         labels = labels if labels.is_floating_point() else labels.long()
-        available = {"student_logits": logits, "logit_moments": None, "labels": labels, **teacher_outputs}
+        targets = add_labels(labels, teacher_outputs, num_unlabeled) if num_unlabeled else labels
+        available = {"student_logits": logits, "logit_moments": None, "labels": targets, **teacher_outputs}
         for name, tap in self.taps.items():
             available[name] = tap.take()
             tap.listen(False)
@@ -220,22 +233,7 @@ class DistillationModel(nn.Module):
             head = self.student.get_submodule(self._head_name)
             available |= dict(zip(STUDENT_HEAD, head_parameters(head), strict=True))
         available["token_grid"] = next((tap.grid for tap in self.taps.values() if tap.grid is not None), None)
-        losses = {"task": None}
-        for name, loss in self.losses.items():
-            # The first loss that reads label_smoothing computes the task loss too, from the same softmax, without weights.
-            shares = losses["task"] is None and self.class_weights is None
-            available["label_smoothing"] = self.label_smoothing if shares else None
-            with_task = shares and "label_smoothing" in self._inputs[name]
-            components = loss(**{key: available.get(f"{name}.{key}", available[key]) for key in self._inputs[name]})
-            components = check_components(components, loss, with_task)
-            if with_task:
-                losses["task"] = components.pop("task")
-            for component, value in components.items():
-                losses[component if component not in losses else f"{name}_{component}"] = value
-        if losses["task"] is None:
-            losses["task"] = cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
-        if self.task_weight != 1:
-            losses["task"] = self.task_weight * losses["task"]
+        losses = compute_components(self, available, labels, len(logits) - num_unlabeled)
         return DistillationOutput(logits=logits, losses=losses)
 
     @property

@@ -17,6 +17,7 @@ from ..data.image_datasets import StreamingImageDataset
 from ..data.label_check import LabelCheck
 from ..data.sampler import EpochDataset, EpochIndices, EpochSampler, training_sampler
 from ..data.seeding import derived_seeds
+from ..data.unlabeled_images import UNLABELED
 from .arguments import DistillationTrainingArguments
 from .callbacks import SetEpoch
 from .sigterm import shield_worker
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # Columns of a sample or a batch beside pixels and labels.
-OWN_COLUMNS = ("epoch", "index", "position", "teacher_logits")
+OWN_COLUMNS = ("epoch", "index", "position", "teacher_logits", "unlabeled", UNLABELED)
 
 
 def configure_loaders(accelerator: Accelerator, args: DistillationTrainingArguments) -> None:
@@ -58,7 +59,7 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
         len(dataset),
         read_data_seed(args),
         shuffle=args.train_sampling_strategy == "random",
-        positions=_needs_positions(collator),
+        positions=_needs_positions(collator) or dataset.needs_positions,
         pairs=is_own and collator.mix_pairs,
         labels=dataset.sampling_labels,
         cycle=None if store is None else store.info.cycle,
@@ -99,11 +100,12 @@ def make_training_sampler(
     args, collator = trainer.args, trainer.data_collator
     sampler = training_sampler(sampler_fn(dataset), dataset, read_data_seed(args), args.world_size)
     has_positions = getattr(sampler, "positions", False)
-    if isinstance(dataset, EpochDataset) and _needs_positions(collator) and not has_positions:
+    needs_positions = isinstance(dataset, EpochDataset) and (_needs_positions(collator) or dataset.needs_positions)
+    if needs_positions and not has_positions:
         given = sampler.sampler if isinstance(sampler, EpochIndices) else sampler
         raise ValueError(
-            "mixing in pairs and stored teacher logits need the order of EpochSampler with positions, got "
-            f"{type(given).__name__}. Leave _get_train_sampler as it is, or set mix_pairs to false and a teacher"
+            "mixing in pairs, stored teacher logits and images without labels need the order of EpochSampler with positions, "
+            f"got {type(given).__name__}. Leave _get_train_sampler as it is, or omit what needs it"
         )
     trainer.pop_callback(SetEpoch)
     if isinstance(sampler, EpochSampler | EpochIndices):

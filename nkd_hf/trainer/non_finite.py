@@ -265,7 +265,7 @@ def _message(batches: list[_MicroBatch], world_size: int) -> str:
             "The loss is finite, so that its gradient overflows: look for a root, a logarithm or a division near 0 in it"
         )
     if batch.index is not None:
-        parts.append(f"Samples of the batch, by their index in the data: {', '.join(map(str, batch.index.tolist()))}")
+        parts.append(f"Samples of the batch, by their index in the data: {_name_samples(batch.index)}")
     return ". ".join(parts)
 
 
@@ -294,8 +294,13 @@ def _cause(batch: _MicroBatch) -> str:
 
 
 def _count(rows: Tensor, batch: _MicroBatch) -> str:
-    which = "" if batch.index is None else f" ({', '.join(map(str, batch.index[rows].tolist()))})"
+    which = "" if batch.index is None else f" ({_name_samples(batch.index[rows])})"
     return f"{int(rows.sum())} of {len(rows)} samples{which}"
+
+
+def _name_samples(index: Tensor) -> str:
+    # ImageCollator gives images without labels the index -1 - row.
+    return ", ".join(str(row) if row >= 0 else f"unlabelled {-1 - row}" for row in index.tolist())
 
 
 def _numbers(values) -> list[float]:

@@ -9,6 +9,7 @@ from transformers import BaseImageProcessor
 from transformers.utils import logging
 
 from ..data.collator import ImageCollator
+from ..data.unlabeled_images import UNLABELED
 from ..losses.top_k import TopKView, read_top_k_view
 from ..models.features import check_token_grids
 from ..models.preprocessing import read_preprocessing
@@ -18,6 +19,7 @@ from ..teacher_logits.info import TeacherDescription
 from ..teacher_logits.store import TeacherLogits
 from .arguments import DistillationTrainingArguments
 from .distillation_model import DistillationModel
+from .unlabeled import TARGET
 
 logger = logging.get_logger(__name__)
 
@@ -82,6 +84,10 @@ class StoredLogits:
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         rows = batch["teacher_logits"]
+        target = {TARGET: rows["target"]} if UNLABELED in batch else {}
+        return self._rebuild(rows) | target
+
+    def _rebuild(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self._views:
             return {"teacher_logits": self.store.dense(rows)}
         rebuilt = {view: self.store.rebuild(rows, view) for view in dict.fromkeys(self._views.values())}

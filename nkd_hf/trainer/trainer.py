@@ -19,7 +19,7 @@ from ..data.sampler import EpochDataset
 from ..hub.model_card.curves import OTHER_DATASET
 from ..hub.model_card.facts import CardInfo
 from ..models.teacher import Teacher
-from . import checks, loaders, pushing
+from . import checks, loaders, pushing, unlabeled
 from .agreement import decide_in_first
 from .arguments import DistillationTrainingArguments
 from .batch_norm import explained_single_image, update_batch_norm
@@ -160,8 +160,8 @@ class DistillationTrainer(Trainer):
 
         Args:
             model: `trainer.model`, possibly wrapped.
-            inputs: `pixel_values` [B, 3, H, W] float and `labels` [B] int64 or [B, C] float; with a store of teacher
-                logits, `teacher_logits`, too. Columns that the student's forward names reach it, others are ignored.
+            inputs: `pixel_values` [B, 3, H, W] float, `labels` [B] int64 or [B, C] float, and maybe stored `teacher_logits` or
+                `unlabeled_pixel_values` [U, 3, H, W]. Columns that the student's forward names reach it, others are ignored.
             return_outputs: whether to return a `ModelOutput` with `logits` [B, C] and, in training, `losses` by name, too.
             num_items_in_batch: read by `compute_loss_func` alone; the loss is a mean over the micro-batch.
 
@@ -170,14 +170,14 @@ class DistillationTrainer(Trainer):
         """
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        checks.check_batch(inputs)
+        inputs, num_unlabeled = unlabeled.join_batch(inputs, torch.is_grad_enabled())
         columns = self.accelerator.unwrap_model(self.model).select_columns(inputs)
         if not torch.is_grad_enabled():
             outputs = DistillationOutput(logits=model(inputs["pixel_values"], **columns)["logits"])
             loss = evaluation_loss(outputs.logits, inputs["labels"])
             return (loss, outputs) if return_outputs else loss
         teacher = {} if self.teacher_source is None else self.teacher_source.outputs(inputs)
-        outputs = model(inputs["pixel_values"], inputs["labels"], teacher, **columns)
+        outputs = model(inputs["pixel_values"], inputs["labels"], teacher, num_unlabeled, **columns)
         # DataParallel gives a vector, one entry per GPU.
         components = {name: value.mean() for name, value in outputs["losses"].items()}
         self.loss_log.add(components, share=1 / self.current_gradient_accumulation_steps)

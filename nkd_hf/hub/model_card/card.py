@@ -244,6 +244,7 @@ def _metadata(run: Run) -> ModelCardData:
     start = hub_id(run.start)
     teachers = dict.fromkeys(hub_id(teacher.name) for teacher in run.teachers)
     base_models = [model for model in (start, *teachers) if model]
+    used = [*run.datasets, *listed(run.info.unlabeled_dataset)]
     relation = {"base_model_relation": "finetune"} if start else {}
     return ModelCardData(
         language=[plain(language) for language in listed(run.info.language)] or None,
@@ -252,7 +253,7 @@ def _metadata(run: Run) -> ModelCardData:
         pipeline_tag="image-classification",
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
         **relation,
-        datasets=[dataset for dataset in run.datasets if hub_id(dataset)] or None,
+        datasets=[dataset for dataset in dict.fromkeys(used) if hub_id(dataset)] or None,
         metrics=["accuracy"] if run.results else None,
         tags=[*tags, "nkd_hf", "generated_from_trainer", *map(plain, run.info.tags)],
         model_name=plain_name(run.name) if run.results else None,

@@ -32,6 +32,9 @@ class CardInfo:
             distillation loss.
         augmentation (`str`, *optional*): in words.
         class_weights (`str`, *optional*): of the task loss, in words: `balanced`.
+        unlabeled_dataset (`str`, *optional*): images that the teacher alone taught, named as `dataset`.
+        num_unlabeled_images (`int`, *optional*): how many there are.
+        trained_without_labels (`bool`): whether there were no other training images, so that `dataset` is the evaluation's.
         launch (`str`, *optional*): the command that started the run; see [`launch_line`].
         license (`str`, *optional*): of the weights, as the Hub spells it: `apache-2.0`. None becomes the Hub's `unknown`,
             since only the author can give a licence.
@@ -65,6 +68,9 @@ class CardInfo:
     tags: list[str] = field(default_factory=list)
     teacher_on_student_pixels: dict[str, float] | None = None
     class_weights: str | None = None
+    unlabeled_dataset: str | None = None
+    num_unlabeled_images: int | None = None
+    trained_without_labels: bool = False
     deployment: dict[str, dict[str, Any]] | None = None
     temperature: float | None = None
 

@@ -42,7 +42,9 @@ def summary(run: Run) -> str:
         what += f"distilled from itself, without a teacher, with {losses}"
     else:
         what += f"distilled from {_teacher(run)} with {losses}"
-    what += f", on {_datasets(run)}" if run.datasets else ""
+    trained_on = [] if run.info.trained_without_labels else [_datasets(run)] if run.datasets else []
+    trained_on += [f"{_unlabeled(run)} without labels"] if run.info.unlabeled_dataset else []
+    what += f", on {' and '.join(trained_on)}" if trained_on else ""
     what += f". Its weights started from {link(run.start)}." if run.start else "."
     accuracy, baseline = run.results.get("", {}).get("accuracy"), run.info.baseline
     if accuracy is not None:
@@ -176,10 +178,12 @@ def training(run: Run) -> str:
     smoothing = f" (label smoothing {args.label_smoothing_factor:g})" if args.label_smoothing_factor else ""
     task_weight = math.prod(getattr(loss, "task_weight", 1) for loss in run.losses.values())
     task = "cross-entropy" if task_weight == 1 else f"{task_weight:.3g} x cross-entropy"
+    tasks = [] if run.info.trained_without_labels else [f"{task}{smoothing}"]
     facts = {
-        "data": ", ".join(filter(None, (_datasets(run), images))),
+        "data": "" if run.info.trained_without_labels else ", ".join(filter(None, (_datasets(run), images))),
+        "data without labels": _unlabeled(run),
         "length": f"{epochs}{state.global_step} optimiser steps",
-        "loss": " + ".join([f"{task}{smoothing}", *map(_loss, run.losses.values())]),
+        "loss": " + ".join([*tasks, *map(_loss, run.losses.values())]),
         "global batch": f"{global_batch}{split}",
         "optimiser": code(args.optim.value)
         + (f" ({code(args.optim_args)})" if args.optim_args else "")
@@ -270,6 +274,14 @@ def own_text(loss: nn.Module, attribute: str) -> str:
 
 def _datasets(run: Run) -> str:
     return " and ".join(map(_dataset, run.datasets))
+
+
+def _unlabeled(run: Run) -> str:
+    if run.info.unlabeled_dataset is None:
+        return ""
+    count = run.info.num_unlabeled_images
+    images = "" if count is None else f"{count} images of "
+    return images + _dataset(run.info.unlabeled_dataset)
 
 
 def _dataset(dataset: str) -> str:
