@@ -125,6 +125,7 @@ def memory_notes(result: dict) -> list[str]:
 FIGURES = {
     "store_accuracy.py": "{rounds} seeds",
     "input_accuracy.py": "{rounds} seeds",
+    "top_k.py": "{images} images of each teacher",
     "deploy.py": "{rounds} seeds",
     "streams.py": "wall clock and CPU time, medians of {rounds} rounds",
     "memory.py": "bytes allocated, one step of each",

@@ -263,6 +263,7 @@ def train(folder: Path, *given: str) -> list[dict]:
     types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
     recipe = Recipe(*parse_args(types, args=[*given, "--output_dir", str(folder)]))
     recipe.train_teacher()
+    recipe.train_baseline()
     recipe.train_student()
     return read_history(folder / "student")
 
@@ -291,3 +292,15 @@ def test_training_from_a_store_is_near_to_live_training(settings, live, tmp_path
         assert log[0]["kd"] != pytest.approx(live[0]["kd"], rel=1e-6)  # it is an approximation
         with pytest.raises(SystemExit, match=r"standardized_temperatures: store \[2.0\], run \[\]"):
             cli.main(["teacher-logits", *options, *settings, "--loss_args", "{}"])
+        stored = ["--teacher_logits", str(folder), "--compare_with_baseline", "true"]
+        with pytest.raises(
+            ValueError, match=r"WTTMLoss's temperature must be one of 1.0, 5.0, .* got 10.0: write a store"
+        ):
+            train(
+                tmp_path / "other",
+                *settings,
+                *stored,
+                "--loss_args",
+                '{"wttm": {"exponent": 0.1}, "kd": {"temperature": 1.0}}',
+            )
+        assert not (tmp_path / "other" / "baseline").exists()
