@@ -12,7 +12,7 @@ import pytest
 from processes import in_a_process
 from recipe_runs import FEW, IN_PROCESS
 
-from nkd_hf.losses.base import teacher_inputs
+from nkd_hf.losses.base import loss_inputs, teacher_inputs
 from nkd_hf.losses.registry import LOSSES
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +91,16 @@ def test_recipe(folder):
     assert "[NKD](https://arxiv.org/abs/2303.13005) (`gamma=1.0, temperature=1.0`)" in card
     assert "[Mimic](https://arxiv.org/abs/1312.6184) (`weight=0.1`)" in card
     assert "@inproceedings{ba2014do" in card
+
+
+def test_each_loss_has_its_form_without_labels():
+    """The table names each loss once: refused without a teacher, with the teacher's class where it reads labels."""
+    section = PAGE.split("## Images without labels\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*`) \| (.*) \|$", section, flags=re.MULTILINE)
+    forms = {name: form for names, form in rows for name in re.findall(r"`(\w+)`", names)}
+    assert sum(names.count("`") for names, _ in rows) == 2 * len(LOSSES)
+    assert forms.keys() == LOSSES.keys()
+    for name, loss in LOSSES.items():
+        reads_labels = "labels" in loss_inputs(loss)
+        assert forms[name].startswith("refused") == (not teacher_inputs(loss)), name
+        assert forms[name].startswith("as it is") == (bool(teacher_inputs(loss)) and not reads_labels), name

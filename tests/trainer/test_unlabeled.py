@@ -20,6 +20,8 @@ from nkd_hf import (
     KDLoss,
     MGDLoss,
     NKDLoss,
+    RLDLoss,
+    SDNKDLoss,
     USKDLoss,
     WSLDLoss,
     WTTMLoss,
@@ -176,7 +178,9 @@ def test_two_processes_and_accumulation_train_as_one_process_does(folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "loss", [WSLDLoss(), DISTLoss(), WTTMLoss(), MGDLoss(64, 64)], ids=["wsld", "dist", "wttm", "mgd"]
+    "loss",
+    [WSLDLoss(), DISTLoss(), WTTMLoss(), MGDLoss(64, 64), RLDLoss(), SDNKDLoss(scales=(1,))],
+    ids=["wsld", "dist", "wttm", "mgd", "rld", "sdnkd"],
 )
 def test_other_losses_with_a_teacher_take_the_whole_batch(loss, folder, tmp_path):
     trainer = make_trainer(
