@@ -10,6 +10,8 @@ def format_plan(plan: dict[str, Any]) -> str:
     loss_args = _format_arguments(plan["loss_args"])
     own = f"; {_format_count(plan['loss_parameters'])} parameters of its own" if plan["loss_parameters"] else ""
     epochs = f"{plan['epochs']:g} epochs of {plan['num_train_images']:,} images"
+    if plan["decoded_images"] < plan["num_train_images"]:
+        epochs += f", {plan['decoded_images']:,} of them decoded"
     lines = [
         ("student", f"{_format_model(plan['student'])}, {plan['student']['num_classes']} classes"),
         *_label_first("teacher", _format_teacher(plan["teacher"])),

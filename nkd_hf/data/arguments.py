@@ -82,6 +82,13 @@ class DataArguments:
             "that is drawn again gets another augmentation."
         },
     )
+    crops_per_image: int = field(
+        default=1,
+        metadata={
+            "help": "Samples of each decoded image in an epoch, each with another augmentation; an epoch then takes as much a "
+            "smaller part of the images, and as many samples."
+        },
+    )
     on_bad_image: str = field(
         default="error",
         metadata={
@@ -137,6 +144,7 @@ class DataArguments:
             "num_train_images",
             "num_classes",
             "random_crop_padding",
+            "crops_per_image",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -157,6 +165,8 @@ class DataArguments:
                 "balanced_sampling must be false with streaming, got true. A stream is read in its own order: load the "
                 "dataset without streaming"
             )
+        if self.crops_per_image > 1:
+            self._check_crops()
 
     def _check_unlabeled(self) -> None:
         if not 0 < self.unlabeled_ratio < math.inf:
@@ -188,6 +198,14 @@ class DataArguments:
     def trains_without_labels(self) -> bool:
         """Whether all training images are those of `unlabeled_dataset`."""
         return self.train_split == "none"
+
+    def _check_crops(self) -> None:
+        others = ("streaming", "balanced_sampling", "unlabeled_dataset")
+        if name := next((name for name in others if getattr(self, name)), None):
+            raise ValueError(
+                f"crops_per_image must be 1 with {name}, which has another order of its images, got {self.crops_per_image}. "
+                "Omit one of the two"
+            )
 
     @property
     def _is_parquet(self) -> bool:

@@ -114,7 +114,10 @@ def read_bytes(encoded: dict) -> bytes | None:
 
 
 def read_pixels(encoded: dict, name: str, transform: Callable, key: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-    image, label = read_sample(encoded, name, takes_tensors(transform))
+    # For the next crop of the image, where the same dict is passed.
+    if "decoded" not in encoded:
+        encoded["decoded"] = read_sample(encoded, name, takes_tensors(transform))
+    image, label = encoded["decoded"]
     return transform_image(image, name, transform, key), label
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from ..errors import BadSampleError
 from .decoding import read_pixels
+from .kept_rows import KeptRows
 from .labels import read_labels
 from .sampler import EpochDataset
 from .seeding import derived_seeds
@@ -54,6 +55,8 @@ class ImageDataset(EpochDataset):
         training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
         balanced_sampling: whether the trainer draws the rows of an epoch with replacement, each class with the same
             probability ([`~nkd_hf.data.sampler.balanced_order`]). A row that it draws again gets another augmentation.
+        crops_per_image: how many samples of a decoded image the trainer takes in an epoch, each with another augmentation;
+            see [`~nkd_hf.data.orders.crop_order`]. More than one need a transform that leaves the image as it is.
 
     A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch`, `index` and `draw`, which is
     0 for the row's first sample in this epoch.
@@ -81,6 +84,7 @@ class ImageDataset(EpochDataset):
         on_bad_image: str = "error",
         training: bool = True,
         balanced_sampling: bool = False,
+        crops_per_image: int = 1,
     ):
         _check_on_bad_image(on_bad_image)
         self._check_columns(dataset)
@@ -92,6 +96,8 @@ class ImageDataset(EpochDataset):
         self.on_bad_image = on_bad_image
         self.training = training
         self.sampling_labels = read_labels(dataset) if balanced_sampling else None
+        self.crops_per_image = crops_per_image
+        self._kept = KeptRows() if crops_per_image > 1 else None
         # One flag per row, in memory that workers share. It needs no lock, since setting a flag twice is harmless.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
@@ -149,7 +155,7 @@ class ImageDataset(EpochDataset):
         for row in itertools.chain(range(index, len(self)), range(index)):
             if self._bad[row]:
                 continue
-            sample = self.dataset[row]
+            sample = self.dataset[row] if self._kept is None else self._kept.read(self.dataset, row)
             key = (self.seed, epoch, row, draw) if draw else (self.seed, epoch, row)
             try:
                 result = self._read(sample, self.describe_row(row, sample), key)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from .orders import permutation, shuffled_runs
+from .orders import crop_order, permutation, shuffled_runs
 from .seeding import derived_seeds, seeded
 
 
@@ -25,9 +25,12 @@ class EpochDataset(Dataset):
         sampling_labels (`np.ndarray`, *optional*): [N] int64 class of each row, negative for none. Where it is set, the
             trainer draws the rows of an epoch with [`balanced_order`].
         needs_positions (`bool`): whether the trainer's keys must have a position.
+        crops_per_image (`int`): how many samples of a row the trainer takes in an epoch, from as much a smaller part of the
+            rows; see [`~nkd_hf.data.orders.crop_order`].
     """
 
     sampling_labels: np.ndarray | None = None
+    crops_per_image: int = 1
     needs_positions: bool = False
 
     def __len__(self) -> int:
@@ -112,11 +115,14 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         pairs: whether the positions 2k and 2k + 1 belong together: the last sample of an odd dataset then comes twice, so
             that no pair is split when the last batches are filled up with the first samples.
         labels: [num_samples] integers, by which [`balanced_order`] draws the rows. None takes each row once.
-        cycle: after so many epochs their samples come again, with the same keys, shuffled by [`shuffled_runs`] so that pairs
-            stay together. None repeats no epoch.
+        crops: samples of a row in an epoch, which takes as much a smaller part of the rows: see
+            [`~nkd_hf.data.orders.crop_order`].
+        cycle: after so many epochs their samples come again, with the same keys, shuffled so that pairs, and the crops
+            of a row, stay together. None repeats no epoch.
 
     Raises:
-        ValueError: `num_samples` or `cycle` is not positive, or `labels` are passed without `shuffle`.
+        ValueError: `num_samples`, `crops` or `cycle` is not positive, or `labels` are passed without `shuffle` or with
+            several `crops`.
 
     Example:
         >>> sampler = EpochSampler(3, seed=0, shuffle=False)
@@ -133,12 +139,15 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         positions: bool = False,
         pairs: bool = False,
         labels: np.ndarray | None = None,
+        crops: int = 1,
         cycle: int | None = None,
     ):
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}: the dataset is empty")
         if cycle is not None and cycle < 1:
             raise ValueError(f"cycle must be positive, got {cycle}. Omit it to repeat no epoch")
+        if crops < 1 or (crops > 1 and labels is not None):
+            raise ValueError(f"crops must be positive, and 1 with labels, got {crops}. Omit it")
         if labels is not None and not shuffle:
             raise ValueError("shuffle must be True with labels, by which rows are drawn, got False. Omit labels")
         self.num_samples = num_samples
@@ -147,6 +156,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.positions = positions
         self.pairs = pairs
         self.labels = labels
+        self.crops = crops
         self.cycle = cycle
         self.epoch = 0
 
@@ -162,12 +172,15 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         order, draws = self._draw_rows(epoch)
         positions = range(len(self))
         if epoch != self.epoch and self.shuffle:
-            positions = shuffled_runs(len(self), 2 if self.pairs else 1, self.seed, self.epoch)
+            run = 2 * self.crops if self.pairs or self.crops > 1 else 1
+            positions = shuffled_runs(len(self), run, self.seed, self.epoch)
         positions = [min(position, self.num_samples - 1) for position in positions]
         return (_key(epoch, order[at], at if self.positions else None, draws[at]) for at in positions)
 
     def _draw_rows(self, epoch: int) -> tuple[list[int], list[int]]:
         """Returns the rows of an epoch, and how often each of them came before in it."""
+        if self.crops > 1:
+            return crop_order(self.num_samples, self.crops, self.seed, epoch, self.shuffle)
         if self.labels is None:
             return epoch_order(self.num_samples, self.seed, epoch, self.shuffle), [0] * self.num_samples
         order, times, draws = balanced_order(self.labels, self.seed, epoch), Counter(), []

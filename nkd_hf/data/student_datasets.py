@@ -83,7 +83,8 @@ def make_image_datasets(
         return train, evaluation
     balanced = {"balanced_sampling": data_arguments.balanced_sampling}
     if not with_unlabeled or "unlabeled" not in splits:
-        return ImageDataset(splits["train"], transform, seed, **options, **balanced), evaluation
+        crops = {"crops_per_image": data_arguments.crops_per_image}
+        return ImageDataset(splits["train"], transform, seed, **options, **balanced, **crops), evaluation
     unlabeled = UnlabeledImageDataset(splits["unlabeled"], transform, seed_unlabeled(seed), **options)
     joined = {"unlabeled": unlabeled, "ratio": data_arguments.unlabeled_ratio}
     return JoinedImageDataset(splits["train"], transform, seed, **options, **balanced, **joined), evaluation

@@ -36,7 +36,7 @@ _AUGMENTATION = (
     "mixup_alpha", "cutmix_alpha",
 )  # fmt: skip
 # The values of fields that are in a fingerprint only where they differ from them, so that stores without the fields are read.
-_IF_MISSING = {"channel_order": list(RGB), "balanced_sampling": False}
+_IF_MISSING = {"channel_order": list(RGB), "balanced_sampling": False, "crops_per_image": 1}
 # The decoders and transforms of these make the pixels.
 _LIBRARIES = ("pillow", "timm", "torch", "torchcodec", "torchvision")
 # How many images are read for the fingerprint: all of them would take as long as an epoch.
@@ -65,7 +65,11 @@ def fingerprint_run(
     """
     # Of images without labels, the hash is one of nothing.
     labels = read_labels(train) if "label" in train.column_names else np.empty(0)
-    optional = {"channel_order": list(pixels.channel_order), "balanced_sampling": data.balanced_sampling}
+    optional = {
+        "channel_order": list(pixels.channel_order),
+        "balanced_sampling": data.balanced_sampling,
+        "crops_per_image": data.crops_per_image,
+    }
     images = hashlib.sha256()
     for row in np.linspace(0, len(train) - 1, min(_NUM_IMAGES, len(train))).astype(int).tolist():
         images.update(hashlib.sha256(_read_image(train[row]["image"])).digest())

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
@@ -70,10 +69,15 @@ def write_teacher_logits(
 
     Raises:
         ValueError: the recipe has no teacher whose logits could be stored, its arguments, models and data do not fit each
-            other, or `cycle` is not between 1 and `epochs`.
+            other, or `cycle` is not between 1 and `epochs`, or no multiple of `crops_per_image`.
         SystemExit: with a message, when the folder holds another store.
     """
     check_cycle(cycle, epochs)
+    if cycle is not None and cycle % data.crops_per_image:
+        raise ValueError(
+            f"cycle must be a multiple of {data.crops_per_image}, the crops_per_image, got {cycle}. So many epochs take each "
+            "image equally often"
+        )
     _check_recipe(recipe, data, training, top_k)
     run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
     if run.trains_teacher and not recipe.names_new_teacher:
@@ -207,7 +211,7 @@ def _write_shards(
     shards = [(epoch, shard) for epoch in range(info.epochs) for shard in range(info.num_shards)]
     missing = set(unfinished(folder, info, info.epochs))
     shards = [key for key in shards[training.process_index :: training.world_size] if key in missing]
-    batches = _ShardBatches(shards, info, batch_size, images.sampling_labels)
+    batches = _ShardBatches(shards, info, batch_size, images)
     workers = training.dataloader_num_workers
     loader = iter(DataLoader(images, batch_sampler=batches, collate_fn=collator, num_workers=workers))
     total = sum(len(_shard_positions(info, shard)) for _, shard in shards)
@@ -240,12 +244,11 @@ def _shard_positions(info: StoreInfo, shard: int) -> range:
 class _ShardBatches:
     """Yields the keys of the samples of some shards, batch by batch. A batch ends where its shard ends."""
 
-    def __init__(
-        self, shards: list[tuple[int, int]], info: StoreInfo, batch_size: int, sampling_labels: np.ndarray | None
-    ):
+    def __init__(self, shards: list[tuple[int, int]], info: StoreInfo, batch_size: int, images: ImageDataset):
         self.shards, self.info, self.batch_size = shards, info, batch_size
         seed, shuffle = info.fingerprint["data_seed"], info.fingerprint["shuffle"]
-        self.sampler = EpochSampler(info.num_samples, seed, shuffle, positions=True, labels=sampling_labels)
+        order = {"labels": images.sampling_labels, "crops": images.crops_per_image}
+        self.sampler = EpochSampler(info.num_samples, seed, shuffle, positions=True, **order)
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         known, keys = None, []

@@ -76,8 +76,9 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         `members`; `tap`, what USKD's auxiliary head reads, with
         `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
         rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
-        `global_batch_size`; `unlabeled`, how images without labels take part, in words; `decayed_parameters` and
-        `undecayed_parameters`, student and losses together; `disk` and `memory` in bytes, the least that is needed. The other keys are named as the arguments.
+        `global_batch_size`; `decoded_images`, of an epoch; `unlabeled`, how images without labels take part, in words;
+        `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and `memory` in bytes, the least
+        that is needed. The other keys are named as the arguments.
 
     Raises:
         ValueError: the arguments do not say enough, or do not fit the models.
@@ -261,6 +262,7 @@ def _count_steps(recipe: RecipeArguments, data: DataArguments, training: Planned
         "gradient_accumulation_steps": accumulation,
         "global_batch_size": global_batch_size,
         "num_train_images": images,
+        "decoded_images": math.ceil(images / data.crops_per_image),
         "epochs": epochs,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": num_steps,
@@ -313,6 +315,7 @@ def _describe_augmentation(
         f"PCA lighting {data.pca_lighting:g}": data.pca_lighting,
         f"{'one of ' * (len(mixing) - 1)}{' and '.join(mixing)} a {'pair' if data.mix_pairs else 'batch'}": mixing,
         "balanced sampling": data.balanced_sampling,
+        f"{data.crops_per_image} crops of each decoded image": data.crops_per_image > 1,
         f"class weights {recipe.class_weights}": recipe.class_weights,
         f"label smoothing {training.label_smoothing_factor:g}": training.label_smoothing_factor,
     }

@@ -121,6 +121,8 @@ def make_card_info(
         "horizontal_flip", "auto_augment", "random_erasing", "pca_lighting", "mixup_alpha", "cutmix_alpha", "balanced_sampling",
     )  # fmt: skip
     augmentation = [f"{name}={value}" for name in (crop, *others) if (value := getattr(data, name))]
+    if data.crops_per_image > 1:
+        augmentation.append(f"crops_per_image={data.crops_per_image}")
     if store is not None and store.info.cycle is not None:
         augmentation.append(f"cycle={store.info.cycle}")
     unlabeled = splits["train"] if data.trains_without_labels else splits.get("unlabeled")

@@ -62,6 +62,7 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
         positions=_needs_positions(collator) or dataset.needs_positions,
         pairs=is_own and collator.mix_pairs,
         labels=dataset.sampling_labels,
+        crops=dataset.crops_per_image,
         cycle=None if store is None else store.info.cycle,
     )
 

@@ -504,6 +504,7 @@ CHANGES = {
     "mixup_alpha": {"data": {"mixup_alpha": 0.1}},
     "cutmix_alpha": {"data": {"cutmix_alpha": 0.1}},
     "balanced_sampling": {"data": {"balanced_sampling": True}},
+    "crops_per_image": {"data": {"crops_per_image": 2}},
 }
 
 
