@@ -30,6 +30,9 @@ ARCHITECTURE, SIZE = "tf_efficientnet_lite0", 64
 # A ResNet-18 of width 10: 0.28 million parameters, the teacher has 3.4 with ten classes.
 STUDENT = ["--student", "resnet18", "--student_args", '{"channels": [10, 20, 40, 80]}', "--image_size", str(SIZE)]
 STUDENT += ["--crop_pct", "1.0"]
+# The pixels of the recorded results. The command's default is the teacher's.
+STUDENT += ["--image_mean", "0.485", "0.456", "0.406", "--image_std", "0.229", "0.224", "0.225"]
+STUDENT += ["--interpolation", "bilinear"]
 MODELS = {
     "teacher": "teacher, fine-tuned",
     "baseline": "student without a teacher",

@@ -1,6 +1,7 @@
 """Says in a dozen lines what a run will do, after all of it was opened and before anything is trained."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 
-def describe_run(run: "Recipe") -> list[str]:
+def describe_run(run: "Recipe", inherited: Sequence[str] = ()) -> list[str]:
     """Describes a run: data, models, and the settings of its trainings.
 
     Args:
         run: which has opened its data and teacher.
+        inherited: the settings of the student's preprocessing that are the teacher's.
 
     Returns:
         One line for each fact, `name  text`.
@@ -45,6 +47,8 @@ def describe_run(run: "Recipe") -> list[str]:
             lines["teacher"] += f", whose {run.teacher_logits.info.cycle} epochs of augmentation are repeated"
     student = run.create(recipe.student, recipe.student_args)
     lines["student"] = f"{redact(recipe.student)}: {describe_model(student)}, {describe_start(student)}"
+    if inherited:
+        lines["student"] += f"; the teacher's {', '.join(inherited)}"
     labels = "without labels" if run.data_args.trains_without_labels else "with the labels"
     lines["loss"] = "the labels" if recipe.distillation_loss == "none" else f"{recipe.distillation_loss}, {labels}"
     for name in run.stages:

@@ -9,6 +9,7 @@ from transformers import IntervalStrategy, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.arguments import DataArguments, streaming_max_steps
+from ..data.loading import load_image_dataset
 from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.students import create_student
@@ -29,6 +30,15 @@ def set_up_process(training: DistillationTrainingArguments) -> None:
         # Workers and PyTorch's threads share the cores; threads that wait for each other make steps several times
         # slower than fewer of them.
         torch.set_num_threads(max(1, torch.get_num_threads() - training.dataloader_num_workers))
+
+
+def open_data(
+    data: DataArguments, training: DistillationTrainingArguments
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Sets the process up and loads the data of a run, in the first process before the others."""
+    set_up_process(training)
+    with training.main_process_first(desc="loading the data"):
+        return load_image_dataset(data, training.seed)
 
 
 def runs_teacher(recipe: RecipeArguments) -> bool:
@@ -104,6 +114,18 @@ def count_epochs(training: DistillationTrainingArguments, num_images: int) -> in
         return math.ceil(training.num_train_epochs)
     steps_per_epoch = math.ceil(num_images / training.global_batch_size())
     return math.ceil(training.max_steps / max(1, steps_per_epoch))
+
+
+def count_steps(
+    data: DataArguments, training: DistillationTrainingArguments, train: datasets.Dataset | datasets.IterableDataset
+) -> tuple[int, float]:
+    """The steps and the epochs of a training; of a stream, whose `max_steps` are set, it is one epoch."""
+    if data.streaming:
+        return training.max_steps, 1
+    steps_per_epoch = max(1, math.ceil(len(train) / training.global_batch_size()))
+    if training.max_steps > 0:
+        return training.max_steps, training.max_steps / steps_per_epoch
+    return math.ceil(training.num_train_epochs * steps_per_epoch), training.num_train_epochs
 
 
 def images_per_epoch(data: DataArguments) -> int | None:

@@ -27,6 +27,13 @@ _PRETRAINED_WITH_BATCH_NORM = 1e-3
 # Input sizes up to this one are those of small pictures, which a strong augmentation makes unrecognisable.
 _SMALL_PIXELS = 64
 
+# What set_defaults sets, and the preprocessing that a student takes from its teacher.
+BY_DATA_AND_MODELS = {
+    "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "num_train_epochs", "teacher_learning_rate",
+    "teacher_epochs", "early_stopping_patience", "random_resized_crop", "auto_augment",
+    "image_mean", "image_std", "crop_pct", "interpolation",
+}  # fmt: skip
+
 
 def fixed_defaults(given: set[str]) -> dict[str, Any]:
     """Returns the defaults that depend on the machine alone.

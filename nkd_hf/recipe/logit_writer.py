@@ -29,6 +29,7 @@ from ..teacher_logits.store import shard_path, unfinished, write_shard
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
+from .disk import check_disk
 from .fingerprint import compare_fingerprints, fingerprint_teacher, hide_path, read_versions
 from .progress import shows_bars
 from .recipe import Recipe
@@ -86,6 +87,12 @@ def write_teacher_logits(
             "with nkd-hf distill, and name the folder of the fine-tuned teacher"
         )
     run.check(trains_student=False)
+    # There are no more beside the target.
+    top_k = None if top_k is None else min(top_k, len(run.id2label) - 1)
+    kept = _choose_temperatures(recipe, top_k, temperatures)
+    epochs = epochs if cycle is None else cycle
+    store_bytes = _count_missing_bytes(run, epochs, top_k, **kept)
+    check_disk(run, [name for name in run.stages if name == "teacher"], store_bytes)
     run.train_teacher()
     run.open_teacher()
     student = run.create(recipe.student, recipe.student_args)
@@ -94,10 +101,9 @@ def write_teacher_logits(
     info = StoreInfo(
         num_classes=len(run.id2label),
         num_samples=len(run.data["train"]),
-        epochs=epochs if cycle is None else cycle,
-        # There are no more beside the target.
-        top_k=None if top_k is None else min(top_k, len(run.id2label) - 1),
-        **_choose_temperatures(recipe, top_k, temperatures),
+        epochs=epochs,
+        top_k=top_k,
+        **kept,
         shard_size=shard_size,
         # Of the weights before for_inference rounds them.
         fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher, training.teacher_dtype),
@@ -172,6 +178,14 @@ def _choose_temperatures(
         "temperatures": sorted({1.0, *(view.temperature for view in views if not view.standardized), *temperatures}),
         "standardized_temperatures": sorted(standardized.union(temperatures) if standardized else []),
     }
+
+
+def _count_missing_bytes(run: Recipe, epochs: int, top_k: int | None, **temperatures: list[float]) -> int:
+    """Counts the bytes of the shards that are not in the folder yet."""
+    logits, target = torch.zeros(1, len(run.id2label)), torch.zeros(1, dtype=torch.int64)
+    sample = sparse_logits(logits, target, top_k, *temperatures.values())
+    needed = epochs * len(run.data["train"]) * sum(value.nbytes for value in sample.values())
+    return max(0, needed - sum(path.stat().st_size for path in run.folder.glob("epoch-*/shard-*.safetensors")))
 
 
 def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:

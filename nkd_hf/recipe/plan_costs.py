@@ -75,6 +75,29 @@ def count_state_bytes(model: nn.Module, training: DistillationTrainingArguments,
     )
 
 
+def count_checkpoints(training: DistillationTrainingArguments, num_steps: int, epochs: float) -> tuple[int, int]:
+    """Counts the checkpoints of a training: those that are kept to its end, and the most that are there at once."""
+    strategy, interval = training.save_strategy.value, training.save_steps
+    if strategy == "steps":
+        saved = math.ceil(num_steps / (interval if interval >= 1 else math.ceil(interval * num_steps)))
+    else:
+        saved = {"no": 0, "epoch": math.ceil(epochs - 1e-9), "best": 1}[strategy]
+    limit = training.save_total_limit or saved  # None and 0 keep all
+    if training.load_best_model_at_end:
+        limit = max(limit, 2)  # the best one beside the last one
+    # A new checkpoint is written before the oldest goes.
+    return min(saved, limit), min(saved, limit + 1)
+
+
+def count_checkpoint_bytes(
+    model: DistillationModel, optimizer_state: int | None, training: DistillationTrainingArguments
+) -> int:
+    """Counts the bytes of a checkpoint: the student, its moving average, losses and the optimiser's state."""
+    num_students = 1 if training.ema_decay is None else 2
+    state = 0 if training.save_only_model else optimizer_state or 0
+    return num_students * count_model_bytes(model.student) + count_model_bytes(model.losses) + state
+
+
 def count_disk_bytes(
     runs: dict[str, DistillationModel],
     optimizer_states: dict[str, int | None],
@@ -95,24 +118,14 @@ def count_disk_bytes(
         `dict`: `checkpoint` (one of the last run), `num_checkpoints` (of a run, at once), `checkpoints`, `models`,
         `teacher` and `total`.
     """
-    strategy, interval, num_steps = training.save_strategy.value, training.save_steps, steps["num_steps"]
-    if strategy == "steps":
-        saved = math.ceil(num_steps / (interval if interval >= 1 else math.ceil(interval * num_steps)))
-    else:
-        saved = {"no": 0, "epoch": math.ceil(steps["epochs"] - 1e-9), "best": 1}[strategy]
-    # A new checkpoint is written before the oldest goes.
-    limit = training.save_total_limit or saved  # None and 0 keep all
-    at_once = min(saved, limit + 1)
-    checkpoints = {}
-    for name, model in runs.items():
-        num_students = 1 if training.ema_decay is None else 2
-        optimizer_state = 0 if training.save_only_model else optimizer_states[name] or 0
-        checkpoints[name] = num_students * _bytes(model.student) + _bytes(model.losses) + optimizer_state
-    kept = min(saved, limit)
+    kept, at_once = count_checkpoints(training, steps["num_steps"], steps["epochs"])
+    checkpoints = {
+        name: count_checkpoint_bytes(model, optimizer_states[name], training) for name, model in runs.items()
+    }
     sizes = {
         "checkpoints": kept * sum(checkpoints.values()) + (at_once - kept) * max(checkpoints.values()),
-        "models": sum(_bytes(model.student) for model in runs.values()),
-        "teacher": 0 if teacher is None else _bytes(teacher),
+        "models": sum(count_model_bytes(model.student) for model in runs.values()),
+        "teacher": 0 if teacher is None else count_model_bytes(teacher),
     }
     return {
         "total": sum(sizes.values()),
@@ -150,12 +163,12 @@ def count_memory_bytes(
     activations = None
     if with_activations:
         activations = count_activation_bytes(model.student, pixel_values, 2 if training.bf16 or training.fp16 else 4)
-    teacher_bytes = 0 if teacher is None else _bytes(teacher)
+    teacher_bytes = 0 if teacher is None else count_model_bytes(teacher)
     sizes = {
-        "weights": _bytes(model),
+        "weights": count_model_bytes(model),
         "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
         "optimizer_state": optimizer_state,
-        "moving_average": 0 if training.ema_decay is None else _bytes(model.student),
+        "moving_average": 0 if training.ema_decay is None else count_model_bytes(model.student),
         "teacher": teacher_bytes // 2 if training.teacher_dtype in ("bf16", "fp16") else teacher_bytes,
         "pixels": pixel_values.nbytes,
         "activations": activations,
@@ -212,5 +225,6 @@ def count_activation_bytes(student: nn.Module, pixel_values: Tensor, bytes_per_v
     )
 
 
-def _bytes(module: nn.Module) -> int:
+def count_model_bytes(module: nn.Module) -> int:
+    """Counts the bytes of a model's parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

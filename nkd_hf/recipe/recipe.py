@@ -6,12 +6,12 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import release_memory
+from datasets import DatasetDict, IterableDatasetDict
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.arguments import DataArguments
 from ..data.collator import ImageCollator
 from ..data.labels import label_names
-from ..data.loading import load_image_dataset
 from ..data.student_datasets import ImageDatasets, make_collator, make_evaluation_images, make_image_datasets
 from ..hub.model_card.curves import OTHER_DATASET
 from ..hub.teacher_logits import find_store
@@ -29,11 +29,10 @@ from .build import (
     count_epochs,
     create_model,
     create_teacher,
-    open_teacher,
+    open_data,
     passed_epochs,
     runs_teacher,
     set_stream_steps,
-    set_up_process,
 )
 from .checks import (
     check_arguments,
@@ -44,6 +43,7 @@ from .checks import (
     check_one_step,
 )
 from .class_sizes import make_class_settings
+from .disk import check_disk
 from .fingerprint import check_fingerprint, fingerprint_run
 from .progress import shows_bars
 from .report import (
@@ -61,20 +61,19 @@ from .report import (
 )
 from .run_folder import (
     RESULTS,
-    clear_run,
     collect_settings,
     decide_in_folder,
     exit_if_not_written,
     finish_run,
-    has_run,
     is_trained,
     named_checkpoint,
     open_run,
+    replace_run,
     write_results,
 )
 from .stage import find_last_checkpoint, find_trained, make_trainer, open_trained, restore_trained, train_model
 from .teacher_accuracy import evaluate_teacher, measure_teacher, say_teacher_accuracy
-from .teacher_start import needs_finetuning, teacher_changes
+from .teacher_start import needs_finetuning, open_named_teacher, teacher_changes
 from .time_budget import fit_time_budget
 from .time_left import TimeLeft
 
@@ -87,6 +86,7 @@ class Recipe:
         data (`DataArguments`): the dataset and its augmentation.
         training (`DistillationTrainingArguments`): `output_dir` holds the results; each model gets a folder in it. From a
             stream, what it says in epochs is set in steps.
+        splits, teacher: data and pretrained teacher, where they are open already.
 
     Raises:
         ValueError: arguments, names, data or stored logits do not fit each other.
@@ -103,7 +103,14 @@ class Recipe:
     ```
     """
 
-    def __init__(self, recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments):
+    def __init__(
+        self,
+        recipe: RecipeArguments,
+        data: DataArguments,
+        training: DistillationTrainingArguments,
+        splits: DatasetDict | IterableDatasetDict | None = None,
+        teacher: Teacher | None = None,
+    ):
         self.args, self.data_args, self.training_args = recipe, data, training
         self.folder = Path(training.output_dir)
         self.results: dict[str, float | None] = dict.fromkeys(("teacher", ON_STUDENT_PIXELS, "baseline", "distilled"))
@@ -112,7 +119,7 @@ class Recipe:
         # What `nkd-hf distill` measures beside the accuracies: see recipe/deployment.py.
         self.figures: dict[str, Any] = {}
         self.id2label: dict[int, str] = {}
-        self.teacher: PreTrainedModel | Teacher | None = None
+        self.teacher: PreTrainedModel | Teacher | None = teacher
         self.trains_teacher = runs_teacher(recipe) and recipe.names_new_teacher
         self.to_push: DistillationTrainer | None = None
         self.result_trainer: DistillationTrainer | None = None
@@ -122,7 +129,7 @@ class Recipe:
         self._open_run_folder()
         if not self.is_trained and recipe.teacher_prompts is None:
             self._open_named_teacher()  # before the data, which are the longer download
-        self._open_data()
+        self._open_data(splits)
         self._decide_on_teacher()
         self._open_teacher_logits()
 
@@ -141,18 +148,12 @@ class Recipe:
         self._is_checked = self.is_trained
 
     def _open_named_teacher(self) -> None:
-        recipe = self.args
-        if self.teacher is not None or not runs_teacher(recipe) or self.trains_teacher:
-            return
-        self.teacher = open_teacher(recipe, recipe.teacher, self.id2label)
-        size = describe_size(self.teacher)
-        say(self.training_args, f"The teacher {', '.join(recipe.teachers)}: {size} parameters, pretrained")
+        if self.teacher is None and runs_teacher(self.args) and not self.trains_teacher:
+            self.teacher = open_named_teacher(self.args, self.id2label, self.training_args)
 
-    def _open_data(self) -> None:
+    def _open_data(self, splits: DatasetDict | IterableDatasetDict | None) -> None:
         data, training = self.data_args, self.training_args
-        set_up_process(training)
-        with training.main_process_first(desc="loading the data"):
-            self.data = load_image_dataset(data, training.seed)
+        self.data = open_data(data, training) if splits is None else splits
         self.id2label = dict(enumerate(label_names(self.data)))
         say_held_out(data, self.data, training)
         names = list(self.id2label.values())
@@ -216,15 +217,12 @@ class Recipe:
         release_memory()
         if self.args.time_budget is not None and trains_student:
             fit_time_budget(self)
+        if trains_student:
+            check_disk(self, self.stages)
         if not self.goes_on:
             # Only now, so that input that is refused leaves the results of an earlier run.
-            decide_in_folder(self.folder, self._clear_earlier_run)
+            decide_in_folder(self.folder, lambda: replace_run(self.folder, self._settings))
         self._is_checked = True
-
-    def _clear_earlier_run(self) -> None:
-        if has_run(self.folder):
-            print(f"\nThe earlier run in {self.folder} was finished: this one replaces it", flush=True)
-            clear_run(self.folder, self._settings)
 
     def train_teacher(self) -> None:
         """Trains the teacher, if the loss wants one whose logits are not stored, and it is not used as it is.

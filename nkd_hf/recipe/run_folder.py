@@ -210,6 +210,19 @@ def can_continue(folder: Path, settings: dict[str, Any], restarts: bool = False)
     return is_next and (is_trained(folder) or not (folder / RESULTS).is_file())
 
 
+def read_record(folder: Path, training: DistillationTrainingArguments) -> dict[str, Any]:
+    """Reads the settings of the run that this start goes on with; empty where it begins one, or where they cannot be read."""
+    restarts = str(training.resume_from_checkpoint).lower() == "false"
+    is_over = (folder / RESULTS).is_file() and not is_trained(folder) and named_checkpoint(training) is None
+    if restarts or is_over or not has_run(folder):
+        return {}
+    try:
+        record = yaml.safe_load((folder / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def clear_run(folder: Path, settings: dict[str, Any]) -> None:
     """Removes the run in the folder, if there is one, and records the settings of the new one.
 
@@ -227,6 +240,13 @@ def clear_run(folder: Path, settings: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
+
+
+def replace_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Removes a finished run in the folder, and says so; see [`clear_run`]."""
+    if has_run(folder):
+        print(f"\nThe earlier run in {folder} was finished: this one replaces it", flush=True)
+        clear_run(folder, settings)
 
 
 def has_run(folder: Path) -> bool:

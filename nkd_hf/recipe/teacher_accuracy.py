@@ -162,7 +162,7 @@ def has_same_pixels(teacher: Teacher, own: BaseImageProcessor, student: BaseImag
 
 def describe_differences(teacher: BaseImageProcessor, student: BaseImageProcessor) -> list[str]:
     """Names the settings of evaluation in which two image processors differ, but for the normalisation."""
-    settings = [_read_geometry(processor) for processor in (teacher, student)]
+    settings = [read_geometry(processor) for processor in (teacher, student)]
     return [
         f"{name} is {settings[1][name]} for the student and {settings[0][name]} for the teacher"
         for name in settings[0]
@@ -170,7 +170,8 @@ def describe_differences(teacher: BaseImageProcessor, student: BaseImageProcesso
     ]
 
 
-def _read_geometry(processor: BaseImageProcessor) -> dict[str, Any]:
+def read_geometry(processor: BaseImageProcessor) -> dict[str, Any]:
+    """Reads the settings of evaluation that decide which pixels a model sees: `image_size`, `crop_pct`, `interpolation`."""
     pixels, settings = read_processor(processor), processor.to_dict()
     height, width = pixels.size
     if data_config := settings.get("data_config"):

@@ -10,10 +10,29 @@ from ..models.labels import match_labels, names_all, normalize_id2label
 from ..models.teacher import Teacher
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
-from .build import images_per_epoch
+from .build import images_per_epoch, open_teacher
+from .report import describe_size, say
 from .unlabeled import refuse_training_of_teacher
 
 logger = logging.getLogger(__name__)
+
+
+def open_named_teacher(
+    recipe: RecipeArguments, id2label: dict[int, str], training: DistillationTrainingArguments
+) -> Teacher:
+    """Opens the pretrained teacher of a run, and says its size.
+
+    Args:
+        recipe: names the teacher, or several.
+        id2label: the classes of the data, for `teacher_prompts`.
+        training: says which process prints.
+
+    Raises:
+        ValueError: see [`~nkd_hf.models.teacher_loading.load_teacher`].
+    """
+    teacher = open_teacher(recipe, recipe.teacher, id2label)
+    say(training, f"The teacher {', '.join(recipe.teachers)}: {describe_size(teacher)} parameters, pretrained")
+    return teacher
 
 
 def needs_finetuning(

@@ -113,7 +113,7 @@ def test_the_disk_must_hold_all_models_that_are_yet_to_be_trained(tmp_path, inpu
     """The teacher's fine-tuning counts, too."""
     one = create_student("resnet18", id2label=["a", "b", "c"], image_size=32, model_args=MODEL).num_parameters() * 40
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1.5 * one))
-    monkeypatch.setattr(distill_module, "describe_run", lambda run: 1 / 0)  # after the check
+    monkeypatch.setattr(distill_module, "describe_run", lambda *args: 1 / 0)  # after the check
     with pytest.raises(ZeroDivisionError):
         distill(**inputs, output_dir=tmp_path / "student")
     with pytest.raises(ValueError, match=r"output_dir must have .* of free disk for the checkpoints"):

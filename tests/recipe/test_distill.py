@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,14 +30,19 @@ from nkd_hf import (
     parse_args,
 )
 from nkd_hf.data import load_image_dataset
+from nkd_hf.models import teacher_loading
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
+from nkd_hf.recipe import preparation
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
 from nkd_hf.recipe.deployment import _image_reader
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 NAMES = ["one", "three", "two", "zero"]
 MODEL = {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}
+TEACHERS_PIXELS = {
+    "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5] * 3, "crop_pct": 0.95, "interpolation": "bicubic"
+}  # fmt: skip
 QUICK = {
     "image_size": 32, "num_train_epochs": 2, "teacher_epochs": 1, "dataloader_num_workers": 0, "use_cpu": True,
     "dataloader_persistent_workers": False, "disable_tqdm": True,
@@ -45,11 +51,11 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
-    """A folder of four unequal classes, and a teacher of two others."""
+    """A folder of four unequal classes, and a teacher of two others with pixels of its own."""
     folder = tmp_path_factory.mktemp("inputs")
     images = digit_folder(folder / "images", ["zero", "one", "two", "three"], train=[12, 4, 12, 10], validation=3)
     torch.manual_seed(0)
-    teacher = create_student("resnet18", id2label=["cat", "dog"], image_size=40, model_args=MODEL)
+    teacher = create_student("resnet18", id2label=["cat", "dog"], image_size=40, model_args=MODEL, **TEACHERS_PIXELS)
     save_student(teacher, str(folder / "teacher"))
     return {
         "dataset_name": images, "teacher": str(folder / "teacher"), "student": "resnet18", "student_args": MODEL,
@@ -164,6 +170,80 @@ def test_the_record_of_a_run_is_a_configuration_of_a_recipe(out):
     assert (recipe.finetune_teacher, recipe.teacher_epochs, training.num_train_epochs) == ("auto", 1, 2)
     assert yaml.safe_load((out / "run.yaml").read_text())["learning_rate"] == training.learning_rate == 2e-3
     assert data.random_resized_crop == [0.5, 1.0]
+    # The student began with random weights, so it took the teacher's pixels, but for their size.
+    assert {name: recipe.preprocessing[name] for name in TEACHERS_PIXELS} == TEACHERS_PIXELS
+    pixels = yaml.safe_load((out / "student" / "config.json").read_text())["pretrained_cfg"]
+    assert (pixels["mean"], pixels["crop_pct"], pixels["interpolation"]) == ([0.5, 0.4, 0.3], 0.95, "bicubic")
+    assert pixels["input_size"] == [3, 32, 32]
+
+
+def test_a_run_whose_report_is_left_needs_no_model_but_its_own(tmp_path, out, inputs, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (folder / ".unreported").touch()
+    before = (folder / "run.yaml").read_bytes()
+    monkeypatch.setattr(preparation, "create_model", None)
+    monkeypatch.setattr("nkd_hf.models.teacher_loading.open_pretrained", None)
+    results = distill(**inputs, **QUICK, output_dir=folder)
+    assert "All is trained in" in capsys.readouterr().out
+    assert results == json.loads((out / "results.json").read_text())
+    assert not (folder / ".unreported").exists()
+    assert (folder / "run.yaml").read_bytes() == before
+
+
+def test_data_and_teacher_are_opened_once(tmp_path, inputs, monkeypatch, caplog):
+    opened = []
+    open_model = teacher_loading.open_pretrained
+    monkeypatch.setattr(
+        teacher_loading, "open_pretrained", lambda name, **options: opened.append(name) or open_model(name, **options)
+    )
+    images = digit_folder(tmp_path / "images", ["zero", "one", "two"], train=4, validation=2)
+    shutil.rmtree(Path(images) / "validation" / "two")
+    (Path(images) / "validation" / "two").mkdir()
+    arguments = {
+        **inputs,
+        **QUICK,
+        "dataset_name": images,
+        "output_dir": tmp_path / "run",
+        "finetune_teacher": "never",
+    }
+    with pytest.raises(ValueError, match="set finetune_teacher to auto"):
+        distill(**arguments)
+    assert opened == [inputs["teacher"]]
+    assert sum("two" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "recorded", "expected"),
+    [
+        ({}, {"output_dir"}, None, TEACHERS_PIXELS),
+        ({}, {"output_dir", "image_mean"}, None, TEACHERS_PIXELS | {"image_mean": None}),
+        ({"student": "TEACHER"}, {"output_dir"}, None, dict.fromkeys(TEACHERS_PIXELS)),
+        ({"teacher": "resnet18"}, {"output_dir"}, None, dict.fromkeys(TEACHERS_PIXELS)),
+        ({"teacher": ["TEACHER", "OTHER"]}, {"output_dir"}, None, {"image_mean": None, "image_std": [0.5] * 3, "crop_pct": 0.95}),
+        ({}, {"output_dir"}, {"image_mean": None, "seed": 42}, dict.fromkeys(TEACHERS_PIXELS)),
+        ({}, {"output_dir"}, TEACHERS_PIXELS, TEACHERS_PIXELS),
+    ],
+)  # fmt: skip
+def test_which_pixels_a_student_takes_from_its_teacher(tmp_path, inputs, changes, given, recorded, expected):
+    other = {**TEACHERS_PIXELS, "image_mean": [0.1] * 3}
+    model = create_student("resnet18", id2label=["cat", "dog"], image_size=32, model_args=MODEL, **other)
+    save_student(model, str(tmp_path / "other"))
+    folders = {"TEACHER": inputs["teacher"], "OTHER": str(tmp_path / "other")}
+    read = lambda name: [folders[each] for each in name] if isinstance(name, list) else folders.get(name, name)  # noqa: E731
+    names = {
+        role: read(changes.get(role, default)) for role, default in (("student", "resnet18"), ("teacher", "TEACHER"))
+    }
+    recipe = RecipeArguments(**names, image_size=32)
+    training = DistillationTrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    if recorded is not None:  # a run of an older version, or of this one, that was stopped in its first training
+        (tmp_path / "run" / "teacher").mkdir(parents=True)
+        (tmp_path / "run" / "teacher" / "trainer_state.json").touch()
+        (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(recorded))
+    prepared = preparation.prepare(recipe, DataArguments(inputs["dataset_name"]), training, given)
+    assert {name: recipe.preprocessing[name] for name in expected} == expected
+    assert set(prepared.inherited) == {name for name in TEACHERS_PIXELS if recipe.preprocessing[name] is not None}
+    assert recipe.image_size == 32
 
 
 def test_the_command_says_its_plan_and_continues_after_a_stop(starts, results):
@@ -172,7 +252,10 @@ def test_the_command_says_its_plan_and_continues_after_a_stop(starts, results):
     assert "train                     38 images, 4 classes, imbalanced: 4 to 12 images a class" in plan
     assert "validation                12 images, 4 classes" in plan
     assert re.search(r"teacher  .*40 x 40 pixels, pretrained, new head of 4 classes, trained first", plan)
-    assert re.search(r"student  .*32 x 32 pixels, random weights", plan)
+    assert re.search(
+        r"student  .*32 x 32 pixels, random weights; the teacher's image_mean, image_std, crop_pct, interpolation",
+        plan,
+    )
     assert re.search(
         r"training of the teacher   1 epochs, 2 steps of 32 images, adamw_torch, learning rate 0.001 ", plan
     )

@@ -51,7 +51,7 @@ def refused(folder: Path, message: str, *arguments: str, recipe: str = "distill_
 
 def test_a_mistyped_teacher_is_refused_before_the_data_are_loaded(tmp_path, monkeypatch):
     save(tmp_path / "teacher")
-    monkeypatch.setattr(recipe_module, "load_image_dataset", lambda *args: pytest.fail("the data come later"))
+    monkeypatch.setattr(recipe_module, "open_data", lambda *args: pytest.fail("the data come later"))
     wrong = tmp_path / "teachr"
     message = (
         rf"teacher '{wrong}' is not opened: there is no folder '{wrong}', did you mean '{tmp_path / 'teacher'}'\?"

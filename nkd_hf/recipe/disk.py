@@ -1,0 +1,83 @@
+"""Checks that the files of a run fit on its disk, before anything is trained."""
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..trainer.agreement import decide_in_first
+from ..trainer.checkpoints import checkpoints
+from ..trainer.distillation_model import DistillationModel
+from .build import count_steps
+from .plan_costs import count_checkpoint_bytes, count_checkpoints, count_model_bytes, count_state_bytes
+from .run_folder import STAGES
+from .stage import find_trained
+from .teacher_start import teacher_changes
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def check_disk(run: "Recipe", stages: Sequence[str], store_bytes: int = 0) -> None:
+    """Checks that the models and checkpoints that are yet to be written fit on the disk.
+
+    Args:
+        run: whose trainings have not begun.
+        stages: the names of the trainings, in their order.
+        store_bytes: of a store of logits that is written, too.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    todo = [name for name in stages if not run.goes_on or find_trained(run.folder / name) is None]
+    # The checkpoints in the folder are those of the run that goes on, or are deleted before a new one begins.
+    folders = [run.folder / name for name in (todo if run.goes_on else STAGES)]
+    written = sum(_count_file_bytes(path) for folder in folders for path in checkpoints(str(folder)))
+    needed = store_bytes + _count_peak(run, todo) - written
+    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.is_dir())
+    free = decide_in_first(lambda: shutil.disk_usage(existing).free)
+    if free >= needed:
+        return
+    purpose, advice = "the checkpoints", ""
+    if store_bytes:
+        purpose, advice = "the teacher's logits", ", set fewer epochs or a smaller top_k"
+    elif not run.training_args.save_total_limit:
+        advice = ", set save_total_limit to 1"
+    raise ValueError(
+        f"output_dir must have {_in_words(needed)} of free disk for {purpose}, got {_in_words(free)} in {existing}. "
+        f"Free some{advice}, or set another output_dir"
+    )
+
+
+def _count_peak(run: "Recipe", stages: Sequence[str]) -> int:
+    """Counts the most bytes that trainings one after the other have on disk at once."""
+    peak = left = 0
+    for name in stages:
+        model, args = _open_model(run, name), copy.copy(run.training_args)
+        changes = teacher_changes(run.args, run.data_args, args) if name == "teacher" else {}
+        for argument, value in changes.items():
+            setattr(args, argument, value)
+        num_steps, epochs = count_steps(run.data_args, args, run.data["train"])
+        kept, at_once = count_checkpoints(args, num_steps, epochs)
+        checkpoint = count_checkpoint_bytes(model, count_state_bytes(model, args, []), args)
+        saved = count_model_bytes(model.student)
+        peak = max(peak, left + saved + at_once * checkpoint)
+        left += saved + kept * checkpoint
+    return peak
+
+
+def _open_model(run: "Recipe", name: str) -> DistillationModel:
+    if name == "teacher":
+        return DistillationModel(run.create_teacher(), {})
+    if name == "baseline":
+        return DistillationModel(run.create(run.args.student, run.args.student_args), {})
+    return run.make_stage("student", teacher_compile=False).model
+
+
+def _count_file_bytes(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _in_words(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,157 @@
+"""Prepares `nkd-hf distill`: opens data and models once, tries a sample of the images, and sets the defaults that depend on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import DatasetDict, IterableDatasetDict
+from torch import nn
+
+from ..data.arguments import DataArguments
+from ..data.decoding import read_image, read_sample
+from ..data.labels import label_names
+from ..errors import BadSampleError
+from ..models.architectures import is_architecture
+from ..models.preprocessing import load_image_processor, read_preprocessing
+from ..models.students import check_preprocessing
+from ..models.teacher import Teacher
+from ..trainer.agreement import decide_in_first
+from ..trainer.arguments import DistillationTrainingArguments
+from .arguments import RecipeArguments
+from .build import create_model, open_data, runs_teacher
+from .checks import check_names
+from .defaults import BY_DATA_AND_MODELS, set_defaults
+from .run_folder import is_trained, read_record
+from .teacher_accuracy import read_geometry
+from .teacher_start import open_named_teacher
+
+# Images of each split that are opened before the first step.
+_SAMPLE = 64
+
+
+@dataclass
+class Prepared:
+    """What is open before a run begins.
+
+    Attributes:
+        splits: the data; None where a run that has trained all of its models needs the report alone.
+        teacher: pretrained, if there is one.
+        inherited: the settings of the student's preprocessing that are the teacher's.
+    """
+
+    splits: DatasetDict | IterableDatasetDict | None = None
+    teacher: Teacher | None = None
+    inherited: list[str] = field(default_factory=list)
+
+
+def prepare(
+    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, given: set[str]
+) -> Prepared:
+    """Opens data and models, checks what a recipe does not check, and sets the defaults that depend on them.
+
+    Args:
+        recipe, data, training: of the run; the defaults are set in them.
+        given: the names of the arguments that the user has set.
+
+    Returns:
+        [`Prepared`]
+
+    Raises:
+        ValueError: images cannot be read, or a model cannot be opened.
+    """
+    folder = Path(training.output_dir)
+    record, is_over = decide_in_first(lambda: (read_record(folder, training), is_trained(folder)))
+    if record and is_over:
+        # The models that the defaults depend on may be gone: the report needs none of them.
+        for arguments in (recipe, data, training):
+            for name in BY_DATA_AND_MODELS - given & vars(arguments).keys() & record.keys():
+                setattr(arguments, name, record[name])
+        return Prepared()
+    check_names(recipe)
+    splits = open_data(data, training)
+    if not data.streaming and data.on_bad_image == "error":
+        for name, split in splits.items():
+            _check_sample(split, name, training.seed)
+    student = create_model(recipe, recipe.student, recipe.student_args, {0: "a", 1: "b"}, training.seed)
+    teacher = None
+    if runs_teacher(recipe) and not recipe.names_new_teacher:
+        teacher = open_named_teacher(recipe, dict(enumerate(label_names(splits))), training)
+    models: dict[str, nn.Module] = {"student": student}
+    if teacher is not None and recipe.finetune_teacher != "never":
+        models["teacher"] = teacher
+    with_batch_norm = [
+        name for name, model in models.items() if any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    ]
+    num_images = None if data.streaming else len(splits["train"])
+    size = max(read_preprocessing(student, load_image_processor(student)).size)
+    set_defaults(recipe, data, training, given, num_images, size, with_batch_norm)
+    # A run that goes on keeps the pixels that it began with.
+    is_fixed = record and all(record.get(name) is None for name in recipe.preprocessing if name != "image_size")
+    inherited = [] if teacher is None or is_fixed else _inherit_preprocessing(recipe, teacher, given)
+    return Prepared(splits, teacher, inherited)
+
+
+def _inherit_preprocessing(recipe: RecipeArguments, teacher: Teacher, given: set[str]) -> list[str]:
+    """Gives a student with random weights the teacher's preprocessing, but for the size, and returns the settings' names.
+
+    Nothing ties such a student to other pixels, and the teacher is best on its own. Of several teachers, it gets the settings
+    in which all agree.
+    """
+    if not is_architecture(recipe.student):
+        return []
+    found = [_read_settings(member) for member in teacher.members]
+    inherited = [
+        name
+        for name, value in found[0].items()
+        if name not in given and all(each.get(name) == value for each in found)
+    ]
+    for name in inherited:
+        setattr(recipe, name, found[0][name])
+    return inherited
+
+
+def _read_settings(teacher: Teacher) -> dict[str, Any]:
+    """Reads a teacher's mean, std, crop and interpolation, as far as a student can have them."""
+    if teacher.preprocessing is None:
+        return {}
+    pixels = teacher.preprocessing
+    settings = {
+        "image_mean": [round(value, 6) for value in pixels.mean],
+        "image_std": [round(value, 6) for value in pixels.std],
+        "crop_pct": read_geometry(load_image_processor(teacher.model))["crop_pct"],
+        "interpolation": pixels.interpolation,
+    }
+    usable = {}
+    for name, value in settings.items():
+        try:
+            check_preprocessing(**dict.fromkeys(("image_size", *settings)) | {name: value})
+        except ValueError:
+            continue
+        if value is not None:
+            usable[name] = value
+    return usable
+
+
+def _check_sample(split: Any, name: str, seed: int) -> None:
+    """Opens some images of a split, and raises ValueError with those that cannot be read."""
+    rows = sorted(np.random.default_rng(seed).permutation(len(split))[:_SAMPLE].tolist())
+    faults = list(_find_faults(split, rows, name))
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(
+            f"the {name} split must have images that can be read, got {len(faults)} of {len(rows)} that cannot: "
+            f"{'; '.join(faults[:3])}{more}. Mend or remove them, or set on_bad_image to skip"
+        )
+
+
+def _find_faults(split: Any, rows: list[int], name: str) -> Iterator[str]:
+    for row in rows:
+        sample = split[row]
+        path = (sample["image"] or {}).get("path")
+        try:
+            read = read_sample if "label" in sample else read_image
+            read(sample, f"row {row} of {name}" + (f" ({path})" if path else ""))
+        except BadSampleError as error:
+            yield str(error)
