@@ -1,11 +1,13 @@
-"""Checks the names of a command line's options before PyTorch and transformers are imported, which takes seconds.
+"""Checks a command line's options and their values before PyTorch and transformers are imported, which takes seconds.
 
-The names are read from the source of the dataclasses and of the commands. Where they cannot be read for certain, this check
+Names, types and choices are read from the source of the dataclasses and of the commands. Where they cannot be read for certain, this check
 passes, and the parser of the command decides.
 """
 
+import argparse
 import ast
 import difflib
+import functools
 import gc
 import importlib.util
 import os
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _PACKAGE = Path(__file__).parent
 # Dataclass -> the package and the file that define it, in the order of inheritance.
@@ -46,6 +49,7 @@ def start_recipe() -> None:
     """
     prog = os.path.basename(sys.argv[0])
     check_options(prog, sys.argv[1:], read_fields(RECIPE))
+    check_values(prog, sys.argv[1:], RECIPE)
     load(prog, "nkd_hf.recipe.recipe")
 
 
@@ -91,6 +95,83 @@ def check_options(prog: str, args: Sequence[str], known: set[str] | None) -> Non
             sys.exit(2)
 
 
+def check_values(prog: str, args: Sequence[str], classes: dict[str, tuple[str, str]]) -> None:
+    """Ends the process if an option of a number, a bool or a choice has another value.
+
+    Options of other types, and those whose definition cannot be read for certain, are left to the full parser.
+
+    Args:
+        prog: the command, for the message.
+        args: the command line, whose options are known.
+        classes: dataclass -> the package and the file that define it.
+
+    Raises:
+        SystemExit: with code 2, after the message of the full parser on stderr.
+    """
+    if not {"-h", "--help"}.isdisjoint(args):
+        return
+    parser = _ValueParser(prog=prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    for node, tree in _read_definitions(classes) or ():
+        _add_field(parser, node, tree)
+    parser.parse_known_args(args)
+
+
+class _ValueParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+
+def _add_field(parser: argparse.ArgumentParser, node: ast.AnnAssign, tree: ast.Module) -> None:
+    """Adds the option of a field as `HfArgumentParser` does, if it is a simple one, else one that takes any values."""
+    name, default = node.target.id, _read_default(node.value)
+    options = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    annotation = ast.unparse(node.annotation)
+    base, takes_none = annotation.removesuffix(" | None"), annotation.endswith(" | None")
+    metadata = next((word.value for word in getattr(node.value, "keywords", ()) if word.arg == "metadata"), None)
+    keys = metadata.keys if isinstance(metadata, ast.Dict) else []
+    entries = {ast.literal_eval(key): value for key, value in zip(keys, getattr(metadata, "values", []), strict=True)}
+    settings: dict[str, Any] = {"nargs": "*"}
+    if base in _TYPES and not entries.keys() - {"help", "choices"}:
+        settings = {"type": _TYPES[base], "choices": _read_choices(entries.get("choices"), tree)}
+        if base == "bool" and (not takes_none or default not in ("", "None")):
+            settings |= {"nargs": "?", "const": True}
+    parser.add_argument(*options, dest=name, **settings)
+    if base == "bool" and default == "True":
+        parser.add_argument(f"--no_{name}", f"--no-{name.replace('_', '-')}", dest=name, action="store_false")
+
+
+def _read_bool(text: str) -> bool:
+    # As transformers.hf_argparser.string_to_bool.
+    if text.lower() not in _BOOLS:
+        raise argparse.ArgumentTypeError(
+            f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
+        )
+    return text.lower() in _BOOLS[:5]
+
+
+_BOOLS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+_TYPES = {"int": int, "float": float, "bool": _read_bool, "str": str}
+
+
+def _read_choices(node: ast.expr | None, tree: ast.Module) -> list[str] | None:
+    """Reads choices that are a list of literals or `list(NAME)` of a tuple in the same file; None for others."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "list" and len(node.args) == 1:
+        name = ast.unparse(node.args[0])
+        node = next(
+            (
+                each.value
+                for each in tree.body
+                if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == name
+            ),
+            None,
+        )
+    try:
+        return None if node is None else list(ast.literal_eval(node))
+    except ValueError:
+        return None
+
+
 def suggest(name: str, names: Iterable[str]) -> str:
     """Names the nearest of some names in a message; an empty text if none is near.
 
@@ -116,7 +197,23 @@ def read_fields(classes: dict[str, tuple[str, str]]) -> set[str] | None:
     Args:
         classes: dataclass -> the package and the file that define it.
     """
-    defaults: dict[str, str] = {}
+    definitions = _read_definitions(classes)
+    if definitions is None:
+        return None
+    names = [node.target.id for node, _ in definitions]
+    # HfArgumentParser adds `--no_NAME` for a bool that is true by default.
+    names += [
+        f"no_{node.target.id}"
+        for node, _ in definitions
+        if "bool" in ast.unparse(node.annotation) and _read_default(node.value) == "True"
+    ]
+    options = {f"--{name}" for name in names}
+    return options | {f"--{name.replace('_', '-')}" for name in names} | {"-h", "--help", "--config"}
+
+
+def _read_definitions(classes: dict[str, tuple[str, str]]) -> list[tuple[ast.AnnAssign, ast.Module]] | None:
+    """Reads the definitions of the fields of dataclasses, each with its file; None where they are uncertain."""
+    definitions: dict[str, tuple[ast.AnnAssign, ast.Module]] = {}
     for name, (package, file) in classes.items():
         tree = _parse(package, file)
         found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name] if tree else []
@@ -127,12 +224,8 @@ def read_fields(classes: dict[str, tuple[str, str]]) -> set[str] | None:
                 definition = ast.unparse(node)
                 if "aliases" in definition or "init=" in definition or "ClassVar" in definition:
                     return None
-                is_bool = "bool" in ast.unparse(node.annotation)
-                defaults[node.target.id] = _read_default(node.value) if is_bool else ""
-    # HfArgumentParser adds `--no_NAME` for a bool that is true by default.
-    names = [*defaults, *(f"no_{name}" for name, default in defaults.items() if default == "True")]
-    options = {f"--{name}" for name in names}
-    return options | {f"--{name.replace('_', '-')}" for name in names} | {"-h", "--help", "--config"}
+                definitions[node.target.id] = node, tree
+    return [*definitions.values()]
 
 
 def read_command(file: str) -> set[str] | None:
@@ -160,6 +253,9 @@ def _parse(package: str, file: str) -> ast.Module | None:
             return None
         folder = Path(spec.submodule_search_locations[0])
     try:
-        return ast.parse((folder / file).read_text(encoding="utf-8"))
+        return _parse_text((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError, SystemError):  # Python 3.11 may raise SystemError deep in a stack
         return None
+
+
+_parse_text = functools.cache(ast.parse)  # names and values are checked one after the other

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_runs import run
@@ -10,7 +11,7 @@ from command_runs import run
 from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, options
 from nkd_hf.cli import _COMMANDS, _known_options, evaluate, export, teacher_logits
 from nkd_hf.cli.plan import PlanArguments
-from nkd_hf.options import DISTILL, PLAN, RECIPE, check_options, read_command, read_fields
+from nkd_hf.options import DISTILL, PLAN, RECIPE, check_options, check_values, read_command, read_fields
 from nkd_hf.recipe.distill import DISTILL_ARGUMENTS
 from nkd_hf.recipe.parser import _Parser
 from nkd_hf.recipe.plan import PlannedTrainingArguments
@@ -58,6 +59,60 @@ def test_the_message_is_that_of_the_parser(token, capsys):
         check_options(parser.prog, ["--student", "resnet18", token, "1"], read_fields(RECIPE))
     assert capsys.readouterr().err == expected
     assert early.value.code == full.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--num_train_epochs", "abc"],
+        ["--num-train-epochs=abc"],
+        ["--seed", "1.5"],
+        ["--bf16", "maybe"],
+        ["--streaming=2"],
+        ["--disable_tqdm", "maybe"],
+        ["--finetune_teacher", "maybe"],
+        ["--teacher_dtype", "int8"],
+        ["--on_bad_image", "ignore"],
+        ["--image_size", "small"],
+        ["--student"],
+    ],
+)
+def test_a_wrong_value_has_the_message_of_the_parser(args, capsys):
+    parser = _Parser(SCRIPT)
+    with pytest.raises(SystemExit) as full:
+        parser.parse_into_dataclasses(["--output_dir", "out", *args])
+    expected = capsys.readouterr().err
+    with pytest.raises(SystemExit) as early:
+        check_values(parser.prog, ["--output_dir", "out", *args], RECIPE)
+    assert capsys.readouterr().err == expected
+    assert early.value.code == full.value.code == 2
+
+
+def test_right_values_and_those_of_other_types_are_left_to_the_parser():
+    right = [
+        "--num_train_epochs",
+        "1e1",
+        "--seed",
+        "-1",
+        "--bf16",
+        "--fp16",
+        "no",
+        "--streaming=T",
+        "--no_dataloader_pin_memory",
+    ]
+    right += ["--teacher", "a", "b", "--loss_args", "{}", "--image_mean", "0.1", "x", "--lr_scheduler_type", "none"]
+    right += ["--finetune_teacher", "auto", "--optim", "none", "--learning_rate", "-3"]
+    check_values("nkd-hf", right, RECIPE)
+    check_values("nkd-hf", ["--seed", "x", "--help"], RECIPE)
+    check_values("nkd-hf", ["--seed", "x"], {"Own": ("nkd_hf", "own.py")})  # there is no such file
+
+
+def test_most_fields_are_checked():
+    known = {}
+    parser = SimpleNamespace(add_argument=lambda *names, dest, **settings: known.setdefault(dest, settings))
+    for node, tree in options._read_definitions(DISTILL):
+        options._add_field(parser, node, tree)
+    assert sum("type" in settings for settings in known.values()) > 0.8 * len(known)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +167,11 @@ try:
     runpy.run_path(SCRIPT, run_name="__main__")
 except SystemExit as exit:
     print(exit.code, heavy())
+sys.argv[1:] = ["--learning_rate", "high"]
+try:
+    nkd_hf.options.start_recipe()
+except SystemExit as exit:
+    print(exit.code, heavy())
 sys.argv[1:] = ["--learning_rate", "1"]
 start_recipe = nkd_hf.start_recipe
 nkd_hf.options.importlib.import_module = lambda name: print(name, heavy(), file=sys.stderr)
@@ -121,9 +181,10 @@ start_recipe()
     done = subprocess.run(
         [sys.executable, "-c", code.replace("SCRIPT", repr(script))], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "2 set()\n"
+    assert done.stdout == "2 set()\n" * 2
     assert done.stderr == (
         "distill_cnn.py: error: unknown argument --learning_rat: did you mean '--learning_rate'? (--help lists the arguments)\n"
+        "distill_cnn.py: error: argument --learning_rate/--learning-rate: invalid float value: 'high' (--help lists the arguments)\n"
         "distill_cnn.py: loading PyTorch and transformers ...\n"
         "nkd_hf.recipe.recipe set()\n"
     )

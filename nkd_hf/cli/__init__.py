@@ -5,7 +5,7 @@ import sys
 
 from .. import __version__
 from ..errors import one_line_errors
-from ..options import DISTILL, PLAN, RECIPE, check_options, load, read_command, read_fields, suggest
+from ..options import DISTILL, PLAN, RECIPE, check_options, check_values, load, read_command, read_fields, suggest
 
 # Command -> the module whose `main` runs it, which is imported when the command is called, and its purpose.
 _COMMANDS = {
@@ -18,6 +18,8 @@ _COMMANDS = {
     "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),
 }
 
+# The commands whose options are all fields of dataclasses.
+_FIELDS = {"plan": PLAN, "distill": DISTILL}
 # The exit code that a shell reports for a process that Ctrl-C has ended.
 _INTERRUPTED = 130
 
@@ -58,14 +60,16 @@ def _run(args: list[str]) -> None:
         hint = suggest(command, _COMMANDS)
         _exit(f"nkd-hf: error: unknown command {command!r}{hint} (nkd-hf --help lists the commands)")
     check_options(f"nkd-hf {command}", args, _known_options(command))
+    if command in _FIELDS:
+        check_values(f"nkd-hf {command}", args, _FIELDS[command])
     load(f"nkd-hf {command}", f"nkd_hf.cli.{_COMMANDS[command][0]}").main(args)
 
 
 @functools.cache  # a process may call `main` again
 def _known_options(command: str) -> set[str] | None:
     """The options of a command, read without importing it; None where that is uncertain."""
-    if command in ("plan", "distill"):
-        return read_fields(PLAN if command == "plan" else DISTILL)
+    if command in _FIELDS:
+        return read_fields(_FIELDS[command])
     options = read_command(f"{_COMMANDS[command][0]}.py")
     if command != "teacher-logits" or options is None:
         return options

@@ -42,6 +42,8 @@ def fixed_defaults(given: set[str]) -> dict[str, Any]:
         given: the names of the arguments that the user has set.
     """
     has_gpu = torch.cuda.is_available()
+    # The parts of a stream, and so its results, depend on the number of workers.
+    num_workers = count_workers(has_gpu or "streaming" in given)
     defaults: dict[str, Any] = {
         "finetune_teacher": "auto",
         "optim": "adamw_torch",
@@ -50,8 +52,8 @@ def fixed_defaults(given: set[str]) -> dict[str, Any]:
         "warmup_steps": 0.1,
         "bf16": has_gpu and torch.cuda.is_bf16_supported() and "fp16" not in given,
         "logging_strategy": "epoch",
-        "dataloader_num_workers": min(4, os.cpu_count() or 1),
-        "dataloader_persistent_workers": given.isdisjoint({"dataloader_num_workers"}),
+        "dataloader_num_workers": num_workers,
+        "dataloader_persistent_workers": num_workers > 0 and given.isdisjoint({"dataloader_num_workers"}),
         "dataloader_pin_memory": has_gpu,
     }
     if given.isdisjoint({"eval_strategy", "save_strategy", "load_best_model_at_end", "streaming"}):
@@ -59,6 +61,18 @@ def fixed_defaults(given: set[str]) -> dict[str, Any]:
         defaults |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
         defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
     return {name: value for name, value in defaults.items() if name not in given}
+
+
+def count_workers(has_idle_cores: bool) -> int:
+    """The workers of a data loader: of cores that compute as well, a quarter, since a step takes much longer than its input.
+
+    Args:
+        has_idle_cores: whether the models compute elsewhere.
+    """
+    if has_idle_cores:
+        return min(4, os.cpu_count() or 1)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, num_cores // 4)
 
 
 def set_defaults(
