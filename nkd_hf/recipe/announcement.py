@@ -128,7 +128,9 @@ def _describe_training(run: "Recipe", changes: dict) -> str:
         steps = round(epochs * per_epoch)
         length = f"{epochs:g} epochs, {steps} steps"
     patience = run.args.early_stopping_patience
-    stop = f", ends after {patience} evaluations without a gain" if patience is not None else ""
+    # With `time_budget`, there may be fewer epochs than the patience.
+    can_stop = patience is not None and (max_steps > 0 or patience < epochs)
+    stop = f", ends after {patience} evaluations without a gain" if can_stop else ""
     batch = training.global_batch_size()
     schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
     optimizer = getattr(training.optim, "value", training.optim)
