@@ -17,6 +17,7 @@ from nkd_hf import (
     DataArguments,
     DISTLoss,
     DKDLoss,
+    ImageCollator,
     KDLoss,
     MGDLoss,
     NKDLoss,
@@ -30,6 +31,7 @@ from nkd_hf import (
     make_datasets,
 )
 from nkd_hf.data.student_datasets import make_evaluation_images
+from nkd_hf.errors import NonFiniteLossError
 from nkd_hf.trainer.batch_norm import update_batch_norm
 from nkd_hf.trainer.distillation_model import DistillationModel
 
@@ -191,6 +193,24 @@ def test_other_losses_with_a_teacher_take_the_whole_batch(loss, folder, tmp_path
     with torch.no_grad():  # as in an evaluation
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert len(outputs["logits"]) == len(batch["labels"]) == 16
+
+
+def test_an_image_without_a_label_is_named_where_its_loss_is_not_finite(folder, tmp_path):
+    class Breaks(ImageCollator):
+        def __call__(self, samples):
+            batch = super().__call__(samples)
+            batch["unlabeled_pixel_values"][2] = float("nan")
+            broken.append(-1 - batch["index"][len(batch["labels"]) + 2].item())
+            return batch
+
+    broken = []  # of this batch, and of one that is made ahead
+    arguments = joined(folder / "plain") | {"data_collator": Breaks(10)}
+    trainer = make_trainer(
+        tmp_path, native_vit(), **arguments, teacher=native_vit(1), distillation_loss=KDLoss(), max_steps=1
+    )
+    with pytest.raises(NonFiniteLossError) as error:
+        trainer.train()
+    assert f"1 of 40 samples (unlabelled {broken[0]})" in str(error.value)
 
 
 def test_a_training_without_any_label_learns_what_the_teacher_knows(tmp_path):
