@@ -16,6 +16,9 @@ clock:
 `--augment deit` takes the augmentation of the DeiT recipes (bicubic, RandAugment, erasing) in all of them but the
 example, which has none of it: there timm is what to compare with, and the aim is to be as fast.
 
+`--crops 4` compares nkd_hf with itself instead: single samples of an image, and so many crops of each decoded one, with
+as many samples. Aim: 4 crops are 2 times as fast.
+
 The second table says where nkd_hf's time goes, part by part. The third one compares pixels, in steps of 8 bits: those
 of evaluation with transformers' processor on Pillow's image, those of training with the example's for the same crop
 and flip.
@@ -128,15 +131,14 @@ def timm_loader(folder: Path, batch_size: int, augment: dict, interpolation: str
         )  # fmt: skip
 
 
-def our_dataset(name: str, augment: dict, interpolation: str) -> ImageDataset:
+def our_dataset(name: str, augment: dict, interpolation: str, crops: int = 1) -> ImageDataset:
     args = DataArguments(dataset_name=name, **augment)
-    return ImageDataset(
-        load_image_dataset(args)["train"], train_transform(args, SIZE, MEAN, STD, interpolation), training=True
-    )
+    transform = train_transform(args, SIZE, MEAN, STD, interpolation)
+    return ImageDataset(load_image_dataset(args)["train"], transform, training=True, crops_per_image=crops)
 
 
 def our_loader(dataset: ImageDataset, batch_size: int) -> DataLoader:
-    sampler = EpochSampler(len(dataset), seed=0, positions=True)
+    sampler = EpochSampler(len(dataset), seed=0, positions=True, crops=dataset.crops_per_image)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=ImageCollator(len(CLASSES)))
 
 
@@ -191,6 +193,27 @@ def compare_loaders(folder: Path, options: argparse.Namespace, report: common.Re
     for source in ("folder", "parquet"):
         value, *spread = common.ratio(times[f"example, {source}"], times[f"nkd_hf, {source}"])
         report.aim(f"images/s of nkd_hf / example, {source}", value, AIM, at_least=True, spread=spread)
+
+
+def compare_crops(folder: Path, options: argparse.Namespace, report: common.Report) -> None:
+    augment, interpolation = AUGMENTS[options.augment], "bilinear" if options.augment == "crop" else "bicubic"
+    rows = {}
+    for source in ("images", "parquet"):
+        for crops in (1, *options.crops):
+            loader = our_loader(our_dataset(str(folder / source), augment, interpolation, crops), options.batch)
+            rows[crops, source] = lambda loader=loader: exhaust(loader)
+    times = common.measure_times(rows, options.rounds, common.make_clock("cpu"), warmup=1)
+    table = []
+    for (crops, source), values in times.items():
+        value, *spread = common.ratio(times[1, source], values)
+        name = f"{crops} crop{'s' * (crops > 1)}, {'folder' if source == 'images' else source}"
+        per_image = median(values) / options.images
+        table.append([name, f"{per_image:.3f}", f"{1e3 / per_image:.0f}", f"{value:.2f}"])
+        if crops == 4:
+            report.aim(f"samples/s, {name} / 1 crop", value, 2.0, at_least=True, spread=spread)
+    title = f"{options.images} samples of 500 x 375 JPEGs, {options.augment}, batches of {options.batch}, one core"
+    report.table(title, ["", "ms a sample", "samples/s", "x 1 crop"], table)
+    report.result["raw"]["crops"] = {f"{crops}, {source}": values for (crops, source), values in times.items()}
 
 
 def compare_parts(folder: Path, options: argparse.Namespace, report: common.Report) -> None:
@@ -271,6 +294,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="how many are made (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="images (default: %(default)s)")
     parser.add_argument("--augment", choices=AUGMENTS, default="crop", help="(default: %(default)s)")
+    parser.add_argument("--crops", type=int, nargs="+", help="crops of an image, in place of the other loaders")
     parser.set_defaults(device="cpu")
     options = common.parse(parser)
     datasets.disable_progress_bars()
@@ -280,9 +304,12 @@ def main() -> None:
         # The copy that `datasets` makes of the files goes with them.
         datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
         write_images(Path(folder), options.images)
-        compare_loaders(Path(folder), options, report)
-        compare_parts(Path(folder), options, report)
-        compare_pixels(Path(folder), report)
+        if options.crops:
+            compare_crops(Path(folder), options, report)
+        else:
+            compare_loaders(Path(folder), options, report)
+            compare_parts(Path(folder), options, report)
+            compare_pixels(Path(folder), report)
     report.write()
 
 

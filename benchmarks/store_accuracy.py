@@ -14,6 +14,7 @@ K = 100 has all of them, and K = 10 a tenth.
 difference lies within two standard errors of 0. Smaller cycles show where the accuracy begins to suffer.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -38,6 +39,35 @@ def run(folder: Path, args: list[str]) -> tuple[list[float], float]:
     recipe = digits.train(folder, args)
     history = json.loads((folder / "student" / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry], recipe.results["distilled"]
+
+
+def tabulate(
+    report: common.Report, options: argparse.Namespace, accuracies: dict, losses: dict, num_bytes: dict
+) -> None:
+    rows = []
+    for side, values in accuracies.items():
+        difference, error = common.difference(values, accuracies["live"])
+        cells = [", ".join(f"{100 * value:.2f}" for value in values), f"{100 * mean(values):.2f}"]
+        cells.append(f"{100 * difference:+.2f} +- {100 * error:.2f}")
+        name = side if side == "live" else f"stored, {side}"
+        rows.append([name, *cells, "", f"{num_bytes.get(side, 0) / 1e6:.2f}"])
+        if side in losses:
+            pairs = zip(losses[side], losses["live"], strict=True)
+            off = max((torch.tensor(curve) - torch.tensor(live)).abs().max().item() for curve, live in pairs)
+            rows[-1][-2] = f"{off:.1e}"
+        if side == "all":
+            report.aim("stored, all: greatest difference of a step's loss from the live teacher's", off, CURVE_AIM)
+        elif side != "live" and (not side.startswith("cycle") or 6 * _epochs(side) >= options.epochs):
+            what = f"stored, {side}: difference of accuracies, in standard errors"
+            report.aim(what, abs(difference) / max(error, 1e-9), 2.0)
+    columns = ["", "top-1, seed by seed", "mean", "less the live teacher's", "loss off by", "MB of the store"]
+    data = f"{options.numbers} numbers of two digits" if options.numbers else "Digits"
+    report.table(f"{data}, {options.epochs} epochs, {options.rounds} seeds", columns, rows)
+    report.result["raw"] = {"accuracies": accuracies, "losses": losses}
+
+
+def _epochs(side: str) -> int:
+    return int(side.split()[-1])
 
 
 def main() -> None:
@@ -86,35 +116,14 @@ def main() -> None:
                         sizes = [path.stat().st_size for path in Path(store).glob("epoch-*/*.safetensors")]
                         num_bytes[side] = sum(sizes)
                     curve, accuracy = run(folder / "run", own)
-                losses.setdefault(side, []).append(curve)
+                if options.top_k and not side.startswith("cycle"):
+                    losses.setdefault(side, []).append(curve)
                 accuracies.setdefault(side, []).append(accuracy)
                 print(f"seed {seed}, {side}: {accuracy:.2%}", flush=True)
                 for name in ("run", "store"):
                     shutil.rmtree(folder / name, ignore_errors=True)
 
-    rows = []
-    for side, values in accuracies.items():
-        difference, error = common.difference(values, accuracies["live"])
-        off = max(
-            (torch.tensor(curve) - torch.tensor(live)).abs().max().item()
-            for curve, live in zip(losses[side], losses["live"], strict=True)
-        )
-        cells = [", ".join(f"{100 * value:.2f}" for value in values), f"{100 * mean(values):.2f}"]
-        cells += [f"{100 * difference:+.2f} +- {100 * error:.2f}", f"{off:.1e}"]
-        rows.append([side if side == "live" else f"stored, {side}", *cells, f"{num_bytes.get(side, 0) / 1e6:.2f}"])
-        if side == "all":
-            report.aim("stored, all: greatest difference of a step's loss from the live teacher's", off, CURVE_AIM)
-        elif side.startswith("cycle"):
-            if 6 * int(side.split()[-1]) >= options.epochs:
-                what = f"stored, {side}: difference of accuracies, in standard errors"
-                report.aim(what, abs(difference) / max(error, 1e-9), 2.0)
-        elif side != "live":
-            what = f"stored, {side}: difference of accuracies, in standard errors"
-            report.aim(what, abs(difference) / max(error, 1e-9), 2.0)
-    columns = ["", "top-1, seed by seed", "mean", "less the live teacher's", "loss off by", "MB of the store"]
-    data = f"{options.numbers} numbers of two digits" if options.numbers else "Digits"
-    report.table(f"{data}, {options.epochs} epochs, {options.rounds} seeds", columns, rows)
-    report.result["raw"] = {"accuracies": accuracies, "losses": losses}
+    tabulate(report, options, accuracies, losses, num_bytes)
     report.write()
 
 
