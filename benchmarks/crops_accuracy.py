@@ -16,35 +16,30 @@ from statistics import mean, stdev
 import common
 import digits
 
-# A ResNet-10 of width 8, and the DeiT of recipes/configs/digits_distill_deit.yaml with its optimiser.
-STUDENTS = {
-    "CNN": ["--student", "resnet18", "--student_args", '{"channels": [8, 16, 32, 64], "layers": [1, 1, 1, 1]}'],
-    "DeiT": [
-        *("--student", "deit_tiny_patch16_224"),
-        *("--student_args", '{"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}'),
-        *("--optim", "adamw_torch", "--learning_rate", "0.002", "--weight_decay", "0.05"),
-        *("--warmup_steps", "0.1", "--max_grad_norm", "5.0"),
-    ],
-}
+SMALL_CNN = ["--student", "resnet18", "--student_args", '{"channels": [8, 16, 32, 64], "layers": [1, 1, 1, 1]}']
+# Each with a configuration of the digits and more arguments.
+STUDENTS = {"CNN": (digits.CONFIG, SMALL_CNN), "DeiT": (digits.CONFIG.with_name("digits_distill_deit.yaml"), [])}
 
 
 def main() -> None:
     parser = common.make_parser(__doc__, rounds=5)
-    parser.add_argument("--epochs", type=int, default=8, help="a multiple of the crops (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="a multiple of the crops (default: %(default)s)")
     parser.add_argument("--crops", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=[*STUDENTS], help="(default: both)")
     parser.add_argument("--recipe", default="", metavar="ARGUMENTS", help="more arguments of the recipe, as one text")
     options = common.parse(parser)
 
-    report, accuracies = common.Report(options), {name: {1: [], options.crops: []} for name in STUDENTS}
+    report, accuracies = common.Report(options), {name: {1: [], options.crops: []} for name in options.students}
     args = [*digits.arguments(options), "--distillation_loss", "none", *options.recipe.split()]
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "run"
         for seed in range(options.rounds):
-            for name, student in STUDENTS.items():
+            for name in options.students:
+                config, student = STUDENTS[name]
                 for crops in accuracies[name]:
                     own = [*args, *student, "--seed", str(seed), "--crops_per_image", str(crops)]
                     with contextlib.redirect_stdout(io.StringIO()):
-                        accuracy = digits.train(folder, own).results["baseline"]
+                        accuracy = digits.train(folder, own, config=config).results["baseline"]
                     shutil.rmtree(folder)
                     accuracies[name][crops].append(accuracy)
                     print(f"seed {seed}, {name}, crops {crops}: {accuracy:.2%}", flush=True)

@@ -30,10 +30,10 @@ def arguments(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def train(folder: Path, args: list[str], kind: type[Recipe] = Recipe) -> Recipe:
+def train(folder: Path, args: list[str], kind: type[Recipe] = Recipe, config: Path = CONFIG) -> Recipe:
     """A run whose student is trained: with the loss that it names, or with cross-entropy alone."""
     types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-    recipe = kind(*parse_args(types, args=["--config", str(CONFIG), "--output_dir", str(folder), *args]))
+    recipe = kind(*parse_args(types, args=["--config", str(config), "--output_dir", str(folder), *args]))
     recipe.train_baseline()
     recipe.train_student()
     return recipe
