@@ -1,7 +1,7 @@
 PYTHON ?= python3
 SOURCES = nkd_hf recipes tests benchmarks
 
-.PHONY: help demo test test-oldest test-slow test-rows test-gpu wheels quality style
+.PHONY: help demo test test-oldest test-slow test-rows test-gpu bench-gpu wheels quality style
 
 # `make` alone shows the list, too.
 help:  ## list the targets
@@ -23,7 +23,7 @@ test-rows: .venv/installed-test  ## take one training step of each row of the pa
 	.venv/bin/python -m pytest -m rows -s
 
 # A machine with a GPU may have no network: `make test-gpu WHEELS=build/wheels` installs what `make wheels` has downloaded
-# elsewhere beside the packages of PYTHON, and runs there. Without WHEELS it runs in .venv.
+# elsewhere beside the packages of PYTHON, and runs there. Without WHEELS both run in .venv.
 ifdef WHEELS
 GPU_INSTALLED = build/site-packages/installed
 GPU_PYTHON = PYTHONPATH=$(CURDIR):$(CURDIR)/build/site-packages HF_HUB_OFFLINE=1 $(PYTHON)
@@ -36,8 +36,12 @@ test-gpu: $(GPU_INSTALLED)  ## run the tests that need a GPU, in less than 3 min
 	@$(GPU_PYTHON) benchmarks/gpu/check.py
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu --numprocesses 4 --dist worksteal --durations 5
 
+bench-gpu: $(GPU_INSTALLED)  ## measure on a GPU, in less than 6 minutes, into benchmarks/results/*-gpu.json
+	@$(GPU_PYTHON) benchmarks/gpu/check.py
+	$(GPU_PYTHON) benchmarks/gpu/bench.py
+
 PLATFORMS = $(foreach version,_2_28 _2_27 _2_17 2014,--platform manylinux$(version)_x86_64)
-wheels: .venv/installed-test  ## download into build/wheels what test-gpu needs on a machine without a network
+wheels: .venv/installed-test  ## download into build/wheels what test-gpu and bench-gpu need on a machine without a network
 	rm -rf build/wheels
 	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels .
 	.venv/bin/python -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 --implementation cp \

@@ -1,4 +1,4 @@
-"""Time and peak memory of the losses, on the CPU: `python benchmarks/losses.py` (about eight minutes; `--quick`: one).
+"""Time and peak memory of the losses: `python benchmarks/losses.py` (on the CPU about eight minutes; `--quick`: one).
 
 Every row is one forward + backward from logits [B, C] with class indices (the sorts: one call), at each shape, in float32
 and bfloat16, eager and through `torch.compile`:
@@ -13,11 +13,11 @@ and bfloat16, eager and through `torch.compile`:
 Time: the rows take turns, once a round, in one process; in its turn a row repeats for about 20 ms. Its ms is the median
 of the rounds. A ratio is taken within each round, between neighbours in time, and its median shown; in a compiled table
 its cross-entropy is compiled too, and tables.py adds the ratio to the eager one, which is the floor. With one thread, the
-default, the clock is the process's CPU time, so that the ratios hold on a busy machine; with more it is the wall clock,
-and on a busy machine the figures then tell how long PyTorch's threads wait for each other.
+default, the clock of the CPU is the process's CPU time, so that the ratios hold on a busy machine; with more it is the wall
+clock, and on a busy machine the figures then tell how long PyTorch's threads wait for each other. On a GPU it is the wall
+clock, when the work is done.
 
-Memory: the allocations and frees that PyTorch's CPU allocator reports to `torch.profiler`, added up in order. `extra` is
-the peak above what is allocated before the call (the logits and labels), less the gradients that the call returns, which
+Memory: of PyTorch's allocator (see common.py). `extra` is the peak above what is allocated before the call (the logits and labels), less the gradients that the call returns, which
 are as large as the logits; in units of one matrix of logits, of the logits' own dtype. It doesn't vary.
 
 Floor: two reads of the logits and one write of the gradient, at the rate at which this process copies as much memory.
@@ -26,7 +26,6 @@ Floor: two reads of the logits and one write of the gradient, at the rate at whi
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,14 +47,14 @@ BOUNDS = {"NKD": (3.0, 2.0, 2.0), "USKD": (6.0, 6.0, 4.0)}
 
 
 def make_rows(
-    batch_size: int, num_classes: int, dtype: torch.dtype, compiled: bool
+    batch_size: int, num_classes: int, dtype: torch.dtype, compiled: bool, device: str
 ) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, num_classes)
-    student_logits = (3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
-    mid_logits = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-    teacher_logits = (3 * torch.randn(shape, generator=generator)).to(dtype)
-    labels = torch.randint(num_classes, (batch_size,), generator=generator)
+    student_logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
+    mid_logits = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    teacher_logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype)
+    labels = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
     with torch.no_grad():
         target = labels[:, None]
         mid_prob, log_prob = (logits.float().softmax(1) for logits in (mid_logits, student_logits))
@@ -101,9 +100,9 @@ def make_rows(
     return rows
 
 
-def copy_rate(num_bytes: int, clock: Callable[[], float]) -> float:
+def copy_rate(num_bytes: int, clock: Callable[[], float], device: str) -> float:
     """Bytes per ms that a copy of this many moves, reads and writes counted."""
-    source = torch.ones(num_bytes, dtype=torch.uint8)
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     repeats = max(3, 2**28 // num_bytes)
     passes = []
@@ -118,8 +117,8 @@ def copy_rate(num_bytes: int, clock: Callable[[], float]) -> float:
 def measure(batch_size: int, num_classes: int, dtype: torch.dtype, compiled: bool, args: argparse.Namespace) -> dict:
     """One table: figures by row, and the bounds with what was measured."""
     torch.compiler.reset()
-    clock = time.process_time if args.threads == 1 else time.perf_counter
-    rows = make_rows(batch_size, num_classes, dtype, compiled)
+    clock = common.make_clock(args.device)
+    rows = make_rows(batch_size, num_classes, dtype, compiled, args.device)
     times = common.measure_times(rows, args.rounds, clock)
 
     def cost(row: str, *others: str) -> float:
@@ -128,7 +127,7 @@ def measure(batch_size: int, num_classes: int, dtype: torch.dtype, compiled: boo
         return statistics.median((value - sum(rest)) / unit for value, unit, *rest in zip(*table, strict=True))
 
     matrix_bytes = batch_size * num_classes * dtype.itemsize
-    floor_ms = 3 * matrix_bytes / copy_rate(matrix_bytes, clock)
+    floor_ms = 3 * matrix_bytes / copy_rate(matrix_bytes, clock, args.device)
     table = {}
     for name, run in rows.items():
         num_gradients = 0 if "sort" in name else 2 if "USKD" in name else 1
@@ -136,7 +135,7 @@ def measure(batch_size: int, num_classes: int, dtype: torch.dtype, compiled: boo
             "ms": statistics.median(times[name]),
             "x_cross_entropy": cost(name),
             "x_floor": statistics.median(times[name]) / floor_ms,
-            "extra_matrices": common.measure_peak(run) / matrix_bytes - num_gradients,
+            "extra_matrices": common.measure_peak(run, args.device) / matrix_bytes - num_gradients,
         }
     bounds = []
     for row, (eager_bound, compiled_bound, memory_bound) in BOUNDS.items():
@@ -180,7 +179,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and peak memory of the losses, forward + backward, on the CPU.")
+    parser = argparse.ArgumentParser(description="Time and peak memory of the losses, forward + backward.")
     parser.add_argument("--batch", type=int, help="B of a single shape, with --classes")
     parser.add_argument("--classes", type=int, help="C of a single shape, with --batch")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of both only")
@@ -188,6 +187,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="[256, 1000] float32 alone")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 9, at 21841 classes 3)")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     if (args.batch is None) != (args.classes is None):
@@ -198,7 +198,6 @@ def main() -> None:
     shapes = [(args.batch, args.classes)] if args.batch else SHAPES[1:2] if args.quick else SHAPES
     dtypes = [args.dtype] if args.dtype else ["float32"] if args.quick else ["float32", "bfloat16"]
     modes = [args.mode] if args.mode else ["eager", "compiled"]
-    args.device = "cpu"
     report = common.Report(args)
     clock = report.result["clock"]
     print(f"forward + backward, threads: {args.threads}, {clock}, medians of rounds, torch {torch.__version__}")

@@ -45,8 +45,8 @@ def measure_parts(
 ) -> dict[str, int]:
     """Bytes by part, of a step with the optimiser's state there already, as in all steps but the first."""
     optimizer = OPTIMIZERS[options.optim](student.parameters())
-    images = Images(batch, num_classes)
-    pixel_values = images.pixels[torch.arange(batch) % len(images.pixels)].to(options.device)
+    images = Images(batch, num_classes, device=options.device)
+    pixel_values = images.pixels[torch.arange(batch) % len(images.pixels)]
     labels = torch.tensor(images.labels, device=options.device)
     state: dict[str, torch.Tensor] = {}
 
@@ -104,7 +104,7 @@ def measure_trainers(
     student: nn.Module, teacher: nn.Module, width: int, batch: int, num_classes: int, options: argparse.Namespace
 ) -> dict[str, int]:
     """Peaks of two steps above what is there before them, the weights."""
-    data, steps = Data(Images(2 * batch, num_classes)), 2
+    data, steps = Data(Images(2 * batch, num_classes, device=options.device)), 2
     peaks = {}
     ours = DistillationTrainer, DistillationTrainingArguments
     for name, (kind, arguments_kind), kwargs in (

@@ -52,7 +52,8 @@ def work(options: argparse.Namespace) -> None:
     for num_classes in options.classes:
         for batch in options.batch:
             turns = Turns(options.rounds, warmup=2, device=options.device, clock=clock)
-            data = Data(Images(turns.steps * batch * int(os.environ["WORLD_SIZE"]), num_classes, options.size))
+            length = turns.steps * batch * int(os.environ["WORLD_SIZE"])
+            data = Data(Images(length, num_classes, options.size, device=options.device))
             sides = {
                 "NKD": (
                     DistillationTrainer, DistillationTrainingArguments,

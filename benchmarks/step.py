@@ -1,11 +1,13 @@
 """What a step of `DistillationTrainer` costs: `python benchmarks/step.py`.
 
-Four loops take turns, a step of each (see turns.py), over the same images in memory with the same student, optimiser,
-batch and precision:
+Six loops take turns, a step of each (see turns.py), over the same images in the device's memory with the same student,
+optimiser, batch and precision:
 
 - NKD, loop: a hand-written loop of teacher, student, cross-entropy and `nkd_loss`: nothing but what must be done, so
   the floor of NKD's step.
 - NKD, trainer: `DistillationTrainer` with teacher and `NKDLoss`. Aim: at most 1.03 times the loop.
+- KD, timm: timm's `LogitDistillationTask` in the same loop, with the settings that `KDLoss` has.
+- KD, trainer: `DistillationTrainer` with teacher and `KDLoss`. Aim: at most 1.03 times timm's.
 - CE, trainer: transformers' own `Trainer` on the student alone, the floor of any training with it.
 - USKD, trainer: `DistillationTrainer` with `USKDLoss`, which has no teacher. Aim: at most 1.03 times CE.
 
@@ -24,6 +26,7 @@ from statistics import median
 import common
 import torch
 import torch.nn.functional as F
+from timm.task import LogitDistillationTask
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -33,34 +36,62 @@ from nkd_hf import (
     DistillationTrainer,
     DistillationTrainingArguments,
     ImageCollator,
+    KDLoss,
     NKDLoss,
     USKDLoss,
     create_student,
     nkd_loss,
 )
 
-AIMS = [("NKD, trainer", "NKD, loop", 1.03), ("USKD, trainer", "CE, trainer", 1.03)]
+AIMS = [("NKD, trainer", "NKD, loop", 1.03), ("KD, trainer", "KD, timm", 1.03), ("USKD, trainer", "CE, trainer", 1.03)]
 MEMORY_AIM = 1.02
 CLASSES = 1000
 
 
-def handwritten(student: nn.Module, teacher: nn.Module, data: Data, options: argparse.Namespace, steps: int) -> Loop:
-    """The loop that a user would write."""
+# From pixels and labels.
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+
+def nkd_of(student: nn.Module, teacher: nn.Module, options: argparse.Namespace) -> LossFunction:
+    """What a user would write: cross-entropy and `nkd_loss`."""
     student.to(options.device).train()
     teacher.to(options.device).eval().requires_grad_(False)
+
+    def compute(pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+            with torch.no_grad():
+                teacher_logits = teacher(pixel_values).logits
+            logits = student(pixel_values).logits
+        return F.cross_entropy(logits.float(), labels) + nkd_loss(logits, teacher_logits, labels)
+
+    return compute
+
+
+def kd_of_timm(student: nn.Module, teacher: nn.Module, options: argparse.Namespace) -> LossFunction:
+    """timm's task, with the weight and the temperature of `KDLoss`."""
+    defaults = KDLoss()
+    task = LogitDistillationTask(
+        student.timm_model, teacher.timm_model, nn.CrossEntropyLoss(), task_loss_weight=1 - defaults.alpha,
+        temperature=defaults.temperature, device=torch.device(options.device), verbose=False,
+    )  # fmt: skip
+    task.to(options.device).train()
+
+    def compute(pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+            return task(pixel_values, labels)["loss"]
+
+    return compute
+
+
+def handwritten(compute: LossFunction, student: nn.Module, data: Data, options: argparse.Namespace) -> Loop:
+    """The loop around a loss."""
 
     def run(over: Callable[[], None]) -> None:
         optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
         loader = DataLoader(data, options.batch, shuffle=True, collate_fn=ImageCollator(CLASSES))
         for batch in loader:
             pixel_values, labels = batch["pixel_values"].to(options.device), batch["labels"].to(options.device)
-            with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
-                with torch.no_grad():
-                    teacher_logits = teacher(pixel_values).logits
-                logits = student(pixel_values).logits
-            loss = F.cross_entropy(logits.float(), labels) + nkd_loss(logits, teacher_logits, labels)
-            loss.backward()
+            compute(pixel_values, labels).backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -71,7 +102,7 @@ def handwritten(student: nn.Module, teacher: nn.Module, data: Data, options: arg
 
 def make_loops(pair: str, options: argparse.Namespace, steps: int, folder: str) -> dict[str, Loop]:
     teacher_name, name, width = PAIRS[pair]
-    data = Data(Images(steps * options.batch, CLASSES))
+    data = Data(Images(steps * options.batch, CLASSES, device=options.device))
     student = create_student(name, num_labels=CLASSES)
     teacher = create_student(teacher_name, num_labels=CLASSES)
 
@@ -80,10 +111,16 @@ def make_loops(pair: str, options: argparse.Namespace, steps: int, folder: str) 
         collator = ImageCollator(CLASSES)
         return trainer_loop(kind(copy.deepcopy(student), args, data_collator=collator, train_dataset=data, **kwargs))
 
+    def written(make: Callable[..., LossFunction]) -> Loop:
+        own = copy.deepcopy(student)
+        return handwritten(make(own, copy.deepcopy(teacher), options), own, data, options)
+
     ours = DistillationTrainer, DistillationTrainingArguments
     return {
-        "NKD, loop": handwritten(copy.deepcopy(student), copy.deepcopy(teacher), data, options, steps),
+        "NKD, loop": written(nkd_of),
         "NKD, trainer": trained(*ours, teacher=copy.deepcopy(teacher), distillation_loss=NKDLoss()),
+        "KD, timm": written(kd_of_timm),
+        "KD, trainer": trained(*ours, teacher=copy.deepcopy(teacher), distillation_loss=KDLoss()),
         "CE, trainer": trained(Trainer, TrainingArguments),
         "USKD, trainer": trained(*ours, distillation_loss=USKDLoss(width, CLASSES)),
     }

@@ -129,6 +129,7 @@ FIGURES = {
     "crops_accuracy.py": "{rounds} seeds",
     "top_k.py": "{images} images of each teacher",
     "deploy.py": "{rounds} seeds",
+    "throughput.py": "{clock}, {rounds} steps",
     "streams.py": "wall clock and CPU time, medians of {rounds} rounds",
     "memory.py": "bytes allocated, one step of each",
     "scale.py": "{clock}, medians over {rounds} x {repeats} steps (rounds x launches)",

@@ -74,7 +74,7 @@ def write_store(folder: Path, labels: list[int], top_k: int | None, num_classes:
 
 def make_loops(pair: str, options: argparse.Namespace, batch: int, steps: int, folder: Path) -> dict[str, Loop]:
     teacher_name, name, _ = PAIRS[pair]
-    images = Images(steps * batch, CLASSES, with_keys=True)
+    images = Images(steps * batch, CLASSES, with_keys=True, device=options.device)
     student = create_student(name, num_labels=CLASSES)
     model = create_student(teacher_name, num_labels=CLASSES)
     # Shared by two loops of which only one is awake: it never changes.
@@ -93,7 +93,7 @@ def make_loops(pair: str, options: argparse.Namespace, batch: int, steps: int, f
         )
 
     def teacher_alone(over: Callable[[], None]) -> None:
-        pixel_values = images.pixels[torch.arange(batch) % len(images.pixels)].to(options.device)
+        pixel_values = images.pixels[torch.arange(batch) % len(images.pixels)]
         for _ in range(steps):
             with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
                 teacher(pixel_values)

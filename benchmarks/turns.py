@@ -91,11 +91,14 @@ class Images(EpochDataset):
         num_labels: number of classes.
         size: height and width.
         with_keys: whether samples carry `epoch` and `index`, which a plain model does not take.
+        device: where the pixels are, so that a step on a GPU does not measure how they get there.
     """
 
-    def __init__(self, length: int, num_labels: int = 1000, size: int = 224, with_keys: bool = False):
+    def __init__(
+        self, length: int, num_labels: int = 1000, size: int = 224, with_keys: bool = False, device: str = "cpu"
+    ):
         generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randn(min(length, _NUM_PIXELS), 3, size, size, generator=generator)
+        self.pixels = torch.randn(min(length, _NUM_PIXELS), 3, size, size, generator=generator).to(device)
         self.labels = torch.randint(num_labels, (length,), generator=generator).tolist()
         self.with_keys = with_keys
 

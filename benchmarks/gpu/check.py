@@ -1,4 +1,4 @@
-"""Says in one line each what this machine lacks for `make test-gpu`, and ends with 1 if it is essential."""
+"""Says in one line each what this machine lacks for `make test-gpu` and `make bench-gpu`, and ends with 1 if it is essential."""
 
 import configparser
 import importlib.metadata
