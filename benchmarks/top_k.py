@@ -98,6 +98,8 @@ def compare(loss: torch.nn.Module, store: TeacherLogits, logits: Tensor, student
             values[side].append(value)
             gradients[side].append(gradient.flatten())
     exact, stored = (torch.cat(gradients[side]).double() for side in ("all", "stored"))
+    if not exact.any():  # equal logits have no gradient where they are standardised
+        return {"value": sum(values["stored"]) / sum(values["all"]) - 1, "gradient": None, "cosine": None}
     return {
         "value": sum(values["stored"]) / sum(values["all"]) - 1,
         "gradient": ((stored - exact).norm() / exact.norm()).item(),
@@ -148,6 +150,13 @@ def photographs(options) -> tuple[Tensor, Tensor, Tensor]:
     return logits, mirrored, logits.argmax(-1)
 
 
+def describe(figures: dict, part: str) -> str:
+    """A cell of a table, in percent."""
+    if figures[part] is None:
+        return "none"
+    return f"{100 * figures[part]:+.2f} %" if part == "value" else f"{100 * figures[part]:.2f} %"
+
+
 def measure(report: common.Report, title: str, logits: Tensor, student: Tensor, labels: Tensor, folder: Path) -> None:
     figures = {}
     students = {"equal logits": torch.zeros_like(student), "a near student": student}
@@ -164,10 +173,7 @@ def measure(report: common.Report, title: str, logits: Tensor, student: Tensor, 
     right = (logits.argmax(-1) == labels).float().mean().item()
     what = f"{title}: perplexity {math.exp(entropy):.1f}, {left}, label on top {right:.1%}"
     for part, text in (("value", "value, relative bias"), ("gradient", "gradient, relative error")):
-        rows = [
-            [name, *(f"{100 * each[column][part]:+.2f} %" if part == "value" else f"{100 * each[column][part]:.2f} %" for column in columns)]
-            for name, each in figures.items()
-        ]  # fmt: skip
+        rows = [[name, *(describe(each[column], part) for column in columns)] for name, each in figures.items()]
         report.table(f"{text} ({what})" if part == "value" else text, ["", *columns], rows)
     report.result["raw"][title] = figures
 

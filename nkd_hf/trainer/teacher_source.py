@@ -82,6 +82,11 @@ class StoredLogits:
         # The target's logit is stored beside the K largest.
         return list(self._views) if info.top_k is not None and info.top_k < info.num_classes - 1 else []
 
+    @property
+    def max_temperature(self) -> float:
+        """The highest temperature at which a loss reads the largest logits."""
+        return max(view.temperature for view in self._views.values())
+
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         rows = batch["teacher_logits"]
         target = {TARGET: rows["target"]} if UNLABELED in batch else {}
@@ -156,6 +161,7 @@ def describe_approximation(stored: StoredLogits, model: DistillationModel) -> st
     return (
         f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} approximated: of {info.num_classes} classes, "
         f"{stored.store.folder} has the {info.top_k} largest logits but the target's, and the others share what is left"
+        + (", which is far from all logits above temperature 1" if stored.max_temperature > 1 else "")
     )
 
 
