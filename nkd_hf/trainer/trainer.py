@@ -135,6 +135,8 @@ class DistillationTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         # model_init returns a student, and Trainer needs a DistillationModel. Each trial starts with the losses as passed.
+        if trial is not None:  # Trainer sets a trial's values after call_model_init, and the model reads some of them.
+            self._hp_search_setup(trial)
         return self._with_losses(super().call_model_init(trial), copy.deepcopy(self.distillation_losses), self.args)
 
     def has_own(self, *names: str) -> bool:
@@ -340,8 +342,7 @@ class DistillationTrainer(Trainer):
         self.loss_log, self.batch_norm_step = LossLog(), None
         skips = self.args.on_non_finite_loss == "skip"
         self.step_guard = StepGuard(skips, self.args.world_size, self._resumed_from)
-        sums = find_sums(self._resumed_from, self.args.world_size, self.args.process_index)
-        if sums is not None:
+        if (sums := find_sums(self._resumed_from, self.args.world_size, self.args.process_index)) is not None:
             load_sums(self, sums)
 
     def last_checkpoint(self) -> str | None:
@@ -381,10 +382,9 @@ class DistillationTrainer(Trainer):
         # Trainer._save writes the keys of the module that is trained, and a pickle of the arguments beside them.
         if not self.args.should_save:
             return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        in_checkpoint = self.checkpoint_writer.is_writing
-        write_student(model, output_dir, state_dict, self.processing_class, self.args, in_checkpoint)
+        folder, in_checkpoint = output_dir or self.args.output_dir, self.checkpoint_writer.is_writing
+        write_student(model, folder, state_dict, self.processing_class, self.args, in_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer looks for the trained module's keys, and a checkpoint holds the student's.

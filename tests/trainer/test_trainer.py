@@ -389,6 +389,39 @@ def test_model_init_starts_the_losses_anew(tmp_path, train):
     assert (trainer.train() and losses(trainer)) == first
 
 
+def test_a_trial_of_a_search_trains_with_its_own_values(tmp_path, train):
+    """Trainer makes the model of a trial before it sets the trial's values, some of which the model reads."""
+    pytest.importorskip("optuna")
+    points = [
+        {"label_smoothing_factor": 0.3, "learning_rate": 0.01},
+        {"label_smoothing_factor": 0.0, "learning_rate": 0.1},
+        {"label_smoothing_factor": 0.2, "learning_rate": 0.1, "ema_decay": 0.5},
+    ]
+
+    def make(**values):
+        args = DistillationTrainingArguments(
+            str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", **values
+        )
+        torch.manual_seed(0)  # for USKD's head
+        return DistillationTrainer(
+            args=args, model_init=lambda: timm_deit(), train_dataset=train, eval_dataset=train,
+            distillation_loss=USKDLoss(32, 10),
+        )  # fmt: skip
+
+    searched = []
+
+    def read(metrics):
+        searched.append((losses(trainer), metrics["eval_loss"]))
+        return metrics["eval_loss"]
+
+    trainer = make()
+    trainer.hyperparameter_search(lambda trial: points[trial.number], read, n_trials=3, backend="optuna")
+    for point, found in zip(points, searched, strict=True):
+        alone = make(**point)
+        alone.train()
+        assert found == (losses(alone), alone.evaluate()["eval_loss"])
+
+
 def test_parts_of_an_image_dataset_are_refused(tmp_path):
     data = load_image_dataset(DataArguments(max_train_samples=32))["train"]
     images = ImageDataset(data, train_transform(DataArguments(), 32, [0.5] * 3, [0.5] * 3))
