@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from evidence_data import FASHION_FOLDER, has_fashion
 from evidence_losses import ABLATIONS
-from evidence_runs import ALONE, DATA, STUDENTS, Bench, Job
+from evidence_runs import DATA, STUDENTS, Bench, Job
 
 RESULT = Path(__file__).parent / "results" / "evidence.json"
 SELECTION_SEED = 100
@@ -208,7 +208,7 @@ def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jo
     }  # fmt: skip
     in_parallel([(bench.write_data, data)], jobs, "data")
     method = ABLATIONS[method].method if method in ABLATIONS else method
-    has_teacher = method not in ALONE
+    has_teacher = method not in ("baseline", "uskd")
     if has_teacher:
         in_parallel([(bench.write_teacher, data)], jobs, "teachers")
     in_parallel([(bench.prepare, data, job.seed, has_teacher) for job in trainings], jobs, "images and logits")

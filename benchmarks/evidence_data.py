@@ -77,6 +77,24 @@ def write_digits(folder: Path, train: int, validation: int, test: int) -> None:
     )
 
 
+def write_numbers(folder: Path, train: int, validation: int, test: int) -> None:
+    """Writes numbers from 00 to 99, two digits side by side: each part of the digits of its own part of `write_digits`."""
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    rest, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    rest, middle = train_test_split(rest, test_size=0.2, random_state=0, stratify=labels[rest])
+    generator = np.random.default_rng(0)
+    names = [f"{number:02d}" for number in range(100)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows, number in (("train", rest, train), ("validation", middle, validation), ("test", held_out, test)):
+        numbers = np.arange(number) % 100
+        places = [rows[labels[rows] == digit] for digit in range(10)]
+        pixels = np.zeros((number, 16, 16), np.uint8)
+        for index, value in enumerate(numbers.tolist()):
+            pixels[index, 4:12] = np.hstack([images[generator.choice(places[digit])] for digit in divmod(value, 10)])
+        _write_part(folder, name, pixels, numbers, names)
+
+
 def write_fashion(folder: Path, train: int, validation: int, test: int, source: Path = FASHION_FOLDER) -> None:
     """Writes a part of Fashion-MNIST; the same images for all seeds."""
     files = {
@@ -97,11 +115,21 @@ def _write_parts(folder: Path, training: tuple, testing: tuple, names: list[str]
         "test": (testing, _draw(testing[1], test)),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
     for name, ((images, labels), chosen) in parts.items():
-        encoded = [{"bytes": _png(images[row]), "path": f"{name}-{row:05d}.png"} for row in chosen.tolist()]
-        columns = {"image": encoded, "label": labels[chosen].astype(int).tolist()}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
+        _write_part(folder, name, images[chosen], labels[chosen], names, chosen)
+
+
+def _write_part(
+    folder: Path, name: str, images: np.ndarray, labels: np.ndarray, names: list[str], rows: np.ndarray | None = None
+) -> None:
+    rows = np.arange(len(images)) if rows is None else rows
+    encoded = [
+        {"bytes": _png(image), "path": f"{name}-{row:05d}.png"}
+        for image, row in zip(images, rows.tolist(), strict=True)
+    ]
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
+    columns = {"image": encoded, "label": labels.astype(int).tolist()}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
 
 
 def _draw(labels: np.ndarray, number: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from evidence_data import FASHION_FOLDER, KeptImages, write_digits, write_fashion
+from evidence_data import FASHION_FOLDER, KeptImages, write_digits, write_fashion, write_numbers
 from evidence_losses import ABLATIONS, uskd_labels
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from nkd_hf import (
     DistillationTrainingArguments,
     Recipe,
     RecipeArguments,
-    USKDLoss,
     cli,
     parse_args,
 )
@@ -68,12 +67,23 @@ TEACHER = {
 }  # fmt: skip
 # One for each data set, of a seed of its own, trained for so many times the students' epochs.
 TEACHER_SEED, TEACHER_EPOCHS = 200, 3
+WRITERS = {"digits": write_digits, "fashion": write_fashion, "numbers": write_numbers}
 SHARED = {
     "image_size": SIZE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bilinear",
     "mix_pairs": True, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "max_grad_norm": 5.0,
     "lr_scheduler_type": "cosine", "logging_strategy": "epoch", "save_strategy": "no", "use_cpu": True,
     "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
 }  # fmt: skip
+
+
+class Suite(NamedTuple):
+    """What a benchmark trains on, and what: `epochs` of the data are those of each student, or one number for all."""
+
+    data: dict[str, dict[str, Any]]
+    students: dict[str, dict[str, Any]]
+
+
+EVIDENCE = Suite(DATA, STUDENTS)
 
 
 class Job(NamedTuple):
@@ -93,29 +103,35 @@ class Job(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """Where things lie, and how much is trained; `epochs` and `images` replace those of `DATA`, for trials."""
+    """Where things lie, and how much is trained; `epochs` and `images` replace those of the data, for trials."""
 
     output: Path
     epochs: int | None = None
     images: int | None = None
     fashion: Path = FASHION_FOLDER
     commit: str = "unknown"  # of the code, kept with each training
+    suite: Suite = EVIDENCE
 
-    def epochs_of(self, data: str) -> int:
-        return self.epochs or DATA[data]["epochs"]
+    def epochs_of(self, data: str, student: str | None = None) -> int:
+        """The epochs of a student, or of the one that has the most."""
+        epochs = self.suite.data[data]["epochs"]
+        if isinstance(epochs, dict):
+            epochs = epochs[student] if student else max(epochs.values())
+        return self.epochs or epochs
 
     def images_of(self, data: str) -> dict[str, int]:
-        images = DATA[data]["images"]
+        images = self.suite.data[data]["images"]
         return {name: min(number, self.images or number) for name, number in images.items()}
 
     def settings_of(self, data: str) -> dict[str, Any]:
-        return DATA[data] | {"images": self.images_of(data), "epochs": self.epochs_of(data)}
+        settings = self.suite.data[data]
+        return settings | {"images": self.images_of(data), "epochs": self.epochs or settings["epochs"]}
 
     def settings(self, names: list[str]) -> dict[str, Any]:
         """All that decides about the trainings on these data, but for what is chosen."""
         teacher = TEACHER | {"seed": TEACHER_SEED, "times_the_epochs": TEACHER_EPOCHS}
         data = {data: self.settings_of(data) for data in names}
-        return {"data": data, "students": STUDENTS, "shared": SHARED, "teacher": teacher}
+        return {"data": data, "students": self.suite.students, "shared": SHARED, "teacher": teacher}
 
     def data_folder(self, data: str) -> Path:
         return self.output / "data" / data
@@ -128,7 +144,7 @@ class Bench(NamedTuple):
 
     def recipe_args(self, data: str, seed: int, folder: Path, **settings: Any) -> list[str]:
         """The command line of a recipe, whose configuration is written to the folder."""
-        own = {name: value for name, value in DATA[data].items() if name not in ("images", "epochs")}
+        own = {name: value for name, value in self.suite.data[data].items() if name not in ("images", "epochs")}
         settings = {
             **SHARED, **own, "dataset_name": str(self.data_folder(data)), "num_train_epochs": self.epochs_of(data),
             "seed": seed, **settings,
@@ -159,7 +175,7 @@ class Bench(NamedTuple):
         record = folder / "images.json"
         if not (record.is_file() and json.loads(record.read_text()) == self.images_of(data)):
             own = {"source": self.fashion} if data == "fashion" else {}
-            {"digits": write_digits, "fashion": write_fashion}[data](folder, **self.images_of(data), **own)
+            WRITERS[data](folder, **self.images_of(data), **own)
             record.write_text(json.dumps(self.images_of(data)))
         return f"{data}: {', '.join(f'{number} {name}' for name, number in self.images_of(data).items())}"
 
@@ -167,7 +183,7 @@ class Bench(NamedTuple):
         """Makes what all trainings of a seed share: their images, and the teacher's logits on them."""
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             job = Job(data, "cnn", "baseline", seed, 0.1, {})
-            recipe = self._recipe(job, Path(folder), {})
+            recipe = self._recipe(job, Path(folder))
             self._training_images(job, recipe, recipe.create(recipe.args.student, recipe.args.student_args))
         return self.write_store(data, seed) if with_teacher else f"images of {data}, seed {seed}"
 
@@ -177,7 +193,7 @@ class Bench(NamedTuple):
         if not (folder / "done.json").is_file():
             args = self.recipe_args(
                 data, TEACHER_SEED, folder, validation_split="test", eval_strategy="no", distillation_loss="nkd",
-                **STUDENTS["cnn"] | TEACHER | {"num_train_epochs": TEACHER_EPOCHS * self.epochs_of(data)},
+                **STUDENTS["cnn"] | TEACHER | {"num_train_epochs": TEACHER_EPOCHS * self.epochs_of(data, "cnn")},
             )  # fmt: skip
             with contextlib.redirect_stdout(io.StringIO()):
                 recipe = _open_recipe([*args, "--output_dir", str(folder / "run")])
@@ -229,43 +245,57 @@ class Bench(NamedTuple):
         return f"{job.name}: {shown}, {result['seconds']:.0f} s"
 
     def _train(self, job: Job, folder: Path, with_test: bool, with_labels: bool) -> dict[str, Any]:
-        ablation = ABLATIONS.get(job.method)
-        loss_args = job.loss_args | (ablation.loss_args if ablation else {})
-        recipe = self._recipe(job, folder, loss_args)
-        student = recipe.create(recipe.args.student, recipe.args.student_args)
-        shapes = loss_shapes(recipe.args.losses.values(), student, (SIZE, SIZE))
-        if ablation and ablation.loss:
-            shapes.pop("feature_norm", None)
-            loss = ablation.loss(**shapes, **loss_args)
-        else:
-            loss = recipe.args.build_loss(**shapes)
-        processor = load_image_processor(student)
-        trainer = DistillationTrainer(
-            model=student, distillation_loss=loss, args=recipe.training_args, processing_class=processor,
-            train_dataset=self._training_images(job, recipe, student),
-            eval_dataset=self._pixels(job.data, "validation", processor),
-            data_collator=recipe.collator(with_teacher_logits=recipe.teacher_logits is not None),
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=top5_indices,
-        )  # fmt: skip
+        trainer = self.make_trainer(job, folder)
         trainer.train()
-        curve = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-        result: dict[str, Any] = {"validation": curve[-1], "curve": [round(value, 4) for value in curve]}
+        evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+        result: dict[str, Any] = {"validation": evaluations[-1]["eval_accuracy"]}
+        result |= {"validation_loss": evaluations[-1]["eval_loss"]}
+        result |= {"curve": [round(entry["eval_accuracy"], 4) for entry in evaluations]}
         if with_test:
-            measured = trainer.evaluate(self._pixels(job.data, "test", processor))
+            measured = trainer.evaluate(self._pixels(job.data, "test", trainer.processing_class))
             result |= {"test": measured["eval_accuracy"], "test_loss": measured["eval_loss"]}
         if with_labels:
-            result["soft_labels"] = soft_labels(trainer, loss, TeacherLogits(self.store_folder(job.data, job.seed)))
+            result["soft_labels"] = soft_labels(trainer, TeacherLogits(self.store_folder(job.data, job.seed)))
         return result
 
-    def _recipe(self, job: Job, folder: Path, loss_args: dict[str, float]) -> Recipe:
+    def make_trainer(
+        self, job: Job, folder: Path, kind: type = DistillationTrainer, **more: Any
+    ) -> DistillationTrainer:
+        """The trainer of a job; `kind` gets `more` as well."""
+        recipe = self._recipe(job, folder)
+        student = recipe.create(recipe.args.student, recipe.args.student_args)
+        processor = load_image_processor(student)
+        return kind(
+            model=student, distillation_loss=self._make_loss(job, recipe, student), args=recipe.training_args,
+            processing_class=processor, train_dataset=self._training_images(job, recipe, student),
+            eval_dataset=self._pixels(job.data, "validation", processor),
+            data_collator=recipe.collator(with_teacher_logits=recipe.teacher_logits is not None),
+            compute_metrics=compute_metrics, preprocess_logits_for_metrics=top5_indices, **more,
+        )  # fmt: skip
+
+    def _make_loss(self, job: Job, recipe: Recipe, student: nn.Module) -> Any:
+        shapes = loss_shapes(recipe.args.losses.values(), student, (SIZE, SIZE))
+        ablation = ABLATIONS.get(job.method)
+        if ablation and ablation.loss:
+            shapes.pop("feature_norm", None)
+            return ablation.loss(**shapes, **job.loss_args | ablation.loss_args)
+        return recipe.args.build_loss(**shapes)
+
+    def method_settings(self, job: Job) -> dict[str, Any]:
+        """The recipe's settings that make the method."""
         ablation = ABLATIONS.get(job.method)
         method = ablation.method if ablation else job.method
-        store = {} if method in ALONE else {"teacher_logits": str(self.store_folder(job.data, job.seed))}
+        loss_args = job.loss_args | (ablation.loss_args if ablation else {})
+        return {"distillation_loss": "none" if method == "baseline" else method, "loss_args": loss_args or None}
+
+    def _recipe(self, job: Job, folder: Path) -> Recipe:
+        method = self.method_settings(job)
+        alone = method["distillation_loss"] in ALONE
+        store = {} if alone else {"teacher_logits": str(self.store_folder(job.data, job.seed))}
         args = self.recipe_args(
-            job.data, job.seed, folder, validation_split="validation", eval_strategy="epoch",
-            distillation_loss="none" if method == "baseline" else method, loss_args=loss_args or None,
-            **STUDENTS[job.student] | store | {"learning_rate": job.learning_rate},
+            job.data, job.seed, folder, validation_split="validation", eval_strategy="epoch", **method,
+            **self.suite.students[job.student] | store,
+            num_train_epochs=self.epochs_of(job.data, job.student), learning_rate=job.learning_rate,
         )  # fmt: skip
         return _open_recipe([*args, "--output_dir", str(folder / "run")])
 
@@ -288,15 +318,14 @@ def _open_recipe(args: list[str]) -> Recipe:
     return Recipe(*parse_args(types, args=args))
 
 
-ALONE = ("baseline", "uskd")
+ALONE = ("none", "uskd", "tfkd")
 _known_pixels: dict[tuple[Path, str], list[dict]] = {}
 
 
-def soft_labels(
-    trainer: DistillationTrainer, loss: USKDLoss, store: TeacherLogits, number: int = 6
-) -> dict[str, list]:
+def soft_labels(trainer: DistillationTrainer, store: TeacherLogits, number: int = 6) -> dict[str, list]:
     """What teacher, NKD and USKD say of images of the first batch, one of a class; USKD at the end of its training."""
     args, dataset = trainer.args, trainer.train_dataset
+    (loss,) = trainer.distillation_losses.values()  # USKDLoss
     size = args.per_device_train_batch_size
     order = epoch_order(len(dataset), args.seed, 0)[:size]
     samples = [dataset[(0, index)] for index in order]

@@ -5,7 +5,6 @@ import gzip
 import json
 import math
 import shutil
-import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fashion_files import write_fashion_files, write_idx
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -30,23 +30,10 @@ from nkd_hf.data.transforms import train_transform  # noqa: E402
 from nkd_hf.losses import nkd_loss  # noqa: E402
 
 
-def write_idx(path: Path, values: np.ndarray) -> None:
-    head = bytes([0, 0, 0x08, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-    path.write_bytes(gzip.compress(head + values.astype(np.uint8).tobytes()))
-
-
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory):
-    """A folder like that of the Debian package, with 240 and 80 images: a bright row at the height of the class."""
     folder = tmp_path_factory.mktemp("fashion")
-    generator = np.random.default_rng(0)
-    for name, number in (("train", 240), ("t10k", 80)):
-        labels = np.arange(number) % 10
-        images = generator.integers(0, 60, (number, 28, 28))
-        for image, label in zip(images, labels, strict=True):
-            image[2 * label + 3 : 2 * label + 6] += 150
-        write_idx(folder / f"{name}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{name}-labels-idx1-ubyte.gz", labels)
+    write_fashion_files(folder)
     return folder
 
 

@@ -1,0 +1,174 @@
+"""The comparison of losses: its statistics, its page, and a tiny real run of search and trainings."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fashion_files import write_fashion_files
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import comparison
+import comparison_page
+import evidence
+from evidence_data import write_numbers
+from evidence_runs import SHARED, Job
+
+from nkd_hf import DataArguments, load_image_dataset
+
+
+def test_holms_correction():
+    # By hand: 4 * 0.01, 3 * 0.02, 2 * 0.03, and 0.04 is not below the one before it.
+    assert comparison_page.adjust_by_holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert comparison_page.adjust_by_holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_verdicts():
+    base = [80.0, 81.0, 80.5, 79.5, 80.2]
+    noise = np.array([0.1, -0.1, 0.2, -0.2, 0.0])
+    values = {"baseline": base, "kd": base + noise + 2, "dkd": base + noise - 2, "nkd": base + noise}
+    values["dist"] = base + 20 * noise
+    verdicts = comparison_page.judge({name: list(tops) for name, tops in values.items()}, "baseline")
+    assert {name: verdict.text for name, verdict in verdicts.items()} == {
+        "kd": "better", "dkd": "worse", "nkd": "equal", "dist": "undecided"
+    }  # fmt: skip
+    plain = stats.ttest_rel(values["kd"], base).pvalue
+    assert verdicts["kd"].p == pytest.approx(4 * plain, rel=1e-6), "of four comparisons the first"
+    same = comparison_page.judge({"baseline": base, "nkd": base}, "baseline")["nkd"]
+    assert (same.p, same.text) == (1.0, "equal")
+
+
+def test_the_page_is_of_its_result(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["comparison_page.py", "--check"])
+    with pytest.raises(SystemExit) as done:
+        comparison_page.main()
+    assert done.value.code == 0
+
+
+def test_the_parts_of_the_numbers_share_no_digit(tmp_path):
+    write_numbers(tmp_path, 200, 100, 100)
+    seen = []
+    for part, number in (("train", 200), ("validation", 100), ("test", 100)):
+        data = load_image_dataset(DataArguments(str(tmp_path), validation_split=part))["validation"]
+        assert np.bincount(data["label"]).tolist() == [number // 100] * 100
+        pixels = [np.asarray(image) for image in data.cast_column("image", comparison_image())["image"]]
+        seen.append({half.tobytes() for image in pixels for half in (image[4:12, :8], image[4:12, 8:])})
+    assert seen[0].isdisjoint(seen[1])
+    assert not (seen[0] | seen[1]) & seen[2]
+
+
+def comparison_image():
+    import datasets
+
+    return datasets.Image(mode="L")
+
+
+class TestRun:
+    METHODS = ("baseline", "label_smoothing", "kd_standardized", "uskd")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("comparison")
+        write_fashion_files(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SHARED, "per_device_train_batch_size", 10)
+            patch.setattr(evidence, "_set_up_worker", lambda: None)
+            comparison.main(cls.arguments(folder))
+            before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.json")}
+            (folder / "out" / "runs").rename(folder / "runs")  # The result has them, too.
+            comparison.main(cls.arguments(folder))
+            after = {path.name for path in (folder / "out").rglob("*.json")}
+            assert after == {path.name for path in before}
+            yield folder
+
+    @classmethod
+    def arguments(cls, folder):
+        places = ["--fashion", str(folder), "--output", str(folder / "out"), "--json", str(folder / "comparison.json")]
+        trial = ["--epochs", "2", "--images", "80", "--jobs", "1", "--trials", "2"]
+        seeds = ["--search_seeds", "100", "101", "--seeds", "0", "1"]
+        return ["--cells", "fashion/cnn", "--methods", *cls.METHODS, *trial, *seeds, *places]
+
+    @pytest.fixture
+    def cell(self, folder):
+        return json.loads((folder / "comparison.json").read_text())["cells"]["fashion/cnn"]
+
+    def test_each_method_gets_the_same_points_on_each_seed(self, cell):
+        searches = {(search["method"], search["seed"]): search["trials"] for search in cell["searches"]}
+        assert set(searches) == {(method, seed) for method in self.METHODS for seed in (100, 101)}
+        for method in self.METHODS:
+            first, second = ([trial["params"] for trial in searches[method, seed]] for seed in (100, 101))
+            assert first == second
+            assert len({params["learning_rate"] for params in first}) == 2
+            assert len({trial["validation_loss"] for trial in searches[method, 100]}) == 2, "each has its own settings"
+            assert set(first[0]) == {"learning_rate", *comparison.METHODS[method].searched}
+            means = np.mean([[trial["validation"] for trial in searches[method, seed]] for seed in (100, 101)], axis=0)
+            assert cell["chosen"][method]["trial"] == means.argmax()
+            assert cell["chosen"][method]["params"] == first[means.argmax()]
+
+    @pytest.mark.parametrize("method", ["label_smoothing", "kd_standardized"])
+    def test_a_trial_is_the_training_with_its_settings(self, folder, cell, method):
+        """Rate, smoothing, weight and temperature of a trial are those of the training that is compared later."""
+        [search] = [each for each in cell["searches"] if (each["method"], each["seed"]) == (method, 100)]
+        trial = search["trials"][1]
+        bench = comparison.ComparisonBench(folder / "out", 2, 80, folder, "test", comparison.SUITE)
+        [job] = comparison.jobs_of(("fashion", "cnn", method), trial, [100])
+        bench.train(job, False)
+        trained = bench.read(job)
+        assert [trained[name] for name in ("validation", "validation_loss")] == [
+            trial[name] for name in ("validation", "validation_loss")
+        ]
+
+    def test_the_runs_train_with_what_was_chosen(self, cell):
+        for method in self.METHODS:
+            params = dict(cell["chosen"][method]["params"])
+            runs = [run for run in cell["runs"] if run["method"] == method]
+            assert [run["seed"] for run in runs] == [0, 1]
+            for run in runs:
+                assert {"learning_rate": run["learning_rate"], **run["loss_args"]} == params
+                assert 0 <= run["test"] <= 1
+        assert len({run["test_loss"] for run in cell["runs"]}) == len(cell["runs"]), "another loss, another training"
+
+    def test_the_page_has_a_row_for_each_method(self, folder, cell):
+        page = comparison_page.PAGE.read_text(encoding="utf-8")
+        text = comparison_page.make_page(page, json.loads((folder / "comparison.json").read_text()))
+        for method in self.METHODS:
+            assert f"| {comparison.METHODS[method].text} | " in text
+        assert "`python benchmarks/comparison.py --cells fashion/cnn --methods baseline" in text
+        assert str(folder) not in text
+        assert "No cell has been run yet" not in text
+
+    def test_another_teacher_or_other_settings_are_refused(self, folder, cell, tmp_path):
+        for change, message in (
+            ({"teacher": {"sha256": "0"}}, "is not the result's"),
+            ({"trials": 3}, "other settings"),
+        ):
+            other = tmp_path / "other.json"
+            other.write_text(json.dumps({"cells": {"fashion/cnn": cell | change}}))
+            args = self.arguments(folder)
+            args[-1] = str(other)
+            with pytest.raises(SystemExit, match=message):
+                comparison.main(args)
+
+
+def test_a_method_s_settings_are_those_of_its_loss():
+    """Each searched and fixed setting exists, and its bounds hold the loss's default or its paper's value."""
+    from nkd_hf.losses.registry import LOSSES
+
+    for method in comparison.METHODS.values():
+        if method.loss != "none":
+            loss = LOSSES[method.loss](**({"in_features": 4, "num_classes": 3} if method.loss == "uskd" else {}))
+            for name in (*method.searched, *method.fixed):
+                assert hasattr(loss, name), (method.text, name)
+            for name, (low, high) in method.searched.items():
+                assert low <= getattr(loss, name) <= high, (method.text, name)
+    bench = comparison.ComparisonBench(Path("out"), suite=comparison.SUITE)
+    job = Job("fashion", "deit", "kd_standardized", 0, 0.1, {"alpha": 0.3})
+    assert bench.method_settings(job) == {
+        "distillation_loss": "kd", "loss_args": {"standardize": True, "alpha": 0.3}
+    }  # fmt: skip
+    assert bench.epochs_of("fashion", "deit") == 40
+    assert bench.epochs_of("fashion") == 40
