@@ -61,6 +61,7 @@ from .report import (
 )
 from .run_folder import (
     RESULTS,
+    check_stored_logits,
     collect_settings,
     decide_in_folder,
     exit_if_not_written,
@@ -182,6 +183,7 @@ class Recipe:
         fingerprint = self.fingerprint(self.create(recipe.student, recipe.student_args))
         check_fingerprint(store.folder, store.info, recipe, fingerprint, training.teacher_dtype, self.id2label)
         store.check_complete(epochs)
+        check_stored_logits(self.folder, store.info, self.goes_on)
         own, given = store.info.teacher_own_accuracy, store.info.teacher_accuracy
         self.results |= {"teacher": own, ON_STUDENT_PIXELS: given}
         if own is not None:

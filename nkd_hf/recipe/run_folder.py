@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..data.arguments import DataArguments
 from ..errors import failed_write, redact
 from ..files import write_whole
+from ..teacher_logits.info import StoreInfo
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.checkpoints import checkpoints, find_damage, is_model_only, remove_unfinished
@@ -27,6 +28,8 @@ STAGES = ("teacher", "baseline", "student")
 _SETTINGS = "run.yaml"
 # This file exists from the writing of the results until the push is done and the report is complete.
 _UNREPORTED = ".unreported"
+# Which of the stored logits the run trains from: run.yaml of older versions does not tell.
+_STORED = ".teacher_logits.json"
 _LOCK = ".lock"
 _LOCK_TIMEOUT = 5.0  # seconds; a killed run may take a moment to release its lock
 # How the names of arguments begin that change neither the training nor its data.
@@ -240,6 +243,27 @@ def clear_run(folder: Path, settings: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
+
+
+def check_stored_logits(folder: Path, info: StoreInfo, goes_on: bool) -> None:
+    """Ends the process where a run would go on from a store that keeps other logits; a run that begins records its store's.
+
+    Raises:
+        SystemExit: with a message.
+    """
+    kept, path = {"top_k": info.top_k, "cycle": info.cycle}, folder / _STORED
+
+    def compare() -> None:
+        earlier = json.loads(path.read_text(encoding="utf-8")) if goes_on and path.is_file() else kept
+        if earlier != kept:
+            was, now = (f"top_k={values.get('top_k')}, cycle={values.get('cycle')}" for values in (earlier, kept))
+            raise ValueError(
+                f"{folder} holds a run that trained from a store with {was}, got a store with {now}: name that store in "
+                "teacher_logits, set another output_dir, or restart in its place with --resume_from_checkpoint false"
+            )
+        write_whole(path, json.dumps(kept) + "\n")
+
+    decide_in_folder(folder, compare)
 
 
 def replace_run(folder: Path, settings: dict[str, Any]) -> None:

@@ -13,11 +13,15 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from nkd_hf import (
     DataArguments,
+    DistillationTrainingArguments,
     ImageCollator,
     ImageDataset,
     NKDLoss,
+    Recipe,
+    RecipeArguments,
     cli,
     load_image_dataset,
+    parse_args,
     train_transform,
 )
 from nkd_hf.data.orders import shuffled_runs
@@ -25,6 +29,7 @@ from nkd_hf.data.sampler import EpochSampler
 from nkd_hf.hub.teacher_logits import store_card
 from nkd_hf.models.preprocessing import load_image_processor, read_preprocessing
 from nkd_hf.models.saving import save_student
+from nkd_hf.recipe.run_folder import unlock_folder
 from nkd_hf.teacher_logits.info import STORE, StoreInfo, TeacherDescription
 from nkd_hf.teacher_logits.store import TeacherLogits, shard_path
 
@@ -188,6 +193,30 @@ def test_a_run_longer_than_the_cycle_trains_from_it(stores, tmp_path, capsys):
     more = ["--num_processes", "1", "--num_train_images", str(NUM_TRAIN), "--num_classes", "10"]
     cli.main(["plan", *arguments(None, *given, *more, "--teacher_logits", str(stores["cycle"]))])
     assert f"cycle, 2 epochs of {NUM_TRAIN} images, which training repeats, 0.0 MB" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_from_a_store_of_the_same_logits_alone(stores, teacher, tmp_path):
+    """The record of a run names no store: its place may change, and older versions wrote none."""
+    folder, given = tmp_path / "run", [*MIXING, "--save_strategy", "epoch", "--teacher_logits"]
+    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+
+    def start(store: str) -> Recipe:
+        values = parse_args(types, args=[*arguments(None, *given, str(stores[store])), "--output_dir", str(folder)])
+        try:
+            return Recipe(*values)
+        finally:
+            unlock_folder(folder)
+
+    start("cycle").train_student()
+    stored = folder / ".teacher_logits.json"
+    assert json.loads(stored.read_text()) == {"top_k": None, "cycle": 2}
+    assert start("cycle").goes_on
+    with pytest.raises(
+        SystemExit, match="with top_k=None, cycle=2, got a store with top_k=None, cycle=None: name that"
+    ):
+        start("plain")
+    stored.unlink()
+    assert start("plain").goes_on, "as a run of an older version"
 
 
 def test_a_training_from_a_cycle_resumes_bit_for_bit(stores, tmp_path):
