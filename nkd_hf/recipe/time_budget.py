@@ -18,6 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from ..files import write_whole
 from ..trainer.agreement import decide_in_first
 from ..trainer.trainer import DistillationTrainer
+from .build import count_epochs
 from .duration import describe_duration, parse_duration
 from .progress import TrainingProgress
 from .report import say
@@ -133,7 +134,8 @@ def fit_epochs(seconds: float, speeds: Iterable[Speed]) -> dict[str, int]:
 def fit_time_budget(run: "Recipe") -> None:
     """Sets the epochs of a run's trainings so that all of them end within `time_budget`.
 
-    Each training is measured on throw-away models. The choice is kept in the run's folder, for a start that resumes it.
+    Each training is measured on throw-away models. The choice is kept in the run's folder, for a start that resumes it. A store
+    of the teacher's logits that is no cycle limits it to the epochs that the run would have without a budget.
 
     Args:
         run: whose models, data and folder are checked.
@@ -142,6 +144,9 @@ def fit_time_budget(run: "Recipe") -> None:
         ValueError: the time does not suffice for one epoch of each training.
     """
     file, seconds = run.folder / CHOSEN_EPOCHS, parse_duration(run.args.time_budget)
+    store, most = run.teacher_logits, math.inf
+    if store is not None and store.info.cycle is None:
+        most = count_epochs(run.training_args, len(run.data["train"]))  # whose logits are there, as Recipe has checked
     epochs = decide_in_first(lambda: json.loads(file.read_text()) if run.goes_on and file.is_file() else None)
     if epochs is None:
         say(
@@ -149,12 +154,12 @@ def fit_time_budget(run: "Recipe") -> None:
             f"Measuring the speed of {len(run.stages)} trainings, to end within {run.args.time_budget}",
         )
         speeds = [measure_speed(run.make_stage(name), name) for name in run.stages]
-        epochs = decide_in_first(lambda: _choose(file, seconds, speeds))
+        epochs = decide_in_first(lambda: _choose(file, seconds, speeds, most))
     run.args.teacher_epochs = epochs.get("teacher", run.args.teacher_epochs)
     run.training_args.num_train_epochs = epochs.get("student") or epochs["baseline"]
 
 
-def _choose(file: Path, seconds: float, speeds: list[Speed]) -> dict[str, int]:
-    epochs = fit_epochs(seconds, speeds)
+def _choose(file: Path, seconds: float, speeds: list[Speed], most: float) -> dict[str, int]:
+    epochs = {name: min(chosen, most) for name, chosen in fit_epochs(seconds, speeds).items()}
     write_whole(file, json.dumps(epochs) + "\n")
     return epochs

@@ -29,7 +29,9 @@ from nkd_hf.data.sampler import EpochSampler
 from nkd_hf.hub.teacher_logits import store_card
 from nkd_hf.models.preprocessing import load_image_processor, read_preprocessing
 from nkd_hf.models.saving import save_student
+from nkd_hf.recipe import time_budget
 from nkd_hf.recipe.run_folder import unlock_folder
+from nkd_hf.recipe.time_budget import Speed
 from nkd_hf.teacher_logits.info import STORE, StoreInfo, TeacherDescription
 from nkd_hf.teacher_logits.store import TeacherLogits, shard_path
 
@@ -217,6 +219,18 @@ def test_a_stopped_run_goes_on_from_a_store_of_the_same_logits_alone(stores, tea
         start("plain")
     stored.unlink()
     assert start("plain").goes_on, "as a run of an older version"
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("plain", 2), ("cycle", 849)])
+def test_a_time_budget_chooses_no_epoch_whose_logits_are_missing(name, epochs, stores, tmp_path, monkeypatch):
+    speed = Speed("student", epochs=2, step=0.1, steps_per_epoch=5, evaluation=0.5)
+    monkeypatch.setattr(time_budget, "measure_speed", lambda trainer, name: speed)
+    given = arguments(None, *MIXING, "--teacher_logits", str(stores[name]), "--time_budget", "1000s")
+    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+    run = Recipe(*parse_args(types, args=[*given, "--output_dir", str(tmp_path)]))
+    run.check()
+    assert run.training_args.num_train_epochs == epochs
+    assert json.loads((tmp_path / time_budget.CHOSEN_EPOCHS).read_text()) == {"student": epochs}
 
 
 def test_a_training_from_a_cycle_resumes_bit_for_bit(stores, tmp_path):
