@@ -54,7 +54,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         (1437, 100, ['image', 'label'])
     """
     if args.trains_without_labels:
-        evaluated, validation = load_evaluation_split(args, seed)
+        evaluated, validation = load_evaluation_split(args, seed, "validation_split")
         train = load_unlabeled_images(args, evaluated)
         return DatasetDict(train=_subset(train, args.max_train_samples, seed), validation=validation)
     loaded = open_dataset(args)
@@ -89,12 +89,15 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     return found
 
 
-def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dataset | IterableDataset]:
+def load_evaluation_split(
+    args: DataArguments, seed: int = 42, option: str = "the split to evaluate on"
+) -> tuple[str, Dataset | IterableDataset]:
     """Loads the one split that a finished model is evaluated on; unlike in [`load_image_dataset`], it may be the only one.
 
     Args:
         args: the dataset to load; `validation_split` may name any split.
         seed: draws the subset of `max_eval_samples`.
+        option: what an error calls the setting that names the split.
 
     Returns:
         The split's name, and the split with the columns of [`load_image_dataset`].
@@ -109,7 +112,7 @@ def load_evaluation_split(args: DataArguments, seed: int = 42) -> tuple[str, Dat
     """
     loaded = open_dataset(args)
     wanted = args.validation_split or next((name for name in _EVALUATION_SPLITS if name in loaded), None)
-    split = _pick_columns(_pick_split(loaded, wanted, [_EVALUATION_SPLITS[0]], "the split to evaluate on"), args)
+    split = _pick_columns(_pick_split(loaded, wanted, [_EVALUATION_SPLITS[0]], option), args)
     if args.streaming:
         _check_stream(split, args, wanted)
         split = _in_order_of_numbers({wanted: split})[wanted]

@@ -46,6 +46,7 @@ _SETTINGS = (
     "image_size", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "optim", "weight_decay", "lr_scheduler_type", "class_weights", "balanced_sampling", "random_resized_crop", "auto_augment",
     "mixup_alpha", "cutmix_alpha", "time_budget", "seed", "unlabeled_dataset", "unlabeled_ratio",
+    "crops_per_image",
 )  # fmt: skip
 
 
@@ -87,6 +88,8 @@ def deploy(run: "Recipe", max_int8_drop: float) -> None:
     run.figures = _collect(run, models, logits, labels, pixels, export)
     if fault is not None:
         run.figures["onnx"] = {"reason": fault}
+    data = run.data_args
+    trained_on = data.unlabeled_dataset if data.trains_without_labels else data.dataset_name
     with exit_if_not_written("the report", run.folder):
         write_html_report(
             run.folder / REPORT,
@@ -96,7 +99,7 @@ def deploy(run: "Recipe", max_int8_drop: float) -> None:
             class_names=list(run.id2label.values()),
             curves={name: run.curves[name] for name in ("baseline", "distilled") if name in run.curves},
             read_image=_image_reader(run),
-            title=f"{redact(run.args.student)}, distilled on {redact(run.data_args.dataset_name)}",
+            title=f"{redact(run.args.student)}, distilled on {redact(trained_on)}",
         )
 
 
@@ -214,6 +217,8 @@ def _collect(
     settings = vars(run.args) | vars(run.data_args) | run.training_args.to_dict()
     if run.data_args.unlabeled_dataset is None:
         del settings["unlabeled_ratio"]  # nothing reads it
+    if run.data_args.crops_per_image == 1:
+        del settings["crops_per_image"]
     torch_models = ("teacher", "baseline", "student")
     results: dict[str, Any] = {"models": figures}
     if "teacher" in logits:

@@ -76,7 +76,7 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         `members`; `tap`, what USKD's auxiliary head reads, with
         `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
         rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
-        `global_batch_size`; `decoded_images`, of an epoch; `unlabeled`, how images without labels take part, in words;
+        `global_batch_size`; `decoded_images`, of an epoch, with those without labels; `unlabeled`, how images without labels take part, in words;
         `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and `memory` in bytes, the least
         that is needed. The other keys are named as the arguments.
 
@@ -166,6 +166,8 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "taps": taps,
         "runs": list(runs),
         **steps,
+        "decoded_images": steps["decoded_images"]
+        + (math.ceil(data.unlabeled_ratio * steps["num_train_images"]) if joins else 0),
         "unlabeled": describe_unlabeled(data),
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
         "teacher_dtype": training.teacher_dtype or "float32",

@@ -171,6 +171,9 @@ def test_without_a_training_split_classes_are_those_of_the_evaluation(tmp_path):
     )
     assert isinstance(images, UnlabeledImageDataset)
     assert (len(images), len(evaluation)) == (1437, 4)
+    folder = digit_folder(tmp_path / "train_only", ["zero", "one"], train=3, validation=0)
+    with pytest.raises(ValueError, match="no split 'validation', only train: set validation_split to one of these"):
+        load_image_dataset(DataArguments(folder, train_split="none", unlabeled_dataset="digits"))
 
 
 def test_images_that_cannot_be_read_follow_the_rule_of_the_others():
