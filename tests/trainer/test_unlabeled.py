@@ -153,7 +153,7 @@ def test_the_labelled_images_are_those_of_a_run_without_others(folder, tmp_path)
     for batch, other in zip(*loaders, strict=True):
         assert batch["pixel_values"].shape == (8, 3, 32, 32)
         assert batch["unlabeled_pixel_values"].shape == (12, 3, 32, 32)
-        assert batch["index"][8:].tolist() == [-1 - row for row in batch["index"][8:].neg().sub(1).tolist()]
+        assert set(batch["index"][8:].tolist()) <= set(range(-40, 0))
         for name in ("pixel_values", "labels"):
             torch.testing.assert_close(batch[name], other[name], rtol=0, atol=0)
         torch.testing.assert_close(batch["index"][:8], other["index"])
