@@ -67,7 +67,7 @@ def comparison_image():
 
 
 class TestRun:
-    METHODS = ("baseline", "label_smoothing", "kd_standardized", "uskd")
+    METHODS = ("baseline", "label_smoothing", "kd_standardized")
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -88,7 +88,7 @@ class TestRun:
     @classmethod
     def arguments(cls, folder):
         places = ["--fashion", str(folder), "--output", str(folder / "out"), "--json", str(folder / "comparison.json")]
-        trial = ["--epochs", "2", "--images", "80", "--jobs", "1", "--trials", "2"]
+        trial = ["--epochs", "2", "--images", "40", "--jobs", "1", "--trials", "2"]
         seeds = ["--search_seeds", "100", "101", "--seeds", "0", "1"]
         return ["--cells", "fashion/cnn", "--methods", *cls.METHODS, *trial, *seeds, *places]
 
@@ -114,7 +114,7 @@ class TestRun:
         """Rate, smoothing, weight and temperature of a trial are those of the training that is compared later."""
         [search] = [each for each in cell["searches"] if (each["method"], each["seed"]) == (method, 100)]
         trial = search["trials"][1]
-        bench = comparison.ComparisonBench(folder / "out", 2, 80, folder, "test", comparison.SUITE)
+        bench = comparison.ComparisonBench(folder / "out", 2, 40, folder, "test", comparison.SUITE)
         [job] = comparison.jobs_of(("fashion", "cnn", method), trial, [100])
         bench.train(job, False)
         trained = bench.read(job)
