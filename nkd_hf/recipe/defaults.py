@@ -43,7 +43,7 @@ def fixed_defaults(given: set[str]) -> dict[str, Any]:
     """
     has_gpu = torch.cuda.is_available()
     # The parts of a stream, and so its results, depend on the number of workers.
-    num_workers = count_workers(has_gpu or "streaming" in given)
+    has_idle_cores = has_gpu or "streaming" in given
     defaults: dict[str, Any] = {
         "finetune_teacher": "auto",
         "optim": "adamw_torch",
@@ -52,8 +52,9 @@ def fixed_defaults(given: set[str]) -> dict[str, Any]:
         "warmup_steps": 0.1,
         "bf16": has_gpu and torch.cuda.is_bf16_supported() and "fp16" not in given,
         "logging_strategy": "epoch",
-        "dataloader_num_workers": num_workers,
-        "dataloader_persistent_workers": num_workers > 0 and given.isdisjoint({"dataloader_num_workers"}),
+        "dataloader_num_workers": count_workers(has_idle_cores),
+        # Drop path draws other numbers beside persistent workers: on the CPU, results would depend on the number of cores.
+        "dataloader_persistent_workers": has_idle_cores and given.isdisjoint({"dataloader_num_workers"}),
         "dataloader_pin_memory": has_gpu,
     }
     if given.isdisjoint({"eval_strategy", "save_strategy", "load_best_model_at_end", "streaming"}):

@@ -88,12 +88,12 @@ def prepare(
     size = max(read_preprocessing(student, load_image_processor(student)).size)
     set_defaults(recipe, data, training, given, num_images, size, with_batch_norm)
     # A run that goes on keeps the pixels that it began with.
-    is_fixed = record and all(record.get(name) is None for name in recipe.preprocessing if name != "image_size")
-    inherited = [] if teacher is None or is_fixed else _inherit_preprocessing(recipe, teacher, given)
+    fixed = {name for name in recipe.preprocessing if record and record.get(name) is None}
+    inherited = [] if teacher is None else _inherit_preprocessing(recipe, teacher, given | fixed)
     return Prepared(splits, teacher, inherited)
 
 
-def _inherit_preprocessing(recipe: RecipeArguments, teacher: Teacher, given: set[str]) -> list[str]:
+def _inherit_preprocessing(recipe: RecipeArguments, teacher: Teacher, fixed: set[str]) -> list[str]:
     """Gives a student with random weights the teacher's preprocessing, but for the size, and returns the settings' names.
 
     Nothing ties such a student to other pixels, and the teacher is best on its own. Of several teachers, it gets the settings
@@ -105,7 +105,7 @@ def _inherit_preprocessing(recipe: RecipeArguments, teacher: Teacher, given: set
     inherited = [
         name
         for name, value in found[0].items()
-        if name not in given and all(each.get(name) == value for each in found)
+        if name not in fixed and all(each.get(name) == value for each in found)
     ]
     for name in inherited:
         setattr(recipe, name, found[0][name])

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -223,6 +224,7 @@ def test_data_and_teacher_are_opened_once(tmp_path, inputs, monkeypatch, caplog)
         ({"teacher": ["TEACHER", "OTHER"]}, {"output_dir"}, None, {"image_mean": None, "image_std": [0.5] * 3, "crop_pct": 0.95}),
         ({}, {"output_dir"}, {"image_mean": None, "seed": 42}, dict.fromkeys(TEACHERS_PIXELS)),
         ({}, {"output_dir"}, TEACHERS_PIXELS, TEACHERS_PIXELS),
+        ({}, {"output_dir", "crop_pct"}, {"crop_pct": 0.8, "image_mean": None}, dict.fromkeys(TEACHERS_PIXELS)),
     ],
 )  # fmt: skip
 def test_which_pixels_a_student_takes_from_its_teacher(tmp_path, inputs, changes, given, recorded, expected):
@@ -334,6 +336,19 @@ def test_pretrained_models_with_batch_norm_get_a_higher_rate(with_batch_norm):
     set_defaults(recipe, data, training, set(), 5000, 224, with_batch_norm)
     assert training.learning_rate == (1e-3 if "student" in with_batch_norm else 3e-4)
     assert recipe.teacher_learning_rate == (1e-3 if "teacher" in with_batch_norm else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "given", "expected"),
+    [(2, set(), (0, False)), (16, set(), (4, False)), (2, {"streaming"}, (2, True)), (16, {"dataloader_num_workers"}, (None, False))],
+)  # fmt: skip
+def test_results_on_the_cpu_do_not_depend_on_the_number_of_cores(monkeypatch, num_cores, given, expected):
+    """Drop path draws other numbers with persistent workers; the parts of a stream are those of its workers."""
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    defaults = fixed_defaults(given)
+    assert tuple(defaults.get(f"dataloader_{name}") for name in ("num_workers", "persistent_workers")) == expected
 
 
 def test_two_processes_distil_into_one_folder(tmp_path, inputs):
