@@ -169,8 +169,13 @@ class TeacherLogits:
         if view.temperature in known:
             return None
         wanted = "temperature of standardised logits" if view.standardized else "temperature"
+        if not known:
+            return (
+                f"{wanted} must be one of those of {self.folder}, which has none, got {view.temperature}: write a store with "
+                "this loss"
+            )
         return (
-            f"{wanted} must be one of {', '.join(map(str, known)) or 'none'}, those of {self.folder}, got "
+            f"{wanted} must be one of {', '.join(map(str, known))}, those of {self.folder}, got "
             f"{view.temperature}: write a store with this loss, or with --temperatures"
         )
 

@@ -168,6 +168,8 @@ def test_a_store_that_needs_nothing_new_is_as_before(tmp_path):
     values = json.loads((store.folder / STORE).read_text())
     assert "standardized_temperatures" not in values
     assert store.info.standardized_temperatures == []
+    fault = store.find_missing(read_top_k_view(KDLoss(temperature=2.0, standardize=True)))
+    assert fault.endswith("which has none, got 2.0: write a store with this loss")
     for wrong in ([0.0], 1, [None]):
         (store.folder / STORE).write_text(json.dumps(values | {"standardized_temperatures": wrong}))
         with pytest.raises(ValueError, match=r"is damaged, its standardized_temperatures is .*write it again"):
