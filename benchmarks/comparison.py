@@ -8,7 +8,7 @@ COMPARISON.md is the protocol, and stood there before the first training; compar
    the same points for each of three seeds. The best mean accuracy on the validation part chooses.
 2. Ten fresh seeds train with these settings. Each looks at the test part once, at its end.
 
-What the file of `--json` holds already is done. Cells that are run later are added to it.
+What the file of `--json` holds already is done. Cells and methods that are run later are added to it.
 """
 
 import common  # first: it sets environment variables
@@ -193,7 +193,8 @@ def run_cell(bench: ComparisonBench, name: str, known: dict[str, Any] | None, op
             f"{name}: the teacher that was trained now is not the result's, as on another kind of machine: delete the cell "
             f"from {options.json}, or run it where the others were run"
         )
-    if known and (known["settings"], known["trials"]) != (bench.settings([data]), options.trials):
+    wanted = (bench.settings([data]), options.trials, set(options.search_seeds), set(options.seeds))
+    if known and read_extent(known) != wanted:
         raise SystemExit(
             f"{name}: {options.json} has it with other settings: delete the cell there, or name another --json"
         )
@@ -201,7 +202,8 @@ def run_cell(bench: ComparisonBench, name: str, known: dict[str, Any] | None, op
         keep(bench, record)
     seeds = [*options.search_seeds, *options.seeds]
     in_parallel([(bench.prepare, data, seed) for seed in seeds], options.jobs, "images and logits")
-    cells = [(data, student, method) for method in options.methods]
+    methods = {*options.methods, *(known["chosen"] if known else ())}
+    cells = [(data, student, method) for method in METHODS if method in methods]
     calls = [(bench.search, *cell, seed, options.trials) for cell in cells for seed in options.search_seeds]
     in_parallel(calls, options.jobs, f"{name}, search")
     chosen = {cell[2]: bench.choose(*cell, options.search_seeds) for cell in cells}
@@ -213,6 +215,12 @@ def run_cell(bench: ComparisonBench, name: str, known: dict[str, Any] | None, op
         "settings": bench.settings([data]), "trials": options.trials, "chosen": chosen,
         "searches": [json.loads(path.read_text()) for path in paths], "runs": [bench.read(job) for job in jobs],
     }  # fmt: skip
+
+
+def read_extent(cell: dict[str, Any]) -> tuple[dict[str, Any], int, set[int], set[int]]:
+    """Settings, number of trials, seeds of the search and seeds of the comparison, which all methods of a cell share."""
+    seeds = ({record["seed"] for record in cell[key]} for key in ("searches", "runs"))
+    return cell["settings"], cell["trials"], *seeds
 
 
 def keep(bench: ComparisonBench, record: dict[str, Any]) -> None:
@@ -251,7 +259,7 @@ def main(args: list[str] | None = None) -> None:
     for name in options.cells:
         cell = run_cell(bench, name, result["cells"].get(name), options)
         cell["command"] = f"python benchmarks/comparison.py --cells {name}"
-        cell["command"] += f" --methods {' '.join(options.methods)}" if options.methods != list(METHODS) else ""
+        cell["command"] += f" --methods {' '.join(cell['chosen'])}" if set(cell["chosen"]) != set(METHODS) else ""
         result["cells"][name] = cell
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(dump(result), encoding="utf-8")

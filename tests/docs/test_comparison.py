@@ -1,6 +1,7 @@
 """The comparison of losses: its statistics, its page, and a tiny real run of search and trainings."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -80,7 +81,9 @@ class TestRun:
             comparison.main(cls.arguments(folder))
             before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.json")}
             (folder / "out" / "runs").rename(folder / "runs")  # The result has them, too.
-            comparison.main(cls.arguments(folder))
+            comparison.main(
+                ["--cells", "fashion/cnn", "--methods", "baseline", *cls.arguments(folder)[3 + len(cls.METHODS) :]]
+            )
             after = {path.name for path in (folder / "out").rglob("*.json")}
             assert after == {path.name for path in before}
             yield folder
@@ -145,6 +148,7 @@ class TestRun:
         for change, message in (
             ({"teacher": {"sha256": "0"}}, "is not the result's"),
             ({"trials": 3}, "other settings"),
+            ({"runs": [run for run in cell["runs"] if run["seed"] == 0]}, "other settings"),
         ):
             other = tmp_path / "other.json"
             other.write_text(json.dumps({"cells": {"fashion/cnn": cell | change}}))
@@ -172,3 +176,18 @@ def test_a_method_s_settings_are_those_of_its_loss():
     }  # fmt: skip
     assert bench.epochs_of("fashion", "deit") == 40
     assert bench.epochs_of("fashion") == 40
+
+
+def test_the_gains_of_which_loss_are_those_of_the_evidence():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "which-loss.md").read_text(encoding="utf-8")
+    evidence_page = (root / "benchmarks" / "EVIDENCE.md").read_text(encoding="utf-8")
+    tables = [
+        evidence_page.partition(f"fashion, {student}\n")[2].partition("<!-- end -->")[0] for student in ("cnn", "deit")
+    ]
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|.*\| ([+-].*?) \| ([+-].*?) \|$", page, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == ["kd", "dkd", "dist", "wttm", "nkd", "uskd"]
+    for name, *gains in rows:
+        for table, gain in zip(tables, gains, strict=True):
+            row = next(line for line in table.splitlines() if line.startswith(f"| {name.upper()} |"))
+            assert f" | {gain} | " in row, (name, row)
