@@ -248,7 +248,7 @@ class Recipe:
             self._train("baseline", self.create(self.args.student, self.args.student_args))
 
     def train_student(self) -> None:
-        """Trains the student with the distillation loss, from the seed and with the data of the baseline."""
+        """Trains the student with the distillation loss, from the baseline's seed and with its labelled images."""
         self.check()
         if not self.is_trained and self.args.distillation_loss != "none":
             if self.teacher is None:
