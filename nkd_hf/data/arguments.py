@@ -24,16 +24,6 @@ class DataArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset, where the Hub has several."}
     )
-    unlabeled_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Images without labels that join each batch of the student, named as `dataset_name`: the teacher alone "
-            "teaches them, and labels that the dataset has are ignored."
-        },
-    )
-    unlabeled_ratio: float = field(
-        default=1.0, metadata={"help": "Images of `unlabeled_dataset` for each labelled image of a batch."}
-    )
     train_split: str | None = field(
         default=None,
         metadata={
@@ -82,13 +72,6 @@ class DataArguments:
             "that is drawn again gets another augmentation."
         },
     )
-    crops_per_image: int = field(
-        default=1,
-        metadata={
-            "help": "Samples of each decoded image in an epoch, each with another augmentation; an epoch then takes as much a "
-            "smaller part of the images, and as many samples."
-        },
-    )
     on_bad_image: str = field(
         default="error",
         metadata={
@@ -127,6 +110,23 @@ class DataArguments:
         metadata={
             "help": "Mix the samples 2k and 2k + 1 of the epoch's order with each other, a ratio drawn for each pair, as "
             "`nkd-hf teacher-logits` does; the batch of each process must be even."
+        },
+    )
+    unlabeled_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images without labels that join each batch of the student, named as `dataset_name`: the teacher alone "
+            "teaches them, and labels that the dataset has are ignored."
+        },
+    )
+    unlabeled_ratio: float = field(
+        default=1.0, metadata={"help": "Images of `unlabeled_dataset` for each labelled image of a batch."}
+    )
+    crops_per_image: int = field(
+        default=1,
+        metadata={
+            "help": "Samples of each decoded image in an epoch, each with another augmentation; an epoch then takes as much a "
+            "smaller part of the images, and as many samples."
         },
     )
 
