@@ -125,6 +125,7 @@ def memory_notes(result: dict) -> list[str]:
 # By script: what the figures are, where they aren't medians of rounds; and what stands below the tables.
 FIGURES = {
     "store_accuracy.py": "{rounds} seeds",
+    "any_teacher.py": "{rounds} seeds",
     "input_accuracy.py": "{rounds} seeds",
     "crops_accuracy.py": "{rounds} seeds",
     "top_k.py": "{images} images of each teacher",
