@@ -260,6 +260,9 @@ def main(args: list[str] | None = None) -> None:
         cell = run_cell(bench, name, result["cells"].get(name), options)
         cell["command"] = f"python benchmarks/comparison.py --cells {name}"
         cell["command"] += f" --methods {' '.join(cell['chosen'])}" if set(cell["chosen"]) != set(METHODS) else ""
+        for option in ("trials", "search_seeds", "seeds", "epochs", "images"):
+            if (value := getattr(options, option)) != parser.get_default(option):
+                cell["command"] += f" --{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         result["cells"][name] = cell
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(dump(result), encoding="utf-8")

@@ -15,7 +15,7 @@ BESIDE = ("pytest", "pytest-xdist", "scipy")
 
 
 def find_faults(requirements: list[str]) -> tuple[list[str], list[str]]:
-    """Requirements that are not installed, and those of which an older version is installed."""
+    """Returns the requirements that are not installed, and the requirements whose installed version is too old."""
     missing, old = [], []
     for requirement in map(Requirement, requirements):
         try:

@@ -183,7 +183,7 @@ class Recipe:
         fingerprint = self.fingerprint(self.create(recipe.student, recipe.student_args))
         check_fingerprint(store.folder, store.info, recipe, fingerprint, training.teacher_dtype, self.id2label)
         store.check_complete(epochs)
-        check_stored_logits(self.folder, store.info, self.goes_on)
+        check_stored_logits(self.folder, store.info, self.goes_on and named_checkpoint(training) is None)
         own, given = store.info.teacher_own_accuracy, store.info.teacher_accuracy
         self.results |= {"teacher": own, ON_STUDENT_PIXELS: given}
         if own is not None:

@@ -246,7 +246,12 @@ def clear_run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def check_stored_logits(folder: Path, info: StoreInfo, goes_on: bool) -> None:
-    """Ends the process where a run would go on from a store that keeps other logits; a run that begins records its store's.
+    """Ends the process where a run would go on from a store that keeps other logits, and else records what it keeps.
+
+    Args:
+        folder: `output_dir` of the recipe.
+        info: of the store.
+        goes_on: whether the run goes on, and settings are compared; see [`open_run`].
 
     Raises:
         SystemExit: with a message.

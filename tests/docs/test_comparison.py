@@ -141,6 +141,9 @@ class TestRun:
         for method in self.METHODS:
             assert f"| {comparison.METHODS[method].text} | " in text
         assert "`python benchmarks/comparison.py --cells fashion/cnn --methods baseline" in text
+        assert " --trials 2 --search_seeds 100 101 --seeds 0 1 --epochs 2 --images 40`: " in text, (
+            "to be run again as it is"
+        )
         assert str(folder) not in text
         assert "No cell has been run yet" not in text
 

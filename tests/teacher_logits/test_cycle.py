@@ -202,8 +202,9 @@ def test_a_stopped_run_goes_on_from_a_store_of_the_same_logits_alone(stores, tea
     folder, given = tmp_path / "run", [*MIXING, "--save_strategy", "epoch", "--teacher_logits"]
     types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
 
-    def start(store: str) -> Recipe:
-        values = parse_args(types, args=[*arguments(None, *given, str(stores[store])), "--output_dir", str(folder)])
+    def start(store: str, *more: str) -> Recipe:
+        options = [*arguments(None, *given, str(stores[store])), "--output_dir", str(folder), *more]
+        values = parse_args(types, args=options)
         try:
             return Recipe(*values)
         finally:
@@ -217,6 +218,10 @@ def test_a_stopped_run_goes_on_from_a_store_of_the_same_logits_alone(stores, tea
         SystemExit, match="with top_k=None, cycle=2, got a store with top_k=None, cycle=None: name that"
     ):
         start("plain")
+    checkpoint = str(folder / "student" / "checkpoint-6")
+    assert start("plain", "--resume_from_checkpoint", checkpoint).goes_on, (
+        "whoever names a checkpoint compares no settings"
+    )
     stored.unlink()
     assert start("plain").goes_on, "as a run of an older version"
 
