@@ -149,7 +149,8 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "Height and width of the student's input, in pixels. Default: the architecture's own where timm fixes "
-            "it, else 224; 32 for *_cifar; its own for a student that is opened from a folder or the Hub."
+            "it, else 224; 32 for *_cifar; its own for a student that is opened from a folder or the Hub. In `nkd-hf distill`, a "
+            "pretrained teacher's where that is smaller than the default of an architecture whose size timm doesn't fix."
         },
     )
     image_mean: list[float] | None = field(

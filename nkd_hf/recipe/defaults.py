@@ -31,7 +31,7 @@ _SMALL_PIXELS = 64
 BY_DATA_AND_MODELS = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "num_train_epochs", "teacher_learning_rate",
     "teacher_epochs", "early_stopping_patience", "random_resized_crop", "auto_augment",
-    "image_mean", "image_std", "crop_pct", "interpolation",
+    "image_size", "image_mean", "image_std", "crop_pct", "interpolation",
 }  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from ..data.decoding import read_image, read_sample
 from ..data.labels import label_names
 from ..errors import BadSampleError
 from ..models.architectures import is_architecture
+from ..models.image_sizes import takes_img_size
 from ..models.preprocessing import load_image_processor, read_preprocessing
-from ..models.students import check_preprocessing
+from ..models.students import check_preprocessing, create_student
 from ..models.teacher import Teacher
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
@@ -84,23 +85,55 @@ def prepare(
     with_batch_norm = [
         name for name, model in models.items() if any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     ]
-    num_images = None if data.streaming else len(splits["train"])
-    size = max(read_preprocessing(student, load_image_processor(student)).size)
-    set_defaults(recipe, data, training, given, num_images, size, with_batch_norm)
     # A run that goes on keeps the pixels that it began with.
-    fixed = {name for name in recipe.preprocessing if record and record.get(name) is None}
-    inherited = [] if teacher is None else _inherit_preprocessing(recipe, teacher, given | fixed)
+    fixed = given | {name for name in recipe.preprocessing if record and record.get(name) is None}
+    inherited = []
+    size = max(read_preprocessing(student, load_image_processor(student)).size)
+    if teacher is not None and is_architecture(recipe.student):
+        smaller = None if "image_size" in fixed else _find_smaller_size(recipe, teacher, size)
+        if smaller is not None:
+            recipe.image_size = size = smaller
+            inherited = ["image_size"]
+        inherited += _inherit_preprocessing(recipe, teacher, fixed)
+    num_images = None if data.streaming else len(splits["train"])
+    set_defaults(recipe, data, training, given, num_images, size, with_batch_norm)
     return Prepared(splits, teacher, inherited)
 
 
+def _find_smaller_size(recipe: RecipeArguments, teacher: Teacher, size: int) -> int | None:
+    """Finds the input size of a student whose size is neither set nor fixed by its architecture, if the teacher's is smaller.
+
+    The images need no more pixels than the teacher sees; of several teachers, than the one with the largest input.
+
+    Args:
+        recipe: names an architecture as the student.
+        teacher: pretrained.
+        size: of the student, its architecture's default.
+
+    Returns:
+        The height and width; None where the student keeps its size.
+    """
+    if recipe.image_size is not None or takes_img_size(recipe.student):
+        return None
+    sides = {member.preprocessing and member.preprocessing.size for member in teacher.members}
+    if any(side is None or side[0] != side[1] for side in sides):
+        return None
+    largest = max(height for height, _ in sides)
+    if largest >= size:
+        return None
+    try:
+        create_student(recipe.student, num_labels=2, model_args=recipe.student_args, image_size=largest)
+    except ValueError:  # a size that the architecture does not take
+        return None
+    return largest
+
+
 def _inherit_preprocessing(recipe: RecipeArguments, teacher: Teacher, fixed: set[str]) -> list[str]:
-    """Gives a student with random weights the teacher's preprocessing, but for the size, and returns the settings' names.
+    """Gives a student with random weights the teacher's mean, std, crop and interpolation, and returns the settings' names.
 
     Nothing ties such a student to other pixels, and the teacher is best on its own. Of several teachers, it gets the settings
     in which all agree.
     """
-    if not is_architecture(recipe.student):
-        return []
     found = [_read_settings(member) for member in teacher.members]
     inherited = [
         name

@@ -248,6 +248,54 @@ def test_which_pixels_a_student_takes_from_its_teacher(tmp_path, inputs, changes
     assert recipe.image_size == 32
 
 
+@pytest.mark.parametrize(
+    ("changes", "given", "recorded", "expected"),
+    [
+        ({}, set(), None, 40),
+        ({}, set(), {"image_size": 40}, 40),
+        ({}, set(), {"image_size": None}, None),  # of a version in which the student had 224 pixels
+        ({"image_size": 64}, {"image_size"}, None, 64),
+        ({}, {"image_size"}, None, None),  # null, in a YAML
+        ({"student": "TEACHER"}, set(), None, None),
+        ({"student": "resnet18_cifar"}, set(), None, None),  # 32 pixels
+        ({"student": "deit_tiny_patch16_224"}, set(), None, None),
+        ({"student": "inception_v3"}, set(), None, None),  # which takes 75 pixels or more
+        ({"teacher": ["TEACHER", "LARGER"]}, set(), None, 48),
+        ({"teacher": ["TEACHER", "LARGEST"]}, set(), None, None),
+        ({"teacher": "resnet18"}, set(), None, None),
+    ],
+)  # fmt: skip
+def test_a_student_whose_size_nobody_named_takes_that_of_a_smaller_teacher(
+    tmp_path, inputs, changes, given, recorded, expected
+):
+    names = {"student": "resnet18", "teacher": "TEACHER"} | changes
+    size = names.pop("image_size", None)
+
+    def read(name):
+        if isinstance(name, list):
+            return [read(each) for each in name]
+        if name in ("LARGER", "LARGEST"):
+            pixels = 48 if name == "LARGER" else 224
+            model = create_student("resnet18", id2label=["cat", "dog"], image_size=pixels, model_args=MODEL)
+            save_student(model, str(tmp_path / name))
+            return str(tmp_path / name)
+        return inputs["teacher"] if name == "TEACHER" else name
+
+    recipe = RecipeArguments(**{role: read(name) for role, name in names.items()}, image_size=size)
+    training = DistillationTrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    if recorded is not None:
+        (tmp_path / "run" / "teacher").mkdir(parents=True)
+        (tmp_path / "run" / "teacher" / "trainer_state.json").touch()
+        (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(recorded))
+    data = DataArguments(inputs["dataset_name"])
+    prepared = preparation.prepare(recipe, data, training, {"output_dir", *given})
+    assert recipe.image_size == expected
+    assert ("image_size" in prepared.inherited) == (expected not in (None, size))
+    # Photographs alone are augmented strongly.
+    is_small = expected is not None or recipe.student.endswith(("_cifar", "teacher"))
+    assert (data.auto_augment is None) == is_small
+
+
 def test_the_command_says_its_plan_and_continues_after_a_stop(starts, results):
     folder, said, said_then = starts
     plan = said[: said.index("Training the teacher")]
