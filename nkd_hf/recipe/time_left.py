@@ -24,9 +24,10 @@ class TimeLeft(TrainerCallback):
     def __init__(self, name: str, following: list[str]):
         self.name, self.following = name, following
         self.times: list[float] = []
+        self.is_resumed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.times = []
+        self.times, self.is_resumed = [], state.global_step > 0
 
     def on_step_end(self, args, state, control, **kwargs):
         if len(self.times) > STEPS:
@@ -36,11 +37,13 @@ class TimeLeft(TrainerCallback):
             return
         pairs = zip(self.times[WARM_UP:], self.times[WARM_UP + 1 :], strict=False)
         step = statistics.median(after - before for before, after in pairs)
-        left = describe_duration(step * (state.max_steps - state.global_step))
+        steps_left = state.max_steps - state.global_step
+        left = describe_duration(step * steps_left)
+        steps = f"last {steps_left} of {state.max_steps} steps" if self.is_resumed else f"{state.max_steps} steps"
         then = f"; then the {' and the '.join(self.following)}" if self.following else ""
         # tqdm.write prints above the live line of the training.
         tqdm.write(
-            f"About {left} left for the {state.max_steps} steps of the {self.name}, and its evaluations{then}",
+            f"About {left} left for the {steps} of the {self.name}, and its evaluations{then}",
             file=sys.stdout,
         )
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from transformers import PrinterCallback, ProgressCallback
 from nkd_hf.metrics import compute_metrics, top5_indices
 from nkd_hf.recipe import progress
 from nkd_hf.recipe.progress import TrainingProgress, show_progress, shows_bars
+from nkd_hf.recipe.time_left import TimeLeft
 
 
 @pytest.fixture
@@ -72,6 +73,17 @@ def test_a_long_epoch_shows_signs_of_life(train, capsys, monkeypatch):
     train(num_train_epochs=1, eval_strategy="no", logging_strategy="steps")
     positions = [line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()]
     assert positions[:3] == ["epoch 0.3333/1", "epoch 0.6667/1", "epoch 1/1"]
+
+
+def test_the_time_left_of_a_resumed_training_is_that_of_its_last_steps(tmp_path, capsys):
+    def train(max_steps, checkpoint=None):
+        changes = {"max_steps": max_steps, "save_strategy": "steps", "save_steps": 12}
+        trainer = make_trainer(tmp_path, timm_cnn(), digits(0, 48), callbacks=[TimeLeft("student", [])], **changes)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return re.search(r"left for the (.*), and its evaluations", capsys.readouterr().out)[1]
+
+    assert train(12) == "12 steps of the student"
+    assert train(30, str(tmp_path / "checkpoint-12")) == "last 7 of 30 steps of the student"  # 12 + 11 are done
 
 
 def test_in_a_terminal_a_training_is_one_line(train, capsys, monkeypatch):
