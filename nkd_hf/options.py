@@ -11,6 +11,7 @@ import functools
 import gc
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,14 @@ RECIPE = _TRAINING | {
 }
 PLAN = RECIPE | {"PlanArguments": ("nkd_hf", "cli/plan.py")}
 DISTILL = RECIPE | {"ExportArguments": ("nkd_hf", "recipe/distill.py")}
+# Enum or constant that has the choices of a field -> the package and the file that define it, if the file of the field does not.
+_CHOICES = dict.fromkeys(
+    ("IntervalStrategy", "SaveStrategy", "HubStrategy", "SchedulerType"), ("transformers", "trainer_utils.py")
+)
+_CHOICES |= {
+    "OptimizerNames": ("transformers", "training_args.py"),
+    "SCHEDULES": ("nkd_hf", "trainer/optimization.py"),
+}
 
 
 def start_recipe() -> None:
@@ -132,7 +141,9 @@ def _add_field(parser: argparse.ArgumentParser, node: ast.AnnAssign, tree: ast.M
     keys = metadata.keys if isinstance(metadata, ast.Dict) else []
     entries = {ast.literal_eval(key): value for key, value in zip(keys, getattr(metadata, "values", []), strict=True)}
     settings: dict[str, Any] = {"nargs": "*"}
-    if base in _TYPES and not entries.keys() - {"help", "choices"}:
+    if annotation.removesuffix(" | str") in _CHOICES and not entries.keys() - {"help"}:
+        settings = {"type": str, "choices": _read_named(annotation.removesuffix(" | str"), tree)}
+    elif base in _TYPES and not entries.keys() - {"help", "choices"}:
         settings = {"type": _TYPES[base], "choices": _read_choices(entries.get("choices"), tree)}
         if base == "bool" and (not takes_none or default not in ("", "None")):
             settings |= {"nargs": "?", "const": True}
@@ -155,20 +166,47 @@ _TYPES = {"int": int, "float": float, "bool": _read_bool, "str": str}
 
 
 def _read_choices(node: ast.expr | None, tree: ast.Module) -> list[str] | None:
-    """Reads choices that are a list of literals or `list(NAME)` of a tuple in the same file; None for others."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "list" and len(node.args) == 1:
-        name = ast.unparse(node.args[0])
-        node = next(
-            (
-                each.value
-                for each in tree.body
-                if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == name
-            ),
-            None,
-        )
+    """Reads choices that are a list of literals, `list(NAME)`, the values of an enum, or two of them added; None for others."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _read_choices(node.left, tree), _read_choices(node.right, tree)
+        return None if left is None or right is None else left + right
+    if node is not None and (named := _NAMED.fullmatch(ast.unparse(node))):
+        return _read_named(named[1] or named[3], tree)
+    return _read_literals(node)
+
+
+_NAMED = re.compile(r"list\((\w+)\)|\[(\w+)\.value for \2 in (\w+)\]")
+
+
+def _read_named(name: str, tree: ast.Module) -> list[str] | None:
+    """Reads the literals of a constant, the keys of a dict or the values of an enum; None where they are uncertain."""
+    if name in _CHOICES:
+        tree = _parse(*_CHOICES[name])
+    for node in tree.body if tree else []:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _read_enum(node)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            value = node.value
+            return _read_literals(ast.List(value.keys) if isinstance(value, ast.Dict) else value)
+    return None
+
+
+def _read_enum(node: ast.ClassDef) -> list[str] | None:
+    """Reads the values of an enum of texts that has nothing else but a docstring; None for others."""
+    values = []
+    for member in node.body[ast.get_docstring(node) is not None :]:
+        is_value = isinstance(member, ast.Assign) and isinstance(member.value, ast.Constant)
+        if not is_value or not isinstance(member.value.value, str):
+            return None
+        values.append(member.value.value)
+    is_plain = [ast.unparse(base) for base in node.bases] == ["ExplicitEnum"] and not node.decorator_list
+    return values if is_plain and values else None
+
+
+def _read_literals(node: ast.expr | None) -> list[str] | None:
     try:
         return None if node is None else list(ast.literal_eval(node))
-    except ValueError:
+    except (TypeError, ValueError):
         return None
 
 

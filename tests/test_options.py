@@ -74,6 +74,13 @@ def test_the_message_is_that_of_the_parser(token, capsys):
         ["--teacher_dtype", "int8"],
         ["--on_bad_image", "ignore"],
         ["--image_size", "small"],
+        ["--eval_strategy", "foo"],
+        ["--logging-strategy=foo"],
+        ["--save_strategy", "Epoch"],
+        ["--hub_strategy", "foo"],
+        ["--lr_scheduler_type", "foo"],
+        ["--optim", "adam"],
+        ["--optim"],
         ["--student"],
     ],
 )
@@ -100,18 +107,55 @@ def test_right_values_and_those_of_other_types_are_left_to_the_parser():
         "--streaming=T",
         "--no_dataloader_pin_memory",
     ]
-    right += ["--teacher", "a", "b", "--loss_args", "{}", "--image_mean", "0.1", "x", "--lr_scheduler_type", "none"]
-    right += ["--finetune_teacher", "auto", "--optim", "none", "--learning_rate", "-3"]
+    right += ["--teacher", "a", "b", "--loss_args", "{}", "--image_mean", "0.1", "x"]
+    right += ["--finetune_teacher", "auto", "--learning_rate", "-3"]
     check_values("nkd-hf", right, RECIPE)
     check_values("nkd-hf", ["--seed", "x", "--help"], RECIPE)
     check_values("nkd-hf", ["--seed", "x"], {"Own": ("nkd_hf", "own.py")})  # there is no such file
 
 
-def test_most_fields_are_checked():
+def read_settings() -> dict[str, dict]:
     known = {}
     parser = SimpleNamespace(add_argument=lambda *names, dest, **settings: known.setdefault(dest, settings))
     for node, tree in options._read_definitions(DISTILL):
         options._add_field(parser, node, tree)
+    return known
+
+
+def test_the_choices_are_those_of_the_parser():
+    full = {action.dest: action.choices for action in _Parser(DISTILL_ARGUMENTS)._actions}
+    read = {name: settings["choices"] for name, settings in read_settings().items() if settings.get("choices")}
+    assert {name: [*full[name]] for name in read} == read
+    assert {"eval_strategy", "save_strategy", "hub_strategy", "optim", "lr_scheduler_type"} <= read.keys()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        None,
+        "",
+        "class OptimizerNames(ExplicitEnum):\n    pass",
+        "class OptimizerNames(StrEnum):\n    SGD = 'sgd'",
+        "class OptimizerNames(ExplicitEnum):\n    SGD = auto()",
+        "class OptimizerNames(ExplicitEnum):\n    SGD = 'sgd'\n    def _missing_(cls, value): return cls.SGD",
+        "@alias\nclass OptimizerNames(ExplicitEnum):\n    SGD = 'sgd'",
+        "OptimizerNames = ExplicitEnum('OptimizerNames', names)",
+        "OptimizerNames = 3",
+        "OptimizerNames = {**others}",
+    ],
+)
+def test_an_enum_that_is_written_differently_takes_any_value(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(options, "_PACKAGE", tmp_path)
+    monkeypatch.setitem(options._CHOICES, "OptimizerNames", ("nkd_hf", "enums.py"))
+    if source is not None:
+        (tmp_path / "enums.py").write_text(source)
+    assert options._read_named("OptimizerNames", None) is None
+    (tmp_path / "own.py").write_text("class Own:\n    optim: OptimizerNames | str = field(default='sgd')")
+    check_values("nkd-hf", ["--optim", "adam"], {"Own": ("nkd_hf", "own.py")})
+
+
+def test_most_fields_are_checked():
+    known = read_settings()
     assert sum("type" in settings for settings in known.values()) > 0.8 * len(known)
 
 

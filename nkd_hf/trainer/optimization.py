@@ -94,9 +94,12 @@ def cosine_by_epoch(
     return floor + (1 - floor) * cosine
 
 
+# nkd_hf/options.py reads the names from this source.
 SCHEDULES = {
-    schedule.__name__: schedule
-    for schedule in (multistep, exponential_by_epoch, constant_then_linear, cosine_by_epoch)
+    "multistep": multistep,
+    "exponential_by_epoch": exponential_by_epoch,
+    "constant_then_linear": constant_then_linear,
+    "cosine_by_epoch": cosine_by_epoch,
 }
 EpochSchedule = ExplicitEnum("EpochSchedule", {name.upper(): name for name in SCHEDULES})
 
