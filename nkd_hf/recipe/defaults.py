@@ -76,6 +76,27 @@ def count_workers(has_idle_cores: bool) -> int:
     return min(4, num_cores // 4)
 
 
+def set_workers(training: DistillationTrainingArguments, given: set[str]) -> None:
+    """Gives persistent workers, which the user has asked for, one worker at least.
+
+    Args:
+        training: of the run; its number of workers is changed where the user has not set it.
+        given: the names of the arguments that the user has set.
+
+    Raises:
+        ValueError: the user has asked for persistent workers, and for none.
+    """
+    if not training.dataloader_persistent_workers or training.dataloader_num_workers > 0:
+        return
+    if "dataloader_num_workers" in given:
+        raise ValueError(
+            "dataloader_num_workers must be 1 or more with dataloader_persistent_workers, got 0. Set it to 1, or omit "
+            "dataloader_persistent_workers"
+        )
+    # The number of cores, by which there are none, would decide whether the command works.
+    training.dataloader_num_workers = 1
+
+
 def set_defaults(
     recipe: RecipeArguments,
     data: DataArguments,

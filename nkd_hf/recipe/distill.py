@@ -13,7 +13,7 @@ from ..options import suggest
 from ..trainer.arguments import DistillationTrainingArguments
 from .announcement import describe_run
 from .arguments import RecipeArguments
-from .defaults import fixed_defaults
+from .defaults import fixed_defaults, set_workers
 from .deployment import deploy, write_card
 from .preparation import prepare
 from .recipe import Recipe
@@ -125,6 +125,7 @@ def run_distillation(
         raise ValueError(
             "distillation_loss must be a loss, got 'none'. Set compare_with_baseline to true for the same training without one"
         )
+    set_workers(training, given)
     prepared = prepare(recipe, data, training, given)
     run = Recipe(recipe, data, training, prepared.splits, prepared.teacher)
     if not run.is_trained:

@@ -325,6 +325,10 @@ def test_the_command_says_its_plan_and_continues_after_a_stop(starts, results):
         ({"time_budget": "soon"}, "time_budget must be a time such as 30m"),
         ({"finetune_teacher": "never"}, "set finetune_teacher to auto"),
         ({"early_stopping_patience": 2, "load_best_model_at_end": False}, "needs load_best_model_at_end"),
+        (
+            {"dataloader_persistent_workers": True},
+            "dataloader_num_workers must be 1 or more with dataloader_persistent_workers, got 0",
+        ),
     ],
 )
 def test_wrong_arguments_train_nothing(tmp_path, inputs, capsys, changes, message):
@@ -397,6 +401,25 @@ def test_results_on_the_cpu_do_not_depend_on_the_number_of_cores(monkeypatch, nu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     defaults = fixed_defaults(given)
     assert tuple(defaults.get(f"dataloader_{name}") for name in ("num_workers", "persistent_workers")) == expected
+
+
+def test_persistent_workers_without_a_number_are_one_at_least(tmp_path, monkeypatch):
+    """Where 2 cores make the default 0, too; PyTorch would refuse that."""
+    monkeypatch.setattr("nkd_hf.recipe.defaults.count_workers", lambda has_idle_cores: 0)
+    counts = []
+
+    def stop(recipe, data, training, given):
+        counts.append(training.dataloader_num_workers)
+        raise ValueError("stopped")
+
+    monkeypatch.setattr(distill_module, "prepare", stop)
+    for persistent in (True, False):
+        with pytest.raises(ValueError, match="stopped"):
+            distill(
+                "digits", teacher="resnet18", student="resnet18", output_dir=tmp_path, use_cpu=True,
+                dataloader_persistent_workers=persistent,
+            )  # fmt: skip
+    assert counts == [1, 0]
 
 
 def test_two_processes_distil_into_one_folder(tmp_path, inputs):
