@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..trainer.agreement import decide_in_first
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..trainer.agreement import decide_in_first, first_fault
 from ..trainer.checkpoints import checkpoints
 from ..trainer.distillation_model import DistillationModel
 from .build import count_steps
 from .plan_costs import count_checkpoint_bytes, count_checkpoints, count_model_bytes, count_state_bytes
-from .run_folder import STAGES
+from .run_folder import LOCK, STAGES
 from .stage import find_trained
 from .teacher_start import teacher_changes
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+
+# What a store is called in a message, and what makes it smaller.
+_STORE = "the teacher's logits", ", set fewer epochs or a smaller top_k"
 
 
 def check_disk(run: "Recipe", stages: Sequence[str], store_bytes: int = 0) -> None:
@@ -25,7 +31,7 @@ def check_disk(run: "Recipe", stages: Sequence[str], store_bytes: int = 0) -> No
     Args:
         run: whose trainings have not begun.
         stages: the names of the trainings, in their order.
-        store_bytes: of a store of logits that is written, too.
+        store_bytes: of what is written of a store of logits in the first process's folder.
 
     Raises:
         ValueError: they do not fit.
@@ -35,16 +41,56 @@ def check_disk(run: "Recipe", stages: Sequence[str], store_bytes: int = 0) -> No
     folders = [run.folder / name for name in (todo if run.goes_on else STAGES)]
     written = sum(_count_file_bytes(path) for folder in folders for path in checkpoints(str(folder)))
     needed = store_bytes + _count_peak(run, todo) - written
-    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.is_dir())
-    free = decide_in_first(lambda: shutil.disk_usage(existing).free)
-    if free >= needed:
-        return
     purpose, advice = "the checkpoints", ""
     if store_bytes:
-        purpose, advice = "the teacher's logits", ", set fewer epochs or a smaller top_k"
+        purpose, advice = _STORE
     elif not run.training_args.save_total_limit:
         advice = ", set save_total_limit to 1"
-    raise ValueError(
+    if lack := decide_in_first(lambda: _describe_lack(run.folder, needed, purpose, advice)):
+        raise ValueError(lack)
+
+
+def check_own_disk(folder: Path, store_bytes: int) -> None:
+    """Checks on each machine that what is written there of a store of logits fits on its disk. All processes must call this.
+
+    Args:
+        folder: of the store.
+        store_bytes: of what the processes that share this process's folder write.
+
+    Raises:
+        ValueError: it does not fit on one of the machines.
+    """
+    if lack := first_fault(_describe_lack(folder, store_bytes, *_STORE)):
+        raise ValueError(lack)
+
+
+def group_by_folder(folder: Path) -> list[int]:
+    """Returns a number for each process, which is the same for those that write into one folder. All must call this.
+
+    Processes that see the lock of the first one share its folder. Others have that of their machine.
+
+    Args:
+        folder: which the first process has locked, see [`~nkd_hf.recipe.run_folder.lock_folder`].
+    """
+    state = PartialState()
+    is_shared = _read_time(folder / LOCK) == decide_in_first(lambda: _read_time(folder / LOCK))
+    return gather_object([0 if is_shared else state.process_index - state.local_process_index])
+
+
+def _read_time(path: Path) -> int | None:
+    """Reads when a file was written, in nanoseconds, by which two locks differ; None if there is no such file."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _describe_lack(folder: Path, needed: float, purpose: str, advice: str) -> str | None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free >= needed:
+        return None
+    return (
         f"output_dir must have {_in_words(needed)} of free disk for {purpose}, got {_in_words(free)} in {existing}. "
         f"Free some{advice}, or set another output_dir"
     )

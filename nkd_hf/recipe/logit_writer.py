@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from ..teacher_logits.store import shard_path, unfinished, write_shard
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
-from .disk import check_disk
+from .disk import check_disk, check_own_disk, group_by_folder
 from .fingerprint import compare_fingerprints, fingerprint_teacher, hide_path, read_versions
 from .progress import shows_bars
 from .recipe import Recipe
@@ -91,8 +92,9 @@ def write_teacher_logits(
     top_k = None if top_k is None else min(top_k, len(run.id2label) - 1)
     kept = _choose_temperatures(recipe, top_k, temperatures)
     epochs = epochs if cycle is None else cycle
-    store_bytes = _count_missing_bytes(run, epochs, top_k, **kept)
-    check_disk(run, [name for name in run.stages if name == "teacher"], store_bytes)
+    store_bytes = _count_missing_bytes(run, epochs, shard_size, top_k, **kept)
+    check_disk(run, [name for name in run.stages if name == "teacher"], decide_in_first(lambda: store_bytes))
+    check_own_disk(run.folder, store_bytes)
     run.train_teacher()
     run.open_teacher()
     student = run.create(recipe.student, recipe.student_args)
@@ -180,12 +182,23 @@ def _choose_temperatures(
     }
 
 
-def _count_missing_bytes(run: Recipe, epochs: int, top_k: int | None, **temperatures: list[float]) -> int:
-    """Counts the bytes of the shards that are not in the folder yet."""
+def _count_missing_bytes(
+    run: Recipe, epochs: int, shard_size: int, top_k: int | None, **temperatures: list[float]
+) -> int:
+    """Counts the bytes of the shards that are not in this process's folder yet, and that are written there."""
     logits, target = torch.zeros(1, len(run.id2label)), torch.zeros(1, dtype=torch.int64)
     sample = sparse_logits(logits, target, top_k, *temperatures.values())
-    needed = epochs * len(run.data["train"]) * sum(value.nbytes for value in sample.values())
-    return max(0, needed - sum(path.stat().st_size for path in run.folder.glob("epoch-*/shard-*.safetensors")))
+    sample_bytes = sum(value.nbytes for value in sample.values())
+    written = {path: path.stat().st_size for path in run.folder.glob("epoch-*/shard-*.safetensors")}
+    folders = group_by_folder(run.folder)
+    own = folders[PartialState().process_index]
+    starts = range(0, len(run.data["train"]), shard_size)
+    missing = 0
+    for number, (epoch, shard) in enumerate(itertools.product(range(epochs), range(len(starts)))):
+        if folders[number % len(folders)] == own:  # as _write_shards divides them
+            size = min(shard_size, len(run.data["train"]) - starts[shard]) * sample_bytes
+            missing += max(0, size - written.get(shard_path(run.folder, epoch, shard), 0))
+    return missing
 
 
 def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:

@@ -30,7 +30,7 @@ _SETTINGS = "run.yaml"
 _UNREPORTED = ".unreported"
 # Which of the stored logits the run trains from: run.yaml of older versions does not tell.
 _STORED = ".teacher_logits.json"
-_LOCK = ".lock"
+LOCK = ".lock"
 _LOCK_TIMEOUT = 5.0  # seconds; a killed run may take a moment to release its lock
 # How the names of arguments begin that change neither the training nor its data.
 _WITHOUT_EFFECT = (
@@ -66,7 +66,7 @@ def lock_folder(folder: Path) -> None:
     """
     unlock_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _LOCK
+    path = folder / LOCK
     path.open("ab").close()  # so that an OSError of FileLock is one of a file system without locks
     # A soft lock, a file that is there, would outlive a process that is killed. thread_local would bind it to this thread.
     lock = FileLock(path, timeout=_LOCK_TIMEOUT, thread_local=False, fallback_to_soft=False)

@@ -1,11 +1,13 @@
 """What a run writes must fit on its disk: in a recipe, in `nkd-hf teacher-logits`, and in a run that goes on."""
 
+import os
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import in_processes
 from safetensors import safe_open
 from tiny import timm_cnn
 
@@ -103,3 +105,36 @@ def test_the_room_that_a_store_needs_is_what_it_takes(tmp_path, full_disk, capsy
     said = re.search(r"must have ([\d.]+) MiB of free disk for the teacher's logits", capsys.readouterr().err)
     assert len(list((tmp_path / "store").glob("epoch-*"))) == 1
     assert float(said[1]) == pytest.approx(content * 100_001 / 2**20, rel=1e-3)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_machines_with_folders_of_their_own_need_room_for_what_they_write_there(tmp_path, is_shared):
+    save_student(timm_cnn(seed=1), str(tmp_path / "teacher"))
+    options = ["--epochs", "2", "--shard_size", "16", "--teacher", str(tmp_path / "teacher")]
+    # 4 shards of 16 samples with 10 float32 logits, of which each process writes 2; with room for 3.
+    free = [2000, 2000]
+
+    def write() -> None:
+        rank = os.environ["RANK"]
+        os.environ["LOCAL_RANK"] = "0"  # the only process of its machine
+        shutil.disk_usage = lambda path: SimpleNamespace(free=free[int(rank)])
+        folder = tmp_path / "store" if is_shared else tmp_path / f"machine-{rank}"
+        cli.main(["teacher-logits", *COMMON, *options, "--output", str(folder)])
+
+    log = tmp_path / "log"
+    codes = in_processes(2, write, log)
+    if is_shared:
+        assert codes == [2, 2], log.read_text()[-3000:]
+        assert "free disk for the teacher's logits, got 0.00 MiB in" in log.read_text()
+        return
+    assert codes == [1, 0], log.read_text()[-3000:]
+    assert "2 shards are not in" in log.read_text()
+    written = [{path.name for path in tmp_path.glob(f"machine-{rank}/epoch-*/*.safetensors")} for rank in range(2)]
+    assert written == [{"shard-00000.safetensors"}, {"shard-00001.safetensors"}]
+    # What is written there already needs no more room, and the second machine lacks it for two epochs more.
+    free[:] = [2000, 0]
+    options[1] = "4"
+    assert in_processes(2, write, log) == [2, 2]
+    assert "(said by process 1 of 2)" in log.read_text()
+    free[:], options[1] = [0, 0], "2"
+    assert in_processes(2, write, log) == [1, 0]
