@@ -325,15 +325,21 @@ def _without_conversion() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Omits transformers' report of weights that are missing or do not fit: check_weights raises, or the head is a new one."""
-    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    """Omits transformers' report of weights and names that do not fit: check_weights raises, or the head is a new one."""
+    texts = {
+        "transformers.modeling_utils": "LOAD REPORT",
+        "transformers.configuration_utils": "incompatible to the `id2label` map",
+    }
+    loggers = [logging.getLogger(name) for name in texts]
 
     def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in str(record.msg)
+        return texts[record.name] not in str(record.msg)
 
     # Another level would make transformers log its tensor-parallel plan.
-    transformers_logger.addFilter(keep)
+    for each in loggers:
+        each.addFilter(keep)
     try:
         yield
     finally:
-        transformers_logger.removeFilter(keep)
+        for each in loggers:
+            each.removeFilter(keep)

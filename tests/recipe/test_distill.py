@@ -18,8 +18,16 @@ from accelerate import PartialState
 from command_runs import run
 from PIL import Image
 from processes import in_processes
+from safetensors.torch import load_file
 from tiny import digit_folder
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from nkd_hf import (
     DataArguments,
@@ -35,6 +43,7 @@ from nkd_hf.models import teacher_loading
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe import preparation
+from nkd_hf.recipe import recipe as recipe_module
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
 from nkd_hf.recipe.deployment import _image_reader
 
@@ -401,6 +410,64 @@ def test_results_on_the_cpu_do_not_depend_on_the_number_of_cores(monkeypatch, nu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     defaults = fixed_defaults(given)
     assert tuple(defaults.get(f"dataloader_{name}") for name in ("num_workers", "persistent_workers")) == expected
+
+
+def test_a_native_vit_is_fine_tuned_resumed_and_used(tmp_path, monkeypatch, caplog):
+    """transformers' own Trainer does not restore a native ViT from its checkpoint, whose keys have other names."""
+    images = digit_folder(tmp_path / "images", ["zero", "one", "two"], train=8, validation=3)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(
+        ViTConfig(**shape, image_size=32, patch_size=8, id2label={0: "cat", 1: "dog"})
+    ).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    monkeypatch.setattr(distill_module, "deploy", lambda *args: None)
+    monkeypatch.setattr(distill_module, "write_card", lambda run: None)
+    arguments = {
+        **QUICK, "student": "resnet18", "student_args": MODEL, "teacher": str(tmp_path / "vit"),
+        "teacher_epochs": 3, "teacher_learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 8,
+    }  # fmt: skip
+    del arguments["image_size"]
+    results = [distill(images, **arguments, output_dir=tmp_path / "whole")]
+    train_model = recipe_module.train_model
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:  # of 9
+                raise KeyboardInterrupt
+
+    def interrupt(trainer, *args, **options):
+        trainer.add_callback(Stop())
+        train_model(trainer, *args, **options)
+
+    monkeypatch.setattr(recipe_module, "train_model", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        distill(images, **arguments, output_dir=tmp_path / "cut")
+    monkeypatch.setattr(recipe_module, "train_model", train_model)
+    results += [distill(images, **arguments, output_dir=tmp_path / "cut")]
+    assert results[0] == results[1]
+    for name in ("teacher", "student"):
+        whole, cut = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "cut"))
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    # It is a folder that transformers opens whole, with the accuracy that was measured.
+    teacher, loaded = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "cut" / "teacher", output_loading_info=True
+    )
+    assert not any(loaded[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert list(teacher.config.id2label.values()) == ["one", "two", "zero"]
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "cut" / "teacher")
+    files = sorted(Path(images, "validation").rglob("*.png"))
+    pixels = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")
+    with torch.no_grad():
+        answers = teacher.eval()(**pixels).logits.argmax(-1)
+    right = [
+        teacher.config.id2label[int(answer)] == file.parent.name for answer, file in zip(answers, files, strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(results[1]["teacher"])
+    config = json.loads((tmp_path / "cut" / "student" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert "num_labels" not in caplog.text  # transformers' warning that the classes are others, at each opening
 
 
 def test_persistent_workers_without_a_number_are_one_at_least(tmp_path, monkeypatch):
