@@ -1,5 +1,6 @@
 """Datasets of training images without labels: alone, or joined to labelled ones."""
 
+import copy
 import functools
 import math
 from fractions import Fraction
@@ -69,8 +70,9 @@ class JoinedImageDataset(ImageDataset):
     The sample at position p of epoch e is number n = e * len(self) + p of the training. It brings the unlabelled images of
     the numbers from floor(n * ratio) to floor((n + 1) * ratio) - 1, so that B samples bring `ratio` * B on average, and
     exactly where that is an integer. Number m is at position m modulo U in the order of pass m // U through the U unlabelled
-    images: a function of seed and pass. Its augmentation is one of seed, pass and row. So it does not matter how many
-    processes and workers read the samples, and where a run was resumed.
+    images: a function of the pass and of a seed, that of `unlabeled` unless [`in_order_of`] sets another. Its augmentation is
+    one of the seed of `unlabeled`, pass and row. So it does not matter how many processes and workers read the samples, and
+    where a run was resumed.
 
     Args:
         dataset, transform, seed, on_bad_image, balanced_sampling: see [`ImageDataset`].
@@ -95,8 +97,15 @@ class JoinedImageDataset(ImageDataset):
                 f"ratio must be a finite number > 0, got {ratio}: omit the images without labels to use none"
             )
         self.unlabeled = unlabeled
+        self._order_seed = unlabeled.seed
         # Exact, since 0.29 * 100 is less than 29 as a float.
         self.ratio = Fraction(ratio).limit_denominator(1_000_000)
+
+    def in_order_of(self, seed: int) -> "JoinedImageDataset":
+        """Returns a copy whose images without labels have the order that goes with a seed of the labelled images' order."""
+        images = copy.copy(self)  # the copy shares the bad images
+        images._order_seed = seed_unlabeled(seed)
+        return images
 
     def __getitem__(self, key: Any) -> dict:
         sample = super().__getitem__(key)
@@ -108,12 +117,12 @@ class JoinedImageDataset(ImageDataset):
 
     def _unlabeled_sample(self, number: int) -> dict:
         passed, position = divmod(number, len(self.unlabeled))
-        order = _order(len(self.unlabeled), self.unlabeled.seed, passed)
+        order = _order(len(self.unlabeled), self._order_seed, passed)
         return self.unlabeled[passed, int(order[position])]
 
 
 def seed_unlabeled(seed: int) -> int:
-    """Returns the seed of the images without labels, so that a row's augmentation is not that of a labelled row."""
+    """Returns the seed of the images without labels, so that a row's place and augmentation are not those of a labelled row."""
     return derived_seeds(seed, -1, -1)[0]
 
 

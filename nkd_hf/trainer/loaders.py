@@ -17,7 +17,7 @@ from ..data.image_datasets import StreamingImageDataset
 from ..data.label_check import LabelCheck
 from ..data.sampler import EpochDataset, EpochIndices, EpochSampler, training_sampler
 from ..data.seeding import derived_seeds
-from ..data.unlabeled_images import UNLABELED
+from ..data.unlabeled_images import UNLABELED, JoinedImageDataset
 from .arguments import DistillationTrainingArguments
 from .callbacks import SetEpoch
 from .sigterm import shield_worker
@@ -127,10 +127,10 @@ def loader_settings(
 
     In evaluation, no images are mixed and none are dropped. The collator checks labels, unless the user's own code computes
     the loss. In several processes, each reads its own part of a stream of training images, unless dispatch_batches makes
-    the first one read for all.
+    the first one read for all. Images without labels follow the seed of the labelled images' order.
 
     Yields:
-        The dataset, or this process' part of it.
+        The dataset, this process' part of it, or a copy of it that knows this seed.
 
     Raises:
         ValueError: the classes of an evaluation dataset are not the student's.
@@ -140,6 +140,8 @@ def loader_settings(
     if is_training and _is_divided(trainer, dataset):
         dataset = dataset.for_process(args.process_index, args.world_size)
         config.dispatch_batches = False
+    elif is_training and isinstance(dataset, JoinedImageDataset):
+        dataset = dataset.in_order_of(read_data_seed(args))
     elif not is_training:
         name = "test_dataset" if description == "test" else "eval_dataset"
         check_dataset_classes(trainer.student.config.id2label, {name: dataset})

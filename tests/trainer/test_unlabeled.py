@@ -159,6 +159,20 @@ def test_the_labelled_images_are_those_of_a_run_without_others(folder, tmp_path)
         torch.testing.assert_close(batch["index"][:8], other["index"])
 
 
+def test_their_order_follows_data_seed_as_that_of_the_labelled_images_does(folder, tmp_path):
+    def rows_of_epoch(**seeds) -> tuple[list[int], list[int]]:
+        trainer = make_trainer(
+            tmp_path, timm_cnn(), **joined(folder / "plain"), teacher=timm_cnn(1), distillation_loss=KDLoss(),
+            per_device_train_batch_size=8, **seeds,
+        )  # fmt: skip
+        batches = [batch["index"].tolist() for batch in trainer.get_train_dataloader()]
+        return [row for batch in batches for row in batch[:8]], [row for batch in batches for row in batch[8:]]
+
+    default, seeded, with_data_seed = rows_of_epoch(), rows_of_epoch(seed=5), rows_of_epoch(data_seed=5)
+    for name, first, second, other in zip(("labelled", "unlabelled"), with_data_seed, seeded, default, strict=True):
+        assert first == second != other, name
+
+
 def test_two_processes_and_accumulation_train_as_one_process_does(folder, tmp_path):
     def train_with(batch_size: int, accumulation: int = 1) -> torch.Tensor:
         plain = joined(folder / "plain", mixup_alpha=0.0, cutmix_alpha=0.0)
