@@ -129,6 +129,9 @@ class DataArguments:
             "smaller part of the images, and as many samples."
         },
     )
+    unlabeled_dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of `unlabeled_dataset`, where the Hub has several."}
+    )
 
     def __post_init__(self):
         if not self._is_parquet:  # parquet files may have addresses
@@ -174,12 +177,15 @@ class DataArguments:
                 f"unlabeled_ratio must be a finite number > 0, got {self.unlabeled_ratio}: omit unlabeled_dataset to use none"
             )
         if self.unlabeled_dataset is None:
-            needed_by = (
-                "train_split=none" if self.trains_without_labels else f"unlabeled_ratio={self.unlabeled_ratio:g}"
-            )
-            if self.trains_without_labels or self.unlabeled_ratio != 1:
+            config = self.unlabeled_dataset_config_name
+            needed_by = {
+                "train_split=none": self.trains_without_labels,
+                f"unlabeled_ratio={self.unlabeled_ratio:g}": self.unlabeled_ratio != 1,
+                f"unlabeled_dataset_config_name={config}": config is not None,
+            }
+            if names := [name for name, is_set in needed_by.items() if is_set]:
                 raise ValueError(
-                    f"unlabeled_dataset must be set for {needed_by}, got None: name the images without labels, or omit the other"
+                    f"unlabeled_dataset must be set for {names[0]}, got None: name the images without labels, or omit the other"
                 )
             return
         if not _is_parquet(self.unlabeled_dataset):

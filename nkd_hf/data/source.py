@@ -28,6 +28,7 @@ def open_dataset(args: DataArguments, argument: str = "dataset_name") -> Dataset
         ValueError: it cannot be reached or read.
     """
     named = f"{argument}={redact(args.dataset_name)!r}"
+    expected = _EXPECTED.format(config=f"{argument.removesuffix('_name')}_config_name")
     name = os.path.expanduser(args.dataset_name)
     if name == "digits":
         digits = load_digits_dataset()
@@ -35,7 +36,7 @@ def open_dataset(args: DataArguments, argument: str = "dataset_name") -> Dataset
             return IterableDatasetDict({key: split.to_iterable_dataset(num_shards=4) for key, split in digits.items()})
         return digits
     if not args._is_parquet and (fault := path_fault(args.dataset_name)):
-        raise ValueError(f"{named} could not be loaded: {fault}. {_EXPECTED}")
+        raise ValueError(f"{named} could not be loaded: {fault}. {expected}")
     source = {"path": name, "name": args.dataset_config_name}
     if args._is_parquet:
         source = {"path": "parquet", "data_files": name}
@@ -58,7 +59,7 @@ def open_dataset(args: DataArguments, argument: str = "dataset_name") -> Dataset
                 "file, or put images in it"
             ) from error
         raise ValueError(
-            f"{named} could not be loaded ({type(cause).__name__}: {reason(cause)}). {_EXPECTED}"
+            f"{named} could not be loaded ({type(cause).__name__}: {reason(cause)}). {expected}"
         ) from error
     if argument == "dataset_name" and (args._is_parquet or os.path.exists(name)):
         _check_parquet_classes(loaded, args, source)
@@ -67,7 +68,7 @@ def open_dataset(args: DataArguments, argument: str = "dataset_name") -> Dataset
 
 _EXPECTED = (
     "Expected an existing folder of images or of parquet files, a parquet file or a quoted glob, digits, or a dataset of the "
-    "Hub (check its name and dataset_config_name; if it is gated, accept its terms on its page and run `hf auth login`; with "
+    "Hub (check its name and {config}; if it is gated, accept its terms on its page and run `hf auth login`; with "
     "no network, only one that was loaded before)"
 )
 # Parts of datasets' errors for a split without rows: one for an empty file, one where all files are empty.

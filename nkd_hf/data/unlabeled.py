@@ -19,7 +19,8 @@ def load_unlabeled_images(args: DataArguments, evaluated: str | None = None) -> 
     """Loads the images of `unlabeled_dataset`, with the column `image` (encoded: `datasets.Image(decode=False)`) alone.
 
     Args:
-        args: name the dataset. Its split is `unlabeled` or `train`, whichever there is first, or the only one.
+        args: name the dataset. Its split is `unlabeled` or `train`, whichever there is first, or the only one. Where it is
+            that of `dataset_name` and has no configuration of its own, it has the other's.
         evaluated: the split of `dataset_name` that the evaluation reads, or a part of it.
 
     Raises:
@@ -32,10 +33,12 @@ def load_unlabeled_images(args: DataArguments, evaluated: str | None = None) -> 
         (1437, ['image'])
     """
     name = args.unlabeled_dataset
-    is_same = _place(name) == _place(args.dataset_name)
+    config, is_same = args.unlabeled_dataset_config_name, _place(name) == _place(args.dataset_name)
+    if config is None and is_same:
+        config = args.dataset_config_name
     source = dataclasses.replace(
-        args, dataset_name=name, dataset_config_name=args.dataset_config_name if is_same else None,
-        unlabeled_dataset=None, unlabeled_ratio=1.0, train_split=None,
+        args, dataset_name=name, dataset_config_name=config, unlabeled_dataset=None, unlabeled_ratio=1.0,
+        unlabeled_dataset_config_name=None, train_split=None,
     )  # fmt: skip
     loaded = open_dataset(source, "unlabeled_dataset")
     chosen = next((split for split in _SPLITS if split in loaded), next(iter(loaded)) if len(loaded) == 1 else None)
@@ -44,7 +47,7 @@ def load_unlabeled_images(args: DataArguments, evaluated: str | None = None) -> 
             f"unlabeled_dataset={redact(name)!r} must have a split unlabeled or train, or one alone, got {', '.join(loaded)}. "
             "Name a folder or files with the images of one split"
         )
-    if is_same and chosen == evaluated:
+    if is_same and config == args.dataset_config_name and chosen == evaluated:
         raise ValueError(
             f"unlabeled_dataset must be without the images of the evaluation, got {redact(name)!r}, whose split {chosen} is "
             "evaluated on too. Set validation_split to another split, or name other images"

@@ -46,7 +46,7 @@ _SETTINGS = (
     "image_size", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "optim", "weight_decay", "lr_scheduler_type", "class_weights", "balanced_sampling", "random_resized_crop", "auto_augment",
     "mixup_alpha", "cutmix_alpha", "time_budget", "seed", "unlabeled_dataset", "unlabeled_ratio",
-    "crops_per_image",
+    "unlabeled_dataset_config_name", "crops_per_image",
 )  # fmt: skip
 
 

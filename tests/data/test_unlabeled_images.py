@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from accelerate.data_loader import BatchSamplerShard
 from tiny import digit_folder, timm_cnn
 from torch.utils.data import BatchSampler
@@ -145,6 +146,45 @@ def test_any_dataset_or_folder_gives_its_images_and_nothing_else(tmp_path):
         load(tmp_path / "none")
 
 
+def test_one_of_several_configurations_is_named(tmp_path):
+    folder = tmp_path / "several"
+    for name, sizes in {"labelled": {"train": 30, "test": 5}, "rest": {"train": 7, "test": 6}}.items():
+        (folder / name).mkdir(parents=True)
+        for split, size in sizes.items():
+            write_split(folder / name, split, size, label=[0, 1, 2, 3, 4] * (size // 5) + [0] * (size % 5))
+    configs = [
+        {
+            "config_name": name,
+            "data_files": [{"split": split, "path": f"{name}/{split}.parquet"} for split in ("train", "test")],
+        }
+        for name in ("labelled", "rest")
+    ]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+
+    def load(**arguments) -> dict[str, int]:
+        data = load_image_dataset(DataArguments(unlabeled_dataset=str(folder), **arguments))
+        return {name: len(split) for name, split in data.items()}
+
+    named = {"dataset_name": str(folder), "dataset_config_name": "labelled"}
+    other = {"unlabeled_dataset_config_name": "rest"}
+    assert load(**other)["unlabeled"] == 7
+    assert load(**named) == {"train": 30, "validation": 5, "unlabeled": 30}
+    assert load(**named, **other) == {"train": 30, "validation": 5, "unlabeled": 7}
+    assert load(**named, **other, train_split="none") == {"train": 7, "validation": 5}
+    # The same split of another configuration has other images.
+    assert load(**named, **other, validation_split="train")["unlabeled"] == 7
+    with pytest.raises(ValueError, match="must be without the images of the evaluation"):
+        load(**named, unlabeled_dataset_config_name="labelled", validation_split="train")
+    for given, found in (
+        (None, "Config name is missing.*labelled.*rest"),
+        ("more", "'more' not found.*labelled.*rest"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^unlabeled_dataset=.*{found}.*check its name and unlabeled_dataset_config_name"
+        ):
+            load(unlabeled_dataset_config_name=given)
+
+
 def test_images_of_the_evaluation_are_not_trained_on(tmp_path):
     folder = digit_folder(tmp_path / "all", ["zero", "one"], train=20, validation=5)
     data = load_image_dataset(DataArguments(folder, unlabeled_dataset=folder, max_train_samples=8))
@@ -194,6 +234,10 @@ def test_images_that_cannot_be_read_follow_the_rule_of_the_others():
     [
         ({"train_split": "none", "unlabeled_dataset": None}, "unlabeled_dataset must be set for train_split=none"),
         ({"unlabeled_ratio": 2.0, "unlabeled_dataset": None}, "unlabeled_dataset must be set for unlabeled_ratio=2"),
+        (
+            {"unlabeled_dataset_config_name": "all", "unlabeled_dataset": None},
+            "unlabeled_dataset must be set for unlabeled_dataset_config_name=all, got None",
+        ),
         ({"unlabeled_ratio": 0.0}, "unlabeled_ratio must be a finite number > 0"),
         ({"unlabeled_ratio": 2.0, "train_split": "none"}, "unlabeled_ratio must be omitted with train_split=none"),
         ({"streaming": True}, "streaming must be false with unlabeled_dataset"),
