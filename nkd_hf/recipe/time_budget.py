@@ -99,18 +99,19 @@ def measure_speed(trainer: DistillationTrainer, name: str) -> Speed:
     return Speed(name, epochs, statistics.median(after - before for before, after in pairs), steps, evaluation)
 
 
-def fit_epochs(seconds: float, speeds: Iterable[Speed]) -> dict[str, int]:
+def fit_epochs(seconds: float, speeds: Iterable[Speed], multiple: int = 1) -> dict[str, int]:
     """Chooses the epochs of all trainings in proportion to those that they would have, to fill a time.
 
     Args:
         seconds: of all trainings, with saving and report.
         speeds: of the trainings.
+        multiple: of which all epochs are multiples: `crops_per_image`, since so many epochs take each image equally often.
 
     Returns:
         `dict[str, int]`: epochs by the names of the trainings.
 
     Raises:
-        ValueError: the time does not suffice for one epoch of each training.
+        ValueError: the time does not suffice for `multiple` epochs of each training.
 
     Example:
         >>> fit_epochs(1000, [Speed("teacher", 10, 1.0, 9, 1.0), Speed("student", 20, 0.5, 9, 0.5)])
@@ -120,33 +121,44 @@ def fit_epochs(seconds: float, speeds: Iterable[Speed]) -> dict[str, int]:
     available = _SHARE * seconds
     # Each training ends with one more evaluation, and the teacher is measured before the student is trained.
     available -= sum(2 * speed.evaluation for speed in speeds)
-    least = sum(speed.epoch for speed in speeds)
+    least = multiple * sum(speed.epoch for speed in speeds)
     if least > available:
+        epochs = "one epoch" if multiple == 1 else f"{multiple} epochs (crops_per_image)"
         raise ValueError(
-            f"time_budget must suffice for one epoch of each training, which take "
+            f"time_budget must suffice for {epochs} of each training, which take "
             f"{describe_duration((seconds - available) + least)} here, got {describe_duration(seconds)}. Set a longer one, fewer "
             "images (max_train_samples), or a smaller image_size"
         )
-    factor = available / sum(speed.epochs * speed.epoch for speed in speeds)
-    return {speed.name: max(1, int(factor * speed.epochs)) for speed in speeds}
+    rest, short = speeds, speeds
+    while rest and short:
+        factor = available / sum(speed.epochs * speed.epoch for speed in rest)
+        short = [speed for speed in rest if factor * speed.epochs < multiple]
+        # These trainings get the least, and the others divide what it leaves.
+        available -= multiple * sum(speed.epoch for speed in short)
+        rest = [speed for speed in rest if speed not in short]
+    chosen = {speed.name: multiple * int(factor * speed.epochs / multiple) for speed in rest}
+    return {speed.name: chosen.get(speed.name, multiple) for speed in speeds}
 
 
 def fit_time_budget(run: "Recipe") -> None:
     """Sets the epochs of a run's trainings so that all of them end within `time_budget`.
 
     Each training is measured on throw-away models. The choice is kept in the run's folder, for a start that resumes it. A store
-    of the teacher's logits that is no cycle limits it to the epochs that the run would have without a budget.
+    of the teacher's logits that is no cycle limits it to the epochs that the run would have without a budget. With
+    `crops_per_image` it is a multiple of it, unless such a store has fewer epochs.
 
     Args:
         run: whose models, data and folder are checked.
 
     Raises:
-        ValueError: the time does not suffice for one epoch of each training.
+        ValueError: the time does not suffice for one epoch, or `crops_per_image`, of each training.
     """
     file, seconds = run.folder / CHOSEN_EPOCHS, parse_duration(run.args.time_budget)
+    multiple = run.data_args.crops_per_image
     store, most = run.teacher_logits, math.inf
     if store is not None and store.info.cycle is None:
         most = count_epochs(run.training_args, len(run.data["train"]))  # whose logits are there, as Recipe has checked
+        most = max(most - most % multiple, min(most, multiple))
     epochs = decide_in_first(lambda: json.loads(file.read_text()) if run.goes_on and file.is_file() else None)
     if epochs is None:
         say(
@@ -154,12 +166,12 @@ def fit_time_budget(run: "Recipe") -> None:
             f"Measuring the speed of {len(run.stages)} trainings, to end within {run.args.time_budget}",
         )
         speeds = [measure_speed(run.make_stage(name), name) for name in run.stages]
-        epochs = decide_in_first(lambda: _choose(file, seconds, speeds, most))
+        epochs = decide_in_first(lambda: _choose(file, seconds, speeds, multiple, most))
     run.args.teacher_epochs = epochs.get("teacher", run.args.teacher_epochs)
     run.training_args.num_train_epochs = epochs.get("student") or epochs["baseline"]
 
 
-def _choose(file: Path, seconds: float, speeds: list[Speed], most: float) -> dict[str, int]:
-    epochs = {name: min(chosen, most) for name, chosen in fit_epochs(seconds, speeds).items()}
+def _choose(file: Path, seconds: float, speeds: list[Speed], multiple: int, most: float) -> dict[str, int]:
+    epochs = {name: min(chosen, most) for name, chosen in fit_epochs(seconds, speeds, multiple).items()}
     write_whole(file, json.dumps(epochs) + "\n")
     return epochs

@@ -9,6 +9,8 @@ import pytest
 from recipe_runs import run
 from tiny import digit_folder
 
+from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments
+from nkd_hf.recipe import time_budget
 from nkd_hf.recipe.duration import describe_duration, parse_duration
 from nkd_hf.recipe.time_budget import CHOSEN_EPOCHS, Speed, fit_epochs
 
@@ -41,6 +43,38 @@ def test_the_chosen_epochs_fill_the_time_and_no_more(seconds):
 def test_too_little_time_is_refused_with_the_least():
     with pytest.raises(ValueError, match=r"one epoch of each training, which take 14 s here, got 5 s"):
         fit_epochs(5, [Speed("student", 20, 0.5, 20, 1.0)])
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1000, (96, 24)), (150, (12, 4)), (100, (4, 4))])
+def test_with_several_crops_all_epochs_are_multiples_of_them(seconds, expected):
+    speeds = [Speed("student", 40, 0.05, 100, 2.0), Speed("teacher", 10, 0.05, 100, 2.0)]
+    epochs = fit_epochs(seconds, speeds, multiple=4)
+    assert tuple(epochs.values()) == expected
+    assert list(epochs) == ["student", "teacher"]
+    assert sum(epochs[speed.name] * speed.epoch + 2 * speed.evaluation for speed in speeds) <= seconds
+    with pytest.raises(
+        ValueError, match=r"suffice for 4 epochs \(crops_per_image\) of each training, which take 1 min"
+    ):
+        fit_epochs(60, speeds, multiple=4)
+
+
+@pytest.mark.parametrize("crops", [1, 4])
+def test_a_training_that_gets_the_least_leaves_the_others_in_time(crops):
+    speeds = [Speed("teacher", 1, 1.0, 10, 0.0), Speed("student", 100, 0.1, 10, 0.0)]
+    epochs = fit_epochs(60, speeds, multiple=crops)
+    assert epochs["teacher"] == crops
+    assert epochs["student"] == {1: 41, 4: 8}[crops]
+
+
+def test_the_run_passes_its_crops_on(tmp_path, monkeypatch):
+    speed = Speed("student", epochs=2, step=0.1, steps_per_epoch=5, evaluation=0.5)
+    monkeypatch.setattr(time_budget, "measure_speed", lambda trainer, name: speed)
+    recipe = RecipeArguments("resnet18", distillation_loss="tfkd", image_size=32, time_budget="1000s")
+    data = DataArguments("digits", crops_per_image=4, max_train_samples=40, max_eval_samples=8)
+    training = DistillationTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    run = Recipe(recipe, data, training)
+    run.check()
+    assert training.num_train_epochs == 848  # 849 would fit
 
 
 def test_a_run_ends_in_time_and_its_epochs_are_kept(tmp_path, capsys, monkeypatch):
