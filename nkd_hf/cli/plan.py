@@ -12,9 +12,18 @@ from .plan_text import format_plan
 
 @dataclass
 class PlanArguments:
-    """How the plan is printed."""
+    """How the plan is printed, and the store of the teacher's logits that it counts."""
 
     json: bool = field(default=False, metadata={"help": "Print JSON."})
+    top_k: str | None = field(
+        default=None,
+        metadata={
+            "help": "Count the bytes of a store, too, as `nkd-hf teacher-logits` has it: a number of logits or `all`."
+        },
+    )
+    cycle: int | None = field(
+        default=None, metadata={"help": "Count the bytes of a store of so many epochs, which training repeats."}
+    )
 
 
 def main(args: list[str] | None = None) -> None:
@@ -22,7 +31,8 @@ def main(args: list[str] | None = None) -> None:
 
     Args:
         args: the command line after `nkd-hf plan`; None takes `sys.argv[1:]`. As for a recipe: `--config FILE` and
-            arguments that override it; with `--json`, the plan is printed as JSON (see [`make_plan`]).
+            arguments that override it; with `--json`, the plan is printed as JSON (see [`make_plan`]). `--top_k` and `--cycle`
+            are those of `nkd-hf teacher-logits`.
 
     Raises:
         SystemExit: with code 2 and a message, where an argument is wrong.
@@ -30,5 +40,5 @@ def main(args: list[str] | None = None) -> None:
     """
     types = (RecipeArguments, DataArguments, PlannedTrainingArguments, PlanArguments)
     recipe, data, training, output = parse_args(types, args=args)
-    plan = make_plan(recipe, data, training)
+    plan = make_plan(recipe, data, training, output.top_k, output.cycle)
     print(json.dumps(plan, indent=2) if output.json else format_plan(plan))

@@ -24,6 +24,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         None,
         ("global batch", _format_batch(plan)),
         ("steps", f"{plan['num_steps']:,}, {_format_number(plan['steps_per_epoch'])} an epoch, {epochs}"),
+        ("input", _format_input(plan["input"])),
         *_label_first("without labels", [plan["unlabeled"]] if plan["unlabeled"] else []),
         ("precision", plan["precision"]),
         ("optimiser", ", ".join(_format_optimizer(plan))),
@@ -34,6 +35,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         None,
         ("disk", f"at least {_format_size(plan['disk']['total'])}, without the dataset"),
         *_label_first("", _format_disk(plan)),
+        *_label_first("stored logits", [_format_store(plan)] if plan["store"] else []),
         ("memory", f"at least {_format_size(plan['memory']['total'])} on each GPU, without kernels' workspaces"),
         *_label_first("", _format_memory(plan)),
     ]
@@ -131,6 +133,21 @@ def _format_disk(plan: dict[str, Any]) -> list[str]:
         "the teacher's weights": disk["teacher"],
     }
     return [f"{_format_size(size):>10}  {text}" for text, size in lines.items() if size]
+
+
+def _format_input(costs: dict[str, float]) -> str:
+    hours = f"{costs['core_hours']:,.1f} core-hours for JPEGs of 500 x 375"
+    return f"{costs['samples']:,} samples of {costs['decoded_images']:,} decoded images: {hours}"
+
+
+def _format_store(plan: dict[str, Any]) -> str:
+    store, images = plan["store"], plan["num_train_images"]
+    logits = "all logits" if store["top_k"] is None else f"the {store['top_k']} largest logits"
+    repeated = "" if store["cycle"] is None else ", which training repeats"
+    return (
+        f"{_format_size(store['bytes'])}: {store['epochs']} epochs of {images:,} images{repeated}, {logits}, "
+        f"{store['bytes_per_sample']} bytes each"
+    )
 
 
 def _format_memory(plan: dict[str, Any]) -> list[str]:

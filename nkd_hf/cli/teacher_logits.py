@@ -19,8 +19,9 @@ from ..errors import PushError
 from ..hub.teacher_logits import push_store
 from ..models.repo_ids import read_repo_id
 from ..recipe.arguments import RecipeArguments
-from ..recipe.logit_writer import check_cycle, write_teacher_logits
+from ..recipe.logit_writer import write_teacher_logits
 from ..recipe.parser import parse_args
+from ..recipe.store_size import check_cycle, read_top_k
 from ..teacher_logits.info import StoreInfo
 from ..teacher_logits.store import unfinished
 from ..trainer.arguments import DistillationTrainingArguments
@@ -58,7 +59,7 @@ def write_store(args: list[str] | None = None) -> str | None:
         training,
         options.epochs,
         cycle=options.cycle,
-        top_k=None if options.top_k == "all" else int(options.top_k),
+        top_k=read_top_k(options.top_k),
         temperatures=options.temperatures,
         batch_size=options.batch_size,
         shard_size=options.shard_size,
@@ -108,8 +109,7 @@ def _check_options(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(options, name)}")
     check_cycle(options.cycle, options.epochs)
-    if options.top_k != "all" and not (options.top_k.isdecimal() and int(options.top_k) > 0):
-        raise ValueError(f"--top_k must be a positive integer or all, got {options.top_k!r}")
+    read_top_k(options.top_k)
     if options.batch_size % 2 or options.shard_size % 2:
         raise ValueError("--batch_size and --shard_size must be even: two images are mixed with each other")
     if options.push_to_hub is not None:

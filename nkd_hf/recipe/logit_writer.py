@@ -19,7 +19,6 @@ from ..data.image_datasets import ImageDataset
 from ..data.sampler import EpochSampler
 from ..data.student_datasets import make_collator
 from ..data.unlabeled_images import UNLABELED
-from ..errors import redact
 from ..hub.model_card.facts import describe_teacher
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.teacher import Teacher
@@ -35,6 +34,7 @@ from .fingerprint import compare_fingerprints, fingerprint_teacher, hide_path, r
 from .progress import shows_bars
 from .recipe import Recipe
 from .report import ON_STUDENT_PIXELS
+from .store_size import check_cycle, check_storable, choose_temperatures, count_sample_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,9 @@ def write_teacher_logits(
             other, or `cycle` is not between 1 and `epochs`, or no multiple of `crops_per_image`.
         SystemExit: with a message, when the folder holds another store.
     """
-    check_cycle(cycle, epochs)
-    if cycle is not None and cycle % data.crops_per_image:
-        raise ValueError(
-            f"cycle must be a multiple of {data.crops_per_image}, the crops_per_image, got {cycle}. So many epochs take each "
-            "image equally often"
-        )
-    _check_recipe(recipe, data, training, top_k)
+    check_cycle(cycle, epochs, data.crops_per_image)
+    check_storable(recipe, data, top_k)
+    _check_processes(training)
     run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
     if run.trains_teacher and not recipe.names_new_teacher:
         raise ValueError(
@@ -90,7 +86,7 @@ def write_teacher_logits(
     run.check(trains_student=False)
     # There are no more beside the target.
     top_k = None if top_k is None else min(top_k, len(run.id2label) - 1)
-    kept = _choose_temperatures(recipe, top_k, temperatures)
+    kept = choose_temperatures(recipe, top_k, temperatures)
     epochs = epochs if cycle is None else cycle
     store_bytes = _count_missing_bytes(run, epochs, shard_size, top_k, **kept)
     check_disk(run, [name for name in run.stages if name == "teacher"], decide_in_first(lambda: store_bytes))
@@ -136,31 +132,7 @@ def write_teacher_logits(
     return info
 
 
-def check_cycle(cycle: int | None, epochs: int) -> None:
-    """Raises ValueError for a cycle that is not between 1 and the number of epochs."""
-    if cycle is not None and not 1 <= cycle <= epochs:
-        raise ValueError(f"cycle must be from 1 to {epochs}, the epochs, got {cycle}. Omit it to store each epoch")
-
-
-def _check_recipe(
-    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, top_k: int | None
-) -> None:
-    if not recipe.needs_teacher or recipe.teacher is None:
-        raise ValueError("the recipe has no teacher: set teacher, and a distillation_loss such as nkd")
-    if recipe.needs_teacher_layers:
-        raise ValueError(
-            f"distillation_loss={recipe.distillation_loss} reads layers of the teacher, and a store has its logits alone"
-        )
-    others = [name for name, view in recipe.top_k_views.items() if view is None]
-    if top_k is not None and others:
-        raise ValueError(f"{', '.join(others)} needs top_k = all: omit --top_k")
-    if data.unlabeled_dataset is not None and not data.trains_without_labels:
-        raise ValueError(
-            f"unlabeled_dataset must be omitted, got {redact(data.unlabeled_dataset)!r}: a store has the logits of one order of "
-            "images. Set train_split to none, which trains on unlabeled_dataset alone"
-        )
-    if data.streaming:
-        raise ValueError("teacher logits need streaming off: a stream has no order in which they could be stored")
+def _check_processes(training: DistillationTrainingArguments) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != training.world_size:
         raise ValueError(
@@ -168,27 +140,11 @@ def _check_recipe(
         )
 
 
-def _choose_temperatures(
-    recipe: RecipeArguments, top_k: int | None, temperatures: Sequence[float]
-) -> dict[str, list[float]]:
-    """Returns the temperatures of a store, of the logits and of the standardised logits, as `StoreInfo` takes them."""
-    views = [view for view in recipe.top_k_views.values() if view is not None]
-    if top_k is None:  # All logits serve any temperature. store.json names those of NKD, as it did in older stores.
-        views = [view for view in views if not view.with_target]
-    standardized = {view.temperature for view in views if view.standardized}
-    return {
-        "temperatures": sorted({1.0, *(view.temperature for view in views if not view.standardized), *temperatures}),
-        "standardized_temperatures": sorted(standardized.union(temperatures) if standardized else []),
-    }
-
-
 def _count_missing_bytes(
     run: Recipe, epochs: int, shard_size: int, top_k: int | None, **temperatures: list[float]
 ) -> int:
     """Counts the bytes of the shards that are not in this process's folder yet, and that are written there."""
-    logits, target = torch.zeros(1, len(run.id2label)), torch.zeros(1, dtype=torch.int64)
-    sample = sparse_logits(logits, target, top_k, *temperatures.values())
-    sample_bytes = sum(value.nbytes for value in sample.values())
+    sample_bytes = count_sample_bytes(len(run.id2label), top_k, **temperatures)
     written = {path: path.stat().st_size for path in run.folder.glob("epoch-*/shard-*.safetensors")}
     folders = group_by_folder(run.folder)
     own = folders[PartialState().process_index]

@@ -27,6 +27,7 @@ from .class_sizes import check_class_balance
 from .loss_shapes import loss_shapes
 from .plan_costs import (
     count_disk_bytes,
+    count_input,
     count_memory_bytes,
     count_parameters,
     count_state_bytes,
@@ -34,6 +35,7 @@ from .plan_costs import (
     list_optimizer_groups,
 )
 from .plan_models import open_student, open_teachers
+from .store_size import plan_store, read_top_k
 from .unlabeled import check_unlabeled, describe_unlabeled, refuse_training_of_teacher
 
 
@@ -62,13 +64,21 @@ class PlannedTrainingArguments(DistillationTrainingArguments):
                 os.environ["ACCELERATE_USE_DEEPSPEED"] = launched
 
 
-def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
+def make_plan(
+    recipe: RecipeArguments,
+    data: DataArguments,
+    training: PlannedTrainingArguments,
+    top_k: str | None = None,
+    cycle: int | None = None,
+) -> dict[str, Any]:
     """Plans what a recipe will do.
 
     Args:
         recipe: `num_processes` must be set.
         data: `num_train_images` must be set; `num_classes` where it is not the architecture's own (1000, or CIFAR's 100).
         training: the rest.
+        top_k, cycle: of a store of the teacher's logits, as [`~nkd_hf.cli.teacher_logits`] takes them; without both, none
+            is planned.
 
     Returns:
         `dict`, fit for JSON. `student` and `teacher` (None where there is none) with `parameters` and `gmacs`, of one
@@ -76,7 +86,9 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         `members`; `tap`, what USKD's auxiliary head reads, with
         `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
         rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
-        `global_batch_size`; `decoded_images`, of an epoch, with those without labels; `unlabeled`, how images without labels take part, in words;
+        `global_batch_size`; `decoded_images`, of an epoch, with those without labels; `input`, the `samples`,
+        `decoded_images` and `core_hours` of the student's training; `store` of the teacher's logits, or None; `unlabeled`,
+        how images without labels take part, in words;
         `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and `memory` in bytes, the least
         that is needed. The other keys are named as the arguments.
 
@@ -156,6 +168,15 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
             "activation checkpointing and torch.compile keep some activations and recompute others: they are not counted"
         )
     groups = list_optimizer_groups(model, training)
+    images, added = (
+        steps["num_train_images"],
+        math.ceil(data.unlabeled_ratio * steps["num_train_images"]) if joins else 0,
+    )
+    decoded = steps["decoded_images"] + added
+    store = None
+    if top_k is not None or cycle is not None:
+        of_epochs = images, math.ceil(steps["epochs"] - 1e-9)
+        store = plan_store(recipe, data, student_plan["num_classes"], *of_epochs, read_top_k(top_k or "all"), cycle)
     return {
         "student": student_plan,
         "teacher": _join(teacher_plans, recipe.teacher_weights),
@@ -166,8 +187,11 @@ def make_plan(recipe: RecipeArguments, data: DataArguments, training: PlannedTra
         "taps": taps,
         "runs": list(runs),
         **steps,
-        "decoded_images": steps["decoded_images"]
-        + (math.ceil(data.unlabeled_ratio * steps["num_train_images"]) if joins else 0),
+        "decoded_images": decoded,
+        "input": count_input(
+            steps["epochs"] * (images + added), steps["epochs"] * decoded, data.auto_augment is not None
+        ),
+        "store": store,
         "unlabeled": describe_unlabeled(data),
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
         "teacher_dtype": training.teacher_dtype or "float32",

@@ -17,6 +17,10 @@ from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import decayed_parameters
 
+# Milliseconds of a core, for JPEGs of 500 x 375 to 224 pixels (benchmarks/input.py --crops): of each decoded image, of each
+# sample, and of each sample with auto_augment.
+_DECODE_MS, _SAMPLE_MS, _AUTO_AUGMENT_MS = 2.3, 1.3, 2.5
+
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     """Counts the numbers in parameters."""
@@ -73,6 +77,13 @@ def count_state_bytes(model: nn.Module, training: DistillationTrainingArguments,
     return sum(
         value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     )
+
+
+def count_input(samples: float, decoded_images: float, with_auto_augment: bool) -> dict[str, float]:
+    """Counts what the images of a training cost: `samples`, `decoded_images`, and `core_hours` for JPEGs of 500 x 375."""
+    each = _SAMPLE_MS + (_AUTO_AUGMENT_MS if with_auto_augment else 0)
+    hours = (decoded_images * _DECODE_MS + samples * each) / 3_600_000
+    return {"samples": round(samples), "decoded_images": round(decoded_images), "core_hours": hours}
 
 
 def count_checkpoints(training: DistillationTrainingArguments, num_steps: int, epochs: float) -> tuple[int, int]:

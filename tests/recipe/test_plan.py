@@ -498,6 +498,54 @@ def test_text(row, capsys):
     assert max(map(len, text.splitlines())) < 150
 
 
+IMAGENET = "nkd_resnet34_resnet18"  # 100 epochs of 1,281,167 images
+
+
+def test_the_input_of_a_training(plan, capsys):
+    one, four = plan(IMAGENET), plan(IMAGENET, crops_per_image=4)
+    assert one["input"]["samples"] == one["input"]["decoded_images"] == four["input"]["samples"] == 128_116_700
+    assert four["input"]["decoded_images"] == 32_029_200
+    # The rates are those of benchmarks/README.md: 277 samples a second and core, and 515 with four crops.
+    for figures, rate in ((one, 277), (four, 515)):
+        assert figures["input"]["core_hours"] == pytest.approx(128_116_700 / rate / 3600, rel=0.05)
+    augmented = plan(IMAGENET, crops_per_image=4, auto_augment="rand-m9-n2-mstd0.5-inc1")
+    assert augmented["input"]["core_hours"] == pytest.approx(128_116_700 / 234 / 3600, rel=0.05)
+    text = format_plan(four)
+    assert "of 1,281,167 images, 320,292 of them decoded\n" in text
+    assert "128,116,700 samples of 32,029,200 decoded images: 66.7 core-hours for JPEGs of 500 x 375\n" in text
+
+
+def test_a_store_of_the_teachers_logits(plan, error):
+    assert plan(IMAGENET)["store"] is None
+    stores = {
+        "all": {"top_k": "all"},
+        "100": {"top_k": "100"},
+        "at 4": {"top_k": "100", "distillation_loss": "kd", "loss_args": {}},
+        "standardised": {"top_k": "100", "distillation_loss": "kd", "loss_args": {"standardize": True}},
+        "cycle": {"top_k": "100", "cycle": 50},
+    }
+    plans = {name: plan(IMAGENET, num_train_epochs=300, **settings) for name, settings in stores.items()}
+    # docs/teacher-logits.md has these sizes.
+    sizes = {"all": 4002, "100": 418, "at 4": 422, "standardised": 430, "cycle": 418}
+    assert {name: figures["store"]["bytes_per_sample"] for name, figures in plans.items()} == sizes
+    gigabytes = {name: round(figures["store"]["bytes"] / 1e9) for name, figures in plans.items()}
+    assert gigabytes == {"all": 1538, "100": 161, "at 4": 162, "standardised": 165, "cycle": 27}
+    text = format_plan(plans["cycle"])
+    assert (
+        "\nstored logits   26.8 GB: 50 epochs of 1,281,167 images, which training repeats, the 100 largest logits, "
+        "418 bytes each\n"
+    ) in text
+    assert ", all logits, 4002 bytes each\n" in format_plan(plans["all"])
+    more = plan(
+        num_classes=5, distillation_loss="nkd", teacher="resnet34", teacher_args=TINY["student_args"], top_k="100"
+    )
+    assert more["store"]["top_k"] == 4
+    assert "--top_k must be a positive integer or all, got '0'" in error(IMAGENET, top_k="0")
+    assert "cycle must be a multiple of 4, the crops_per_image, got 50" in error(IMAGENET, cycle=50, crops_per_image=4)
+    assert "cycle must be from 1 to 100, the epochs, got 101" in error(IMAGENET, cycle=101)
+    assert "the recipe has no teacher" in error(top_k="all")
+
+
 def test_num_classes_is_that_of_the_dataset(tmp_path):
     training = DistillationTrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
     recipe = RecipeArguments(student="resnet18", distillation_loss="uskd")

@@ -30,8 +30,9 @@ from nkd_hf.hub.teacher_logits import store_card
 from nkd_hf.losses.base import loss_inputs
 from nkd_hf.losses.top_k import read_top_k_view
 from nkd_hf.models.saving import save_student
-from nkd_hf.recipe.logit_writer import _check_finite, _choose_temperatures
+from nkd_hf.recipe.logit_writer import _check_finite
 from nkd_hf.recipe.run_folder import read_history
+from nkd_hf.recipe.store_size import choose_temperatures
 from nkd_hf.teacher_logits.compression import softmax_logits, sparse_logits
 from nkd_hf.teacher_logits.info import STORE, StoreInfo, TeacherDescription
 from nkd_hf.teacher_logits.store import TeacherLogits, shard_path, write_shard
@@ -178,7 +179,7 @@ def test_a_store_that_needs_nothing_new_is_as_before(tmp_path):
 
 def test_the_temperatures_of_a_store():
     def choose(top_k, *given, **recipe):
-        return tuple(_choose_temperatures(RecipeArguments("a", teacher="b", **recipe), top_k, given).values())
+        return tuple(choose_temperatures(RecipeArguments("a", teacher="b", **recipe), top_k, given).values())
 
     assert choose(3, distillation_loss="kd+nkd") == ([1.0, 4.0], [])
     assert choose(3, 3.0, distillation_loss="wttm") == ([1.0, 3.0, 5.0], [])
