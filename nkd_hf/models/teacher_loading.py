@@ -1,7 +1,9 @@
 """Opens a teacher, or several as one."""
 
+import contextlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -39,7 +41,8 @@ def load_teacher(
             sum. None weighs all the same.
         prompts (`str` or a list of them, *optional*): for the Hub id or folder of a CLIP or SigLIP model, which is used
             zero-shot: texts with one `{}` each, for the name of a class (`"a photo of a {}."`). The embeddings of a
-            class's texts are averaged. They are computed here, once, and the model's text side is not kept.
+            class's texts are averaged. They are computed here, once, and the model's text side is not kept. Of a list they
+            are for the ids and folders that are such models, and the others are opened as classifiers.
         class_names (`Sequence[str]`, *optional*): what stands for `{}`, in the order of the logits; for `prompts` alone.
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
             does not carry its preprocessing. None looks in the module's folder or repo; if that has none, the module
@@ -68,9 +71,9 @@ def load_teacher(
     """
     if (prompts is None) != (class_names is None):
         raise ValueError("prompts and class_names must come together, got one of them. Pass both, or omit both")
-    if prompts is not None and not isinstance(teacher, str | os.PathLike):
+    if prompts is not None and not isinstance(teacher, str | os.PathLike | list | tuple):
         raise ValueError(
-            f"prompts must come with the Hub id or folder of one CLIP or SigLIP model, got a {type(teacher).__name__}. Load "
+            f"prompts must come with the Hub id or folder of a CLIP or SigLIP model, got a {type(teacher).__name__}. Load "
             "each such teacher by load_teacher(name, prompts=..., class_names=...)"
         )
     prompts = None if prompts is None else check_prompts(prompts)
@@ -80,8 +83,9 @@ def load_teacher(
                 "processing_class must be omitted for a list of teachers, got one. Pass load_teacher(model, "
                 "processing_class=its_image_processor) in the list"
             )
-        options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-        return TeacherEnsemble([load_teacher(each, **options) for each in teacher], weights)
+        texts = {} if prompts is None else {"prompts": prompts, "class_names": class_names}
+        members = _open_members(teacher, texts, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        return TeacherEnsemble(members, weights)
     if weights is not None:
         raise ValueError(f"weights must be omitted for one teacher, got {list(weights)}. Pass a list of teachers")
     if isinstance(teacher, nn.Module):
@@ -115,6 +119,33 @@ def load_teacher(
             f"{'' if os.path.isdir(os.path.expanduser(teacher)) else f' (there is no folder {teacher!r} here)'}. {error}"
         ) from error
     return Teacher(model, read_preprocessing(model, processing_class), model.config.id2label, teacher)
+
+
+def takes_prompts(teacher: str | nn.Module, trust_remote_code: bool = False) -> bool:
+    """Whether [`load_teacher`] opens a teacher by `prompts`; False too where its configuration cannot be read."""
+    if not isinstance(teacher, str | os.PathLike):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        return is_zero_shot(read_repo_id(os.fspath(teacher), "teacher"), trust_remote_code)
+    return False
+
+
+def _open_members(
+    teachers: Sequence[str | nn.Module], texts: dict[str, Any], *, trust_remote_code: bool, **options: bool
+) -> list[Teacher]:
+    """Opens each teacher of a list, with the prompts where it takes them."""
+    by_texts = [bool(texts) and takes_prompts(each, trust_remote_code) for each in teachers]
+    members = [
+        load_teacher(each, **texts if is_by_texts else {}, trust_remote_code=trust_remote_code, **options)
+        for each, is_by_texts in zip(teachers, by_texts, strict=True)
+    ]
+    if texts and not any(by_texts):
+        names = ", ".join(member.name for member in members)
+        raise ValueError(
+            f"prompts are for a CLIP or SigLIP model, which classifies by texts, got {names}. Omit them (in a recipe: "
+            "teacher_prompts)"
+        )
+    return members
 
 
 def _open_model(

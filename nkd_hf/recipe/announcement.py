@@ -13,6 +13,7 @@ from ..models.architectures import is_architecture, with_start
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.students import describe_start
 from ..models.teacher import Teacher
+from ..models.zero_shot import ZeroShotClassifier
 from .build import runs_teacher
 from .class_sizes import are_unequal, count_images
 from .report import describe_size
@@ -110,7 +111,8 @@ def _describe_teacher(run: "Recipe") -> str:
 
 def _describe_pretrained(name: str, teacher: PreTrainedModel, run: "Recipe") -> str:
     classes = teacher.config.num_labels
-    if prompts := run.args.teacher_prompts:
+    if isinstance(teacher, ZeroShotClassifier):
+        prompts = run.args.teacher_prompts
         used = f"by {prompts[0]!r}" if len(prompts) == 1 else f"by {len(prompts)} prompts"
         return f"{redact(name)}: {describe_model(teacher)}, pretrained, used zero-shot {used}"
     used = f"{len(run.id2label)} of its {classes} classes by name" if classes > len(run.id2label) else "as it is"

@@ -56,7 +56,7 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "For a CLIP or SigLIP model as teacher, which is not trained: texts with {} for the name of a class, such as "
-            "'a photo of a {}.'; the embeddings of several are averaged.",
+            "'a photo of a {}.'; the embeddings of several are averaged. Among several teachers, they are for such models.",
             "nargs": "+",
         },
     )

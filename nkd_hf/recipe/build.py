@@ -14,7 +14,7 @@ from ..models.architectures import is_architecture
 from ..models.preprocessing import load_image_processor, read_preprocessing
 from ..models.students import create_student
 from ..models.teacher import Teacher
-from ..models.teacher_loading import load_teacher
+from ..models.teacher_loading import load_teacher, takes_prompts
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
 from .loss_shapes import loss_shapes
@@ -78,11 +78,15 @@ def open_teacher(recipe: RecipeArguments, teacher: str | list[str], id2label: di
     Raises:
         ValueError: see [`~nkd_hf.models.teacher_loading.load_teacher`].
     """
+    prompts = recipe.teacher_prompts
+    is_one_of_several = len(recipe.teachers) > 1 and isinstance(teacher, str)
+    if prompts is not None and is_one_of_several and not takes_prompts(teacher, recipe.trust_remote_code):
+        prompts = None  # which are for the others
     return load_teacher(
         teacher,
         weights=recipe.teacher_weights if isinstance(teacher, list) else None,
-        prompts=recipe.teacher_prompts,
-        class_names=None if recipe.teacher_prompts is None else list(id2label.values()),
+        prompts=prompts,
+        class_names=None if prompts is None else list(id2label.values()),
         allow_pickle=recipe.allow_pickle,
         trust_remote_code=recipe.trust_remote_code,
     )

@@ -22,7 +22,7 @@ from ..models.loading import open_image_processor
 from ..models.model_config import is_timm_config, read_config
 from ..models.preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from ..models.student_preprocessing import change_preprocessing
-from ..models.zero_shot import ZeroShotClassifier
+from ..models.zero_shot import ZeroShotClassifier, is_zero_shot
 from ..teacher_logits.info import STORE, StoreInfo
 from .arguments import RecipeArguments
 
@@ -70,7 +70,13 @@ def open_teachers(
     if recipe.names_new_teacher:
         return [_create(recipe, data, recipe.teacher, recipe.teacher_args)]
     num_classes = student.config.num_labels
-    return [_open_teacher(name, recipe, num_classes, student_pixels, notes) for name in recipe.teachers]
+    opened = [_open_teacher(name, recipe, num_classes, student_pixels, notes) for name in recipe.teachers]
+    models = [model for model, _ in opened]
+    if recipe.teacher_prompts is not None and not any(
+        model is None or isinstance(model, ZeroShotClassifier) for model in models
+    ):
+        notes.append("teacher_prompts are for a CLIP or SigLIP model, and no teacher is one: the run stops. Omit them")
+    return opened
 
 
 def _describe_store(name: str) -> str:
@@ -92,7 +98,9 @@ def _open_teacher(
         # The run itself may start on another machine, where the folder is.
         if fault := path_fault(teacher):
             raise ValueError(fault)
-        if recipe.teacher_prompts is not None:
+        if recipe.teacher_prompts is not None and (
+            len(recipe.teachers) == 1 or is_zero_shot(teacher, recipe.trust_remote_code, local_files_only=True)
+        ):
             return _open_zero_shot(teacher, num_classes, recipe.trust_remote_code)
         if name != teacher and timm.is_model(name):
             model = timm.create_model(name)

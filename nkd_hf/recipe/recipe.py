@@ -128,7 +128,7 @@ class Recipe:
         check_arguments(recipe, data, training)
         create_repo_for(training)
         self._open_run_folder()
-        if not self.is_trained and recipe.teacher_prompts is None:
+        if recipe.teacher_prompts is None:
             self._open_named_teacher()  # before the data, which are the longer download
         self._open_data(splits)
         self._decide_on_teacher()
@@ -149,7 +149,7 @@ class Recipe:
         self._is_checked = self.is_trained
 
     def _open_named_teacher(self) -> None:
-        if self.teacher is None and runs_teacher(self.args) and not self.trains_teacher:
+        if not self.is_trained and self.teacher is None and runs_teacher(self.args) and not self.trains_teacher:
             self.teacher = open_named_teacher(self.args, self.id2label, self.training_args)
 
     def _open_data(self, splits: DatasetDict | IterableDatasetDict | None) -> None:
@@ -164,6 +164,7 @@ class Recipe:
 
     def _decide_on_teacher(self) -> None:
         """Finds out whether a pretrained teacher is fine-tuned first; then its weights are opened again, for training."""
+        self._open_named_teacher()  # with teacher_prompts, which name the classes of the data
         if needs_finetuning(self.args, self.teacher, self.id2label, self.data_args):
             self.teacher, self.trains_teacher = None, True
 
@@ -356,9 +357,8 @@ class Recipe:
 
     def collator(self, with_teacher_logits: bool = False) -> ImageCollator:
         """Makes the collator of this run's batches; a store's logits are of images that are mixed in pairs."""
-        store = self.teacher_logits
+        store, seed = self.teacher_logits, self.training_args.seed
         logits = store if with_teacher_logits else None
-        seed = self.training_args.seed
         return make_collator(self.data_args, len(self.id2label), seed, store is not None, logits)
 
     def fingerprint(self, student: PreTrainedModel) -> dict:

@@ -30,10 +30,10 @@ def check_ensemble(recipe: "RecipeArguments") -> None:
 
 
 def check_zero_shot(recipe: "RecipeArguments") -> None:
-    """Raises ValueError for arguments that do not fit a teacher with `teacher_prompts`."""
-    if len(recipe.teachers) != 1 or is_architecture(recipe.teacher):
+    """Raises ValueError for arguments that do not fit a teacher, or one of several, with `teacher_prompts`."""
+    if not recipe.teachers or recipe.names_new_teacher:
         raise ValueError(
-            f"teacher_prompts are for one CLIP or SigLIP model, got teacher={recipe.teacher!r}. Set teacher to its Hub id or "
+            f"teacher_prompts are for a CLIP or SigLIP model, got teacher={recipe.teacher!r}. Set teacher to its Hub id or "
             "folder, or omit teacher_prompts"
         )
     if recipe.needs_teacher_layers:

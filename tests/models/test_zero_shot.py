@@ -129,6 +129,18 @@ def test_two_models_with_one_image_side_have_two_hashes(models, tmp_path):
     assert torch.equal(one["text_sha256"], same["text_sha256"])
 
 
+def test_prompts_of_a_list_are_for_those_that_take_them(models, tmp_path):
+    cnn = str(tmp_path / "cnn")
+    save_student(timm_cnn(), cnn)
+    folders = [models[kind][0] for kind in KINDS]
+    names = [str(number) for number in range(10)]
+    together = load_teacher([cnn, *folders], prompts=PROMPTS, class_names=names)
+    alone = [load_teacher(cnn), *(load_teacher(folder, prompts=PROMPTS, class_names=names) for folder in folders)]
+    for member, teacher in zip(together.members, alone, strict=True):
+        assert member.name == teacher.name
+        torch.testing.assert_close(member(PIXELS), teacher(PIXELS), rtol=0, atol=0)
+
+
 def test_what_is_no_zero_shot_teacher(models, tmp_path):
     folder, _ = models["clip"]
     cnn = str(tmp_path / "cnn")
@@ -141,7 +153,8 @@ def test_what_is_no_zero_shot_teacher(models, tmp_path):
         ({"teacher": folder}, "it classifies by texts, so it needs prompts"),
         ({"teacher": cnn, "prompts": PROMPTS, "class_names": NAMES}, "prompts are for a CLIP or SigLIP model.*, got TimmWrapper"),
         ({"teacher": folder, "prompts": PROMPTS}, "prompts and class_names must come together"),
-        ({"teacher": [folder], "prompts": PROMPTS, "class_names": NAMES}, "of one CLIP or SigLIP model, got a list"),
+        ({"teacher": [cnn, timm_cnn()], "prompts": PROMPTS, "class_names": NAMES}, "prompts are for a CLIP or SigLIP model.*, got .*, TimmWrapper.*Omit them"),
+        ({"teacher": [cnn, folder]}, "it classifies by texts, so it needs prompts"),
         ({"teacher": timm_cnn(), "prompts": PROMPTS, "class_names": NAMES}, "prompts must come with the Hub id or folder .* got a TimmWrapper"),
         ({"teacher": folder, "prompts": "a photo", "class_names": NAMES}, r"must be texts with one {} each, .* got \['a photo'\]"),
         ({"teacher": folder, "prompts": ["{} {}"], "class_names": NAMES}, "must be texts with one {} each"),

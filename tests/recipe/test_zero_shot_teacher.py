@@ -18,6 +18,7 @@ from nkd_hf import (
     Recipe,
     RecipeArguments,
     cli,
+    create_student,
     distill,
     load_image_processor,
     load_teacher,
@@ -93,6 +94,44 @@ def test_distill_under_a_zero_shot_teacher(tmp_path, quick, teachers, images, ca
     assert str(tmp_path) not in (out / "report.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> str:
+    """A teacher of the same classes in another order, and two more."""
+    folder = str(tmp_path_factory.mktemp("teacher") / "cnn")
+    torch.manual_seed(3)
+    model = create_student("resnet18", id2label=["dog", *NAMES[::-1], "cat"], image_size=32, model_args=MODEL)
+    model.timm_model.fc.weight.data.mul_(30)
+    save_student(model, folder)
+    return folder
+
+
+def test_distill_under_a_zero_shot_teacher_among_several(tmp_path, quick, teachers, classifier, images, capsys):
+    pair, out = [classifier, teachers["clip"]], tmp_path / "out"
+    results = distill(**quick, teacher=pair, teacher_prompts=PROMPTS, teacher_weights=[1.0, 3.0], output_dir=out)
+    said = capsys.readouterr().out
+    assert (
+        f"{pair[0]}: 15 thousand parameters, 32 x 32 pixels, pretrained, used 4 of its 6 classes by name, weight"
+        in said
+    )
+    assert f"{pair[1]}: 8 thousand parameters, 32 x 32 pixels, pretrained, used zero-shot by 2 prompts, weight" in said
+    assert "Training the teacher" not in said
+
+    members = [load_teacher(classifier), load_teacher(teachers["clip"], prompts=PROMPTS, class_names=NAMES)]
+    members[0].selects_classes = True
+    mean, split = 0, load_image_dataset(DataArguments(images), 42)["validation"]
+    for member, weight in zip(members, (0.25, 0.75), strict=True):
+        rows = [*make_evaluation_images(split, DataArguments(images), load_image_processor(member.model), 42)]
+        member.align(member.preprocessing, dict(enumerate(NAMES)))
+        mean = mean + weight * member(torch.stack([row["pixel_values"] for row in rows])).softmax(-1)
+    expected = float(np.mean(mean.argmax(-1).numpy() == [row["labels"] for row in rows]))
+    assert results["teacher"] == pytest.approx(expected, abs=1e-4)
+    assert results["models"]["teacher"]["top1"] == pytest.approx(expected, abs=1e-4)
+    assert (results["settings"]["teacher"], results["settings"]["teacher_prompts"]) == (pair, PROMPTS)
+    card = (out / "student" / "README.md").read_text()
+    assert "an ensemble of `cnn` (15 k parameters, weight 0.25) and `clip` (8 k parameters, weight 0.75)" in card
+    assert str(tmp_path) not in (out / "report.html").read_text()
+
+
 def make_recipe(folder: Path, values: dict, *args: str) -> Recipe:
     types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
     config = folder / "config.yaml"
@@ -115,7 +154,8 @@ def store(tmp_path_factory, quick, teachers) -> Path:
     return folder / "logits"
 
 
-def test_training_from_a_store_is_live_training_bit_for_bit(tmp_path_factory, quick, store, teachers):
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, quick):
     def train(**given) -> tuple[list[dict], dict]:
         values = {
             **quick, "per_device_train_batch_size": 8, "logging_steps": 1, "mix_pairs": True, "mixup_alpha": 0.8,
@@ -129,6 +169,10 @@ def test_training_from_a_store_is_live_training_bit_for_bit(tmp_path_factory, qu
         losses = [{name: value for name, value in entry.items() if "loss" in name or "nkd" in name} for entry in log]
         return losses, load_file(folder / "run" / "student" / "model.safetensors")
 
+    return train
+
+
+def test_training_from_a_store_is_live_training_bit_for_bit(train, store, teachers):
     named = {"teacher": teachers["clip"], "teacher_prompts": PROMPTS}
     live_log, live_weights = train(**named)
     for given in ({}, named):
@@ -136,6 +180,25 @@ def test_training_from_a_store_is_live_training_bit_for_bit(tmp_path_factory, qu
         assert len(log) > 8
         assert log == live_log
         assert all(torch.equal(value, live_weights[name]) for name, value in weights.items())
+
+
+def test_the_store_of_a_zero_shot_teacher_among_several(tmp_path, quick, train, teachers, classifier):
+    values = {**quick, "per_device_train_batch_size": 8, "mixup_alpha": 0.8, "report_to": "none"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | {"finetune_teacher": "auto"}))
+    options = ["--output", str(tmp_path / "logits"), "--epochs", "2", "--batch_size", "8", "--shard_size", "16"]
+    pair = ["--teacher", teachers["clip"], classifier, "--teacher_prompts", *PROMPTS]
+    cli.main(["teacher-logits", *options, "--config", str(tmp_path / "config.yaml"), *pair])
+    info = StoreInfo.read(tmp_path / "logits")
+    assert info.fingerprint["teacher_prompts"] == PROMPTS
+    assert [member.architecture for member in info.teacher] == ["CLIPModel", "resnet18"]
+    named = {"teacher": [classifier, teachers["clip"]], "teacher_prompts": PROMPTS, "finetune_teacher": "auto"}
+    live_log, live_weights = train(**named)
+    for given in ({}, named):
+        log, weights = train(teacher_logits=str(tmp_path / "logits"), **given)
+        assert log == live_log
+        assert all(torch.equal(value, live_weights[name]) for name, value in weights.items())
+    with pytest.raises(ValueError, match=r"teacher_prompts: store \[.*, '{}'\], run \['{}'\]"):
+        train(teacher_logits=str(tmp_path / "logits"), **named | {"teacher_prompts": "{}"})
 
 
 def test_a_store_is_of_its_prompts(store, teachers):
@@ -199,6 +262,25 @@ def test_the_plan_of_a_zero_shot_teacher(kind, quick, teachers, tmp_path, capsys
     assert not [note for note in plan["notes"] if "teacher" in note]
 
 
+def test_the_plan_of_a_zero_shot_teacher_among_several(quick, teachers, classifier, tmp_path, capsys):
+    values = {**quick, "num_processes": 1, "num_train_images": 64, "num_classes": 4, "report_to": "none"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+
+    def plan(*names: str) -> dict:
+        options = ["--teacher", *names, "--teacher_prompts", *PROMPTS, "--json"]
+        cli.main(["plan", "--config", str(tmp_path / "config.yaml"), *options])
+        return json.loads(capsys.readouterr().out)
+
+    planned = plan(classifier, teachers["clip"])
+    opened = load_teacher([classifier, teachers["clip"]], prompts=PROMPTS, class_names=NAMES)
+    members = planned["teacher"]["members"]
+    assert [each["num_classes"] for each in members] == [6, 4]
+    for each, member in zip(members, opened.members, strict=True):
+        assert each["parameters"] == sum(parameter.numel() for parameter in member.model.parameters())
+    assert not [note for note in planned["notes"] if "prompts" in note]
+    assert any("no teacher is one" in note for note in plan(classifier, classifier)["notes"])
+
+
 # --- refused ---
 
 
@@ -208,9 +290,9 @@ def test_the_plan_of_a_zero_shot_teacher(kind, quick, teachers, tmp_path, capsys
         ({"teacher": "me/a", "teacher_prompts": "a photo"}, r"teacher_prompts must be texts with one {} each.*got \['a photo'\]"),
         ({"teacher": "me/a", "teacher_prompts": ["{}", "{} {}"]}, "teacher_prompts must be texts with one {} each"),
         ({"teacher": "me/a", "teacher_prompts": []}, "teacher_prompts must be texts with one {} each"),
-        ({"teacher": "resnet34", "teacher_prompts": "{}"}, "are for one CLIP or SigLIP model, got teacher='resnet34'"),
-        ({"teacher": ["me/a", "me/b"], "teacher_prompts": "{}"}, "are for one CLIP or SigLIP model"),
-        ({"teacher_logits": "store", "teacher_prompts": "{}"}, "are for one CLIP or SigLIP model, got teacher=None"),
+        ({"teacher": "resnet34", "teacher_prompts": "{}"}, "are for a CLIP or SigLIP model, got teacher='resnet34'"),
+        ({"teacher": ["me/a", "resnet34"], "teacher_prompts": "{}"}, "each of several teachers must be trained already"),
+        ({"teacher_logits": "store", "teacher_prompts": "{}"}, "are for a CLIP or SigLIP model, got teacher=None"),
         ({"teacher": "me/a", "teacher_prompts": "{}", "distillation_loss": "nkd+mgd"}, r"nkd\+mgd reads layers of the teacher"),
         ({"teacher": "me/a", "teacher_prompts": "{}", "finetune_teacher": "always"}, "finetune_teacher must be auto or never"),
     ],
@@ -227,6 +309,7 @@ def test_prompts_and_models_that_do_not_fit_each_other_are_refused_before_traini
     for number, (given, message) in enumerate([
         ({"teacher": teachers["clip"]}, "it classifies by texts, so it needs prompts.*Set teacher_prompts"),
         ({"teacher": cnn, "teacher_prompts": PROMPTS}, "prompts are for a CLIP or SigLIP model"),
+        ({"teacher": [cnn, cnn], "teacher_prompts": PROMPTS}, "prompts are for a CLIP or SigLIP model.*teacher_prompts"),
     ]):  # fmt: skip
         out = tmp_path / str(number)
         with pytest.raises(ValueError, match=message) as error:
