@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from nkd_hf import (
     DataArguments,
+    DistillationTrainer,
     DistillationTrainingArguments,
     ImageCollator,
     ImageDataset,
@@ -176,6 +177,32 @@ def test_a_damaged_cycle_is_told(info, tmp_path, cycle):
 
 
 # --- training ---
+
+
+def test_a_training_repeats_the_samples_of_an_epoch_in_another_order(stores, tmp_path, monkeypatch):
+    """Each repetition has the augmented, mixed images of the stored epoch with their logits, in an order of its own."""
+    seen, compute_loss = [], DistillationTrainer.compute_loss
+
+    def record(self, model, inputs, *args, **kwargs):
+        if torch.is_grad_enabled():
+            values = {name: inputs[name] for name in ("index", "pixel_values", "labels")} | inputs["teacher_logits"]
+            seen.append({name: value.clone() for name, value in values.items()})
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", record)
+    train(tmp_path, *arguments(None, *MIXING, "--num_train_epochs", "6", "--teacher_logits", str(stores["cycle"])))
+    assert len(seen) == 36
+    epochs = [
+        {name: torch.cat([batch[name] for batch in seen[6 * at : 6 * at + 6]]) for name in seen[0]} for at in range(6)
+    ]
+    orders = [epoch["index"] for epoch in epochs]
+    assert len({tuple(order.tolist()) for order in orders}) == 6
+    for epoch, other in ((0, 2), (0, 4), (1, 3), (1, 5)):
+        places, others = orders[epoch].argsort(stable=True), orders[other].argsort(stable=True)
+        for name, values in epochs[epoch].items():
+            torch.testing.assert_close(values[places], epochs[other][name][others], rtol=0, atol=0)
+    first, second = (epochs[at]["pixel_values"][orders[at].argsort(stable=True)] for at in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_a_run_longer_than_the_cycle_trains_from_it(stores, tmp_path, capsys):
