@@ -15,222 +15,110 @@ import common  # first: it sets environment variables
 
 # isort: split
 import argparse
-import contextlib
-import copy
 import hashlib
-import io
 import json
-import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
-from comparison_teacher import FINETUNING, PACKAGE, finetune, has_weights
+from comparison_runs import CELLS, MAIN, METHODS, PRETRAINED, SUITE, ComparisonBench, jobs_of
+from comparison_teacher import PACKAGE, has_weights
 from evidence import commit, in_parallel
 from evidence_data import FASHION_FOLDER
-from evidence_runs import STUDENTS, TEACHER_SEED, Bench, Job, Suite
-from torch import nn
+from evidence_runs import Job
 
-from nkd_hf import DistillationTrainer, NonFiniteLossError
+from nkd_hf.files import write_whole
 
-PRETRAINED = "pretrained"
 SEARCH_SEEDS, SEEDS, TRIALS = (100, 101, 102), tuple(range(10)), 8
-DATA = {
-    "fashion": {
-        "images": {"train": 4000, "validation": 1000, "test": 10000},
-        "epochs": {"cnn": 15, "deit": 40}, "random_crop_padding": 2, "horizontal_flip": 0.5,
-    },
-    "numbers": {
-        "images": {"train": 4000, "validation": 1000, "test": 5000},
-        "epochs": {"cnn": 15, "deit": 40}, "random_resized_crop": [0.9, 1.0], "horizontal_flip": 0.0,
-    },
-    # The images of `fashion`, and a teacher with ImageNet weights.
-    PRETRAINED: {
-        "images": {"train": 4000, "validation": 1000, "test": 10000},
-        "epochs": {"cnn": 15}, "random_crop_padding": 2, "horizontal_flip": 0.5, "image_size": 32,
-    },
-}  # fmt: skip
-SUITE = Suite(DATA, STUDENTS)
-CELLS = [f"{data}/{student}" for data in DATA for student in DATA[data]["epochs"]]
 
 
-class Range(NamedTuple):
-    """Bounds of a setting, drawn from on a logarithmic scale."""
-
-    low: float
-    high: float
-
-
-RATES = {"cnn": Range(0.003, 0.3), "deit": Range(5e-4, 1e-2)}
-
-
-class Method(NamedTuple):
-    """A loss of the library, or none, with what is searched beside the learning rate, and what is fixed."""
-
-    text: str
-    loss: str = "none"
-    searched: dict[str, Range] = {}  # noqa: RUF012 (they are not changed)
-    fixed: dict[str, Any] = {}  # noqa: RUF012
-
-
-_SHARE, _WEIGHT, _TEMPERATURE = Range(0.01, 0.9), Range(0.25, 4.0), Range(1.0, 8.0)
-# Of each method its weight and its temperature, where it has them. KD's alpha is the share of the task loss.
-METHODS = {
-    "baseline": Method("baseline"),
-    "label_smoothing": Method("label smoothing", searched={"label_smoothing_factor": Range(0.02, 0.4)}),
-    "kd": Method("KD", "kd", {"alpha": _SHARE, "temperature": _TEMPERATURE}),
-    "kd_standardized": Method(
-        "KD, standardised", "kd", {"alpha": _SHARE, "temperature": _TEMPERATURE}, {"standardize": True}
-    ),
-    "dkd": Method("DKD", "dkd", {"beta": Range(0.5, 16.0), "temperature": _TEMPERATURE}),
-    "dist": Method("DIST", "dist", {"beta": _WEIGHT, "gamma": _WEIGHT}),
-    "wttm": Method("WTTM", "wttm", {"beta": _WEIGHT, "exponent": Range(0.1, 0.8)}),
-    "rld": Method("RLD", "rld", {"beta": _WEIGHT, "temperature": _TEMPERATURE}),
-    "nkd": Method("NKD", "nkd", {"gamma": Range(0.25, 4.0), "temperature": _TEMPERATURE}),
-    "uskd": Method("USKD", "uskd", {"alpha": Range(0.1, 1.0), "beta": Range(0.02, 0.5)}),
-    "tfkd": Method("Tf-KD", "tfkd", {"alpha": Range(0.05, 0.9), "temperature": Range(4.0, 40.0)}),
-}
-
-
-class SearchTrainer(DistillationTrainer):
-    """A trainer whose trials all start with the same weights, and set what is searched in the loss."""
-
-    def __init__(self, model: nn.Module, **kwargs: Any):
-        super().__init__(model_init=lambda: copy.deepcopy(model), **kwargs)
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        for name, value in (self.hp_space(trial) if trial else {}).items():
-            if not hasattr(self.args, name):  # Trainer sets the others.
-                (loss,) = self.distillation_losses.values()
-                getattr(loss, name)  # an unknown name is an error
-                setattr(loss, name, value)
-        return super().call_model_init(trial)
-
-
-class ComparisonBench(Bench):
-    """The trainings of the comparison."""
-
-    __slots__ = ()
-
-    def method_settings(self, job: Job) -> dict[str, Any]:
-        method = METHODS[job.method]
-        if method.loss == "none":
-            return {"distillation_loss": "none", **job.loss_args}
-        return {"distillation_loss": method.loss, "loss_args": method.fixed | job.loss_args or None}
-
-    def settings(self, names: list[str]) -> dict[str, Any]:
-        settings = super().settings(names)
-        if names == [PRETRAINED]:
-            settings["teacher"] = FINETUNING | {"teacher": PACKAGE, "seed": TEACHER_SEED}
-        return settings
-
-    def write_teacher(self, data: str) -> str:
-        return finetune(self, data) if data == PRETRAINED else super().write_teacher(data)
-
-    def search_path(self, data: str, student: str, method: str, seed: int) -> Path:
-        return self.output / "search" / f"{data}-{student}-{method}-seed{seed}.json"
-
-    def search(self, data: str, student: str, method: str, seed: int, trials: int) -> str:
-        """Trains the trials of one method on one seed, and writes their accuracies on the validation part."""
-        path, start = self.search_path(data, student, method, seed), time.process_time()
-        if path.is_file():
-            return f"{path.stem}: there already"
-        job = Job(data, student, method, seed, RATES[student].low, {})
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            done = self._search(job, Path(folder), trials)
-        best = max(trial["validation"] for trial in done)
-        record = {"data": data, "student": student, "method": method, "seed": seed, "trials": done}
-        record |= {"cpu": round(time.process_time() - start, 1), "commit": self.commit}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        return f"{path.stem}: best {best:.2%}, {record['cpu']:.0f} s"
-
-    def _search(self, job: Job, folder: Path, trials: int) -> list[dict[str, Any]]:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        ranges = {"learning_rate": RATES[job.student], **METHODS[job.method].searched}
-        done = []
-
-        def draw(trial: optuna.Trial) -> dict[str, float]:
-            params = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
-            if len(done) == trial.number:  # Trainer draws more than once in a trial, and gets the same each time.
-                done.append({"params": params, "validation": 0.0})
-            return params
-
-        def read(metrics: dict[str, float]) -> float:
-            # Of each epoch; the last one stays.
-            done[-1] |= {"validation": metrics["eval_accuracy"], "validation_loss": metrics["eval_loss"]}
-            return metrics["eval_accuracy"]
-
-        # The points do not depend on the accuracies: each seed gets the same ones. None is cut short. A training whose loss
-        # is not finite ends with the accuracy that it had.
-        self.make_trainer(job, folder, SearchTrainer).hyperparameter_search(
-            draw, read, trials, "maximize", "optuna", sampler=optuna.samplers.RandomSampler(seed=0),
-            pruner=optuna.pruners.NopPruner(), catch=NonFiniteLossError,
-        )  # fmt: skip
-        return done
-
-    def choose(self, data: str, student: str, method: str, seeds: list[int]) -> dict[str, Any]:
-        """The settings with the best mean accuracy over the seeds of the search; the first of equals."""
-        searches = [json.loads(self.search_path(data, student, method, seed).read_text()) for seed in seeds]
-        points = [[trial["params"] for trial in search["trials"]] for search in searches]
-        if any(other != points[0] for other in points):
-            raise SystemExit(f"{data}/{student}/{method}: the searches have other points: delete {self.output}/search")
-        means = [
-            mean(trial["validation"] for trial in trials)
-            for trials in zip(*(search["trials"] for search in searches), strict=True)
-        ]
-        best = means.index(max(means))
-        return {"params": points[0][best], "validation": means[best], "trial": best}
-
-
-def jobs_of(cell: tuple[str, str, str], chosen: dict[str, Any], seeds: list[int]) -> list[Job]:
-    params = dict(chosen["params"])
-    rate = params.pop("learning_rate")
-    return [Job(*cell, seed, rate, params) for seed in seeds]
-
-
-def hash_teacher(bench: Bench, data: str) -> str:
+def hash_teacher(bench: ComparisonBench, data: str) -> str:
     weights = bench.teacher_folder(data) / "run" / "teacher" / "model.safetensors"
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def run_cell(bench: ComparisonBench, name: str, known: dict[str, Any] | None, options: argparse.Namespace) -> dict:
-    """Everything for one cell; `known` is what the result holds of it."""
-    data, student = name.split("/")
+def run_cell(
+    bench: ComparisonBench, name: str, known: dict[str, Any] | None, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Runs a cell, as many methods at a time as there are processes, and yields all that is done of it after each time.
+
+    Args:
+        bench: does the trainings.
+        name: of the cell.
+        known: what the result holds of it; its methods are kept.
+        options: of the command line.
+    """
+    data, _ = name.split("/")
     bench.check_settings([data])
     in_parallel([(bench.write_data, data)], options.jobs, "data")
     in_parallel([(bench.write_teacher, data)], options.jobs, "teacher")
-    teacher = hash_teacher(bench, data)
-    if known and known["teacher"]["sha256"] != teacher:
-        raise SystemExit(
-            f"{name}: the teacher that was trained now is not the result's, as on another kind of machine: delete the cell "
-            f"from {options.json}, or run it where the others were run"
-        )
+    check_teacher(bench, name, known, options.json)
     wanted = (bench.settings([data]), options.trials, set(options.search_seeds), set(options.seeds))
     if known and read_extent(known) != wanted:
-        raise SystemExit(
-            f"{name}: {options.json} has it with other settings: delete the cell there, or name another --json"
-        )
-    for record in [*known["searches"], *known["runs"]] if known else []:
-        keep(bench, record)
+        raise SystemExit(f"{name}: {options.json} has it with other settings: name another --json")
+    keep(bench, data, known)
     seeds = [*options.search_seeds, *options.seeds]
     in_parallel([(bench.prepare, data, seed) for seed in seeds], options.jobs, "images and logits")
-    methods = {*options.methods, *(known["chosen"] if known else ())}
-    cells = [(data, student, method) for method in METHODS if method in methods]
+    in_parallel([(bench.measure_confidence, data, seeds[0])], options.jobs, "confidence")
+    # The known ones first, so that none is ever missing in the result.
+    methods = [method for method in METHODS if known and method in known["chosen"]]
+    new = [method for method in METHODS if method in options.methods and method not in methods]
+    groups = [new[start : start + options.jobs] for start in range(0, len(new), options.jobs)]
+    for group in [methods, *groups] if methods else groups:
+        run_methods(bench, name, group, options)
+        methods = [method for method in METHODS if method in {*methods, *group}]
+        yield collect(bench, name, methods, known, options)
+
+
+def run_methods(bench: ComparisonBench, name: str, methods: list[str], options: argparse.Namespace) -> None:
+    """Searches the settings of some methods of a cell, and trains with what is chosen."""
+    cells = [(*name.split("/"), method) for method in methods]
     calls = [(bench.search, *cell, seed, options.trials) for cell in cells for seed in options.search_seeds]
     in_parallel(calls, options.jobs, f"{name}, search")
-    chosen = {cell[2]: bench.choose(*cell, options.search_seeds) for cell in cells}
-    jobs = [job for cell in cells for job in jobs_of(cell, chosen[cell[2]], options.seeds)]
+    jobs = [job for cell in cells for job in jobs_of(cell, bench.choose(*cell, options.search_seeds), options.seeds)]
     in_parallel([(bench.train, job, True) for job in jobs], options.jobs, f"{name}, trainings")
-    paths = [bench.search_path(*cell, seed) for cell in cells for seed in options.search_seeds]
+
+
+def collect(
+    bench: ComparisonBench, name: str, methods: list[str], known: dict[str, Any] | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the result holds of a cell whose methods are done."""
+    data, student = name.split("/")
+    chosen = {method: bench.choose(data, student, method, options.search_seeds) for method in methods}
+    jobs = [job for method in methods for job in jobs_of((data, student, method), chosen[method], options.seeds)]
+    paths = [bench.search_path(data, student, method, seed) for method in methods for seed in options.search_seeds]
+    machine = {name: value for name, value in common.describe_machine().items() if name != "load_average"}
+    others = [each for each in (known["machines"] if known else []) if each != machine]
     return {
-        "teacher": bench.teacher_accuracies(data, seeds[0]) | {"sha256": teacher}, "machine": common.describe_machine(),
-        "settings": bench.settings([data]), "trials": options.trials, "chosen": chosen,
-        "searches": [json.loads(path.read_text()) for path in paths], "runs": [bench.read(job) for job in jobs],
+        "teacher": bench.teacher_accuracies(data, options.search_seeds[0]) | {"sha256": hash_teacher(bench, data)},
+        "confidence": bench.read_confidence(data), "machines": [*others, machine], "settings": bench.settings([data]),
+        "trials": options.trials, "chosen": chosen, "searches": [json.loads(path.read_text()) for path in paths],
+        "runs": [bench.read(job) for job in jobs],
     }  # fmt: skip
+
+
+def check_teacher(bench: ComparisonBench, name: str, known: dict[str, Any] | None, result: Path) -> None:
+    """Checks that the teacher is the result's, and the one of the trainings that are in `--output`.
+
+    Raises:
+        SystemExit: it is another.
+    """
+    data = name.split("/")[0]
+    folder, own = bench.teacher_folder(data), hash_teacher(bench, data)
+    if known and known["teacher"]["sha256"] != own:
+        raise SystemExit(
+            f"{name}: the teacher in {folder} is not the result's: on another kind of processor its weights differ in "
+            f"their last bits. {result} is unchanged. Put the folder teachers/{data} of the --output that the result came "
+            f"from in place of {folder}, and start again: the cell goes on. If that folder is lost, name another --json, "
+            "which begins the cell again."
+        )
+    record = bench.output / f"{data}-teacher.txt"
+    if record.is_file() and record.read_text() != own:
+        raise SystemExit(
+            f"{bench.output} holds logits and trainings of another teacher than the one in {folder}. Name another "
+            f"--output, and put this teachers/{data} in it."
+        )
+    record.write_text(own)
 
 
 def read_extent(cell: dict[str, Any]) -> tuple[dict[str, Any], int, set[int], set[int]]:
@@ -239,14 +127,18 @@ def read_extent(cell: dict[str, Any]) -> tuple[dict[str, Any], int, set[int], se
     return cell["settings"], cell["trials"], *seeds
 
 
-def keep(bench: ComparisonBench, record: dict[str, Any]) -> None:
-    """Writes a search or a training of the result to the bench's folder, as if it had been done there."""
-    if "trials" in record:
-        path = bench.search_path(*(record[name] for name in ("data", "student", "method", "seed")))
-    else:
-        path = bench.path_of(Job(*(record[name] for name in Job._fields)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+def keep(bench: ComparisonBench, data: str, known: dict[str, Any] | None) -> None:
+    """Writes what the result holds of a cell to the bench's folder, as if it had been done there."""
+    if known is None:
+        return
+    contents = {bench.confidence_path(data): known["confidence"]}
+    for record in known["searches"]:
+        contents[bench.search_path(*(record[name] for name in ("data", "student", "method", "seed")))] = record
+    for record in known["runs"]:
+        contents[bench.path_of(Job(*(record[name] for name in Job._fields)))] = record
+    for path, record in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -256,7 +148,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--fashion", type=Path, default=FASHION_FOLDER, help="folder of the files of Debian's package "
                         "dataset-fashion-mnist (default: %(default)s)")  # fmt: skip
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, help="(default: all)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=MAIN,
+                        help="(default: those of the main comparison)")  # fmt: skip
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each method (default: %(default)s)")
     parser.add_argument(
         "--search_seeds", nargs="+", type=int, default=list(SEARCH_SEEDS), help="(default: 100 101 102)"
@@ -275,16 +168,23 @@ def main(args: list[str] | None = None) -> None:
     )
     result = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"cells": {}}
     for name in options.cells:
-        cell = run_cell(bench, name, result["cells"].get(name), options)
-        cell["command"] = f"python benchmarks/comparison.py --cells {name}"
-        cell["command"] += f" --methods {' '.join(cell['chosen'])}" if set(cell["chosen"]) != set(METHODS) else ""
-        for option in ("trials", "search_seeds", "seeds", "epochs", "images"):
-            if (value := getattr(options, option)) != parser.get_default(option):
-                cell["command"] += f" --{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        result["cells"][name] = cell
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(dump(result), encoding="utf-8")
-        print(f"wrote {name} to {options.json}")
+        for cell in run_cell(bench, name, result["cells"].get(name), options):
+            result["cells"][name] = cell | {"command": describe_command(name, cell, parser, options)}
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(options.json, dump(result))
+            print(f"wrote {', '.join(cell['chosen'])} of {name} to {options.json}", flush=True)
+
+
+def describe_command(
+    name: str, cell: dict[str, Any], parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> str:
+    """The command that runs a cell again as it is in the result."""
+    command = f"python benchmarks/comparison.py --cells {name}"
+    command += f" --methods {' '.join(cell['chosen'])}" if set(cell["chosen"]) != set(MAIN) else ""
+    for option in ("trials", "search_seeds", "seeds", "epochs", "images"):
+        if (value := getattr(options, option)) != parser.get_default(option):
+            command += f" --{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    return command
 
 
 def dump(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison import METHODS
+from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, TEMPERATURE_1
 from evidence_page import Difference, mean_and_deviation, paired_difference
 from scipy import stats
 from tables import markdown
@@ -15,6 +15,10 @@ from tables import markdown
 FOLDER = Path(__file__).parent
 PAGE, RESULT = FOLDER / "COMPARISON.md", FOLDER / "results" / "comparison.json"
 LEVEL, EQUAL = 0.05, 0.5  # of the test; in points
+ARMS = (TEMPERATURE_1, "nkd", CONFIDENCE)
+DECIDING = tuple(
+    name for name in CELLS if name.endswith("/cnn")
+)  # whether the rule for NKD's temperature becomes an option
 
 
 class Verdict(NamedTuple):
@@ -62,9 +66,84 @@ def read_accuracies(cell: dict[str, Any]) -> dict[str, list[float]]:
     return {name: values[name] for name in METHODS if name in values}
 
 
+_CHOSEN = ["chosen", "its validation"]
+
+
+def _chosen_columns(cell: dict[str, Any], method: str) -> list[str]:
+    chosen = cell["chosen"][method]
+    settings = ", ".join(f"{key} {value:.3g}" for key, value in chosen["params"].items())
+    return [settings.replace("learning_rate", "rate"), f"{100 * chosen['validation']:.2f}"]
+
+
+def temperature_text(name: str, cell: dict[str, Any], values: dict[str, list[float]]) -> list[str]:
+    """The table of the arms of NKD's temperature; none where the cell lacks one of the three."""
+    if not has_arms(values):
+        return []
+    verdicts = judge({arm: values[arm] for arm in ARMS}, TEMPERATURE_1)
+    rows = []
+    for arm in ARMS:
+        row = [METHODS[arm].text, mean_and_deviation(values[arm]), "", "", "", ""]
+        if verdict := verdicts.get(arm):
+            row[2:5] = [f"{verdict.difference}", f"{verdict.p:.3f}", verdict.text]
+        if arm == CONFIDENCE:
+            row[5] = f"{paired_difference(values[arm], values['nkd'])}"
+        rows.append([*row, *_chosen_columns(cell, arm)])
+    columns = ["", "top-1 on test", "less temperature 1", "p", "is", "less NKD", *_CHOSEN]
+    return [markdown(f"{name}, NKD's temperature", columns, rows)]
+
+
+def reason_text(cell: dict[str, Any], values: dict[str, list[float]]) -> list[str]:
+    """What may be the reason where another method is better than NKD, by the protocol's rules."""
+    main = {method: tops for method, tops in values.items() if method in MAIN}
+    better = (
+        [method for method, verdict in judge(main, "nkd").items() if verdict.text == "better"] if "nkd" in main else []
+    )
+    if not better or not has_arms(values):
+        return []
+    verdicts = judge({arm: values[arm] for arm in ARMS}, TEMPERATURE_1)
+    reasons = []
+    if any(verdict.text == "better" for verdict in verdicts.values()):
+        reasons.append("temperature")
+    if verdicts[CONFIDENCE].text == "better" and cell["confidence"]["temperature"] > 1:
+        reasons.append("a confident teacher")
+    # All seeds of the search have the same points.
+    search = next(search for search in cell["searches"] if search["method"] == "nkd")
+    gammas = [trial["params"]["gamma"] for trial in search["trials"]]
+    if cell["chosen"]["nkd"]["params"]["gamma"] in (min(gammas), max(gammas)):
+        reasons.append("gamma")
+    found = f"What may be the reason: {', '.join(reasons)}." if reasons else "The reason is not found."
+    return [f"Better than NKD: {', '.join(METHODS[method].text for method in better)}. {found}"]
+
+
+def has_arms(values: dict[str, list[float]]) -> bool:
+    return set(ARMS) <= set(values)
+
+
+def decision_text(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """The answer to whether the rule becomes an option: none before the last of its cells is run."""
+    values = {name: read_accuracies(cells[name]) for name in DECIDING if name in cells}
+    if len(values) < len(DECIDING) or not all(map(has_arms, values.values())):
+        return []
+    means = {arm: np.mean([values[name][arm] for name in DECIDING], axis=0).tolist() for arm in ARMS}
+    difference = paired_difference(means[CONFIDENCE], means[TEMPERATURE_1])
+    worse = [
+        name
+        for name in DECIDING
+        if judge({arm: values[name][arm] for arm in ARMS}, TEMPERATURE_1)[CONFIDENCE].text == "worse"
+    ]
+    answer = "becomes an option" if difference.low > 0 and not worse else "does not become an option"
+    counts_worse = f"counts as worse in {', '.join(worse)}" if worse else "counts as worse in none"
+    return [
+        "### A temperature by the teacher's confidence",
+        f"Over {', '.join(DECIDING)}, NKD with the rule's temperature less NKD at temperature 1: {difference} points. It "
+        f"{counts_worse}. By the protocol the rule {answer}.",
+    ]
+
+
 def cell_text(name: str, cell: dict[str, Any]) -> str:
     """The part of the page about a cell."""
-    values = read_accuracies(cell)
+    every = read_accuracies(cell)
+    values = {method: tops for method, tops in every.items() if method in MAIN}
     against_baseline, against_nkd = (judge(values, name) if name in values else {} for name in ("baseline", "nkd"))
     rows = []
     for method, tops in values.items():
@@ -72,31 +151,41 @@ def cell_text(name: str, cell: dict[str, Any]) -> str:
         for verdicts in (against_baseline, against_nkd):
             verdict = verdicts.get(method)
             row += [f"{verdict.difference}", f"{verdict.p:.3f}", verdict.text] if verdict else ["", "", ""]
-        chosen = cell["chosen"][method]
-        settings = ", ".join(f"{key} {value:.3g}" for key, value in chosen["params"].items())
-        rows.append([*row, settings.replace("learning_rate", "rate"), f"{100 * chosen['validation']:.2f}"])
+        rows.append([*row, *_chosen_columns(cell, method)])
     columns = ["", "top-1 on test", "less the baseline", "p", "is", "less NKD", "p", "is"]
-    columns += ["chosen", "its validation"]
+    columns += _CHOSEN
+    missing = [METHODS[method].text for method in MAIN if method not in values]
     seeds = sorted({run["seed"] for run in cell["runs"]})
     trials = sum(len(search["trials"]) for search in cell["searches"])
     hours = [sum(record["cpu"] for record in cell[key]) / 3600 for key in ("runs", "searches")]
-    machine, teacher = cell["machine"], cell["teacher"]
+    teacher, confidence = cell["teacher"], cell["confidence"]
+    machines = "; ".join(f"{each['cpu']}, torch {each['torch']}, timm {each['timm']}" for each in cell["machines"])
     commits = sorted({record["commit"][:12] + record["commit"][40:] for record in [*cell["searches"], *cell["runs"]]})
     lines = [
         f"### {name}",
         f"`{cell['command']}`: {len(cell['runs'])} trainings on {len(seeds)} seeds in {hours[0]:.1f} hours of CPU time, "
         f"and {trials} for the choice of the settings in {hours[1]:.1f}; at commit {', '.join(commits)}; "
-        f"{machine['cpu']}, torch {machine['torch']}, timm {machine['timm']}. The teacher's top-1 is "
-        f"{100 * teacher['validation']:.2f} on the validation part and {100 * teacher['test']:.2f} on the test part. Intervals "
-        "are those of one comparison, at 95%; p is Holm's.",
+        f"{machines}. The teacher's top-1 is {100 * teacher['validation']:.2f} on the validation part and "
+        f"{100 * teacher['test']:.2f} on the test part. On the training images it gives the target {confidence['target']:.2f} on "
+        f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
+        f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's.",
+        *(
+            [f"The cell is not done: {', '.join(missing)} are not run yet, and nothing below counts."]
+            if missing
+            else []
+        ),
         markdown(name, columns, rows),
+        *temperature_text(name, cell, every),
+        *reason_text(cell, every),
     ]
     return "\n\n".join(lines)
 
 
 def make_page(page: str, result: dict[str, Any]) -> str:
     """The page with the results in their place."""
-    text = "\n\n".join(cell_text(name, cell) for name, cell in result["cells"].items()) or "No cell has been run yet."
+    cells = result["cells"]
+    texts = [*(cell_text(name, cell) for name, cell in cells.items()), *decision_text(cells)]
+    text = "\n\n".join(texts) or "No cell has been run yet."
     return re.sub(
         r"(<!-- results -->\n\n).*(\n\n<!-- end -->)", lambda match: match[1] + text + match[2], page, flags=re.S
     )

@@ -1,7 +1,9 @@
 """The comparison of losses: its statistics, its page, and a tiny real run of search and trainings."""
 
 import json
+import math
 import re
+import shutil
 import sys
 import types
 import warnings
@@ -12,6 +14,7 @@ import pytest
 import timm
 import torch
 from fashion_files import write_fashion_files
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -20,6 +23,7 @@ import comparison
 import comparison_page
 import comparison_teacher
 import evidence
+from comparison_temperature import choose_temperature, describe_confidence
 from evidence_data import write_numbers
 from evidence_runs import SHARED, Job
 
@@ -27,6 +31,7 @@ from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments
 from nkd_hf.models.loading import open_classifier
 from nkd_hf.models.preprocessing import load_image_processor, read_preprocessing
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
+from nkd_hf.teacher_logits.store import TeacherLogits
 
 
 def test_holms_correction():
@@ -148,12 +153,65 @@ class TestRun:
         text = comparison_page.make_page(page, json.loads((folder / "comparison.json").read_text()))
         for method in self.METHODS:
             assert f"| {comparison.METHODS[method].text} | " in text
+        assert "The cell is not done: KD, DKD, DIST, WTTM, RLD, NKD, USKD, Tf-KD are not run yet" in text
         assert "`python benchmarks/comparison.py --cells fashion/cnn --methods baseline" in text
         assert " --trials 2 --search_seeds 100 101 --seeds 0 1 --epochs 2 --images 40`: " in text, (
             "to be run again as it is"
         )
         assert str(folder) not in text
         assert "No cell has been run yet" not in text
+
+    def test_what_is_done_is_in_the_result_when_a_later_method_fails(self, folder, cell, tmp_path, monkeypatch):
+        run_methods = comparison.run_methods
+
+        def fail(bench, name, methods, options):
+            if "kd_standardized" in methods:
+                raise MemoryError
+            run_methods(bench, name, methods, options)
+
+        args = self.arguments(folder)
+        args[-1] = str(tmp_path / "other.json")
+        monkeypatch.setattr(comparison, "run_methods", fail)
+        with pytest.raises(MemoryError):
+            comparison.main(args)
+        done = json.loads((tmp_path / "other.json").read_text())["cells"]["fashion/cnn"]
+        assert list(done["chosen"]) == ["baseline", "label_smoothing"]
+        assert "--methods baseline label_smoothing --trials" in done["command"]
+        monkeypatch.undo()
+        comparison.main(args)
+        assert json.loads((tmp_path / "other.json").read_text())["cells"]["fashion/cnn"] == cell
+
+    def test_a_cell_goes_on_elsewhere_with_its_teacher(self, folder, tmp_path, monkeypatch):
+        """On another processor the teacher's weights differ in their last bits; the result's teacher can be put there."""
+        args, result = self.arguments(folder), folder / "comparison.json"
+        before = result.read_bytes()
+        args[args.index("--output") + 1] = str(tmp_path)
+        own, teacher = folder / "out" / "teachers" / "fashion", tmp_path / "teachers" / "fashion"
+        shutil.copytree(own, teacher)
+        weights = load_file(teacher / "run" / "teacher" / "model.safetensors")
+        name = next(name for name in weights if name.endswith("weight"))
+        weights[name] = weights[name] * (1 + 2**-20)
+        save_file(weights, teacher / "run" / "teacher" / "model.safetensors")
+        with pytest.raises(SystemExit, match="is not the result's") as refused:
+            comparison.main(args)
+        assert (
+            f"Put the folder teachers/fashion of the --output that the result came from in place of {teacher}"
+            in str(refused.value)
+        )
+        assert result.read_bytes() == before
+        assert not (tmp_path / "runs").exists()
+
+        shutil.rmtree(teacher)
+        shutil.copytree(own, teacher)
+        monkeypatch.setattr(comparison.ComparisonBench, "make_trainer", None)  # nothing is trained again
+        comparison.main(args)
+        after, known = (json.loads(text)["cells"]["fashion/cnn"] for text in (result.read_text(), before))
+        assert after == known
+
+        save_file(weights, teacher / "run" / "teacher" / "model.safetensors")
+        args[-1] = str(tmp_path / "new.json")
+        with pytest.raises(SystemExit, match=r"of another teacher than the one in .* Name another --output"):
+            comparison.main(args)
 
     def test_another_teacher_or_other_settings_are_refused(self, folder, cell, tmp_path):
         for change, message in (
@@ -170,6 +228,8 @@ class TestRun:
 
 
 class TestPretrainedTeacher:
+    METHODS = ("baseline", "uskd", "nkd", "nkd_temperature_1", "nkd_confidence")
+
     @pytest.fixture(scope="class")
     @classmethod
     def folder(cls, tmp_path_factory):
@@ -183,7 +243,7 @@ class TestPretrainedTeacher:
             places = ["--fashion", str(folder), "--output", str(folder / "out"), "--json", str(folder / "result.json")]
             trial = ["--epochs", "1", "--images", "20", "--jobs", "1", "--trials", "1"]
             seeds = ["--search_seeds", "100", "--seeds", "0", "1"]
-            cls.args = ["--cells", "pretrained/cnn", "--methods", "baseline", "uskd", "nkd", *trial, *seeds, *places]
+            cls.args = ["--cells", "pretrained/cnn", "--methods", *cls.METHODS, *trial, *seeds, *places]
             comparison.main(cls.args)
             yield folder
 
@@ -193,10 +253,38 @@ class TestPretrainedTeacher:
 
     def test_it_is_run_as_the_other_cells_are(self, cell):
         assert {(run["method"], run["seed"]) for run in cell["runs"]} == {
-            (method, seed) for method in ("baseline", "uskd", "nkd") for seed in (0, 1)
+            (method, seed) for method in self.METHODS for seed in (0, 1)
         }
         text = comparison_page.cell_text("pretrained/cnn", cell)
         assert "`python benchmarks/comparison.py --cells pretrained/cnn --methods baseline nkd uskd" in text
+
+    def test_the_arms_train_with_their_temperatures(self, folder, cell):
+        store = TeacherLogits(folder / "out" / "stores" / "pretrained-seed100")
+        rows = store.read(0, range(20))
+        expected = describe_confidence(store.dense(rows), rows["target"].long())
+        assert cell["confidence"] == expected
+        bench = comparison.ComparisonBench(folder / "out", 1, 20, folder, "test", comparison.SUITE)
+        temperatures = {}
+        for method in ("nkd_temperature_1", "nkd_confidence"):
+            assert set(cell["chosen"][method]["params"]) == {"learning_rate", "gamma"}
+            [job, _] = comparison.jobs_of(("pretrained", "cnn", method), cell["chosen"][method], [0, 1])
+            trainer = bench.make_trainer(job, folder / "trainer")
+            [loss] = trainer.distillation_losses.values()
+            temperatures[method] = loss.temperature
+            assert loss.gamma == cell["chosen"][method]["params"]["gamma"]
+        assert temperatures == {"nkd_temperature_1": 1.0, "nkd_confidence": expected["temperature"]}
+        points = [
+            [
+                trial["params"]
+                for search in cell["searches"]
+                if search["method"] == method
+                for trial in search["trials"]
+            ]
+            for method in temperatures
+        ]
+        assert points[0] == points[1]
+        text = comparison_page.cell_text("pretrained/cnn", cell)
+        assert f"the rule's temperature is {expected['temperature']:g}." in text
 
     def test_teacher_and_student_have_the_same_pixels(self, folder, cell):
         teacher = open_classifier(str(folder / "out" / "teachers" / "pretrained" / "run" / "teacher"))
@@ -260,6 +348,102 @@ def use_random_weights(patch, folder):
     patch.setattr(comparison, "has_weights", lambda: True)
 
 
+class TestTemperature:
+    def test_the_rule_by_hand(self):
+        # Of the others one has the logit 3 ln 2 and two have 0: at temperature 3 it has 2 / (2 + 1 + 1).
+        logits = torch.tensor([[3 * math.log(2), 0, 0, 9], [0, -5, 0, 3 * math.log(2)]])
+        labels = torch.tensor([3, 1])
+        assert choose_temperature(logits, labels) == 3.0
+        assert choose_temperature(logits * 2, labels) == 6.0
+        logits[0, 3] = logits[1, 1] = 0
+        assert choose_temperature(logits, labels) == 3.0, "the target plays no role"
+
+    def test_the_rule_is_about_the_mean(self):
+        logits = 5 * torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(500) % 10
+        confidence = describe_confidence(logits, labels)
+        rest = torch.stack(
+            [torch.cat([row[:label], row[label + 1 :]]) for row, label in zip(logits, labels, strict=True)]
+        )
+        largest = (rest / confidence["temperature"]).softmax(1).max(1).values.mean()
+        assert largest.item() == pytest.approx(0.5, abs=1e-3)
+        assert confidence["largest_other"] == pytest.approx(rest.softmax(1).max(1).values.mean().item(), abs=1e-4)
+        assert confidence["target"] == pytest.approx(
+            logits.softmax(1)[torch.arange(500), labels].mean().item(), abs=1e-4
+        )
+
+    def cell(self, **tops):
+        """A cell of the result with these accuracies in percent."""
+        runs = [
+            {"method": method, "seed": seed, "test": top / 100, "cpu": 1.0, "commit": "0" * 40}
+            for method, values in tops.items()
+            for seed, top in enumerate(values)
+        ]
+        chosen = {method: {"params": {"learning_rate": 0.1}, "validation": 0.8} for method in tops}
+        return {
+            "runs": runs, "searches": [], "chosen": chosen, "command": "command",
+            "machines": [{"cpu": "a", "torch": "2", "timm": "1"}, {"cpu": "b", "torch": "2", "timm": "1"}],
+            "teacher": {"validation": 0.9, "test": 0.9},
+            "confidence": {"temperature": 2.5, "largest_other": 0.8, "target": 0.97},
+        }  # fmt: skip
+
+    def arms(self, gain):
+        base = np.array([80.0, 81.0, 80.5, 79.5, 80.2])
+        noise = np.array([0.1, -0.1, 0.2, -0.2, 0.05])
+        return {"baseline": base - 1 + noise[::-1], "kd": base - 0.5 - noise, "nkd": base + noise[::-1] / 2} | {
+            "nkd_temperature_1": base, "nkd_confidence": base + gain + noise
+        }  # fmt: skip
+
+    def test_the_arms_leave_the_families_as_they_are(self):
+        arms = self.arms(1)
+        main = {method: tops for method, tops in arms.items() if method in comparison_page.MAIN}
+        text = comparison_page.cell_text("fashion/cnn", self.cell(**arms))
+        without = comparison_page.cell_text("fashion/cnn", self.cell(**main))
+        [table, more] = text.split("\n\nfashion/cnn, NKD's temperature\n\n")
+        assert table.partition("\n\nfashion/cnn\n\n")[2] == without.partition("\n\nfashion/cnn\n\n")[2]
+        assert "NKD, temperature 1" not in table
+        [row] = [line for line in more.splitlines() if line.startswith("| NKD, temperature by confidence |")]
+        verdict = comparison_page.judge({arm: arms[arm] for arm in comparison_page.ARMS}, "nkd_temperature_1")
+        assert verdict["nkd_confidence"].text == "better"
+        assert f"| {verdict['nkd_confidence'].difference} |" in row
+        assert "a, torch 2, timm 1; b, torch 2, timm 1" in text
+
+    @pytest.mark.parametrize(
+        ("gain", "temperature", "gamma", "reason"),
+        [
+            (1, 2.5, 1.0, "What may be the reason: temperature, a confident teacher."),
+            (1, 0.9, 1.0, "What may be the reason: temperature."),
+            (0, 2.5, 3.0, "What may be the reason: gamma."),
+            (0, 2.5, 1.0, "The reason is not found."),
+        ],
+    )
+    def test_what_may_be_the_reason_where_another_method_is_better(self, gain, temperature, gamma, reason):
+        arms = self.arms(gain)
+        cell = self.cell(**arms | {"dist": np.add(arms["nkd"], [2, 2.1, 2.2, 1.9, 2])})
+        cell["confidence"]["temperature"] = temperature
+        cell["chosen"]["nkd"]["params"]["gamma"] = gamma
+        trials = [{"params": {"gamma": value}} for value in (0.3, 1.0, 3.0)]
+        cell["searches"] = [{"method": "nkd", "trials": trials, "cpu": 1.0, "commit": "0" * 40}]
+        assert comparison_page.cell_text("fashion/cnn", cell).endswith(f"Better than NKD: DIST. {reason}")
+        assert "Better than NKD" not in comparison_page.cell_text("fashion/cnn", self.cell(**arms))
+
+    @pytest.mark.parametrize(
+        ("gains", "answer"),
+        [
+            ((1, 1, 1), "counts as worse in none. By the protocol the rule becomes an option."),
+            ((0, 0, 0), "counts as worse in none. By the protocol the rule does not become an option."),
+            ((3, 3, -1), "counts as worse in pretrained/cnn. By the protocol the rule does not become an option."),
+        ],
+    )
+    def test_the_decision_is_the_protocol_s(self, gains, answer):
+        names = ("fashion/cnn", "numbers/cnn", "pretrained/cnn")
+        cells = {name: self.cell(**self.arms(gain)) for name, gain in zip(names, gains, strict=True)}
+        text = "\n".join(comparison_page.decision_text(cells | {"fashion/deit": self.cell(**self.arms(-9))}))
+        assert answer in text
+        del cells["numbers/cnn"]
+        assert comparison_page.decision_text(cells) == [], "not before the last of its cells"
+
+
 def test_a_method_s_settings_are_those_of_its_loss():
     """Each searched and fixed setting exists, and its bounds hold the loss's default or its paper's value."""
     from nkd_hf.losses.registry import LOSSES
@@ -271,6 +455,8 @@ def test_a_method_s_settings_are_those_of_its_loss():
                 assert hasattr(loss, name), (method.text, name)
             for name, (low, high) in method.searched.items():
                 assert low <= getattr(loss, name) <= high, (method.text, name)
+    assert len(comparison_page.MAIN) == 11
+    assert set(comparison_page.MAIN) == set(comparison.METHODS) - {"nkd_temperature_1", "nkd_confidence"}
     bench = comparison.ComparisonBench(Path("out"), suite=comparison.SUITE)
     job = Job("fashion", "deit", "kd_standardized", 0, 0.1, {"alpha": 0.3})
     assert bench.method_settings(job) == {

@@ -1,0 +1,205 @@
+"""The cells, methods and trainings of comparison.py."""
+
+import contextlib
+import copy
+import io
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from comparison_teacher import FINETUNING, PACKAGE, finetune
+from comparison_temperature import describe_confidence
+from evidence_runs import STUDENTS, TEACHER_SEED, Bench, Job, Suite
+from torch import nn
+
+from nkd_hf import DistillationTrainer, NonFiniteLossError
+from nkd_hf.files import write_whole
+from nkd_hf.teacher_logits.store import TeacherLogits
+
+PRETRAINED = "pretrained"
+DATA = {
+    "fashion": {
+        "images": {"train": 4000, "validation": 1000, "test": 10000},
+        "epochs": {"cnn": 15, "deit": 40}, "random_crop_padding": 2, "horizontal_flip": 0.5,
+    },
+    "numbers": {
+        "images": {"train": 4000, "validation": 1000, "test": 5000},
+        "epochs": {"cnn": 15, "deit": 40}, "random_resized_crop": [0.9, 1.0], "horizontal_flip": 0.0,
+    },
+    # The images of `fashion`, and a teacher with ImageNet weights.
+    PRETRAINED: {
+        "images": {"train": 4000, "validation": 1000, "test": 10000},
+        "epochs": {"cnn": 15}, "random_crop_padding": 2, "horizontal_flip": 0.5, "image_size": 32,
+    },
+}  # fmt: skip
+SUITE = Suite(DATA, STUDENTS)
+CELLS = [f"{data}/{student}" for data in DATA for student in DATA[data]["epochs"]]
+
+
+class Range(NamedTuple):
+    """Bounds of a setting, drawn from on a logarithmic scale."""
+
+    low: float
+    high: float
+
+
+RATES = {"cnn": Range(0.003, 0.3), "deit": Range(5e-4, 1e-2)}
+
+
+class Method(NamedTuple):
+    """A loss of the library, or none, with what is searched beside the learning rate, and what is fixed."""
+
+    text: str
+    loss: str = "none"
+    searched: dict[str, Range] = {}  # noqa: RUF012 (they are not changed)
+    fixed: dict[str, Any] = {}  # noqa: RUF012
+    # Whether it is in the families of the comparison. Else it is an arm of the test of NKD's temperature, a family of its own.
+    in_families: bool = True
+
+
+_SHARE, _WEIGHT, _TEMPERATURE = Range(0.01, 0.9), Range(0.25, 4.0), Range(1.0, 8.0)
+GAMMA = Range(0.25, 4.0)
+TEMPERATURE_1, CONFIDENCE = "nkd_temperature_1", "nkd_confidence"
+BY_CONFIDENCE = "by the teacher's confidence"
+# Of each method its weight and its temperature, where it has them. KD's alpha is the share of the task loss.
+METHODS = {
+    "baseline": Method("baseline"),
+    "label_smoothing": Method("label smoothing", searched={"label_smoothing_factor": Range(0.02, 0.4)}),
+    "kd": Method("KD", "kd", {"alpha": _SHARE, "temperature": _TEMPERATURE}),
+    "kd_standardized": Method(
+        "KD, standardised", "kd", {"alpha": _SHARE, "temperature": _TEMPERATURE}, {"standardize": True}
+    ),
+    "dkd": Method("DKD", "dkd", {"beta": Range(0.5, 16.0), "temperature": _TEMPERATURE}),
+    "dist": Method("DIST", "dist", {"beta": _WEIGHT, "gamma": _WEIGHT}),
+    "wttm": Method("WTTM", "wttm", {"beta": _WEIGHT, "exponent": Range(0.1, 0.8)}),
+    "rld": Method("RLD", "rld", {"beta": _WEIGHT, "temperature": _TEMPERATURE}),
+    "nkd": Method("NKD", "nkd", {"gamma": GAMMA, "temperature": _TEMPERATURE}),
+    "uskd": Method("USKD", "uskd", {"alpha": Range(0.1, 1.0), "beta": Range(0.02, 0.5)}),
+    "tfkd": Method("Tf-KD", "tfkd", {"alpha": Range(0.05, 0.9), "temperature": Range(4.0, 40.0)}),
+    TEMPERATURE_1: Method("NKD, temperature 1", "nkd", {"gamma": GAMMA}, {"temperature": 1.0}, in_families=False),
+    CONFIDENCE: Method(
+        "NKD, temperature by confidence", "nkd", {"gamma": GAMMA}, {"temperature": BY_CONFIDENCE}, in_families=False
+    ),
+}
+MAIN = [name for name, method in METHODS.items() if method.in_families]
+
+
+class SearchTrainer(DistillationTrainer):
+    """A trainer whose trials all start with the same weights, and set what is searched in the loss."""
+
+    def __init__(self, model: nn.Module, **kwargs: Any):
+        super().__init__(model_init=lambda: copy.deepcopy(model), **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        for name, value in (self.hp_space(trial) if trial else {}).items():
+            if not hasattr(self.args, name):  # Trainer sets the others.
+                (loss,) = self.distillation_losses.values()
+                getattr(loss, name)  # an unknown name is an error
+                setattr(loss, name, value)
+        return super().call_model_init(trial)
+
+
+class ComparisonBench(Bench):
+    """The trainings of the comparison."""
+
+    __slots__ = ()
+
+    def method_settings(self, job: Job) -> dict[str, Any]:
+        method = METHODS[job.method]
+        if method.loss == "none":
+            return {"distillation_loss": "none", **job.loss_args}
+        loss_args = method.fixed | job.loss_args
+        if loss_args.get("temperature") == BY_CONFIDENCE:
+            loss_args["temperature"] = self.read_confidence(job.data)["temperature"]
+        return {"distillation_loss": method.loss, "loss_args": loss_args or None}
+
+    def confidence_path(self, data: str) -> Path:
+        return self.output / "confidence" / f"{data}.json"
+
+    def read_confidence(self, data: str) -> dict[str, float]:
+        return json.loads(self.confidence_path(data).read_text())
+
+    def measure_confidence(self, data: str, seed: int) -> str:
+        """Measures the teacher's confidence on the training images of a seed's first epoch, if that is not done."""
+        path = self.confidence_path(data)
+        if not path.is_file():
+            store = TeacherLogits(self.store_folder(data, seed))
+            rows = store.read(0, range(store.info.num_samples))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(describe_confidence(store.dense(rows), rows["target"].long())))
+        return f"{data}: temperature {self.read_confidence(data)['temperature']}"
+
+    def settings(self, names: list[str]) -> dict[str, Any]:
+        settings = super().settings(names)
+        if names == [PRETRAINED]:
+            settings["teacher"] = FINETUNING | {"teacher": PACKAGE, "seed": TEACHER_SEED}
+        return settings
+
+    def write_teacher(self, data: str) -> str:
+        return finetune(self, data) if data == PRETRAINED else super().write_teacher(data)
+
+    def search_path(self, data: str, student: str, method: str, seed: int) -> Path:
+        return self.output / "search" / f"{data}-{student}-{method}-seed{seed}.json"
+
+    def search(self, data: str, student: str, method: str, seed: int, trials: int) -> str:
+        """Trains the trials of one method on one seed, and writes their accuracies on the validation part."""
+        path, start = self.search_path(data, student, method, seed), time.process_time()
+        if path.is_file():
+            return f"{path.stem}: there already"
+        job = Job(data, student, method, seed, RATES[student].low, {})
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            done = self._search(job, Path(folder), trials)
+        best = max(trial["validation"] for trial in done)
+        record = {"data": data, "student": student, "method": method, "seed": seed, "trials": done}
+        record |= {"cpu": round(time.process_time() - start, 1), "commit": self.commit}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        return f"{path.stem}: best {best:.2%}, {record['cpu']:.0f} s"
+
+    def _search(self, job: Job, folder: Path, trials: int) -> list[dict[str, Any]]:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        ranges = {"learning_rate": RATES[job.student], **METHODS[job.method].searched}
+        done = []
+
+        def draw(trial: optuna.Trial) -> dict[str, float]:
+            params = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
+            if len(done) == trial.number:  # Trainer draws more than once in a trial, and gets the same each time.
+                done.append({"params": params, "validation": 0.0})
+            return params
+
+        def read(metrics: dict[str, float]) -> float:
+            # Of each epoch; the last one stays.
+            done[-1] |= {"validation": metrics["eval_accuracy"], "validation_loss": metrics["eval_loss"]}
+            return metrics["eval_accuracy"]
+
+        # The points do not depend on the accuracies: each seed gets the same ones. None is cut short. A training whose loss
+        # is not finite ends with the accuracy that it had.
+        self.make_trainer(job, folder, SearchTrainer).hyperparameter_search(
+            draw, read, trials, "maximize", "optuna", sampler=optuna.samplers.RandomSampler(seed=0),
+            pruner=optuna.pruners.NopPruner(), catch=NonFiniteLossError,
+        )  # fmt: skip
+        return done
+
+    def choose(self, data: str, student: str, method: str, seeds: list[int]) -> dict[str, Any]:
+        """The settings with the best mean accuracy over the seeds of the search; the first of equals."""
+        searches = [json.loads(self.search_path(data, student, method, seed).read_text()) for seed in seeds]
+        points = [[trial["params"] for trial in search["trials"]] for search in searches]
+        if any(other != points[0] for other in points):
+            raise SystemExit(f"{data}/{student}/{method}: the searches have other points: delete {self.output}/search")
+        means = [
+            mean(trial["validation"] for trial in trials)
+            for trials in zip(*(search["trials"] for search in searches), strict=True)
+        ]
+        best = means.index(max(means))
+        return {"params": points[0][best], "validation": means[best], "trial": best}
+
+
+def jobs_of(cell: tuple[str, str, str], chosen: dict[str, Any], seeds: list[int]) -> list[Job]:
+    params = dict(chosen["params"])
+    rate = params.pop("learning_rate")
+    return [Job(*cell, seed, rate, params) for seed in seeds]
