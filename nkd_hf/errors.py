@@ -40,6 +40,10 @@ class RefusedError(ValueError):
     """A model that the package refuses to open; the message says what to do."""
 
 
+class NoClassifierError(RefusedError):
+    """Weights that lack a model's classifier, and nothing else."""
+
+
 class OutsideError(ValueError):
     """A dataset names a file that is not its own."""
 

@@ -29,7 +29,7 @@ from transformers.utils import (
     has_file,
 )
 
-from ..errors import RefusedError, explain_gated_repo, reason
+from ..errors import NoClassifierError, RefusedError, explain_gated_repo, reason
 from ..files import path_fault
 from .build_limit import build_limit, measure_weights
 from .model_config import check_image_processor, find_file, is_timm_config, read_config, read_json
@@ -111,6 +111,8 @@ def open_pretrained(
     try:
         size = measure_weights(_find_weights(name, config, allow_pickle, where))
         if is_timm_config(config):
+            if config.get("num_classes") == 0 and not new_head:
+                kwargs.setdefault("num_labels", 2)  # check_weights names the missing classifier
             labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
             kwargs["config"] = TimmWrapperConfig.from_dict(config, **labels)
         with _without_conversion(), _without_report(), build_limit(size, num_new_classes):
@@ -207,24 +209,25 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool
         new_head: whether the classifier's weights may differ, and the file may hold more than the model.
 
     Raises:
+        NoClassifierError: the classifier's weights are missing, and no others.
         RefusedError: weights are missing, have another shape, or are unknown to the model.
     """
-    mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]
-    faults = {
-        "missing keys": loaded["missing_keys"],
-        "mismatched keys": mismatched,
-        "unexpected keys": loaded["unexpected_keys"],
-    }
-    if new_head:
-        is_head = _head_of(model)
-        faults = {fault: [key for key in faults[fault] if not is_head(key)] for fault in list(faults)[:2]}
     # Old files hold tables that the model computes itself, such as LeViT's attention_bias_idxs.
     computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
-    for fault, keys in faults.items():
-        if keys := sorted(key for key in keys if not _WITHOUT_EFFECT.fullmatch(key) and key not in computed):
+    faults = {}
+    for fault in ("missing keys", "mismatched keys", "unexpected keys"):
+        keys = (key if isinstance(key, str) else key[0] for key in loaded[fault.replace(" ", "_")])
+        faults[fault] = sorted(key for key in keys if not _WITHOUT_EFFECT.fullmatch(key) and key not in computed)
+    is_head = _head_of(model)
+    of_others = {fault: [key for key in faults[fault] if not is_head(key)] for fault in list(faults)[:2]}
+    lacks_head = not new_head and not any((*of_others.values(), faults["mismatched keys"]))
+    for fault, keys in (of_others if new_head else faults).items():
+        if keys:
             expected = "the weights of all layers but the classifier" if new_head else "a whole image classifier"
-            raise RefusedError(
-                f"its weights must be {expected}, got {len(keys)} {fault} of {len(model.state_dict())}, {keys[0]} first. "
+            first = min(keys, key=is_head)  # a layer of the backbone, if one is among them
+            kind = NoClassifierError if lacks_head and fault == "missing keys" else RefusedError
+            raise kind(
+                f"its weights must be {expected}, got {len(keys)} {fault} of {len(model.state_dict())}, {first} first. "
                 f"{_advice(loaded['unexpected_keys'], new_head)}"
             )
 

@@ -10,7 +10,7 @@ from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..errors import RefusedError
+from ..errors import NoClassifierError, RefusedError
 from .loading import open_image_processor, open_pretrained
 from .preprocessing import read_preprocessing
 from .repo_ids import read_repo_id
@@ -57,7 +57,8 @@ def load_teacher(
     Raises:
         ValueError: the id or folder cannot be opened, or has only files that are not allowed; the model is for regression or
             for several labels an image (`problem_type`); the weights are not one positive number for each teacher; a CLIP or
-            SigLIP model comes without prompts, or prompts with anything else.
+            SigLIP model comes without prompts, or prompts with anything else. It is a [`~nkd_hf.errors.NoClassifierError`] where
+            the id or folder lacks the classifier alone.
 
     Example:
 
@@ -98,9 +99,34 @@ def load_teacher(
         return Teacher(teacher, read_preprocessing(teacher, processing_class), id2label, type(teacher).__name__)
     if not isinstance(teacher, str | os.PathLike):
         raise ValueError(f"teacher must be a Hub id, a folder or a module, got a {type(teacher).__name__}")
-    teacher = read_repo_id(os.fspath(teacher), "teacher")
+    options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    return _open_teacher(os.fspath(teacher), prompts, class_names, processing_class, options)
+
+
+def open_backbone(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Teacher:
+    """Opens a model without a classifier as a teacher, whose classifier is a new one of two classes: it must be trained first.
+
+    Args:
+        name, allow_pickle, trust_remote_code: see [`load_teacher`].
+
+    Raises:
+        ValueError: the id or folder cannot be opened, or lacks other weights too.
+    """
+    options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    return _open_teacher(name, None, None, None, options | {"new_head": True, "num_labels": 2})
+
+
+def _open_teacher(
+    teacher: str,
+    prompts: Sequence[str] | None,
+    class_names: Sequence[str] | None,
+    processing_class: BaseImageProcessor | None,
+    options: dict[str, Any],
+) -> Teacher:
+    """Opens a teacher by its Hub id or folder, with its image processor; options are of [`open_pretrained`]."""
+    teacher = read_repo_id(teacher, "teacher")
+    trust_remote_code = options["trust_remote_code"]
     try:
-        options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
         model = _open_model(teacher, prompts, class_names, options)
         if processing_class is None and not getattr(model.config, "pretrained_cfg", None):
             try:
@@ -110,6 +136,8 @@ def load_teacher(
                     "it has no image processor (preprocessor_config.json). Save the model's beside it "
                     "(processor.save_pretrained), or pass processing_class to load_teacher"
                 ) from error
+    except NoClassifierError as error:
+        raise NoClassifierError(f"teacher {teacher!r} is not opened: {error}") from error
     except RefusedError as error:
         raise ValueError(f"teacher {teacher!r} is not opened: {error}") from error
     except (OSError, ValueError) as error:
@@ -149,7 +177,7 @@ def _open_members(
 
 
 def _open_model(
-    name: str, prompts: Sequence[str] | None, class_names: Sequence[str] | None, options: dict[str, bool]
+    name: str, prompts: Sequence[str] | None, class_names: Sequence[str] | None, options: dict[str, Any]
 ) -> nn.Module:
     """Opens a classifier, or a CLIP or SigLIP model as one."""
     if not is_zero_shot(name, options["trust_remote_code"]):

@@ -82,7 +82,7 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "Train a pretrained teacher on the data first: `auto` does so, with a new head, where its classes are "
-            "not the data's; `always`; `never`. Default: auto for `nkd-hf distill`, never for a recipe.",
+            "not the data's or it has no classifier; `always`; `never`. Default: auto for `nkd-hf distill`, never for a recipe.",
             "choices": list(FINETUNE),
         },
     )

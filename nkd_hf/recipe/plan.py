@@ -125,11 +125,13 @@ def make_plan(
     finetunes = False
     if teacher is not None and not recipe.names_new_teacher:
         differ = teacher_plans[0]["num_classes"] != student_plan["num_classes"]
-        finetunes = recipe.finetune_teacher == "always" or (differ and recipe.finetune_teacher == "auto")
+        new_head = differ or getattr(teacher, "starts_with_new_head", False)
+        finetunes = recipe.finetune_teacher == "always" or (new_head and recipe.finetune_teacher == "auto")
     if finetunes and data.trains_without_labels:
         refuse_training_of_teacher(recipe)
     if finetunes:
-        notes.append("the teacher is fine-tuned on the data first (finetune_teacher)")
+        head = f"gets a new head of {student_plan['num_classes']} classes, and " if new_head else ""
+        notes.append(f"the teacher {head}is fine-tuned on the data first (finetune_teacher)")
     else:
         notes += _note_classes(teacher_plans, student_plan["num_classes"])
     taps = {
@@ -168,10 +170,8 @@ def make_plan(
             "activation checkpointing and torch.compile keep some activations and recompute others: they are not counted"
         )
     groups = list_optimizer_groups(model, training)
-    images, added = (
-        steps["num_train_images"],
-        math.ceil(data.unlabeled_ratio * steps["num_train_images"]) if joins else 0,
-    )
+    images = steps["num_train_images"]
+    added = math.ceil(data.unlabeled_ratio * images) if joins else 0
     decoded = steps["decoded_images"] + added
     store = None
     if top_k is not None or cycle is not None:

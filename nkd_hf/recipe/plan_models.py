@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     TimmWrapperConfig,
+    TimmWrapperForImageClassification,
 )
 
 from ..data.arguments import DataArguments
@@ -103,15 +105,45 @@ def _open_teacher(
         ):
             return _open_zero_shot(teacher, num_classes, recipe.trust_remote_code)
         if name != teacher and timm.is_model(name):
-            model = timm.create_model(name)
-            return model, read_preprocessing(model)
-        return _open_config(teacher, default=student_pixels, trust_remote_code=recipe.trust_remote_code)
+            settings = timm.get_pretrained_cfg(name).to_dict()
+            lacks_classifier = settings["num_classes"] == 0
+            labels = num_classes if lacks_classifier else settings["num_classes"]
+            # Not timm's model itself, which has no configuration: it may be planned to be trained.
+            model = TimmWrapperForImageClassification(
+                TimmWrapperConfig(architecture=name, num_labels=labels, pretrained_cfg=settings)
+            )
+            pixels = read_preprocessing(model)
+        else:
+            trust = recipe.trust_remote_code
+            lacks_classifier = _lacks_classifier(read_config(teacher, trust, local_files_only=True) or {})
+            labels = num_classes if lacks_classifier else None
+            model, pixels = _open_config(teacher, labels, default=student_pixels, trust_remote_code=trust)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
         notes.append(
             f"teacher {teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "
             f"{reason(error)}"
         )
         return None, None
+    model.starts_with_new_head = lacks_classifier
+    if lacks_classifier and len(recipe.teachers) > 1:
+        notes.append(
+            f"the teacher {teacher} has no classifier: the run stops. Fine-tune it first, alone, and name its folder"
+        )
+    elif lacks_classifier and recipe.finetune_teacher not in ("auto", "always"):
+        notes.append(f"the teacher {teacher} has no classifier: the run stops. Set finetune_teacher to auto")
+    return model, pixels
+
+
+def _lacks_classifier(config: dict[str, Any]) -> bool:
+    """Whether a configuration is of a model without a classifier; only its weights tell for sure."""
+    if is_timm_config(config):
+        return config.get("num_classes") == 0
+    classes = config.get("architectures") or ()
+    return (
+        bool(classes)
+        and not config.get("auto_map")
+        and not any("ImageClassification" in str(name) for name in classes)
+    )
 
 
 def _open_zero_shot(name: str, num_classes: int, trust_remote_code: bool) -> tuple[ZeroShotClassifier, Preprocessing]:

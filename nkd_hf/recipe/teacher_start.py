@@ -6,8 +6,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..data.arguments import DataArguments, streaming_max_steps
+from ..errors import NoClassifierError
 from ..models.labels import match_labels, names_all, normalize_id2label
 from ..models.teacher import Teacher
+from ..models.teacher_loading import open_backbone
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
 from .build import images_per_epoch, open_teacher
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 def open_named_teacher(
     recipe: RecipeArguments, id2label: dict[int, str], training: DistillationTrainingArguments
 ) -> Teacher:
-    """Opens the pretrained teacher of a run, and says its size.
+    """Opens the pretrained teacher of a run, and says its size; one without a classifier where it is fine-tuned first.
 
     Args:
         recipe: names the teacher, or several.
@@ -28,10 +30,25 @@ def open_named_teacher(
         training: says which process prints.
 
     Raises:
-        ValueError: see [`~nkd_hf.models.teacher_loading.load_teacher`].
+        ValueError: see [`~nkd_hf.models.teacher_loading.load_teacher`]; or the teacher has no classifier, and is one of several
+            or `finetune_teacher` is `never`.
     """
-    teacher = open_teacher(recipe, recipe.teacher, id2label)
-    say(training, f"The teacher {', '.join(recipe.teachers)}: {describe_size(teacher)} parameters, pretrained")
+    start = "pretrained"
+    try:
+        teacher = open_teacher(recipe, recipe.teacher, id2label)
+    except NoClassifierError as error:
+        if len(recipe.teachers) > 1:
+            raise ValueError(
+                f"{error} Or fine-tune it on the classes of the data first, alone, and name its folder"
+            ) from error
+        if recipe.finetune_teacher not in ("auto", "always"):
+            raise ValueError(
+                f"finetune_teacher must be auto or always for the teacher {recipe.teacher!r}, which has no classifier, got "
+                f"{recipe.finetune_teacher or 'never'}. Set it to auto, which trains the teacher with a new head on the data first"
+            ) from error
+        options = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
+        teacher, start = open_backbone(recipe.teacher, **options), "pretrained, without a classifier"
+    say(training, f"The teacher {', '.join(recipe.teachers)}: {describe_size(teacher)} parameters, {start}")
     return teacher
 
 
@@ -61,7 +78,8 @@ def needs_finetuning(
 
 
 def _needs_finetuning(recipe: RecipeArguments, teacher: Teacher, id2label: dict[int, str]) -> bool:
-    if recipe.finetune_teacher == "always":
+    has_new_head = getattr(teacher.model, "starts_with_new_head", False)
+    if recipe.finetune_teacher == "always" or has_new_head:
         return True
     if recipe.ignore_label_names or teacher.id2label is None:
         return False
