@@ -24,6 +24,7 @@ from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import SCHEDULES, lr_factor
 from .arguments import RecipeArguments
 from .class_sizes import check_class_balance
+from .crops import describe_uneven_crops
 from .loss_shapes import loss_shapes
 from .plan_costs import (
     count_disk_bytes,
@@ -151,6 +152,7 @@ def make_plan(
         runs["baseline"] = DistillationModel(student, {})
     if losses:
         runs["student"] = model
+    notes += describe_uneven_crops(recipe, data, training, runs if recipe.time_budget is None else ())
     teachers = nn.ModuleList(model for model, _ in opened if model is not None)
     states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
 

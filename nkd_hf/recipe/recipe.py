@@ -75,7 +75,7 @@ from .run_folder import (
 from .stage import find_last_checkpoint, find_trained, make_trainer, open_trained, restore_trained, train_model
 from .teacher_accuracy import evaluate_teacher, measure_teacher, say_teacher_accuracy
 from .teacher_start import needs_finetuning, open_named_teacher, teacher_changes
-from .time_budget import fit_time_budget
+from .time_budget import settle_epochs
 from .time_left import TimeLeft
 
 
@@ -218,9 +218,8 @@ class Recipe:
             del trainer
         del student
         release_memory()
-        if self.args.time_budget is not None and trains_student:
-            fit_time_budget(self)
         if trains_student:
+            settle_epochs(self)
             check_disk(self, self.stages)
         if not self.goes_on:
             # Only now, so that input that is refused leaves the results of an earlier run.

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import math
 import statistics
 import tempfile
@@ -19,12 +20,15 @@ from ..files import write_whole
 from ..trainer.agreement import decide_in_first
 from ..trainer.trainer import DistillationTrainer
 from .build import count_epochs
+from .crops import describe_uneven_crops
 from .duration import describe_duration, parse_duration
 from .progress import TrainingProgress
 from .report import say
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 # Steps that are measured, after steps that warm up caches, workers and compilers.
 _STEPS, _WARM_UP = 10, 3
@@ -138,6 +142,22 @@ def fit_epochs(seconds: float, speeds: Iterable[Speed], multiple: int = 1) -> di
         rest = [speed for speed in rest if speed not in short]
     chosen = {speed.name: multiple * int(factor * speed.epochs / multiple) for speed in rest}
     return {speed.name: chosen.get(speed.name, multiple) for speed in speeds}
+
+
+def settle_epochs(run: "Recipe") -> None:
+    """Chooses a run's epochs by its `time_budget`, if it has one, and warns of epochs that take some images more often than others.
+
+    Args:
+        run: whose models, data and folder are checked.
+
+    Raises:
+        ValueError: see [`fit_time_budget`].
+    """
+    if run.args.time_budget is not None:
+        fit_time_budget(run)
+    for fault in describe_uneven_crops(run.args, run.data_args, run.training_args, run.stages):
+        if run.training_args.should_save:
+            logger.warning("%s.", fault)
 
 
 def fit_time_budget(run: "Recipe") -> None:

@@ -12,9 +12,12 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from nkd_hf import (
     DataArguments,
+    DistillationTrainingArguments,
     ImageCollator,
     ImageDataset,
     NKDLoss,
+    Recipe,
+    RecipeArguments,
     cli,
     load_image_dataset,
     train_transform,
@@ -195,6 +198,41 @@ def test_the_plan_counts_the_images_that_are_decoded(capsys):
     text = capsys.readouterr().out
     assert "3 epochs of 1,281,167 images, 320,292 of them decoded" in text
     assert "4 crops of each decoded image" in text
+
+
+def uneven(name: str, got: str, multiples: str) -> str:
+    return (
+        f"{name} should be a multiple of crops_per_image, which is 4, got {got}: some images are taken more often than others. "
+        f"Set {name} to {multiples}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--num_train_epochs", "6"], [("num_train_epochs", "6", "4 or 8")]),
+        (["--num_train_epochs", "2.5"], [("num_train_epochs", "2.5", "4")]),
+        (["--num_train_epochs", "8"], []),
+        (["--num_train_epochs", "6", "--max_steps", "5"], []),
+        (["--num_train_epochs", "6", "--time_budget", "1h"], []),
+        (["--num_train_epochs", "8", "--teacher_epochs", "9"], [("teacher_epochs", "9", "8 or 12")]),
+        (["--num_train_epochs", "8", "--teacher_epochs", "9", "--teacher", "timm/resnet18.a1_in1k"], []),
+    ],
+)
+def test_the_plan_names_epochs_that_take_some_images_more_often(arguments, expected, capsys):
+    given = ["--num_processes", "1", "--num_train_images", "100", "--student", "resnet18", "--image_size", "32"]
+    cli.main(["plan", *given, "--teacher", "resnet18", "--crops_per_image", "4", *arguments])
+    said = [line for line in capsys.readouterr().out.splitlines() if "should be a multiple" in line]
+    assert said == [f"Note: {uneven(*each)}" for each in expected]
+
+
+def test_a_run_warns_of_epochs_that_take_some_images_more_often(tmp_path, caplog):
+    recipe = RecipeArguments("resnet18", distillation_loss="tfkd", image_size=32)
+    data = DataArguments("digits", crops_per_image=4, max_train_samples=40, max_eval_samples=8)
+    training = DistillationTrainingArguments(str(tmp_path), num_train_epochs=6, use_cpu=True, report_to="none")
+    Recipe(recipe, data, training).check()
+    expected = uneven("num_train_epochs", "6", "4 or 8")
+    assert [record.getMessage() for record in caplog.records if "multiple" in record.getMessage()] == [expected]
 
 
 @pytest.fixture(scope="module")
