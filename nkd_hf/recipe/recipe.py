@@ -417,26 +417,27 @@ class Recipe:
             if not is_result:
                 return student
         changes["push_to_hub"] = training.push_to_hub and is_result
+        has_begun = folder.is_dir()  # which Trainer.__init__ makes
         trainer = self._make_trainer(folder, student, loss, teacher, **changes)
         trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies, self.teacher_logits)
         if history is not None:
             restore_trained(trainer)
         else:
-            self._train_from(checkpoint, trainer, name)
+            self._train_from(checkpoint, trainer, name, has_begun)
         if trainer.args.push_to_hub:
             self.to_push = trainer
         if is_result:
             self.result_trainer = trainer
         return trainer.student
 
-    def _train_from(self, checkpoint: str | None, trainer: DistillationTrainer, name: str) -> None:
+    def _train_from(self, checkpoint: str | None, trainer: DistillationTrainer, name: str, has_begun: bool) -> None:
         """Trains one model, from a checkpoint that is named or from the last one of this run, and records its accuracy."""
         training, student = self.training_args, trainer.student
         trainer.add_callback(TimeLeft(name, self.stages[self.stages.index(name) + 1 :]))
         start = f"{describe_size(student)} parameters, {describe_start(student)}"
         say(training, f"Training the {name} ({start}); it goes to {trainer.args.output_dir}")
         if checkpoint is None and self.goes_on:
-            checkpoint = find_last_checkpoint(trainer)
+            checkpoint = find_last_checkpoint(trainer, has_begun)
         train_model(trainer, name, checkpoint, with_card=name == self._result)
         self._record(name, trainer.state.log_history)
 

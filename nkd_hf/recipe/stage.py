@@ -158,13 +158,23 @@ def open_trained(folder: Path, student: PreTrainedModel, trust_remote_code: bool
     return student
 
 
-def find_last_checkpoint(trainer: DistillationTrainer) -> str | None:
-    """Finds the checkpoint where a training goes on, and says so; None where it starts from the beginning."""
+def find_last_checkpoint(trainer: DistillationTrainer, has_begun: bool) -> str | None:
+    """Finds the checkpoint where a training goes on, and says so.
+
+    Args:
+        trainer: of the model.
+        has_begun: whether an earlier start has begun this training, so that one without a checkpoint is worth a message.
+
+    Returns:
+        The folder; None where the training starts from the beginning.
+    """
     args = trainer.args
     checkpoint = trainer.last_checkpoint()
     if checkpoint is not None:
         say(args, f"Goes on from {checkpoint}")
         return checkpoint
+    if not has_begun:
+        return None
     missing = f"There is no checkpoint in {args.output_dir}"
     if checkpoints(args.output_dir):
         missing = f"The checkpoints in {args.output_dir} hold the model only (save_only_model)"

@@ -180,13 +180,20 @@ def test_a_resumed_recipe_keeps_its_teacher(tmp_path, capsys):
     first = run("distill_cnn", *arguments)
     weights = tmp_path / "run" / "teacher" / "model.safetensors"
     teacher = weights.read_bytes()
-    # As if it had been stopped before the student's first checkpoint.
-    shutil.rmtree(tmp_path / "run" / "student")
-    second = run("distill_cnn", *arguments, "--resume_from_checkpoint", "true")
-    assert weights.read_bytes() == teacher
-    assert second.results == first.results
-    said = capsys.readouterr().out
-    assert f"There is no checkpoint in {tmp_path / 'run' / 'student'}: this training starts from the beginning" in said
+    student = tmp_path / "run" / "student"
+    for has_begun in (True, False):
+        # As if it had been stopped before the student's first checkpoint, or before its training began.
+        shutil.rmtree(student)
+        if has_begun:
+            student.mkdir()
+        capsys.readouterr()
+        second = run("distill_cnn", *arguments, "--resume_from_checkpoint", "true")
+        assert weights.read_bytes() == teacher
+        assert second.results == first.results
+        said = capsys.readouterr().out
+        missing = f"There is no checkpoint in {student}: this training starts from the beginning"
+        assert (missing in said) == has_begun
+        assert ("starts from the beginning" in said) == has_begun
 
 
 def test_a_teacher_of_other_names_is_taken_by_its_numbers(tmp_path, monkeypatch):
