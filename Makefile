@@ -1,7 +1,7 @@
 PYTHON ?= python3
 SOURCES = nkd_hf recipes tests benchmarks
 
-.PHONY: help demo test test-oldest test-slow test-rows test-gpu bench-gpu wheels quality style
+.PHONY: help demo test test-runs test-oldest test-slow test-rows test-gpu bench-gpu wheels quality style
 
 # `make` alone shows the list, too.
 help:  ## list the targets
@@ -10,10 +10,13 @@ help:  ## list the targets
 demo: .venv/installed  ## install into .venv, then distil a DeiT on the digits
 	.venv/bin/accelerate launch recipes/distill_deit.py
 
-test: .venv/installed-test .venv/installed-space  ## run the tests, but for the long ones
-	.venv/bin/python -m pytest --numprocesses auto --dist worksteal
+test: .venv/installed-test  ## run the tests, but for those of whole runs: in 5 minutes on two cores
+	.venv/bin/python -m pytest -m "not runs and not slow and not rows and not gpu" --numprocesses auto --dist worksteal
 
-test-oldest: .venv/oldest/installed  ## run the tests with the oldest versions that setup.cfg admits
+test-runs: .venv/installed-test .venv/installed-space  ## run the tests of whole runs: recipes, kills, processes, notebook, Space
+	.venv/bin/python -m pytest -m "runs and not slow" --numprocesses auto --dist worksteal
+
+test-oldest: .venv/oldest/installed  ## run test and test-runs with the oldest versions that setup.cfg admits
 	.venv/oldest/bin/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: .venv/installed-test  ## run the long tests: the three recipes in full, resuming, memory

@@ -152,6 +152,7 @@ def test_top5_indices_refuses_other_shapes(logits):
         top5_indices(logits)
 
 
+@pytest.mark.runs
 def test_loads_by_path_in_two_processes_without_network(tmp_path):
     # One interpreter that splits in two: imports take seconds, and the race lies behind them. Without transformers, evaluate
     # imports less.

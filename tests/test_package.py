@@ -89,6 +89,7 @@ def test_recipes_import_the_public_names_alone_and_nothing_imports_recipes():
         assert not any(name.split(".")[0] == "recipes" for name in imports(file))
 
 
+@pytest.mark.runs
 def test_losses_load_no_transformers():
     code = "import sys; from nkd_hf.losses import nkd_loss; print({'transformers', 'timm', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -104,6 +104,7 @@ def test_wrong_input_is_said_in_a_line_and_bugs_keep_their_traceback(capsys, tmp
 # --- evaluate ---
 
 
+@pytest.mark.runs
 def test_evaluate_command_agrees_with_a_pipeline(tmp_path, student):
     command = os.path.join(os.path.dirname(sys.executable), "nkd-hf")
     done = subprocess.run(
@@ -218,6 +219,7 @@ def test_one_batch_is_not_timed(student, capsys):
     assert "throughput     not measured" in out
 
 
+@pytest.mark.runs
 def test_native_model_and_a_stream(tmp_path, capsys):
     native_vit().save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)

@@ -108,6 +108,7 @@ class Seen:
         return self.collator(samples)
 
 
+@pytest.mark.runs
 def test_a_training_draws_images_augments_each_draw_and_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
     train, collator = images(folder)
 
@@ -135,6 +136,7 @@ def test_a_training_draws_images_augments_each_draw_and_resumes_in_the_middle_of
     assert len({sample[4] for sample in rare}) > 0.9 * len(rare)
 
 
+@pytest.mark.runs
 def test_two_processes_share_the_draws_of_one(folder, tmp_path):
     def run(name: str, batch_size: int) -> None:
         train, collator = images(folder)

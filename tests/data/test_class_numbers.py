@@ -38,6 +38,7 @@ def load(name, **arguments):
     return load_image_dataset(DataArguments(dataset_name=str(name), **arguments))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", ["folder", "parquet", "text"])
 def test_classes_that_are_numbers_stand_in_their_order(tmp_path, kind):
     """In all kinds of splits; as text, 10 would come before 2."""
@@ -192,6 +193,7 @@ def recipe(folder, on_non_finite_loss="error", **arguments) -> Recipe:
     )  # fmt: skip
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("answer", [10, None])
 @pytest.mark.parametrize("ignore_label_names", [False, True])
 def test_a_teacher_without_names_knows_the_classes_by_their_numbers(tmp_path, ignore_label_names, answer, caplog):

@@ -250,6 +250,7 @@ def store(tmp_path_factory, teacher) -> TeacherLogits:
     return write(tmp_path_factory.mktemp("store"), teacher, *CROPS, "--epochs", "4", "--cycle", "2")
 
 
+@pytest.mark.runs
 def test_a_store_of_crops_is_the_live_teacher(store, teacher, tmp_path):
     """An odd number of images, mixed in pairs; the card names the crops, and a run without them is refused."""
     assert store.info.fingerprint["crops_per_image"] == 2
@@ -270,6 +271,7 @@ def test_a_cycle_takes_each_image_equally_often(teacher, tmp_path, capsys):
     assert "cycle must be a multiple of 2, the crops_per_image, got 3" in capsys.readouterr().err
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("with_store", [False, True])
 def test_a_training_on_crops_resumes_bit_for_bit(store, teacher, tmp_path, with_store):
     """Stopped in the middle of its second epoch; with the store, in the middle of a repeated one."""

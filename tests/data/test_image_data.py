@@ -101,6 +101,7 @@ def load(name, seed=42, **arguments):
     return load_image_dataset(DataArguments(dataset_name=str(name), **arguments), seed=seed)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("load_it", [load_image_dataset, load_evaluation_split])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_number_their_classes_alike(parquet, tmp_path, load_it, streaming):
@@ -649,6 +650,7 @@ def test_a_bad_image_is_an_error_that_names_its_file_or_row(tmp_path):
         dataset[1]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "keywords",
     [{}, {"num_workers": 2}, {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}],

@@ -506,6 +506,7 @@ def report(folder: Path) -> None:
         (folder / "result.json").write_text(json.dumps({"said": said, "alone": alone}))
 
 
+@pytest.mark.runs
 def test_two_processes_report_once_what_both_of_them_met(tmp_path):
     data = write(tmp_path / "data", {f"{i:02d}.jpg": b"" if i in (1, 6, 9) else JPEG for i in range(15)})
     write(data, {f"{i}.jpg": b"" if i in (0, 5) else JPEG for i in range(7)}, split="val")

@@ -115,6 +115,7 @@ def test_training_tells_the_sampler_its_epoch_when_it_resumes(rows, tmp_path):
     assert resumed == whole[13:]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("keywords", WORKERS)
 def test_a_loader_that_knows_no_epoch_gets_fresh_views(rows, keywords):
     dataset = images(rows)

@@ -43,6 +43,7 @@ def passes_of(parts: list[list[dict]], num_passes: int) -> list[Counter]:
 
 
 # 3 shards on 2 workers: as whole shards, one worker would get twice the rows of the other.
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("num_shards", "num_processes", "num_workers"), [(3, 1, 2), (1, 1, 2), (3, 2, 0), (4, 3, 0), (13, 2, 2), (1, 3, 2)]
 )
@@ -162,6 +163,7 @@ def work(folder: Path) -> None:
         (folder / "result.json").write_text(json.dumps(result))
 
 
+@pytest.mark.runs
 def test_two_processes_train_on_their_parts_and_resume(tmp_path):
     log = tmp_path / "log"
     assert in_processes(2, lambda: work(tmp_path), log) == [0, 0], log.read_text()[-3000:]

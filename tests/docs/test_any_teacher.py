@@ -47,6 +47,7 @@ def bench(tmp_path_factory):
         yield bench
 
 
+@pytest.mark.runs
 def test_the_parts_share_no_image_and_others_have_no_label(bench):
     parts = {"few": 20, "others": 60, "all": 80, "all-unlabelled": 80, "teacher": 100}
     rows = {name: Dataset.from_parquet(str(bench.work / "data" / name / "train.parquet")) for name in parts}
@@ -59,6 +60,7 @@ def test_the_parts_share_no_image_and_others_have_no_label(bench):
     assert np.bincount(rows["few"]["label"]).tolist() == [2] * 10
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "labelled", "unlabelled", "losses"),
     [("few", 20, 0, {"task"}), ("joined-teacher", 20, 60, {"kd", "task"}), ("label-free", 0, 80, {"kd"})],
@@ -71,6 +73,7 @@ def test_a_student_is_trained_on_what_its_arm_says(bench, name, labelled, unlabe
     assert 0 <= run["top1"] <= 1
 
 
+@pytest.mark.runs
 def test_each_arm_has_its_images_and_its_teachers(bench):
     settings = {name: bench.settings_of(name, 3) for name in any_teacher.ARMS}
     teachers = {name: [Path(folder).parts[-3] for folder in own.get("teacher", ())] for name, own in settings.items()}
@@ -103,6 +106,7 @@ def test_the_share_s_interval_is_fieller_s():
     assert any_teacher.gain_share([1.0, -1.0], [0.0, 0.0])[1:] == unbounded
 
 
+@pytest.mark.runs
 def test_a_second_start_trains_nothing_and_judges_the_aim(bench, tmp_path, monkeypatch):
     work, result = tmp_path / "work", tmp_path / "any_teacher.json"
     shutil.copytree(bench.work, work)

@@ -80,6 +80,7 @@ def comparison_image():
     return datasets.Image(mode="L")
 
 
+@pytest.mark.runs
 class TestRun:
     METHODS = ("baseline", "label_smoothing", "kd_standardized")
 
@@ -227,6 +228,7 @@ class TestRun:
                 comparison.main(args)
 
 
+@pytest.mark.runs
 class TestPretrainedTeacher:
     METHODS = ("baseline", "uskd", "nkd", "nkd_temperature_1", "nkd_confidence")
 

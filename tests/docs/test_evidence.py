@@ -185,6 +185,7 @@ def test_calls_in_processes_of_their_own(capsys):
         evidence.in_parallel([(math.sqrt, -1)], 2, "roots")
 
 
+@pytest.mark.runs
 class TestRun:
     ABLATIONS = ("nkd-target", "nkd-non-target", "nkd-gamma-4.5", "uskd-weak", "uskd-uniform", "uskd-rank")
     ARGS = ("--students", "cnn", "--methods", "baseline", "nkd", "uskd", "--ablations", *ABLATIONS, "--seeds", "2")

@@ -89,6 +89,7 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.runs
 def test_each_part_writes_its_figures(results):
     for part in PARTS:
         result = json.loads((results / f"{part}-gpu.json").read_text())
@@ -103,6 +104,7 @@ def test_each_part_writes_its_figures(results):
     }
 
 
+@pytest.mark.runs
 def test_the_page_shows_the_figures_of_a_gpu_once_they_exist(results, tmp_path, monkeypatch):
     page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     for part in BENCH["PARTS"]:

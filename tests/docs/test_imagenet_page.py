@@ -37,6 +37,7 @@ def rows(script):
     return script.read_rows()
 
 
+@pytest.mark.runs
 def test_the_tables_are_those_of_the_configs(script, rows, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "read_rows", lambda: rows)
     with pytest.raises(SystemExit) as exit_info:
@@ -51,6 +52,7 @@ def test_the_tables_are_those_of_the_configs(script, rows, monkeypatch, tmp_path
     assert script.PAGE.read_text(encoding="utf-8") == PAGE
 
 
+@pytest.mark.runs
 def test_hours(script, rows, capsys, monkeypatch):
     # ResNet-18 has 1.81 GMACs and ResNet-34 3.66.
     (row,) = [row for row in rows if row.name == "nkd_resnet34_resnet18"]
@@ -66,6 +68,7 @@ def test_hours(script, rows, capsys, monkeypatch):
     assert fast == pytest.approx([hours / 2 for hours in slow], abs=1)
 
 
+@pytest.mark.runs
 def test_the_baseline_of_a_row_has_its_settings(script, rows):
     shared = script.baselines(rows)
     assert shared["uskd_resnet18"] == "nkd_resnet34_resnet18"
@@ -153,6 +156,7 @@ def from_root(arguments: list[str]) -> list[str]:
     return [str(ROOT / word) if word.startswith("recipes/") else word for word in arguments]
 
 
+@pytest.mark.runs
 def test_what_the_text_names_exists(script, rows):
     options = set(_Parser(TYPES)._option_string_actions)
     options |= {"--rate", "--num_processes", "--machine_rank"}

@@ -82,6 +82,7 @@ def test_plan(folder):
     assert plan["teacher"]["name"] == "resnet34"
 
 
+@pytest.mark.runs
 def test_recipe(folder):
     run(folder, ROOT / "recipes" / "distill_cnn.py", "--config", "mine.yaml", *FEW, *IN_PROCESS,
         "--num_train_epochs", "1", "--output_dir", "out")  # fmt: skip

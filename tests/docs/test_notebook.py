@@ -22,6 +22,7 @@ def test_it_is_committed_without_outputs():
     assert str(Path.home()) not in NOTEBOOK.read_text()
 
 
+@pytest.mark.runs
 def test_it_runs(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

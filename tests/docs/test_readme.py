@@ -49,6 +49,7 @@ def run_python(page: Path) -> dict:
     return names
 
 
+@pytest.mark.runs
 def test_python_of_the_readme_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_python(README)
@@ -60,6 +61,7 @@ def test_python_of_the_readme_runs_and_prints_what_it_says(tmp_path, monkeypatch
     assert (tmp_path / "digits-nkd" / "model.safetensors").is_file()
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
 def test_python_of_a_page_runs(tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)

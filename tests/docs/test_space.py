@@ -30,7 +30,7 @@ from nkd_hf import create_student, load_image_processor
 from nkd_hf.data import decoding as images
 
 SPACE = Path(__file__).parents[2] / "recipes" / "space"
-# gradio wants an older pillow than the other tests run with; `make test` makes this environment.
+# gradio wants an older pillow than the other tests run with; `make test-runs` makes this environment.
 PYTHON = Path(sys.prefix, "space", "bin", "python")
 ROLES = ("student", "baseline", "teacher")
 
@@ -163,6 +163,7 @@ def digit(row: int, turned: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.runs
 def test_dropped_images(browser, models, tmp_path):
     folders = {role.upper(): models / role for role in ROLES}
     folders["TEACHER"] = f"{models}{'/.' * 40}/teacher"  # more than a line
@@ -237,6 +238,7 @@ print("NAMES", json.dumps(app.classify({"student": lambda image, top_k: names}, 
 """
 
 
+@pytest.mark.runs
 def test_models_that_are_missing_or_not_to_be_trusted(models, tmp_path):
     pickled, custom = tmp_path / "pickled", tmp_path / "custom"
     pickled.mkdir()

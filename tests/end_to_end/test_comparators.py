@@ -662,6 +662,7 @@ def test_models_that_do_not_fit_are_errors_before_training(tmp_path):
         RecipeArguments(student="a", distillation_loss="wttm")
 
 
+@pytest.mark.runs
 def test_whole_model_compiles():
     student, teacher_model = timm_cnn(), wide_cnn()
     modules = {"mgd": MGDLoss(64, 96), "srrl": SRRLLoss(64, 96)} | {name: OF_LOGITS[name][0]() for name in OF_LOGITS}

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from distributed_runs import EVALUATION_SIZES, STEPS, read
 from tiny import digits
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -21,6 +21,8 @@ from nkd_hf.trainer import checkpoint_writer, checkpoints
 from nkd_hf.trainer.agreement import decide_in_first, first_fault
 from nkd_hf.trainer.checkpoints import find_damage
 
+pytestmark = pytest.mark.runs
+
 
 def trainer_in(folder: Path, **kwargs):
     """Logs after 3 of 6 steps: what was summed up until step 2 is in its checkpoint, a sum for each process."""

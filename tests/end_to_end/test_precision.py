@@ -104,6 +104,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("recipe", "precision"), [("distill_deit", "bf16"), ("distill_cnn", "fp16"), ("self_distill", "bf16")]
 )
@@ -178,6 +179,7 @@ def deit_teacher():
     return timm_deit(seed=1, width=48)
 
 
+@pytest.mark.runs
 def test_compiled_training_gives_the_eager_curve(tmp_path):
     compiled = assert_compiled_like_eager(tmp_path, timm_deit, three_losses, deit_teacher, "eager", 1e-6)
     assert curves(compiled).keys() >= COMPONENTS

@@ -76,6 +76,7 @@ def distilled_cnn(tmp_path_factory) -> tuple[Path, str]:
     return folder, run_script("distill_cnn", folder / "log", *FEW, *IN_PROCESS, "--output_dir", str(folder))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("recipe", ["distill_deit", "distill_cnn", "self_distill"])
 def test_recipe_with_few_samples(tmp_path, recipe, request):
     folder, arguments = tmp_path, [*FEW, "--output_dir", str(tmp_path)]
@@ -118,6 +119,7 @@ def test_figures_of_the_readme(tmp_path, recipe):
     assert measured == pytest.approx([float(figure) for figure in re.findall(r"\d+\.\d\d", row)], abs=3.0)
 
 
+@pytest.mark.runs
 def test_feature_layer_is_for_the_self_distilled_student_alone(tmp_path):
     recipe = run("self_distill", "--output_dir", str(tmp_path), "--feature_layer", "timm_model.layer2")
     assert set(recipe.curves) == {"baseline", "distilled"}
@@ -162,6 +164,7 @@ def test_baseline_of_a_recipe_from_a_stream(tmp_path):
         assert recipe.curves["baseline"] == [(end, 0.5)]
 
 
+@pytest.mark.runs
 def test_teacher_from_a_folder_is_measured_first(tmp_path, distilled_cnn):
     folder, _ = distilled_cnn
     first = json.loads((folder / "results.json").read_text())
@@ -175,6 +178,7 @@ def test_teacher_from_a_folder_is_measured_first(tmp_path, distilled_cnn):
     assert second.results["distilled"] == first["distilled"]
 
 
+@pytest.mark.runs
 def test_a_resumed_recipe_keeps_its_teacher(tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "epoch", "--compare_with_baseline", "false"]
     first = run("distill_cnn", *arguments)
@@ -196,6 +200,7 @@ def test_a_resumed_recipe_keeps_its_teacher(tmp_path, capsys):
         assert ("starts from the beginning" in said) == has_begun
 
 
+@pytest.mark.runs
 def test_a_teacher_of_other_names_is_taken_by_its_numbers(tmp_path, monkeypatch):
     teacher = create_student("resnet18", id2label={i: f"number {i}" for i in range(10)}, image_size=32)
     save_student(teacher, str(tmp_path / "teacher"))
@@ -221,6 +226,7 @@ def test_a_teacher_of_other_names_is_taken_by_its_numbers(tmp_path, monkeypatch)
         torch.testing.assert_close(logits, teacher.eval()(pixels).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.runs
 def test_the_call_of_a_student_that_carries_its_code_says_so(tmp_path, capsys):
     recipe = run(
         "distill_cnn", "--output_dir", str(tmp_path), "--distillation_loss", "none", "--student", "resnet18_cifar",
@@ -239,6 +245,7 @@ DEIT_TEACHER = [
 NKD_VITKD = ["--distillation_loss", "nkd+vitkd", "--loss_args", '{"nkd": {"gamma": 1.0}, "vitkd": {"alpha": 3.0e-4}}']
 
 
+@pytest.mark.runs
 def test_nkd_and_vitkd_from_a_teacher_that_is_trained_first_or_opened_from_a_folder(tmp_path, capsys, monkeypatch):
     first = run("distill_deit", "--output_dir", str(tmp_path / "first"), *DEIT_TEACHER, *NKD_VITKD)
     first.report()
@@ -284,6 +291,7 @@ def teachers(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / name) for name in models}
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("recipe", "teacher", "loss", "loss_args"),
     [
@@ -367,6 +375,7 @@ def test_where_a_store_lies_is_no_setting_but_whether_there_is_one_is():
     assert {name for name in live if live[name] != here[name]} == {"teacher", "teacher_logits"}
 
 
+@pytest.mark.runs
 def test_settings_of_a_teacher_are_for_a_loss_that_has_one(tmp_path):
     with pytest.raises(
         ValueError, match="teacher_dtype set how a teacher computes, and distillation_loss=uskd has none"

@@ -163,6 +163,7 @@ MOMENTS = [
 FEW = [("training_step", 37), ("save", 16)]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("what", "nth", "goes_on_from"),
     [pytest.param(*moment, marks=[] if moment[:2] in FEW else pytest.mark.slow) for moment in MOMENTS],
@@ -189,6 +190,7 @@ def test_killed_and_started_again(tmp_path, whole, what, nth, goes_on_from):
     assert_same(outcome(folder), whole)
 
 
+@pytest.mark.runs
 def test_sigterm_saves_the_step_and_the_same_command_goes_on(tmp_path, whole):
     folder, log = tmp_path / "run", tmp_path / "log"
 
@@ -204,6 +206,7 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(tmp_path, whole):
     assert_same(outcome(folder), whole)
 
 
+@pytest.mark.runs
 def test_a_finished_run_starts_afresh(tmp_path, whole_run, whole):
     folder, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(whole_run, folder)
@@ -213,6 +216,7 @@ def test_a_finished_run_starts_afresh(tmp_path, whole_run, whole):
     assert_same(outcome(folder), whole)
 
 
+@pytest.mark.runs
 def test_a_run_with_other_settings_is_refused(tmp_path, whole_run):
     folder, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(whole_run, folder)
@@ -237,6 +241,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path, whole_run):
     assert f"The student in {folder / 'student'} is trained already" in log.read_text()
 
 
+@pytest.mark.runs
 def test_persistent_workers_resume_bit_for_bit(tmp_path):
     """Drop path draws from the generator that a DataLoader takes a number from for each iterator that it makes."""
     data = load_image_dataset(DataArguments(max_train_samples=40))["train"]

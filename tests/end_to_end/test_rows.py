@@ -200,6 +200,7 @@ def row(request, photographs, tmp_path, monkeypatch):
     return request.param, recipe, trainer
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("row", ROWS, indirect=True)
 def test_row(row):
     name, recipe, trainer = row

@@ -48,6 +48,7 @@ def soak(folder: Path, steps: int, every: int) -> None:
     (folder / "usage.json").write_text(json.dumps(usage.seen))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("steps", "every", "settled"),
     [pytest.param(120, 20, 40, id="short"), pytest.param(2000, 100, 200, id="long", marks=pytest.mark.slow)],

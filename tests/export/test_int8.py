@@ -57,6 +57,7 @@ def with_outliers(path, output, number: int) -> list[str]:
     return [node.name for pair in pairs for node in pair]
 
 
+@pytest.mark.runs
 def test_an_accurate_file_is_kept(trained):
     model, path = trained
     report = quantize(path, CALIBRATION, VALIDATION)
@@ -91,6 +92,7 @@ def test_an_accurate_file_is_kept(trained):
         assert np.abs(onnx.numpy_helper.to_array(tensor)).max() <= 64
 
 
+@pytest.mark.runs
 def test_sensitive_nodes_stay_in_float(trained, tmp_path):
     path = tmp_path / "model.onnx"
     convolutions = with_outliers(trained[1], path, 1)
@@ -106,6 +108,7 @@ def test_sensitive_nodes_stay_in_float(trained, tmp_path):
             assert in_float == (node.name in report.float_nodes)
 
 
+@pytest.mark.runs
 def test_a_file_that_loses_too_much_is_not_kept(trained, tmp_path):
     path = tmp_path / "model.onnx"
     assert len(with_outliers(trained[1], path, 100)) == 16
@@ -118,6 +121,7 @@ def test_a_file_that_loses_too_much_is_not_kept(trained, tmp_path):
     assert report.drop > 0.1
 
 
+@pytest.mark.runs
 def test_wrong_input(trained, tmp_path):
     _, path = trained
     with pytest.raises(ValueError, match=r"^labelled must be a list or a DataLoader, .* got a generator\. Pass list"):

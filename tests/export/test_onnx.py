@@ -79,6 +79,7 @@ def run(path, pixels) -> np.ndarray:
     return session.run(["logits"], {"pixel_values": pixels.numpy()})[0]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "model_args"),
     [*FAMILIES.items(), *(pytest.param(*family, marks=pytest.mark.slow) for family in SLOW_FAMILIES.items())],
@@ -111,6 +112,7 @@ def exported(tmp_path_factory):
     return model, folder, report
 
 
+@pytest.mark.runs
 def test_the_file_describes_itself_and_not_this_machine(exported):
     _, folder, report = exported
     proto = onnx.load(report.path)
@@ -193,6 +195,7 @@ class Unstable(Branching):
         return ImageClassifierOutput(logits=torch.sin(self.classifier(pixel_values.flatten(1)) * 1e9))
 
 
+@pytest.mark.runs
 def test_what_cannot_be_exported_is_said_in_a_line(tmp_path):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     path = tmp_path / "model.onnx"

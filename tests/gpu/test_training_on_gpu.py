@@ -277,6 +277,7 @@ ALL = ["--max_train_samples", "1437", "--max_eval_samples", "360", "--bf16", "tr
 RECIPES = [("distill_cnn", "teacher", "8"), ("distill_deit", "teacher", "20"), ("self_distill", "baseline", "8")]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("recipe", "other", "epochs"), RECIPES)
 def test_two_trainings_of_each_recipe(tmp_path, device, recipe, other, epochs):
     arguments = FEW if device == "cpu" else [*ALL, "--num_train_epochs", epochs]

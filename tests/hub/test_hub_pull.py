@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from hub_server import OTHERS_TOKEN, TOKEN
 from PIL import Image
@@ -99,6 +100,7 @@ def in_a_new_process(hub, tmp_path, code, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.runs
 def test_pull_in_a_fresh_process(hub, no_curves, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
@@ -136,6 +138,7 @@ def test_pull_in_a_fresh_process(hub, no_curves, tmp_path):
         assert answers[name]["labels"] == sorted(DIGITS.values())
 
 
+@pytest.mark.runs
 def test_datasets_and_teachers_of_the_hub(hub, tmp_path):
     data = load_image_dataset(DataArguments(max_train_samples=40, max_eval_samples=20))
     files = {}

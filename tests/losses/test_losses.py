@@ -195,6 +195,7 @@ def test_shared_task_loss_of_a_confident_student():
     assert_close(torch.autograd.grad(shared, student)[0], torch.autograd.grad(expected, exact)[0], 1e-5)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("labels", [HARD, MIXUP])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -482,6 +483,7 @@ def both_losses(student, other, labels, temperature=1.0):
     return nkd_loss(student, other, labels, temperature=temperature), uskd_loss(other, student, labels)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("labels", "temperature", "backend"),
     [(HARD, 1.0, "inductor"), (HARD, 3.0, "aot_eager"), (MIXUP, 1.0, "aot_eager"), (MIXUP, 3.0, "aot_eager")],
@@ -629,6 +631,7 @@ def test_examples_run(name):
     assert result.failed == 0
 
 
+@pytest.mark.runs
 def test_import_needs_torch_alone():
     code = "import sys, nkd_hf.losses; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -636,6 +639,7 @@ def test_import_needs_torch_alone():
     assert not {"transformers", "timm", "datasets", "accelerate", "torchvision", "huggingface_hub"} & set(loaded)
 
 
+@pytest.mark.runs
 def test_benchmark_runs(tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[2] / "benchmarks" / "losses.py"
     # Matrices of a few bytes would be copied half a million times to measure the rate.

@@ -225,6 +225,7 @@ def test_trains_by_name(tmp_path, labels, bf16):
     assert entry["loss"] == pytest.approx(sum(entry[name] for name in names), rel=1e-5)
 
 
+@pytest.mark.runs
 def test_one_step_is_the_loss_of_the_models_and_compiles():
     student, teacher_model = cnn(), cnn(1, width=96)
     student.timm_model.fc.bias = None  # a classifier without a bias has one of zeros

@@ -378,6 +378,7 @@ def test_beside_uskd_whose_feature_layer_is_its_own(tmp_path):
     assert {"uskd_weak", "vitkd_mimicking"} <= trainer.state.log_history[0].keys()
 
 
+@pytest.mark.runs
 def test_whole_model_compiles():
     model = DistillationModel(timm_deit(), {"vitkd": ViTKDLoss(32, 48)}).train()
     pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])

@@ -196,6 +196,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.runs
 def test_pushed_folder_opens_without_this_package(tmp_path, image):
     image.save(tmp_path / "china.png")
     trained = {}

@@ -125,6 +125,7 @@ def test_vit_without_a_final_norm():
     assert FeatureTap(model).text == "class token"
 
 
+@pytest.mark.runs
 def test_tokens_that_are_normalised_after_pooling_train(tmp_path):
     def build(width):
         args = {"embed_dim": width, "patch_size": 8, "depth": 2, "num_heads": 2, "global_pool": "avg"}
@@ -240,6 +241,7 @@ class Sharpened(ResNetForImageClassification):
         return output
 
 
+@pytest.mark.runs
 def test_srrl_needs_a_classifier_of_the_averaged_map(tmp_path):
     recipe = RecipeArguments(student="resnet18", teacher="resnet34", distillation_loss="srrl")
     small = {"channels": [8, 16, 32, 64]}

@@ -120,6 +120,7 @@ def test_swin_normalises_the_tokens_before_it_averages_them():
     torch.testing.assert_close(heads[0], loss.feature_norm(outputs[0]).mean((1, 2)))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("student", [timm_cnn, timm_deit])
 def test_compiled_whole_and_equal(student):
     model = DistillationModel(student(), {"uskd": USKDLoss(32, 10)}).train()

@@ -127,6 +127,7 @@ def results(tmp_path_factory):
     return open_in_processes(root)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", [*CASES, *PROCESSORS])
 def test_refused_within_seconds(results, name):
     message = CASES[name][-1] if name in CASES else PROCESSORS[name][-1]

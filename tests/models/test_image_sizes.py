@@ -59,6 +59,7 @@ def _slow_unless_fixed(name: str):
     return name if fast and name not in LARGE else pytest.param(name, marks=pytest.mark.slow)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", map(_slow_unless_fixed, FAMILIES))
 def test_64_pixels_or_an_error_that_names_other_sizes(name):
     with torch.device("meta"):

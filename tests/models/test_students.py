@@ -161,6 +161,7 @@ def test_a_student_is_not_saved_with_another_number_of_names(tmp_path, build):
     assert not (tmp_path / "student" / "config.json").exists()
 
 
+@pytest.mark.runs
 def test_names_are_saved_in_the_order_of_the_classes(tmp_path, image):
     names = {i: f"class {i:02d}" for i in range(12)}
     as_text = json.loads(json.dumps(names, sort_keys=True))

@@ -55,6 +55,7 @@ def test_folders_whose_model_args_are_null_are_mended(tmp_path):
         torch.testing.assert_close(logits(opened), logits(student), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.runs
 def test_a_checkpoint_whose_model_args_are_null_resumes(tmp_path):
     data = [{"pixel_values": pixels, "labels": i} for i, pixels in enumerate(PIXELS.repeat(8, 1, 1, 1))]
     for row in data:

@@ -37,6 +37,7 @@ def inputs(tmp_path_factory) -> dict:
     return {"dataset_name": images, "teacher": str(folder / "teacher"), **QUICK}
 
 
+@pytest.mark.runs
 def test_what_is_pushed_is_what_was_measured(hub, tmp_path, inputs, capsys):
     results = distill(**inputs, output_dir=tmp_path / "out", push_to_hub=True, hub_model_id="me/digits")
     files = hub.repos["models/me/digits"].files()
@@ -54,6 +55,7 @@ def test_what_is_pushed_is_what_was_measured(hub, tmp_path, inputs, capsys):
         assert accuracies == pytest.approx({key: row[name] for key, row in results["per_class"].items()}, abs=1e-4)
 
 
+@pytest.mark.runs
 def test_a_store_takes_the_place_of_the_teacher(tmp_path, inputs, capsys):
     without = {name: value for name, value in inputs.items() if name != "teacher"}
     config = tmp_path / "store.yaml"
@@ -69,6 +71,7 @@ def test_a_store_takes_the_place_of_the_teacher(tmp_path, inputs, capsys):
     assert "does not run: its logits come from" in capsys.readouterr().out
 
 
+@pytest.mark.runs
 def test_a_signal_and_a_full_disk_in_the_export_and_an_int8_file_that_loses_too_much(
     tmp_path, inputs, capsys, monkeypatch
 ):
@@ -109,6 +112,7 @@ def test_a_signal_and_a_full_disk_in_the_export_and_an_int8_file_that_loses_too_
     assert f"It has no int8 version: {results['int8']['reason']}." in (folder / "report.html").read_text()
 
 
+@pytest.mark.runs
 def test_the_disk_must_hold_all_models_that_are_yet_to_be_trained(tmp_path, inputs, monkeypatch):
     """The teacher's fine-tuning counts, too."""
     one = create_student("resnet18", id2label=["a", "b", "c"], image_size=32, model_args=MODEL).num_parameters() * 40

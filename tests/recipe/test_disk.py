@@ -75,6 +75,7 @@ def test_a_recipe_needs_room_for_its_models_and_checkpoints(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.runs
 def test_checkpoints_that_are_there_need_no_room(tmp_path, full_disk, weights):
     stopped = ["--distillation_loss", "uskd", "--save_total_limit", "2"]
     full_disk(2**40)
@@ -91,6 +92,7 @@ def test_checkpoints_that_are_there_need_no_room(tmp_path, full_disk, weights):
     make_recipe(tmp_path / "run", *stopped).check()
 
 
+@pytest.mark.runs
 def test_the_room_that_a_store_needs_is_what_it_takes(tmp_path, full_disk, capsys):
     save_student(timm_cnn(seed=1), str(tmp_path / "teacher"))
     command = ["teacher-logits", *COMMON, "--teacher", str(tmp_path / "teacher"), "--output", str(tmp_path / "store")]
@@ -107,6 +109,7 @@ def test_the_room_that_a_store_needs_is_what_it_takes(tmp_path, full_disk, capsy
     assert float(said[1]) == pytest.approx(content * 100_001 / 2**20, rel=1e-3)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_machines_with_folders_of_their_own_need_room_for_what_they_write_there(tmp_path, is_shared):
     save_student(timm_cnn(seed=1), str(tmp_path / "teacher"))

@@ -109,6 +109,7 @@ def results(out) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.runs
 def test_results_have_the_figures_of_all_models(out, results):
     assert {
         "teacher",
@@ -149,6 +150,7 @@ def test_results_have_the_figures_of_all_models(out, results):
     assert max(len(number.replace(".", "").lstrip("0")) for number in numbers) <= 6
 
 
+@pytest.mark.runs
 def test_the_onnx_file_gives_the_students_logits(out, inputs):
     image = next(Path(inputs["dataset_name"], "validation").rglob("*.png"))
     processor = AutoImageProcessor.from_pretrained(out / "student")
@@ -257,6 +259,7 @@ def test_which_pixels_a_student_takes_from_its_teacher(tmp_path, inputs, changes
     assert recipe.image_size == 32
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("changes", "given", "recorded", "expected"),
     [
@@ -412,6 +415,7 @@ def test_results_on_the_cpu_do_not_depend_on_the_number_of_cores(monkeypatch, nu
     assert tuple(defaults.get(f"dataloader_{name}") for name in ("num_workers", "persistent_workers")) == expected
 
 
+@pytest.mark.runs
 def test_a_native_vit_is_fine_tuned_resumed_and_used(tmp_path, monkeypatch, caplog):
     """transformers' own Trainer does not restore a native ViT from its checkpoint, whose keys have other names."""
     images = digit_folder(tmp_path / "images", ["zero", "one", "two"], train=8, validation=3)
@@ -489,6 +493,7 @@ def test_persistent_workers_without_a_number_are_one_at_least(tmp_path, monkeypa
     assert counts == [1, 0]
 
 
+@pytest.mark.runs
 def test_two_processes_distil_into_one_folder(tmp_path, inputs):
     def work():
         PartialState.destroy_process_group = lambda self: None  # in_processes does so itself

@@ -122,6 +122,7 @@ def test_an_odd_batch_that_is_mixed_in_pairs_is_refused_before_the_baseline_is_t
     )  # fmt: skip
 
 
+@pytest.mark.runs
 def test_the_check_changes_no_training(tmp_path, monkeypatch):
     """Student, losses with parameters of their own and data are those of a run without it."""
     teacher = save(tmp_path / "teacher", "resnet34")
@@ -192,6 +193,7 @@ def big_teacher(tmp_path_factory) -> tuple[str, Path]:
     return str(folder / "baseline"), folder
 
 
+@pytest.mark.runs
 def test_a_teacher_of_larger_images_is_measured_on_its_own_and_on_the_students(tmp_path, big_teacher, capsys, caplog):
     teacher, _ = big_teacher
     arguments = [
@@ -222,6 +224,7 @@ def test_a_teacher_of_larger_images_is_measured_on_its_own_and_on_the_students(t
     assert f"on the student's pixels | {100 * results['teacher_on_student_pixels']:.2f} |" in card
 
 
+@pytest.mark.runs
 def test_a_teacher_of_the_students_pixels_is_measured_once(tmp_path, big_teacher, capsys, monkeypatch):
     teacher, _ = big_teacher
     passes = []
@@ -301,6 +304,7 @@ def test_a_teacher_that_gives_nan_is_refused_before_the_baseline_is_trained(tmp_
     )
 
 
+@pytest.mark.runs
 def test_a_teacher_that_guesses_held_out_images_and_a_run_that_is_replaced_are_said(tmp_path, capsys, caplog):
     """Of a folder with a training split alone."""
     rng = np.random.default_rng(0)

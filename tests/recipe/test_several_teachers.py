@@ -98,6 +98,7 @@ def top1_of_mean(images: str, members: list[str], weights: list[float]) -> float
     return float(np.mean(total.argmax(-1).numpy() == [row["labels"] for row in rows]))
 
 
+@pytest.mark.runs
 def test_a_run_under_two_teachers_from_its_plan_to_its_report(tmp_path, quick, teachers, images, monkeypatch, capsys):
     pair = [teachers["a"], teachers["b"]]
     arguments = {**quick, "teacher": pair, "teacher_weights": [3.0, 1.0], "output_dir": tmp_path / "out"}
@@ -155,6 +156,7 @@ def test_the_mean_is_measured_on_the_students_pixels_too(tmp_path, quick, teache
     assert [member.has_own_dtype for member in recipe.teacher.members] == [False, False]  # its copies have
 
 
+@pytest.mark.runs
 def test_two_processes_measure_the_mean_as_one_does(tmp_path, quick, teachers):
     """Thirteen images in batches of four, from a loader for each teacher: each image counts once."""
     pair = {"teacher": [teachers["a"], teachers["b"]], "teacher_weights": [1.0, 3.0]}
@@ -228,6 +230,7 @@ def store(tmp_path_factory, quick, teachers) -> Path:
     return folder / "logits"
 
 
+@pytest.mark.runs
 def test_training_from_a_store_is_live_training_bit_for_bit(train, store, teachers):
     pair = (teachers["a"], teachers["b"])
     live, live_log, live_weights = train(teacher=pair, teacher_weights=(3.0, 1.0), finetune_teacher="auto")
@@ -245,6 +248,7 @@ def test_training_from_a_store_is_live_training_bit_for_bit(train, store, teache
     )
 
 
+@pytest.mark.runs
 def test_a_store_of_the_largest_logits_is_of_the_mean(train, store, teachers):
     """Its rows are those of the logits of the mean, and several losses train from it."""
     largest, full = TeacherLogits(store.parent / "top2"), TeacherLogits(store)
@@ -269,6 +273,7 @@ def test_a_store_of_the_largest_logits_is_of_the_mean(train, store, teachers):
     assert values != exact_values
 
 
+@pytest.mark.runs
 def test_a_store_names_all_teachers_and_is_of_no_others(store, teachers, tmp_path):
     info = StoreInfo.read(store)
     assert [(teacher.name, teacher.weight) for teacher in info.teacher] == [("a", 0.75), ("b", 0.25)]

@@ -42,6 +42,7 @@ def start(tmp_path: Path, images: str, names: list[str], *arguments: str) -> Rec
     )  # fmt: skip
 
 
+@pytest.mark.runs
 def test_a_teacher_of_other_classes_is_fine_tuned_with_a_new_head(tmp_path, images, capsys):
     arguments = ["--finetune_teacher", "auto", "--teacher_epochs", "2", "--teacher_learning_rate", "0.02"]
     recipe = start(tmp_path, images, ["cat", "dog", "owl"], *arguments)
@@ -76,6 +77,7 @@ def test_a_teacher_that_has_more_classes_selects_those_of_the_data(tmp_path, ima
     torch.testing.assert_close(prepared(pixels), expected)
 
 
+@pytest.mark.runs
 def test_always_fine_tunes_a_teacher_of_the_same_classes(tmp_path, images):
     assert start(tmp_path, images, NAMES, "--finetune_teacher", "always").stages == ["teacher", "student"]
 
@@ -102,6 +104,7 @@ def backbone(folder: Path, library: str) -> str:
     return str(folder)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("library", "finetune"), [("transformers", "auto"), ("timm", "auto"), ("timm", "always")])
 def test_a_teacher_without_a_classifier_gets_one_and_is_trained(
     tmp_path, images, library, finetune, capsys, monkeypatch

@@ -77,6 +77,7 @@ def test_the_run_passes_its_crops_on(tmp_path, monkeypatch):
     assert training.num_train_epochs == 848  # 849 would fit
 
 
+@pytest.mark.runs
 def test_a_run_ends_in_time_and_its_epochs_are_kept(tmp_path, capsys, monkeypatch):
     def clock() -> float:
         return 2 * time.monotonic()  # half as many epochs as otherwise fit in a time
@@ -110,6 +111,7 @@ def test_durations_are_written_for_readers():
     assert [describe_duration(seconds) for seconds in (59.6, 600, 7200)] == ["1 min", "10 min", "2 h"]
 
 
+@pytest.mark.runs
 def test_a_budget_that_is_too_short_leaves_the_results_of_an_earlier_run(tmp_path):
     images = digit_folder(tmp_path / "images", ["zero", "one"], train=8, validation=2)
     folder = tmp_path / "run"

@@ -119,6 +119,7 @@ def stores(tmp_path_factory, teacher) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
+@pytest.mark.runs
 def test_the_cycle_is_a_part_of_the_store(stores, teacher, tmp_path):
     """Its shards are those of a store of so many epochs; more epochs add nothing, and another cycle is another store."""
     cyclic, plain = (StoreInfo.read(stores[name]) for name in ("cycle", "plain"))
@@ -179,6 +180,7 @@ def test_a_damaged_cycle_is_told(info, tmp_path, cycle):
 # --- training ---
 
 
+@pytest.mark.runs
 def test_a_training_repeats_the_samples_of_an_epoch_in_another_order(stores, tmp_path, monkeypatch):
     """Each repetition has the augmented, mixed images of the stored epoch with their logits, in an order of its own."""
     seen, compute_loss = [], DistillationTrainer.compute_loss
@@ -205,6 +207,7 @@ def test_a_training_repeats_the_samples_of_an_epoch_in_another_order(stores, tmp
     assert not torch.equal(first, second)
 
 
+@pytest.mark.runs
 def test_a_run_longer_than_the_cycle_trains_from_it(stores, tmp_path, capsys):
     """Its first cycle is, bit for bit, a run from a store of all epochs; the run, the card and the plan name the cycle."""
     given = [*MIXING, "--num_train_epochs", "3", "--lr_scheduler_type", "constant"]

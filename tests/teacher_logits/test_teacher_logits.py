@@ -354,6 +354,7 @@ def train_live(tmp_path_factory, teacher):
     )
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("store", "workers"), [("plain", 0), ("mixed", 2), ("top3", 0)])
 def test_the_curve_is_that_of_the_live_teacher(stores, teacher, train_live, tmp_path, store, workers):
     more = MIXING if store != "plain" else []
@@ -393,6 +394,7 @@ def test_a_store_of_images_that_leave_one_for_the_last_batch(teacher, tmp_path):
     train(tmp_path / "run", *arguments(None, *more, *images))
 
 
+@pytest.mark.runs
 def test_an_interrupted_run_goes_on_where_it_stopped(stores, teacher, tmp_path, monkeypatch):
     replace, calls = __import__("os").replace, []
 
@@ -459,10 +461,12 @@ def test_wrong_arguments_are_said_in_a_line(teacher, tmp_path, capsys, args, mes
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.runs
 def test_two_processes_write_what_one_writes(runs):
     assert_same_store(runs / "2" / "store", runs / "1" / "store")
 
 
+@pytest.mark.runs
 def test_a_store_of_classes_that_are_drawn_equally_often_is_of_its_run(teacher, tmp_path):
     """An odd number of images that are mixed in pairs, some of them drawn several times."""
     drawn = [*MIXING, "--balanced_sampling", "true"]
@@ -584,6 +588,7 @@ def test_new_weights_of_a_teacher_on_the_hub_are_noticed(hub, teacher, tmp_path,
     check_fingerprint(Path("store"), info, recipe, run)  # nothing is known
 
 
+@pytest.mark.runs
 def test_the_teachers_precision_is_of_the_store_and_what_rounds_alone_is_not(teacher, tmp_path):
     store = write(tmp_path / "bf16", teacher, "--teacher_dtype", "bf16", "--teacher_channels_last", "true")
     assert store.info.fingerprint["teacher_dtype"] == "bf16"

@@ -79,6 +79,7 @@ def test_accumulation_is_the_mean_over_micro_batches_and_evaluation_has_no_weigh
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.runs
 def test_processes_weight_their_own_batches(tmp_path):
     def run() -> None:
         trainer = make_trainer(tmp_path, native_vit(), digits(0, 16), class_weights=WEIGHTS + 0.1,

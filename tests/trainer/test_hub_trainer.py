@@ -129,6 +129,7 @@ def test_native_student_from_a_folder_that_was_opened(hub, tmp_path):
     assert_nothing_secret(hub, tmp_path)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("strategy", ["end", "checkpoint", "all_checkpoints"])
 def test_strategies(hub, tmp_path, strategy):
     trainer = trainer_of(tmp_path / "student", push_to_hub=True, hub_strategy=strategy, hub_always_push=True,
@@ -262,6 +263,7 @@ def push_in_two_processes(folder: Path) -> None:
     trainer.train()
 
 
+@pytest.mark.runs
 def test_a_checkpoint_is_pushed_when_all_processes_have_written_it(hub, tmp_path):
     log = tmp_path / "log"
     assert in_processes(2, lambda: push_in_two_processes(tmp_path / "student"), log) == [0, 0], log.read_text()[-3000:]
@@ -292,6 +294,7 @@ PUSHED = [
 ]
 
 
+@pytest.mark.runs
 def test_recipe_writes_its_figures_before_it_pushes(hub, tmp_path, capsys):
     recipe = run_recipe("distill_cnn", "--output_dir", str(tmp_path), *PUSHED)
     repo = hub.repos["models/me/digits"]

@@ -50,6 +50,7 @@ def train_in_a_group(folder: Path) -> None:
         Path(folder, f"steps-{trainer.args.process_index}").write_text(str(trainer.state.global_step))
 
 
+@pytest.mark.runs
 def test_a_group_of_processes_saves_one_checkpoint_and_ends(tmp_path):
     log = tmp_path / "log"
     assert in_processes(2, lambda: train_in_a_group(tmp_path), log) == [143, 143], log.read_text()[-3000:]

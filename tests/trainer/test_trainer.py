@@ -63,6 +63,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **toler
         )
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("loss", [NKDLoss, USKDLoss])
 def test_loss_goes_down_and_everything_that_trains_moves(tmp_path, train, evaluation, student, loss):
@@ -389,6 +390,7 @@ def test_model_init_starts_the_losses_anew(tmp_path, train):
     assert (trainer.train() and losses(trainer)) == first
 
 
+@pytest.mark.runs
 def test_a_trial_of_a_search_trains_with_its_own_values(tmp_path, train):
     """Trainer makes the model of a trial before it sets the trial's values, some of which the model reads."""
     pytest.importorskip("optuna")

@@ -173,6 +173,7 @@ def test_their_order_follows_data_seed_as_that_of_the_labelled_images_does(folde
         assert first == second != other, name
 
 
+@pytest.mark.runs
 def test_two_processes_and_accumulation_train_as_one_process_does(folder, tmp_path):
     def train_with(batch_size: int, accumulation: int = 1) -> torch.Tensor:
         plain = joined(folder / "plain", mixup_alpha=0.0, cutmix_alpha=0.0)
@@ -227,6 +228,7 @@ def test_an_image_without_a_label_is_named_where_its_loss_is_not_finite(folder, 
     assert f"1 of 40 samples (unlabelled {broken[0]})" in str(error.value)
 
 
+@pytest.mark.runs
 def test_a_training_without_any_label_learns_what_the_teacher_knows(tmp_path):
     data = DataArguments(
         unlabeled_dataset="digits", train_split="none", random_resized_crop=[0.8, 1.0], horizontal_flip=0.0
