@@ -14,15 +14,17 @@ def describe_uneven_crops(
     """Returns one sentence for each argument whose number of epochs is no multiple of `crops_per_image`.
 
     Args:
-        recipe, data, training: of the run; with `max_steps`, no number of epochs is set.
+        recipe, data, training: of the run. `max_steps` takes the place of `num_train_epochs`, and `teacher_epochs` that of
+            both in the teacher's training.
         stages: the names of the trainings whose epochs are known.
     """
     crops = data.crops_per_image
-    if training.max_steps > 0:
+    if crops == 1:  # A part of an epoch is one that was asked for.
         return []
+    sets_epochs = bool(stages) and training.max_steps <= 0
     epochs = {
         "teacher_epochs": recipe.teacher_epochs if "teacher" in stages else None,
-        "num_train_epochs": training.num_train_epochs if stages else None,
+        "num_train_epochs": training.num_train_epochs if sets_epochs else None,
     }
     return [_describe(name, value, crops) for name, value in epochs.items() if value is not None and value % crops]
 
