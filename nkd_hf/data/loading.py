@@ -55,7 +55,7 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     """
     if args.trains_without_labels:
         evaluated, validation = load_evaluation_split(args, seed, "validation_split")
-        train = load_unlabeled_images(args, evaluated)
+        train = load_unlabeled_images(args, evaluated, validation.config_name)
         return DatasetDict(train=_subset(train, args.max_train_samples, seed), validation=validation)
     loaded = open_dataset(args)
     splits = {"train": _pick_split(loaded, args.train_split, ["train"], "train_split")}
@@ -85,7 +85,8 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     found = DatasetDict({name: _subset(split, limits[name], seed) for name, split in splits.items()})
     if args.unlabeled_dataset is not None:
-        found["unlabeled"] = load_unlabeled_images(args, str(found["validation"].split))
+        held_out = found["validation"]
+        found["unlabeled"] = load_unlabeled_images(args, str(held_out.split), held_out.config_name)
     return found
 
 

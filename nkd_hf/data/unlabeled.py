@@ -15,13 +15,16 @@ from .source import check_image_column, open_dataset
 _SPLITS = ("unlabeled", "train")
 
 
-def load_unlabeled_images(args: DataArguments, evaluated: str | None = None) -> Dataset:
+def load_unlabeled_images(
+    args: DataArguments, evaluated: str | None = None, evaluated_config: str | None = None
+) -> Dataset:
     """Loads the images of `unlabeled_dataset`, with the column `image` (encoded: `datasets.Image(decode=False)`) alone.
 
     Args:
         args: name the dataset. Its split is `unlabeled` or `train`, whichever there is first, or the only one. Where it is
             that of `dataset_name` and has no configuration of its own, it has the other's.
         evaluated: the split of `dataset_name` that the evaluation reads, or a part of it.
+        evaluated_config: the configuration of that split as it was opened, which has a name too where none was set.
 
     Raises:
         ValueError: the dataset cannot be reached, has several other splits, or no images, or its images are those of the
@@ -47,7 +50,8 @@ def load_unlabeled_images(args: DataArguments, evaluated: str | None = None) -> 
             f"unlabeled_dataset={redact(name)!r} must have a split unlabeled or train, or one alone, got {', '.join(loaded)}. "
             "Name a folder or files with the images of one split"
         )
-    if is_same and config == args.dataset_config_name and chosen == evaluated:
+    is_same_config = config == args.dataset_config_name or loaded[chosen].config_name == evaluated_config
+    if is_same and is_same_config and chosen == evaluated:
         raise ValueError(
             f"unlabeled_dataset must be without the images of the evaluation, got {redact(name)!r}, whose split {chosen} is "
             "evaluated on too. Set validation_split to another split, or name other images"

@@ -195,8 +195,11 @@ def test_images_of_the_evaluation_are_not_trained_on(tmp_path):
     for split in Path(folder, "validation").iterdir():
         for image in split.iterdir():
             image.unlink()
-    with pytest.raises(ValueError, match="must be without the images of the evaluation"):
-        load_image_dataset(DataArguments(folder, unlabeled_dataset=folder))
+    # A configuration that nobody named is called default, and is the same by its name.
+    for config in (None, "default"):
+        arguments = {"unlabeled_dataset": folder, "unlabeled_dataset_config_name": config}
+        with pytest.raises(ValueError, match="must be without the images of the evaluation"):
+            load_image_dataset(DataArguments(folder, **arguments))
 
 
 def test_without_a_training_split_classes_are_those_of_the_evaluation(tmp_path):
