@@ -115,9 +115,14 @@ def _open_teacher(
             pixels = read_preprocessing(model)
         else:
             trust = recipe.trust_remote_code
-            lacks_classifier = _lacks_classifier(read_config(teacher, trust, local_files_only=True) or {})
-            labels = num_classes if lacks_classifier else None
+            # With teacher_prompts it is opened above.
+            lacks_prompts = is_zero_shot(teacher, trust, local_files_only=True)
+            config = read_config(teacher, trust, local_files_only=True) or {}
+            lacks_classifier = not lacks_prompts and _lacks_classifier(config)
+            labels = num_classes if lacks_classifier or lacks_prompts else None
             model, pixels = _open_config(teacher, labels, default=student_pixels, trust_remote_code=trust)
+            if lacks_prompts:
+                notes.append(f"the teacher {teacher} classifies by texts: the run stops. Set teacher_prompts")
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a tag that timm does not know
         notes.append(
             f"teacher {teacher!r} is not on this machine, so its parameters, GMACs and bytes are unknown: "

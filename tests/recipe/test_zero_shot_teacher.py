@@ -285,6 +285,17 @@ def test_the_plan_of_a_zero_shot_teacher_among_several(quick, teachers, classifi
     assert any("no teacher is one" in note for note in plan(classifier, classifier)["notes"])
 
 
+@pytest.mark.parametrize("finetune", [[], ["--finetune_teacher", "auto"]])
+def test_the_plan_says_that_a_zero_shot_teacher_needs_prompts(finetune, quick, teachers, tmp_path, capsys):
+    values = {**quick, "num_processes": 1, "num_train_images": 64, "num_classes": 4, "report_to": "none"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    cli.main(["plan", "--config", str(tmp_path / "config.yaml"), "--teacher", teachers["clip"], *finetune, "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    expected = f"the teacher {teachers['clip']} classifies by texts: the run stops. Set teacher_prompts"
+    assert [note for note in plan["notes"] if "teacher" in note] == [expected]
+    assert plan["runs"] == ["student"]
+
+
 # --- refused ---
 
 
