@@ -14,7 +14,7 @@ test: .venv/installed-test  ## run the tests, but for those of whole runs: in 5 
 	.venv/bin/python -m pytest -m "not runs and not slow and not rows and not gpu" --numprocesses auto --dist worksteal
 
 test-runs: .venv/installed-test .venv/installed-space  ## run the tests of whole runs: recipes, kills, processes, notebook, Space
-	.venv/bin/python -m pytest -m "runs and not slow" --numprocesses auto --dist worksteal
+	.venv/bin/python -m pytest -m "runs and not slow and not rows and not gpu" --numprocesses auto --dist worksteal
 
 test-oldest: .venv/oldest/installed  ## run test and test-runs with the oldest versions that setup.cfg admits
 	.venv/oldest/bin/python -m pytest --numprocesses auto --dist worksteal
