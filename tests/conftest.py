@@ -18,6 +18,8 @@ def pytest_collection_finish():
 
     # Tiny models: a second thread costs more than it brings, and pytest-xdist gives each core a process of its own.
     torch.set_num_threads(1)
+    # The first backward pass starts autograd. After an export to ONNX it would start threads, and no fork could train.
+    torch.ones(1, requires_grad=True).sum().backward()
     gc.collect()
     gc.freeze()
     gc.enable()
