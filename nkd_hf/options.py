@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,7 +104,9 @@ def check_options(prog: str, args: Sequence[str], known: set[str] | None) -> Non
             sys.exit(2)
 
 
-def check_values(prog: str, args: Sequence[str], classes: dict[str, tuple[str, str]]) -> None:
+def check_values(
+    prog: str, args: Sequence[str], classes: dict[str, tuple[str, str]], own: Collection[str] = ()
+) -> None:
     """Ends the process if an option of a number, a bool or a choice has another value.
 
     Options of other types, and those whose definition cannot be read for certain, are left to the full parser.
@@ -113,6 +115,7 @@ def check_values(prog: str, args: Sequence[str], classes: dict[str, tuple[str, s
         prog: the command, for the message.
         args: the command line, whose options are known.
         classes: dataclass -> the package and the file that define it.
+        own: the options that the command defines itself, which are not checked; a field of the same name is another.
 
     Raises:
         SystemExit: with code 2, after the message of the full parser on stderr.
@@ -122,7 +125,8 @@ def check_values(prog: str, args: Sequence[str], classes: dict[str, tuple[str, s
     parser = _ValueParser(prog=prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     for node, tree in _read_definitions(classes) or ():
-        _add_field(parser, node, tree)
+        if f"--{node.target.id}" not in own:
+            _add_field(parser, node, tree)
     parser.parse_known_args(args)
 
 

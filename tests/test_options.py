@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from command_runs import run
 
-from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, options
+from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, cli, options
 from nkd_hf.cli import _COMMANDS, _known_options, evaluate, export, teacher_logits
 from nkd_hf.cli.plan import PlanArguments
 from nkd_hf.options import DISTILL, PLAN, RECIPE, check_options, check_values, read_command, read_fields
@@ -93,6 +93,24 @@ def test_a_wrong_value_has_the_message_of_the_parser(args, capsys):
         check_values(parser.prog, ["--output_dir", "out", *args], RECIPE)
     assert capsys.readouterr().err == expected
     assert early.value.code == full.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "fault"), [(["--seed", "high"], "--seed"), (["--teacher-dtype=int8"], "--teacher_dtype")]
+)
+def test_a_store_of_logits_has_a_wrong_value_of_the_recipe_answered_before_libraries_are_loaded(
+    args, fault, capsys, monkeypatch
+):
+    """Its own `--push_to_hub` takes a repository, where a recipe's is a bool."""
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("libraries are loaded"))
+    own = ["--output", "store", "--epochs", "2", "--push_to_hub", "owner/name"]
+    code, out, error = run(capsys, "teacher-logits", *own, *args)
+    assert (code, out) == (2, "")
+    assert error.startswith(f"nkd-hf teacher-logits: error: argument {fault}")
+    started = []
+    monkeypatch.setattr(cli, "load", lambda *names: started.append(names) or SimpleNamespace(main=started.append))
+    cli.main(["teacher-logits", *own, "--seed", "1"])
+    assert started == [("nkd-hf teacher-logits", "nkd_hf.cli.teacher_logits"), [*own, "--seed", "1"]]
 
 
 def test_right_values_and_those_of_other_types_are_left_to_the_parser():

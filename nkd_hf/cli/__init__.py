@@ -18,8 +18,9 @@ _COMMANDS = {
     "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),
 }
 
-# The commands whose options are all fields of dataclasses.
+# The commands whose options are all fields of dataclasses, and the one that has those of a recipe beside its own.
 _FIELDS = {"plan": PLAN, "distill": DISTILL}
+_STORE = "teacher-logits"
 # The exit code that a shell reports for a process that Ctrl-C has ended.
 _INTERRUPTED = 130
 
@@ -62,6 +63,8 @@ def _run(args: list[str]) -> None:
     check_options(f"nkd-hf {command}", args, _known_options(command))
     if command in _FIELDS:
         check_values(f"nkd-hf {command}", args, _FIELDS[command])
+    elif command == _STORE and (own := read_command(f"{_COMMANDS[command][0]}.py")):
+        check_values(f"nkd-hf {command}", args, RECIPE, own)
     load(f"nkd-hf {command}", f"nkd_hf.cli.{_COMMANDS[command][0]}").main(args)
 
 
@@ -71,7 +74,7 @@ def _known_options(command: str) -> set[str] | None:
     if command in _FIELDS:
         return read_fields(_FIELDS[command])
     options = read_command(f"{_COMMANDS[command][0]}.py")
-    if command != "teacher-logits" or options is None:
+    if command != _STORE or options is None:
         return options
     recipe = read_fields(RECIPE)
     return None if recipe is None else options | recipe

@@ -129,13 +129,13 @@ def set_defaults(
     start = "random" if is_architecture(recipe.student) else "pretrained"
     set_default(training, "learning_rate", learning_rate("student", start, _LEARNING_RATE))
     if num_images is not None and training.max_steps <= 0:
-        set_default(training, "num_train_epochs", _count_epochs(start, num_images, training))
+        set_default(training, "num_train_epochs", _count_epochs(start, num_images, training, data.crops_per_image))
     if len(recipe.teachers) == 1 and recipe.teacher_prompts is None:  # others are not trained
         start = "random" if is_architecture(recipe.teacher) else "pretrained"
         rate = learning_rate("teacher", start, _TEACHER_LEARNING_RATE)
         set_default(recipe, "teacher_learning_rate", rate)
         if num_images is not None and training.max_steps <= 0:
-            set_default(recipe, "teacher_epochs", _count_epochs(start, num_images, training))
+            set_default(recipe, "teacher_epochs", _count_epochs(start, num_images, training, data.crops_per_image))
     if training.load_best_model_at_end and training.max_steps <= 0:
         set_default(recipe, "early_stopping_patience", max(5, math.ceil(training.num_train_epochs / 3)))
     if data.random_crop_padding is None:
@@ -144,7 +144,8 @@ def set_defaults(
         set_default(data, "auto_augment", "rand-m6-mstd0.5-inc1")
 
 
-def _count_epochs(start: str, num_images: int, training: DistillationTrainingArguments) -> int:
+def _count_epochs(start: str, num_images: int, training: DistillationTrainingArguments, multiple: int) -> int:
+    """Counts the epochs of a training that starts from such weights, rounded up to a multiple of `crops_per_image`."""
     steps, least, most = _STEPS[start]
     per_epoch = max(1, num_images / training.global_batch_size())
-    return min(most, max(least, round(steps / per_epoch)))
+    return math.ceil(min(most, max(least, round(steps / per_epoch))) / multiple) * multiple

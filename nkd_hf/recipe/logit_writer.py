@@ -79,9 +79,12 @@ def write_teacher_logits(
     _check_processes(training)
     run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
     if run.trains_teacher and not recipe.names_new_teacher:
+        if recipe.finetune_teacher == "always":
+            fault = "finetune_teacher must not be always for a store of logits, which a teacher writes as it is. Omit it, or fine-tune"
+        else:
+            fault = f"the teacher {recipe.teacher} must have a classifier of the data's classes for a store of logits. Fine-tune"
         raise ValueError(
-            f"the teacher {recipe.teacher} must have the classes of the data, or finetune_teacher be never. Fine-tune it first "
-            "with nkd-hf distill, and name the folder of the fine-tuned teacher"
+            f"{fault} the teacher first with nkd-hf distill, and name the folder of the fine-tuned teacher"
         )
     run.check(trains_student=False)
     # There are no more beside the target.

@@ -44,6 +44,7 @@ from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe import preparation
 from nkd_hf.recipe import recipe as recipe_module
+from nkd_hf.recipe.crops import describe_uneven_crops
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
 from nkd_hf.recipe.deployment import _image_reader
 
@@ -391,6 +392,16 @@ def test_defaults_follow_the_start_and_the_number_of_images(student, images, giv
     assert {name: getattr(training, name) for name in expected} == expected
     assert (recipe.teacher_learning_rate, data.auto_augment) == (1e-4, "rand-m6-mstd0.5-inc1")
     assert training.metric_for_best_model == "accuracy"
+
+
+@pytest.mark.parametrize(("images", "epochs", "teacher_epochs"), [(1437, 92, 36), (10**6, 20, 12), (100, 120, 60)])
+def test_default_epochs_are_a_multiple_of_the_crops(images, epochs, teacher_epochs):
+    training = DistillationTrainingArguments("unused", per_device_train_batch_size=32, use_cpu=True, report_to="none")
+    recipe = RecipeArguments(student="resnet18", teacher="timm/resnet34.a1_in1k", compare_with_baseline=False)
+    data = DataArguments("somewhere", crops_per_image=4)
+    set_defaults(recipe, data, training, {"per_device_train_batch_size"}, images, image_size=224)
+    assert (training.num_train_epochs, recipe.teacher_epochs) == (epochs, teacher_epochs)
+    assert describe_uneven_crops(recipe, data, training, ["teacher", "student"]) == []
 
 
 @pytest.mark.parametrize("with_batch_norm", [[], ["student"], ["teacher"], ["student", "teacher"]])

@@ -12,11 +12,13 @@ from tiny import digit_folder
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from nkd_hf import cli, create_student, load_teacher
+from nkd_hf.cli.teacher_logits import write_store
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import time_budget
 from nkd_hf.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("no_curves")
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 NAMES = ["one", "three", "two", "zero"]
 
 
@@ -146,6 +148,25 @@ def test_a_teacher_without_a_classifier_is_refused_where_it_is_not_trained(tmp_p
     other = teacher(tmp_path / "other", NAMES)
     with pytest.raises(ValueError, match=r"is not opened: .* Or fine-tune it on the classes of the data first, alone"):
         start(tmp_path, images, NAMES, "--teacher", other, folder, "--finetune_teacher", "auto")
+
+
+@pytest.mark.parametrize(
+    ("names", "finetune", "expected"),
+    [
+        (["cat", "dog", "owl"], "auto", r"^the teacher \S+ must have a classifier of the data's classes for a store"),
+        (None, "auto", r"^the teacher \S+ must have a classifier of the data's classes for a store"),
+        (NAMES, "always", "^finetune_teacher must not be always for a store of logits"),
+    ],
+)
+def test_a_store_of_logits_trains_no_pretrained_teacher(tmp_path, images, names, finetune, expected):
+    """`never` is no way out where the classes differ, and is not named."""
+    folder = teacher(tmp_path / "own", names) if names else backbone(tmp_path / "backbone", "transformers")
+    arguments = ["--config", str(CONFIGS / "digits_distill_cnn.yaml"), "--dataset_name", images, "--use_cpu", "true"]
+    arguments += ["--teacher", folder, "--teacher_args", "{}", "--finetune_teacher", finetune, "--epochs", "1"]
+    with pytest.raises(ValueError, match=expected + r".*ine-tune the teacher first with nkd-hf distill") as error:
+        write_store([*arguments, "--output", str(tmp_path / "store")])
+    assert "never" not in str(error.value)
+    assert not (tmp_path / "store" / "epoch-0").exists()
 
 
 @pytest.mark.parametrize(
