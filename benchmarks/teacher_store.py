@@ -54,7 +54,9 @@ BATCHES = {
 TIME_AIM, GAIN_AIM = 1.03, 0.9
 
 
-def write_store(folder: Path, labels: list[int], top_k: int | None, num_classes: int = CLASSES) -> TeacherLogits:
+def write_store(
+    folder: Path, labels: list[int], top_k: int | None, num_classes: int = CLASSES, cycle: int | None = None
+) -> TeacherLogits:
     """A store of random logits, of one epoch in the order of the dataset."""
     info = StoreInfo(
         num_classes,
@@ -65,6 +67,7 @@ def write_store(folder: Path, labels: list[int], top_k: int | None, num_classes:
         len(labels),
         fingerprint={},
         teacher=TeacherDescription(None, "random", 1),
+        cycle=cycle,
     )
     logits = 3 * torch.randn(len(labels), num_classes, generator=torch.Generator().manual_seed(0))
     write_shard(shard_path(folder, 0, 0), sparse_logits(logits, torch.tensor(labels), top_k, info.temperatures))
