@@ -1,4 +1,4 @@
-"""Recipes: arguments in YAML, one run of teacher, baseline and student, and its plan."""
+"""Runs recipes: a YAML file describes one run of teacher, baseline and student, and its plan."""
 
 from .recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""Says in a dozen lines what a run will do, after all of it was opened and before anything is trained."""
+"""Describes a run in a dozen lines, after its data and models are opened and before the first training."""
 
 import contextlib
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def describe_run(run: "Recipe", inherited: Sequence[str] = ()) -> list[str]:
     """Describes a run: data, models, and the settings of its trainings.
 
     Args:
-        run: which has opened its data and teacher.
-        inherited: the settings of the student's preprocessing that are the teacher's.
+        run: a run whose data and teacher are open.
+        inherited: the settings of the student's preprocessing that come from the teacher.
 
     Returns:
         One line for each fact, `name  text`.

@@ -1,4 +1,4 @@
-"""The arguments of a recipe: what is distilled into what."""
+"""Defines the arguments of a recipe: teacher, student, loss and preprocessing."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ from .duration import parse_duration
 from .teacher_checks import check_ensemble, check_zero_shot
 
 FINETUNE = ("auto", "always", "never")
-# Losses by whether they have a teacher, for the help.
+# The names of the losses with and without a teacher, for the help.
 _WITH_TEACHER = ", ".join(f"`{name}`" for name, loss in LOSSES.items() if teacher_inputs(loss))
 _WITHOUT_TEACHER = ", ".join(f"`{name}`" for name, loss in LOSSES.items() if not teacher_inputs(loss))
-# Stand in for what the models tell, where a loss is built to check its arguments.
+# These values replace the shapes of the models where a loss is built only to check its arguments.
 _ANY_SHAPES = dict.fromkeys(SHAPES, 2) | {"feature_norm": None}
 
 
 @dataclass
 class RecipeArguments:
-    """What is distilled into what.
+    """Arguments of a recipe: teacher, student, loss and preprocessing.
 
     Raises:
         ValueError: the loss is unknown, or its arguments do not fit it.
@@ -245,12 +245,12 @@ class RecipeArguments:
         if self.class_weights not in (None, "balanced"):
             raise ValueError(f"class_weights must be balanced, got {self.class_weights!r}: omit it to switch it off")
         check_preprocessing(self.image_size, self.image_mean, self.image_std, self.crop_pct, self.interpolation)
-        # Built once for its errors, which should come before a teacher is trained.
+        # Building the loss here raises its errors before a teacher is trained.
         self.build_loss(**_ANY_SHAPES)
 
     @property
     def teachers(self) -> list[str]:
-        """The names of the teachers, of which there may be none."""
+        """The names of the teachers; empty without a teacher."""
         if self.teacher is None:
             return []
         return self.teacher if isinstance(self.teacher, list) else [self.teacher]
@@ -277,14 +277,14 @@ class RecipeArguments:
 
     @property
     def top_k_views(self) -> dict[str, TopKView | None]:
-        """What each loss with a teacher reads of the teacher's logits; None where it needs those of all classes."""
+        """The part of the teacher's logits that each loss with a teacher reads; None where it needs all classes."""
         losses = build_losses(self.losses, self.loss_args or {}, _ANY_SHAPES)
         views = {name: read_top_k_view(loss) for name, loss in zip(self.losses, losses.values(), strict=True)}
         return {name: view for name, view in views.items() if teacher_inputs(self.losses[name])}
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """Those arguments of [`create_student`] that say how its pixels are made."""
+        """The arguments of [`create_student`] that set the student's preprocessing."""
         names = ("image_size", "image_mean", "image_std", "crop_pct", "interpolation")
         return {name: getattr(self, name) for name in names}
 
@@ -292,7 +292,7 @@ class RecipeArguments:
         """Builds a student or teacher by its name, with this recipe's preprocessing; see [`create_student`].
 
         Args:
-            name: of an architecture, a Hub id or a folder.
+            name: an architecture, a Hub id or a folder.
             model_args: `student_args` or `teacher_args`.
             **labels: `id2label` or `num_labels`.
         """
@@ -306,10 +306,10 @@ class RecipeArguments:
         )
 
     def build_loss(self, **shape) -> nn.Module | dict[str, nn.Module] | None:
-        """The distillation loss, or several by name.
+        """Builds the distillation loss, or several losses by name.
 
         Args:
-            **shape: for those that have parameters of their own; see [`~nkd_hf.recipe.loss_shapes.loss_shapes`].
+            **shape: shapes for losses with parameters of their own; see [`~nkd_hf.recipe.loss_shapes.loss_shapes`].
 
         Raises:
             ValueError: `loss_args` do not fit the loss.

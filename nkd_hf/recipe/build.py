@@ -1,4 +1,4 @@
-"""Builds what a run needs out of its arguments: the process, models, loss, and the steps of a stream."""
+"""Builds the parts of a run from its arguments: the process, the models, the loss, and the steps of a stream."""
 
 import math
 
@@ -22,7 +22,7 @@ from .progress import shows_bars
 
 
 def set_up_process(training: DistillationTrainingArguments) -> None:
-    """Switches progress bars off where nobody sees them, and sets the number of PyTorch's threads on the CPU."""
+    """Switches progress bars off unless `shows_bars`, and sets the number of PyTorch's threads on the CPU."""
     if not shows_bars(training):
         datasets.disable_progress_bars()
         disable_progress_bar()
@@ -42,7 +42,7 @@ def open_data(
 
 
 def runs_teacher(recipe: RecipeArguments) -> bool:
-    """Whether a teacher computes in this run: the loss has one, and its logits are not stored."""
+    """Whether a teacher computes in this run: the loss has a teacher, and the teacher's logits are not stored."""
     return recipe.needs_teacher and recipe.teacher_logits is None
 
 
@@ -55,7 +55,7 @@ def create_model(
 
 
 def create_teacher(recipe: RecipeArguments, id2label: dict[int, str], seed: int) -> PreTrainedModel:
-    """Builds a teacher that is trained: an architecture with the student's pixels, or a pretrained one with its own."""
+    """Builds a teacher to train: an architecture has the student's preprocessing, a pretrained teacher its own."""
     if is_architecture(recipe.teacher):
         return create_model(recipe, recipe.teacher, recipe.teacher_args, id2label, seed)
     set_seed(seed)
@@ -68,10 +68,10 @@ def create_teacher(recipe: RecipeArguments, id2label: dict[int, str], seed: int)
 
 
 def open_teacher(recipe: RecipeArguments, teacher: str | list[str], id2label: dict[int, str] | None = None) -> Teacher:
-    """Opens a pretrained teacher, or several as one, by the names.
+    """Opens a pretrained teacher by its name, or several as one teacher.
 
     Args:
-        recipe: of the run.
+        recipe: the arguments of the run.
         teacher: one name of the recipe's teachers, or all of them.
         id2label: the classes of the data, for `teacher_prompts`.
 
@@ -81,7 +81,7 @@ def open_teacher(recipe: RecipeArguments, teacher: str | list[str], id2label: di
     prompts = recipe.teacher_prompts
     is_one_of_several = len(recipe.teachers) > 1 and isinstance(teacher, str)
     if prompts is not None and is_one_of_several and not takes_prompts(teacher, recipe.trust_remote_code):
-        prompts = None  # which are for the others
+        prompts = None  # the prompts are for the other teachers
     return load_teacher(
         teacher,
         weights=recipe.teacher_weights if isinstance(teacher, list) else None,
@@ -98,7 +98,7 @@ def build_loss(
     student: PreTrainedModel,
     teacher: Teacher | None = None,
 ) -> nn.Module | dict[str, nn.Module] | None:
-    """Builds the distillation loss, or several by name, for the layers of these models.
+    """Builds the distillation loss, or several losses by name, for the layers of these models.
 
     Raises:
         ValueError: the loss does not fit the models; see [`~nkd_hf.recipe.loss_shapes.loss_shapes`].
@@ -113,7 +113,7 @@ def build_loss(
 
 
 def count_epochs(training: DistillationTrainingArguments, num_images: int) -> int:
-    """The epochs of a training on a number of images, of which the last one may end early."""
+    """Counts the epochs of a training on a number of images. The last epoch may end early."""
     if training.max_steps <= 0:
         return math.ceil(training.num_train_epochs)
     steps_per_epoch = math.ceil(num_images / training.global_batch_size())
@@ -123,7 +123,7 @@ def count_epochs(training: DistillationTrainingArguments, num_images: int) -> in
 def count_steps(
     data: DataArguments, training: DistillationTrainingArguments, train: datasets.Dataset | datasets.IterableDataset
 ) -> tuple[int, float]:
-    """The steps and the epochs of a training; of a stream, whose `max_steps` are set, it is one epoch."""
+    """Counts the steps and the epochs of a training. A stream, whose `max_steps` are set, counts as one epoch."""
     if data.streaming:
         return training.max_steps, 1
     steps_per_epoch = max(1, math.ceil(len(train) / training.global_batch_size()))
@@ -133,13 +133,13 @@ def count_steps(
 
 
 def images_per_epoch(data: DataArguments) -> int | None:
-    """The images of one pass through a stream; None where nobody has counted them."""
+    """Returns the number of images in one pass through a stream, or None if it is unknown."""
     images, limit = data.num_train_images, data.max_train_samples
     return min(images, limit) if images is not None and limit is not None else images
 
 
 def set_stream_steps(data: DataArguments, training: DistillationTrainingArguments) -> int | None:
-    """Sets the steps of a training from a stream, which has no length: what the arguments say in epochs becomes steps.
+    """Sets the steps of a training from a stream, which has no length: settings in epochs become steps.
 
     Returns:
         The steps of an epoch; None where the number of images is unknown.
@@ -158,9 +158,9 @@ def set_stream_steps(data: DataArguments, training: DistillationTrainingArgument
 
 
 def passed_epochs(entry: dict[str, float], data: DataArguments, training: DistillationTrainingArguments) -> float:
-    """The epochs after which an entry of the log was made; the steps, in a stream whose images nobody has counted."""
+    """Returns the epoch of an entry of the log, or its step in a stream with an unknown number of images."""
     if not data.streaming:
         return entry["epoch"]
-    # To the Trainer, a stream is one epoch.
+    # Trainer counts a stream as one epoch.
     images = images_per_epoch(data)
     return entry["step"] if images is None else entry["step"] * training.global_batch_size() / images

@@ -8,7 +8,8 @@ import numpy as np
 
 _BINS = 15
 NO_CLASS = -100
-# The search for a temperature ends here: without an error, or with labels by chance, the best one is 0 or infinite.
+# Limits of the search for a temperature: with no wrong prediction, or with random labels, the best one is 0 or
+# infinite.
 _TEMPERATURES = (0.05, 20.0)
 # Each step halves an interval of the logarithm, whose width is 6 at first: the result has five correct digits.
 _SEARCH_STEPS = 20
@@ -63,7 +64,8 @@ def calibration_error(bins: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Finds the temperature that minimises the cross-entropy of logits / temperature.
 
-    Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599) changes how sure a model is, and no prediction.
+    Temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599) changes the confidence of a model, not its
+    predictions.
 
     Args:
         logits: [N, C] float logits of held-out images.
@@ -73,7 +75,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         The temperature, rounded to four digits and limited to 0.05 to 20. Above 1, the model was too sure. Rows with NaN are
         ignored; without any other row it is 1.
 
-    Example: 90% certainty, and three of four answers are right, so the best temperature is ln 9 / ln 3.
+    Example: the model is 90% certain and three of four answers are right, so the best temperature is ln 9 / ln 3.
 
     ```python
     >>> import numpy as np
@@ -112,7 +114,7 @@ def with_class(labels: np.ndarray, *logits: np.ndarray) -> list[np.ndarray]:
 
 
 def shifted_logits(logits: np.ndarray) -> np.ndarray:
-    """The logits less the largest one of their row, as float32. Infinite logits become finite, since inf - inf is NaN."""
+    """Subtracts from each row its largest logit, in float32. Infinite logits become finite, since inf - inf is NaN."""
     logits = np.clip(logits.astype(np.float32), -1e30, 1e30)
     return logits - logits.max(axis=1, keepdims=True)
 

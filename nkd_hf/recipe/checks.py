@@ -1,4 +1,4 @@
-"""Checks that can fail before anything is trained: names, classes, and the loss of one image."""
+"""Checks a run before anything is trained: names, classes, and the loss of one image."""
 
 from typing import Any
 
@@ -22,11 +22,11 @@ from .unlabeled import check_unlabeled
 
 
 def check_arguments(recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments) -> None:
-    """Checks what the arguments alone tell.
+    """Checks the arguments against each other, without data or models.
 
     Raises:
-        ValueError: the Hub knows no such licence, the loss has no teacher for which something is set, or what is set for
-            classes of different sizes or for images without labels does not fit.
+        ValueError: the Hub knows no such licence, an argument is for a teacher and the loss has none, or the arguments
+            for classes of different sizes or for images without labels do not fit.
     """
     check_license(recipe.license)
     check_class_balance(recipe, data)
@@ -73,8 +73,8 @@ def check_classes(recipe: RecipeArguments, data: DataArguments, names: list[str]
         names: the names of the classes, by label.
 
     Raises:
-        ValueError: there is one class alone, or another number than `num_classes`, or the names are numbers that are not the
-            positions of a teacher's logits.
+        ValueError: there is only one class, the number of classes is not `num_classes`, or the names are numbers that
+            are not the positions of a teacher's logits.
     """
     if len(names) < 2:
         raise ValueError(
@@ -91,10 +91,10 @@ def check_classes(recipe: RecipeArguments, data: DataArguments, names: list[str]
 
 
 def check_number_of_classes(teacher: Teacher, recipe: RecipeArguments, data: DataArguments, num_classes: int) -> None:
-    """Checks that a teacher whose classes are matched by their numbers has as many as the data.
+    """Checks that a teacher whose classes are matched by their numbers has as many classes as the data.
 
     Raises:
-        ValueError: it has another number.
+        ValueError: the teacher has another number of classes.
     """
     for name, member in zip(recipe.teachers, teacher.members, strict=True):
         got = member.model.config.num_labels
@@ -107,10 +107,12 @@ def check_number_of_classes(teacher: Teacher, recipe: RecipeArguments, data: Dat
 
 
 def check_one_step(trainer: DistillationTrainer, sample: dict[str, Any]) -> None:
-    """Computes the loss of one image, twice since BatchNorm needs more than one value; not under FSDP or DeepSpeed.
+    """Computes the loss of a batch that has one image twice, except under FSDP or DeepSpeed.
+
+    The image is there twice because BatchNorm needs more than one value.
 
     Args:
-        trainer: of student and teacher; its collator is an [`ImageCollator`].
+        trainer: trains the student with the teacher; its collator is an [`ImageCollator`].
         sample: an image of the evaluation.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Classes of different sizes: the weights of the task loss, and the metrics of an evaluation."""
+"""Handles classes of different sizes: the weights of the task loss, and the metrics of an evaluation."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def check_class_balance(recipe: RecipeArguments, data: DataArguments) -> None:
     """Checks the class weights against the other arguments.
 
     Raises:
-        ValueError: they are set for a stream, whose classes nobody has counted, or beside balanced sampling.
+        ValueError: class weights are set for a stream, whose classes nobody has counted, or beside balanced sampling.
     """
     if recipe.class_weights is None:
         return
@@ -39,7 +39,7 @@ def check_class_balance(recipe: RecipeArguments, data: DataArguments) -> None:
 def make_class_settings(
     recipe: RecipeArguments, train: Dataset | IterableDataset, class_names: list[str]
 ) -> dict[str, Any]:
-    """Makes those arguments of [`~nkd_hf.recipe.stage.make_trainer`] that depend on the sizes of the classes.
+    """Makes the arguments of [`~nkd_hf.recipe.stage.make_trainer`] that depend on the sizes of the classes.
 
     Args:
         recipe: has `class_weights`.
@@ -48,8 +48,8 @@ def make_class_settings(
 
     Returns:
         `dict`: `class_weights`, [C] float32 or None, and `metrics`, which computes balanced accuracy where classes differ
-        in size by more than a factor of 2. Classes without images don't count, and those of a stream, or of images without
-        labels, count as equal.
+        in size by more than a factor of 2. Classes without images don't count. The classes of a stream, or of images
+        without labels, count as equal.
 
     Raises:
         ValueError: there are class weights, and a class has no training images.
@@ -70,7 +70,7 @@ def count_images(split: Dataset, num_classes: int) -> np.ndarray:
 
 
 def are_unequal(sizes: np.ndarray) -> bool:
-    """Whether the largest class has more than twice the images of the smallest one that has any."""
+    """Whether the largest class has more than twice the images of the smallest class, empty classes ignored."""
     present = sizes[sizes > 0]
     return len(present) > 0 and bool(present.max() > _UNEQUAL * present.min())
 

@@ -1,4 +1,4 @@
-"""Describes the trainings of a run that take some images more often than others, by `crops_per_image`."""
+"""Describes the trainings of a run in which `crops_per_image` makes some images more frequent than others."""
 
 import math
 from collections.abc import Collection
@@ -14,12 +14,12 @@ def describe_uneven_crops(
     """Returns one sentence for each argument whose number of epochs is no multiple of `crops_per_image`.
 
     Args:
-        recipe, data, training: of the run. `max_steps` takes the place of `num_train_epochs`, and `teacher_epochs` that of
-            both in the teacher's training.
+        recipe, data, training: of the run. `max_steps` replaces `num_train_epochs`, and `teacher_epochs` replaces both
+            in the teacher's training.
         stages: the names of the trainings whose epochs are known.
     """
     crops = data.crops_per_image
-    if crops == 1:  # A part of an epoch is one that was asked for.
+    if crops == 1:  # With one crop, a fraction of an epoch is what the user asked for.
         return []
     sets_epochs = bool(stages) and training.max_steps <= 0
     epochs = {

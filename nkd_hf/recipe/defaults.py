@@ -1,7 +1,8 @@
-"""The settings of `nkd-hf distill` that hold where the user sets nothing, for images of one's own.
+"""Sets the defaults of `nkd-hf distill`, for a user's own images.
 
-They are those of fine-tuning with timm (AdamW, weight decay 0.05, cosine schedule with a warm-up, RandAugment for photographs),
-with a learning rate and a number of steps by what the weights start from. `docs/quickstart.md` has them in a table.
+The defaults are timm's for fine-tuning (AdamW, weight decay 0.05, cosine schedule with a warm-up, RandAugment for
+photographs). The learning rate and the number of steps depend on whether the weights start random or pretrained.
+`docs/quickstart.md` has a table of the defaults.
 """
 
 import math
@@ -24,10 +25,10 @@ _TEACHER_LEARNING_RATE = {"pretrained": 1e-4, "random": 1e-3}
 # Measured with EfficientNet-Lite0, at 5 epochs: 88.05 % of Fashion-MNIST with 1e-3 and 85.45 % with 3e-4, 98.61 % of the digits
 # with 1e-3, 95.83 % with 3e-4 and 68.61 % with 1e-4.
 _PRETRAINED_WITH_BATCH_NORM = 1e-3
-# Input sizes up to this one are those of small pictures, which a strong augmentation makes unrecognisable.
+# Pictures up to this input size are small, and a strong augmentation makes them unrecognisable.
 _SMALL_PIXELS = 64
 
-# What set_defaults sets, and the preprocessing that a student takes from its teacher.
+# The arguments that set_defaults sets, and the preprocessing that a student takes from its teacher.
 BY_DATA_AND_MODELS = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "num_train_epochs", "teacher_learning_rate",
     "teacher_epochs", "early_stopping_patience", "random_resized_crop", "auto_augment",
@@ -36,13 +37,13 @@ BY_DATA_AND_MODELS = {
 
 
 def fixed_defaults(given: set[str]) -> dict[str, Any]:
-    """Returns the defaults that depend on the machine alone.
+    """Returns the defaults that depend only on the machine.
 
     Args:
         given: the names of the arguments that the user has set.
     """
     has_gpu = torch.cuda.is_available()
-    # The parts of a stream, and so its results, depend on the number of workers.
+    # The number of workers decides the parts of a stream, and so the results.
     has_idle_cores = has_gpu or "streaming" in given
     defaults: dict[str, Any] = {
         "finetune_teacher": "auto",
@@ -53,7 +54,8 @@ def fixed_defaults(given: set[str]) -> dict[str, Any]:
         "bf16": has_gpu and torch.cuda.is_bf16_supported() and "fp16" not in given,
         "logging_strategy": "epoch",
         "dataloader_num_workers": count_workers(has_idle_cores),
-        # Drop path draws other numbers beside persistent workers: on the CPU, results would depend on the number of cores.
+        # With persistent workers, drop path draws other numbers: on the CPU, results would depend on the number of
+        # cores.
         "dataloader_persistent_workers": has_idle_cores and given.isdisjoint({"dataloader_num_workers"}),
         "dataloader_pin_memory": has_gpu,
     }
@@ -65,7 +67,10 @@ def fixed_defaults(given: set[str]) -> dict[str, Any]:
 
 
 def count_workers(has_idle_cores: bool) -> int:
-    """The workers of a data loader: of cores that compute as well, a quarter, since a step takes much longer than its input.
+    """Counts the workers of a data loader.
+
+    Where the models compute on the same cores, a quarter of the cores is enough, since a step takes much longer than
+    its input.
 
     Args:
         has_idle_cores: whether the models compute elsewhere.
@@ -77,14 +82,14 @@ def count_workers(has_idle_cores: bool) -> int:
 
 
 def set_workers(training: DistillationTrainingArguments, given: set[str]) -> None:
-    """Gives persistent workers, which the user has asked for, one worker at least.
+    """Sets one worker where the user has set persistent workers and there would be no worker.
 
     Args:
         training: of the run; its number of workers is changed where the user has not set it.
         given: the names of the arguments that the user has set.
 
     Raises:
-        ValueError: the user has asked for persistent workers, and for none.
+        ValueError: the user has set persistent workers and zero workers.
     """
     if not training.dataloader_persistent_workers or training.dataloader_num_workers > 0:
         return
@@ -93,7 +98,7 @@ def set_workers(training: DistillationTrainingArguments, given: set[str]) -> Non
             "dataloader_num_workers must be 1 or more with dataloader_persistent_workers, got 0. Set it to 1, or omit "
             "dataloader_persistent_workers"
         )
-    # The number of cores, by which there are none, would decide whether the command works.
+    # On a machine with few cores the default is zero workers; the command must work there, too.
     training.dataloader_num_workers = 1
 
 
@@ -109,11 +114,11 @@ def set_defaults(
     """Sets the arguments that the user has not set and that depend on the models and on the data.
 
     Args:
-        recipe, data, training: of the run; they are changed.
+        recipe, data, training: the arguments of the run; they are changed.
         given: the names of the arguments that the user has set.
         num_images: of the training split; None for a stream whose images nobody has counted.
-        image_size: of the student's input, in pixels.
-        with_batch_norm: those of `student` and `teacher` that have batch norm.
+        image_size: size of the student's input, in pixels.
+        with_batch_norm: `student`, `teacher` or both, if they have batch norm.
     """
 
     def set_default(arguments: Any, name: str, value: Any) -> None:
@@ -145,7 +150,7 @@ def set_defaults(
 
 
 def _count_epochs(start: str, num_images: int, training: DistillationTrainingArguments, multiple: int) -> int:
-    """Counts the epochs of a training that starts from such weights, rounded up to a multiple of `crops_per_image`."""
+    """Counts the epochs of a training by its `start`, rounded up to a multiple of `crops_per_image`."""
     steps, least, most = _STEPS[start]
     per_epoch = max(1, num_images / training.global_batch_size())
     return math.ceil(min(most, max(least, round(steps / per_epoch))) / multiple) * multiple
