@@ -1,4 +1,4 @@
-"""What `nkd-hf distill` adds to a recipe: the student's ONNX files, the figures of all models, and the report."""
+"""Exports the student of `nkd-hf distill` to ONNX, measures all models, and writes the report."""
 
 import dataclasses
 import importlib.metadata
@@ -33,9 +33,9 @@ from .run_folder import REPORT, exit_if_not_written
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-# Training images from which the ranges of int8 are read.
+# Number of training images from which the ranges of int8 are read.
 _CALIBRATION_IMAGES = 256
-# Images of a batch, of the predictions and of the throughput.
+# Images of a batch, for predictions and throughput.
 _BATCH = 32
 _LIBRARIES = ("nkd_hf", "torch", "torchvision", "transformers", "timm", "datasets", "accelerate", "pillow")
 _ORDER = ("teacher", "baseline", "student", "student_onnx", "student_int8")
@@ -53,10 +53,10 @@ _SETTINGS = (
 def deploy(run: "Recipe", max_int8_drop: float) -> None:
     """Exports the student of a run, measures all of its models, and writes `report.html`.
 
-    It belongs into the first process alone. The figures go to `run.figures`, which `results.json` gets beside the accuracies.
+    Call it only in the first process. It sets `run.figures`, which `results.json` contains beside the accuracies.
 
     Args:
-        run: whose models are trained.
+        run: a run whose models are trained.
         max_int8_drop: points of top-1 that int8 may lose.
 
     Raises:
@@ -156,7 +156,7 @@ def _make_runner(model: nn.Module | Path, num_labels: int) -> Callable[[torch.Te
 def _predict_teacher(run: "Recipe", teacher: Teacher) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
     """Computes the logits of a teacher with its own preprocessing, in the order of the run's classes.
 
-    The pixels are those of its first member, for which several teachers are aligned in the end.
+    The pixels are those of the first member. At the end, all members are aligned to them.
     """
     found = []
     for member in teacher.members:
@@ -172,7 +172,7 @@ def _predict_teacher(run: "Recipe", teacher: Teacher) -> tuple[np.ndarray, np.nd
 def _export(
     run: "Recipe", student: PreTrainedModel, labelled: DataLoader, max_drop: float
 ) -> tuple[StudentExport | None, str | None]:
-    """Writes the ONNX files, or returns why they cannot be made."""
+    """Writes the ONNX files, or returns the reason why they cannot be made."""
     train = run.data["train"]
     if isinstance(train, datasets.IterableDataset):
         chosen = train.take(_CALIBRATION_IMAGES)
@@ -205,7 +205,7 @@ def _collect(
     pixels: dict[str, torch.Tensor],
     export: StudentExport | None,
 ) -> dict[str, Any]:
-    """Collects what `results.json` has beside the accuracies of a recipe."""
+    """Collects the figures that `results.json` has beside the accuracies of a recipe."""
     measured = _rounded(measure_latency({name: (model, pixels[name]) for name, model in models.items()}))
     figures = {}
     for name, model in models.items():
@@ -251,7 +251,7 @@ def _rounded(figures: Any) -> Any:
 
 
 def _image_reader(run: "Recipe") -> Callable[[int], PIL.Image.Image]:
-    """Reads the validation images as the models got them: with `on_bad_image` skip, without those that cannot be read."""
+    """Returns a function that reads a validation image by its number, as the models got it: without skipped images."""
     data = run.data_args
     kind = StreamingImageDataset if data.streaming else ImageDataset
     images = kind(run.data["validation"], lambda image: image, on_bad_image=data.on_bad_image, training=False)

@@ -21,7 +21,7 @@ from .teacher_start import teacher_changes
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-# What a store is called in a message, and what makes it smaller.
+# The name of a store in a message, and the advice for a smaller one.
 _STORE = "the teacher's logits", ", set fewer epochs or a smaller top_k"
 
 
@@ -29,15 +29,15 @@ def check_disk(run: "Recipe", stages: Sequence[str], store_bytes: int = 0) -> No
     """Checks that the models and checkpoints that are yet to be written fit on the disk.
 
     Args:
-        run: whose trainings have not begun.
+        run: a run whose trainings have not begun.
         stages: the names of the trainings, in their order.
-        store_bytes: of what is written of a store of logits in the first process's folder.
+        store_bytes: bytes of a store of logits that are yet to be written into the first process's folder.
 
     Raises:
         ValueError: they do not fit.
     """
     todo = [name for name in stages if not run.goes_on or find_trained(run.folder / name) is None]
-    # The checkpoints in the folder are those of the run that goes on, or are deleted before a new one begins.
+    # The checkpoints in the folder belong to a run that continues, or are deleted before a new run begins.
     folders = [run.folder / name for name in (todo if run.goes_on else STAGES)]
     written = sum(_count_file_bytes(path) for folder in folders for path in checkpoints(str(folder)))
     needed = store_bytes + _count_peak(run, todo) - written
@@ -51,26 +51,27 @@ def check_disk(run: "Recipe", stages: Sequence[str], store_bytes: int = 0) -> No
 
 
 def check_own_disk(folder: Path, store_bytes: int) -> None:
-    """Checks on each machine that what is written there of a store of logits fits on its disk. All processes must call this.
+    """Checks on each machine that its part of a store of logits fits on its disk. All processes must call this.
 
     Args:
-        folder: of the store.
-        store_bytes: of what the processes that share this process's folder write.
+        folder: the folder of the store.
+        store_bytes: bytes that the processes with this process's folder will write.
 
     Raises:
-        ValueError: it does not fit on one of the machines.
+        ValueError: the part does not fit on one of the machines.
     """
     if lack := first_fault(_describe_lack(folder, store_bytes, *_STORE)):
         raise ValueError(lack)
 
 
 def group_by_folder(folder: Path) -> list[int]:
-    """Returns a number for each process, which is the same for those that write into one folder. All must call this.
+    """Returns a number for each process; processes that write into one folder have the same number. All must call
+    this.
 
-    Processes that see the lock of the first one share its folder. Others have that of their machine.
+    Processes that see the lock of the first process share its folder. The others share the folder of their machine.
 
     Args:
-        folder: which the first process has locked, see [`~nkd_hf.recipe.run_folder.lock_folder`].
+        folder: the folder that the first process has locked, see [`~nkd_hf.recipe.run_folder.lock_folder`].
     """
     state = PartialState()
     is_shared = _read_time(folder / LOCK) == decide_in_first(lambda: _read_time(folder / LOCK))
@@ -78,7 +79,7 @@ def group_by_folder(folder: Path) -> list[int]:
 
 
 def _read_time(path: Path) -> int | None:
-    """Reads when a file was written, in nanoseconds, by which two locks differ; None if there is no such file."""
+    """Reads the time when a file was written, in nanoseconds; None without a file. Two locks differ in it."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -97,7 +98,7 @@ def _describe_lack(folder: Path, needed: float, purpose: str, advice: str) -> st
 
 
 def _count_peak(run: "Recipe", stages: Sequence[str]) -> int:
-    """Counts the most bytes that trainings one after the other have on disk at once."""
+    """Counts the most bytes that successive trainings have on disk at once."""
     peak = left = 0
     for name in stages:
         model, args = _open_model(run, name), copy.copy(run.training_args)

@@ -23,7 +23,7 @@ from .run_folder import RESULTS
 
 @dataclass
 class ExportArguments:
-    """How a student is exported.
+    """Arguments of the student's export.
 
     Raises:
         ValueError: a value is out of its range.
@@ -51,16 +51,17 @@ def distill(
     teacher: str | list[str] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Distils a teacher into a student for images of one's own: what `nkd-hf distill` does, as a function.
+    """Distils a teacher into a student for the user's own images, as `nkd-hf distill` does.
 
     The teacher is fine-tuned first if its classes are not those of the data. The student is saved, exported to ONNX and int8,
-    measured and described in `report.html`. A call that was interrupted continues when it is made again.
+    measured and described in `report.html`. After an interruption, the same call continues the run.
 
     Args:
         dataset_name: a folder of images, a Hub id, or `digits`.
         student: Hub id or folder (pretrained), or the name of an architecture (random weights).
         output_dir: for the results.
-        teacher: Hub id, folder or name of an architecture; a list of Hub ids and folders for several as one; None for a loss without a teacher (`uskd`).
+        teacher: Hub id, folder or name of an architecture; a list of Hub ids and folders for several teachers as one;
+            None for a loss without a teacher (`uskd`).
         **arguments: any argument of `nkd-hf distill`, by its name.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Times as users write and read them."""
+"""Reads and writes times for users."""
 
 import math
 import re
@@ -10,7 +10,7 @@ def parse_duration(text: str) -> float:
     """Reads a time such as `90s`, `30m`, `1.5h` or `1h30m`, in seconds.
 
     Raises:
-        ValueError: the text is no such time.
+        ValueError: the text is not such a time.
 
     Example:
         >>> parse_duration("30m"), parse_duration("1h30m"), parse_duration("0.5h")

@@ -87,8 +87,8 @@ def accuracy_difference(logits: np.ndarray, other: np.ndarray, labels: np.ndarra
 
     Returns:
         The difference, positive if the first model is better, and half the width of its 95% confidence interval: the normal
-        approximation for paired samples with the continuity correction, without which a few images would seem to prove
-        something. Both are fractions, rounded to four digits.
+        approximation for paired samples with the continuity correction. Without the correction, a few images would
+        seem to prove a difference. Both are fractions, rounded to four digits.
 
     Example:
 
@@ -219,8 +219,8 @@ def disagreements(teacher: np.ndarray, student: np.ndarray, labels: np.ndarray) 
 def likely_label_errors(teacher: np.ndarray, student: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Finds images whose label is probably wrong: two models confidently predict the same other class.
 
-    A model is confident of a class if it gives the class at least the mean probability that it gives it on the images with this
-    label, as in "Confident Learning" (JAIR 2021, https://arxiv.org/abs/1911.00068). The threshold fits models of any certainty.
+    A model is confident of a class if the class's probability is at least its mean over the images with this label, as
+    in "Confident Learning" (JAIR 2021, https://arxiv.org/abs/1911.00068). The threshold fits models of any certainty.
 
     Args:
         teacher: [N, C] float logits.
@@ -233,14 +233,14 @@ def likely_label_errors(teacher: np.ndarray, student: np.ndarray, labels: np.nda
     predicted = predictions(teacher)
     is_suspect = (predicted == predictions(student)) & (predicted >= 0) & (predicted != labels) & (labels != NO_CLASS)
     for logits in (teacher, student):
-        # Less the rounding errors of float32: a model may be equally sure of all images of a class.
+        # 1e-6 is above the rounding errors of float32: a model may be equally sure of all images of a class.
         is_suspect &= confidences(logits) >= _mean_probability(logits, labels)[predicted] - 1e-6
     found = np.flatnonzero(is_suspect)
     return found[np.argsort(-_lower_confidence(teacher[found], student[found]), kind="stable")]
 
 
 def _mean_probability(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The mean probability of each class over the images with its label, [C]; infinite for a class without images."""
+    """Computes each class's mean probability over the images with its label, [C]; infinite without images."""
     is_used = (labels != NO_CLASS) & ~np.isnan(logits).any(axis=1)
     labels, logits = labels[is_used], logits[is_used]
     own = np.exp(shifted_logits(logits)[np.arange(len(labels)), labels]) * confidences(logits)

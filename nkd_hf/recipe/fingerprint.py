@@ -35,11 +35,11 @@ _AUGMENTATION = (
     "random_resized_crop", "random_crop_padding", "horizontal_flip", "auto_augment", "random_erasing", "pca_lighting",
     "mixup_alpha", "cutmix_alpha",
 )  # fmt: skip
-# The values of fields that are in a fingerprint only where they differ from them, so that stores without the fields are read.
+# A field with one of these values is not in a fingerprint, so that stores without the field can be read.
 _IF_MISSING = {"channel_order": list(RGB), "balanced_sampling": False, "crops_per_image": 1}
-# The decoders and transforms of these make the pixels.
+# The decoders and transforms of these libraries make the pixels.
 _LIBRARIES = ("pillow", "timm", "torch", "torchcodec", "torchvision")
-# How many images are read for the fingerprint: all of them would take as long as an epoch.
+# The number of images that the fingerprint reads: reading all images would take as long as an epoch.
 _NUM_IMAGES = 64
 
 
@@ -53,8 +53,8 @@ def fingerprint_run(
     """Computes the fingerprint of a run without its teacher, fit for JSON; it is the same on every machine.
 
     The fingerprint holds the content of the dataset, not its name or place: the number of rows, their labels in order, the
-    classes, and the bytes of 64 images from the first to the last. For the code that makes pixels of them it holds
-    [`~nkd_hf.data.transforms.PIXELS_VERSION`].
+    classes, and the bytes of 64 images from the first to the last. [`~nkd_hf.data.transforms.PIXELS_VERSION`] stands
+    for the code that makes the pixels.
 
     Args:
         data: has the augmentation.
@@ -63,7 +63,7 @@ def fingerprint_run(
         class_names: by label.
         pixels: the student's size, normalisation and interpolation.
     """
-    # Of images without labels, the hash is one of nothing.
+    # For images without labels, the hash is that of an empty array.
     labels = read_labels(train) if "label" in train.column_names else np.empty(0)
     optional = {
         "channel_order": list(pixels.channel_order),
@@ -94,16 +94,16 @@ def fingerprint_run(
 def fingerprint_teacher(recipe: RecipeArguments, teacher: Teacher, dtype: str | None) -> dict[str, Any]:
     """Computes the teacher's part of a store's fingerprint.
 
-    Of several teachers it holds lists, sorted by the names, with `teacher_weights` among them: an ensemble is the same in any
-    order of its members, each with its weight.
+    For several teachers the fingerprint holds lists, sorted by the names, with `teacher_weights` among them: an
+    ensemble is the same in any order of its members, each with its weight.
 
-    `teacher_channels_last` and `teacher_compile` are not in it: they change the logits by rounding alone, as another device
-    does.
+    `teacher_channels_last` and `teacher_compile` are not in the fingerprint: they change the logits only by rounding,
+    as another device does.
 
     Args:
         recipe: names the teacher, or several.
         teacher: with its weights as they were opened.
-        dtype: the precision in which it runs; None is float32.
+        dtype: the precision in which the teacher runs; None is float32.
     """
     members = [
         {
@@ -131,13 +131,14 @@ def check_fingerprint(
     """Compares the fingerprint of a store with a run, and warns of other versions of libraries.
 
     The teacher is compared as the run names it: a Hub id by the id, an architecture by its name and arguments, a folder by
-    its weights. Several are compared so in any order, each with its weight. A run that names no teacher, or no precision, takes the store's. Where the revision of a Hub id is no longer
-    the store's, the weights are opened and compared, since a new README is a new revision. Where one of the two revisions is
-    unknown, as without a network or a cache, the ids alone are compared.
+    its weights. Several teachers are compared in any order, each with its weight. A run without a teacher or a
+    precision uses the store's. If the revision of a Hub id has changed since the store was written, the weights are
+    opened and compared, since a new README is a new revision. If one of the two revisions is unknown, as without a
+    network or a cache, only the ids are compared.
 
     Args:
         folder: the store.
-        info: what is in its `store.json`.
+        info: the content of its `store.json`.
         recipe: the arguments of the run.
         run: the run's [`fingerprint_run`].
         teacher_dtype: the precision of the run's teacher.
@@ -189,12 +190,12 @@ def read_versions() -> dict[str, str]:
 
 
 def hide_path(teacher: str) -> str:
-    """Returns a teacher's name, without the path where it is a folder of this machine."""
+    """Returns a teacher's name, without the path if the name is a folder of this machine."""
     return Path(teacher).resolve().name if os.path.isdir(teacher) else teacher
 
 
 def read_revision(teacher: str) -> str | None:
-    """Reads the commit of a Hub id's `config.json`, from the Hub or the cache; None where it is no id or neither has it."""
+    """Reads the commit of a Hub id's `config.json` from the Hub or the cache; None if there is no such file."""
     if is_architecture(teacher) or os.path.isdir(teacher):
         return None
     with contextlib.suppress(OSError, ValueError):
@@ -203,14 +204,14 @@ def read_revision(teacher: str) -> str | None:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Hashes the parameters and buffers of a model with their names; the file that they came from does not matter."""
+    """Hashes the parameters and buffers of a model with their names; their file does not matter."""
     return hash_tensors(model.state_dict())
 
 
 def _identify_teacher(
     name: str, recipe: RecipeArguments, info: StoreInfo, id2label: dict[int, str] | None
 ) -> dict[str, Any]:
-    """Returns what a teacher of a run is compared by with the store's: its name, its weights, or both."""
+    """Returns the fields in which a teacher of a run is compared with the store's: its name, its weights, or both."""
     found = {}
     is_folder = os.path.isdir(name)
     if is_folder or _has_moved(name, info):
@@ -229,14 +230,14 @@ def _has_moved(teacher: str, info: StoreInfo) -> bool:
 
 
 def _join_members(members: list[dict[str, Any]], weights: Sequence[float]) -> dict[str, list]:
-    """Joins what is known of several teachers into lists by its names, sorted so that their order does not matter."""
+    """Joins the fields of several teachers into lists, sorted so that the order of the teachers does not matter."""
     members = [member | {"teacher_weights": round(weight, 9)} for member, weight in zip(members, weights, strict=True)]
     members.sort(key=lambda member: (member["teacher"], member["teacher_sha256"] or "", member["teacher_weights"]))
     return {name: [member[name] for member in members] for name in members[0]}
 
 
 def _split_members(info: StoreInfo) -> list[dict[str, Any]]:
-    """Splits what [`fingerprint_teacher`] knows of the teachers; the weight of a teacher alone is None."""
+    """Splits the fields of [`fingerprint_teacher`] by teacher; the weight of a single teacher is None."""
     names = ("teacher", "teacher_revision", "teacher_sha256", "teacher_weights")
     values = [info.fingerprint.get(name) for name in names]
     if not isinstance(values[0], list):
@@ -249,7 +250,7 @@ def _match_members(recipe: RecipeArguments, members: list[dict[str, Any]], info:
     weights = normalize_weights(recipe.teacher_weights, len(members))
     wanted = [member | {"teacher_weights": round(weight, 9)} for member, weight in zip(members, weights, strict=True)]
     left = _split_members(info)
-    # First those with a name: any member with the weights of a folder is that folder's.
+    # Named teachers match first. A folder is compared only by its weights, and could match a named teacher's entry.
     for member in sorted(wanted, key=lambda member: "teacher" not in member):
         found = next((stored for stored in left if member.items() <= stored.items()), None)
         if found is None:
@@ -266,7 +267,7 @@ def _match_members(recipe: RecipeArguments, members: list[dict[str, Any]], info:
 
 
 def _read_image(image: dict[str, Any] | None) -> bytes:
-    """Reads the bytes of an image; none of a bad row, which the training reports."""
+    """Reads the bytes of an image, or no bytes for a bad row, which the training reports."""
     try:
         return read_bytes(image or {"bytes": None, "path": None}) or b""
     except (OSError, ValueError):

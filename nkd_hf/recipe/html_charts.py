@@ -48,7 +48,8 @@ def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
     first, last = min(values) / 1.5, max(values) * 1.5
     powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)))
     ticks: list[float] = []
-    # The coarsest steps that give three ticks: the range is above a factor of two, so that the last steps give two at least.
+    # The loop takes the coarsest steps that give three ticks. The last steps give at least two, since the range is
+    # above a factor of two.
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         if len(ticks) < 3:
             ticks = [factor * 10.0**power for power in powers for factor in factors]

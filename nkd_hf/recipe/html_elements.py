@@ -1,4 +1,4 @@
-"""Elements, numbers and names of an HTML page. ElementTree escapes all texts and attributes."""
+"""Makes the elements, numbers and names of an HTML page. ElementTree escapes all texts and attributes."""
 
 import re
 import unicodedata
@@ -56,7 +56,7 @@ def clean(text: object) -> str:
 
 
 def text_width(text: str) -> int:
-    """The width of a text in Latin letters; wide letters, such as Chinese ones, count twice."""
+    """Measures the width of a text in Latin letters; wide letters, such as Chinese ones, count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
@@ -81,35 +81,35 @@ def shorten(text: str, width: int) -> str:
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
-    """`0.9417` as `94.17%`; a dash for None."""
+    """Writes a fraction in percent, `0.9417` as `94.17%`; a dash for None."""
     return _NO_VALUE if fraction is None else f"{fraction:.{digits}%}"
 
 
 def points(fraction: float, digits: int = 1) -> str:
-    """A difference of two fractions in points of percent, with its sign: `0.014` as `+1.4`."""
+    """Writes a difference of two fractions in points of percent, with its sign: `0.014` as `+1.4`."""
     text = f"{100 * fraction:+.{digits}f}"
     return f"{0:.{digits}f}" if not float(text) else text.replace("-", _MINUS)
 
 
 def short_number(number: float | None) -> str:
-    """A number with three digits and a unit of thousands: `11689512` as `11.7 M`."""
+    """Writes a number with three digits and a unit of thousands: `11689512` as `11.7 M`."""
     return _scaled(number, (("", 1), (" k", 1e3), (" M", 1e6), (" G", 1e9)))
 
 
 def file_size(size: float | None) -> str:
-    """A number of bytes: `44700000` as `44.7 MB`."""
+    """Writes a number of bytes: `44700000` as `44.7 MB`."""
     return _scaled(size, ((" B", 1), (" kB", 1e3), (" MB", 1e6), (" GB", 1e9)))
 
 
 def milliseconds(time: float | None) -> str:
-    """A number of milliseconds: `0.4127` as `0.413 ms`."""
+    """Writes a number of milliseconds: `0.4127` as `0.413 ms`."""
     return _scaled(time, ((" ms", 1), (" s", 1e3)))
 
 
 def _scaled(number: float | None, units: tuple[tuple[str, float], ...]) -> str:
     if number is None:
         return _NO_VALUE
-    # 999.6 has three digits only as 1.00 of the next unit.
+    # 999.6 would round to four digits in its own unit, so it is 1.00 of the next one.
     unit, factor = [entry for entry in units if number >= 0.9995 * entry[1]][-1:][0] if number >= 1 else units[0]
     value = number / factor
     if value == int(value) or value >= 99.95:

@@ -1,4 +1,4 @@
-"""Cards of a report that go back to classes and images: gains and losses, confusion, disagreements, labels, calibration."""
+"""Makes the report's cards about classes and images: gains, confusion, disagreements, labels, calibration."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from .figures import confused_pairs, confusion, disagreements, likely_label_erro
 from .html_charts import class_changes, heatmap, reliability_chart
 from .html_elements import element, percent, shorten
 
-# Up to this number, all classes are shown; of more classes, those that changed most, or are confused most.
+# Up to this number, all classes are shown; of more classes, the ones that changed most or are confused most.
 _ALL_CLASSES = 20
 _CHANGES = 10
 _CONFUSED_CLASSES = 15
@@ -33,7 +33,7 @@ class ReportImages:
         logits: [N, C] float logits by model; `student` is one of them.
         labels: [N] integer classes.
         class_names: C names.
-        read_image: returns the image of a number.
+        read_image: returns the image with a number.
     """
 
     logits: Mapping[str, np.ndarray]
@@ -43,7 +43,7 @@ class ReportImages:
 
     def __post_init__(self):
         self.class_names = unique_names(self.class_names)
-        # Models to compare the student with: pictures take the first one, classes the last one.
+        # Models to compare the student with: pictures use the first one, classes the last one.
         self.others = [key for key in ("teacher", "baseline") if key in self.logits]
 
 

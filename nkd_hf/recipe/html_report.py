@@ -75,7 +75,7 @@ def write_html_report(
         labels: [N] integer classes; an image with the label -100 is ignored.
         class_names: C names.
         curves: points (epoch or step, top-1 accuracy as a fraction) of `baseline` and `distilled`.
-        read_image: returns the image of a number from 0 to N - 1; it is called at most 24 times.
+        read_image: returns the image with a number from 0 to N - 1; it is called at most 24 times.
         title: of the page.
         x_axis: `epoch`, or `step` where the points of the curves are at steps.
 
@@ -197,7 +197,7 @@ def _table(models: Mapping[str, Any]) -> ET.Element:
     head = element("tr", element("td"))
     for key in models:
         of_student, _, name = MODEL_NAMES[key].rpartition(", ")
-        prefix = element("span", f"{of_student}, ") if of_student else None  # a phone has no room for it
+        prefix = element("span", f"{of_student}, ") if of_student else None  # a phone has no room for the prefix
         head.append(element("th", prefix, name, scope="col", class_=key))
     rows = []
     for label, name, write in _ROWS:
@@ -265,7 +265,7 @@ def _settings_card(results: Mapping[str, Any]) -> ET.Element | None:
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
-    """The entries of nested dicts, with their keys joined by dots; the entries of the first dict keep their own keys."""
+    """Flattens nested dicts and joins their keys by dots; the entries of the first dict keep their own keys."""
     if not isinstance(value, Mapping):
         return [(name, value)]
     entries = []

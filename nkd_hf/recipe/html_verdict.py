@@ -1,4 +1,4 @@
-"""Says in words and a few numbers how a distilled student compares with its baseline and its teacher."""
+"""Compares a distilled student with its baseline and its teacher, in words and a few numbers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,9 +20,9 @@ def verdict(
         models: figures by model; see [`nkd_hf.recipe.html_report.read_models`].
         gain: the student's accuracy less the baseline's, and half of its 95% interval, as fractions, or None.
         images: number of images.
-        int8_fault: why there is no int8 version, if it was tried.
-        onnx_fault: why there is no ONNX version, if it was tried.
-        only_answer: the class that the student answers for every image, if it is always the same.
+        int8_fault: the reason for a missing int8 version, if it was tried.
+        onnx_fault: the reason for a missing ONNX version, if it was tried.
+        only_answer: the class that the student predicts for every image, if it is always the same class.
 
     Returns:
         A headline and a paragraph.

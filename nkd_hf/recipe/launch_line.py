@@ -16,7 +16,7 @@ def launch_line(argv: Sequence[str] | None = None) -> str | None:
     and mixed precision. Options whose name ends in `token` are omitted.
 
     Args:
-        argv: script and arguments; None takes this process's.
+        argv: script and arguments; None uses this process's.
     """
     if argv is None:
         # In a notebook, __main__ has no file. In a tool (`pytest`, `python -m ...`), its file is not the user's script.

@@ -1,4 +1,4 @@
-"""Runs a teacher ahead of time, and writes its logits into a store."""
+"""Runs a teacher before the training, and writes its logits into a store."""
 
 import dataclasses
 import functools
@@ -53,25 +53,27 @@ def write_teacher_logits(
 ) -> StoreInfo:
     """Runs a recipe's teacher on the augmented images of its epochs, and writes the logits into a store.
 
-    All processes call this, and each writes its part of the shards. What is in the folder already is not written again.
+    All processes call this, and each writes its part of the shards. Shards that are in the folder already are not
+    written again.
 
     Args:
-        recipe: names the teacher, which is trained first where it is named by an architecture.
+        recipe: names the teacher. A teacher that is an architecture is trained first.
         data: the dataset and its augmentation; images are mixed in pairs.
         training: `output_dir` is the folder of the store. It must not push.
-        epochs: how many; a store of more keeps them.
-        cycle: how many of them are stored, which training repeats; None stores all.
-        top_k: how many logits are stored beside the target's; None stores all.
-        temperatures: at which losses read a store of `top_k`; 1 and those of the recipe's losses are always there.
+        epochs: number of epochs; a store that has more keeps them.
+        cycle: number of epochs that are stored, which training repeats; None stores all.
+        top_k: number of logits that are stored beside the target's; None stores all.
+        temperatures: temperatures at which losses read a store of `top_k`; 1 and the temperatures of the recipe's
+            losses are always there.
         batch_size: images of a forward pass, even.
         shard_size: samples in a file, even.
 
     Returns:
-        What is in `store.json`, with the teacher's accuracies.
+        The content of `store.json`, with the teacher's accuracies.
 
     Raises:
         ValueError: the recipe has no teacher whose logits could be stored, its arguments, models and data do not fit each
-            other, or `cycle` is not between 1 and `epochs`, or no multiple of `crops_per_image`.
+            other, or `cycle` is not between 1 and `epochs` or no multiple of `crops_per_image`.
         SystemExit: with a message, when the folder holds another store.
     """
     check_cycle(cycle, epochs, data.crops_per_image)
@@ -87,7 +89,7 @@ def write_teacher_logits(
             f"{fault} the teacher first with nkd-hf distill, and name the folder of the fine-tuned teacher"
         )
     run.check(trains_student=False)
-    # There are no more beside the target.
+    # Beside the target there are no more classes.
     top_k = None if top_k is None else min(top_k, len(run.id2label) - 1)
     kept = choose_temperatures(recipe, top_k, temperatures)
     epochs = epochs if cycle is None else cycle
@@ -106,7 +108,7 @@ def write_teacher_logits(
         top_k=top_k,
         **kept,
         shard_size=shard_size,
-        # Of the weights before for_inference rounds them.
+        # The fingerprint is of the weights before for_inference rounds them.
         fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher, training.teacher_dtype),
         teacher=describe_teacher(
             teacher, [None if recipe.names_new_teacher else hide_path(name) for name in recipe.teachers]
@@ -146,7 +148,7 @@ def _check_processes(training: DistillationTrainingArguments) -> None:
 def _count_missing_bytes(
     run: Recipe, epochs: int, shard_size: int, top_k: int | None, **temperatures: list[float]
 ) -> int:
-    """Counts the bytes of the shards that are not in this process's folder yet, and that are written there."""
+    """Counts the bytes of the shards that are yet to be written into this process's folder."""
     sample_bytes = count_sample_bytes(len(run.id2label), top_k, **temperatures)
     written = {path: path.stat().st_size for path in run.folder.glob("epoch-*/shard-*.safetensors")}
     folders = group_by_folder(run.folder)
@@ -154,19 +156,19 @@ def _count_missing_bytes(
     starts = range(0, len(run.data["train"]), shard_size)
     missing = 0
     for number, (epoch, shard) in enumerate(itertools.product(range(epochs), range(len(starts)))):
-        if folders[number % len(folders)] == own:  # as _write_shards divides them
+        if folders[number % len(folders)] == own:  # as _write_shards divides the shards
             size = min(shard_size, len(run.data["train"]) - starts[shard]) * sample_bytes
             missing += max(0, size - written.get(shard_path(run.folder, epoch, shard), 0))
     return missing
 
 
 def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:
-    """Writes `store.json`, or checks that the store in the folder can go on, and returns what is in it then."""
+    """Writes `store.json`, or checks that the store in the folder can be continued, and returns its content."""
     if (folder / STORE).exists():
         earlier = StoreInfo.read(folder)
         shape = ("num_classes", "top_k", "temperatures", "standardized_temperatures", "shard_size", "cycle")
         before, now = ({name: getattr(each, name) for name in shape} | each.fingerprint for each in (earlier, info))
-        # The hash of the weights says more.
+        # The hash of the weights, which is compared, says more than the revision.
         del now["teacher_revision"]
         if differences := compare_fingerprints(
             before | {"versions": earlier.versions}, now | {"versions": info.versions}
@@ -193,7 +195,7 @@ def _write_shards(
     collator: ImageCollator,
     batch_size: int,
 ) -> None:
-    """Writes every n-th shard in each of n processes, but for those that are there."""
+    """Writes every n-th shard in each of n processes, except the shards that exist."""
     shards = [(epoch, shard) for epoch in range(info.epochs) for shard in range(info.num_shards)]
     missing = set(unfinished(folder, info, info.epochs))
     shards = [key for key in shards[training.process_index :: training.world_size] if key in missing]
@@ -202,7 +204,7 @@ def _write_shards(
     loader = iter(DataLoader(images, batch_sampler=batches, collate_fn=collator, num_workers=workers))
     total = sum(len(_shard_positions(info, shard)) for _, shard in shards)
     silent = training.disable_tqdm or training.process_index > 0
-    interval = 0.1 if shows_bars(training) else 60  # seconds; each is a line of a file
+    interval = 0.1 if shows_bars(training) else 60  # seconds; in a file, each update is a line
     with tqdm(total=total, desc="Running the teacher", unit="image", disable=silent, mininterval=interval) as bar:
         for epoch, shard in shards:
             positions, parts = _shard_positions(info, shard), []
@@ -217,13 +219,13 @@ def _write_shards(
                 _check_finite(logits, epoch, positions, info)
                 parts.append({name: value.cpu() for name, value in rows.items()})
                 bar.update(len(labels))
-            # Without the second one of an odd dataset's last sample.
+            # An odd dataset's last sample is computed twice; its second row is cut off.
             rows = {name: torch.cat([part[name] for part in parts])[: len(positions)] for name in parts[0]}
             write_shard(shard_path(folder, epoch, shard), rows)
 
 
 def _shard_positions(info: StoreInfo, shard: int) -> range:
-    """The positions of a shard's samples in the order of an epoch."""
+    """Returns the positions of a shard's samples in the order of an epoch."""
     return range(info.num_samples)[shard * info.shard_size : (shard + 1) * info.shard_size]
 
 
@@ -243,7 +245,7 @@ class _ShardBatches:
                 self.sampler.set_epoch(epoch)
                 known, keys = epoch, list(self.sampler)
             positions = list(_shard_positions(self.info, shard))
-            # The last sample of an odd dataset stands twice, as EpochSampler gives it, and is not mixed.
+            # The last sample of an odd dataset is repeated, as in EpochSampler, and is not mixed.
             positions += positions[-1:] * (len(positions) % 2)
             for start in range(0, len(positions), self.batch_size):
                 yield [keys[position] for position in positions[start : start + self.batch_size]]

@@ -1,4 +1,4 @@
-"""Reads in the models what a loss with parameters of its own needs to be built: the shapes of their features."""
+"""Reads the shapes of the models' features, from which a loss with parameters of its own is built."""
 
 import inspect
 from collections.abc import Iterable
@@ -26,19 +26,19 @@ def loss_shapes(
     feature_layer: str | None = None,
     teacher_image_size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Reads in the models what [`~nkd_hf.RecipeArguments.build_loss`] needs.
+    """Reads the shapes that [`~nkd_hf.RecipeArguments.build_loss`] needs from the models.
 
     Args:
-        losses: of the recipe.
+        losses: the losses of the recipe.
         student: a `*ForImageClassification`.
-        image_size: height and width that it takes.
-        teacher: the model, where a loss reads more of it than its logits.
+        image_size: height and width of the student's input.
+        teacher: the model, where a loss reads more than the teacher's logits.
         feature_layer: see [`~nkd_hf.models.features.FeatureTap`].
-        teacher_image_size: height and width that the teacher takes. Default: the student's.
+        teacher_image_size: height and width of the teacher's input. Default: the student's.
 
     Raises:
-        ValueError: a loss asks for a feature that is not known for the model, or those of student and teacher cannot be
-            compared.
+        ValueError: a loss needs a feature that is not known for the model, or the features of student and teacher
+            cannot be compared.
     """
     shapes: dict[str, Any] = {}
     losses, teacher_image_size = list(losses), teacher_image_size or image_size

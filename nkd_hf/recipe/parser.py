@@ -17,7 +17,7 @@ from .yaml_file import find_fault, read_config
 from .yaml_values import check_value
 
 _RESERVED = ("config", "base")
-# Keys of a run's own record, run.yaml, that are no arguments.
+# Keys of run.yaml, the record of a run, that are not arguments.
 _RECORDED = ("world_size", "stream_workers")
 
 
@@ -35,23 +35,23 @@ def parse_args(
     a float field. `null` means `None`, where the field allows it. Lists and mappings replace the
     field's value as a whole. On the command line a list is `--name a b`, a mapping is JSON (`--name '{"a": 1}'`).
 
-    The key `base: other.yaml` names another YAML, relative to the file it stands in, whose values the file overrides.
+    The key `base: other.yaml` names another YAML, relative to the file with the key, whose values this file overrides.
 
     Two rules of YAML 1.2 are followed where PyYAML keeps those of 1.1: `1e-3` is a number, and a bare `no` is a
     string (`save_strategy: no`), which a bool field still reads as false (so too `yes`, `on` and `off`). A value that the
-    two read differently (`010`, `1:30`) is an error, and so is a value that no run can use, in the file or on the command
-    line: NaN, an integer of more than 64 bits, in a mapping a date or bytes.
+    two versions read differently (`010`, `1:30`) is an error. So is a value that no run can use, in the file or on the
+    command line: NaN, an integer of more than 64 bits, in a mapping a date or bytes.
 
     Args:
         dataclass_types: one dataclass or several, such as a `transformers.TrainingArguments` and some of your own.
             Fields may be str, int, float, bool, an `Enum`, a `Literal`, `list[...]`, dict, and each of them `| None`.
         default_config: the YAML that is used when the command line names no `--config`.
-        default_config_unless: fields that, when given on the command line, switch `default_config` off: a run on
+        default_config_unless: fields that switch `default_config` off when the command line sets them: a run on
             another data set should not inherit the settings of a demo.
-        default_config_keeps: keys of `default_config` that hold even then, in groups. On the command line, the first field of
-            a group, with another value than the file's, switches the others of its group off: another loss does not inherit
-            the arguments of the first one.
-        args: the command line; None takes `sys.argv[1:]`.
+        default_config_keeps: keys of `default_config` that hold even then, in groups. If the command line sets the
+            first field of a group to another value than the file's, the other keys of the group do not hold: another
+            loss does not inherit the arguments of the first one.
+        args: the command line; None uses `sys.argv[1:]`.
 
     Returns:
         One instance of each dataclass, in order.
@@ -89,7 +89,7 @@ def parse_args(
             values = read_config(Path(default_config))
             kept = set()
             for group in default_config_keeps:
-                # The file's own value on the command line is no other choice.
+                # The command line may set the value that the file has: the group still holds.
                 if group[0] not in given or (group[0] in values and given[group[0]] == str(values[group[0]][0])):
                     kept |= set(group)
             parser.set_config(default_config, kept)
@@ -111,9 +111,9 @@ def parse_with_defaults(
     Args:
         dataclass_types: the dataclasses.
         choose_defaults: returns the defaults of some fields, for the names of the fields that the user has set.
-        prog: what messages call the command.
+        prog: the name of the command in messages.
         required: fields that the user must set, though they have a default.
-        args: the command line; None takes `sys.argv[1:]`.
+        args: the command line; None uses `sys.argv[1:]`.
 
     Returns:
         One instance of each dataclass, and the names of the fields that the user has set.
@@ -144,11 +144,11 @@ class _Parser(HfArgumentParser):
     def __init__(self, dataclass_types: type | Iterable[type]):
         dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
         self.type_hints = _read_type_hints(dataclass_types)
-        # An abbreviation that is unique today is ambiguous or another field once a field is added.
+        # A new field can make an abbreviation ambiguous, or change its meaning.
         super().__init__(
             dataclass_types,
             allow_abbrev=False,
-            usage="%(prog)s [--config FILE] [--NAME VALUE ...]",  # argparse's own lists 150 arguments twice
+            usage="%(prog)s [--config FILE] [--NAME VALUE ...]",  # argparse's default usage lists 150 arguments twice
             description="The values in the YAML of --config are the defaults, the command line overrides them.",
         )
         self.add_argument("--config", metavar="FILE", help="YAML file with the defaults of the other arguments")
@@ -162,7 +162,7 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
 
     def describe_default(self, path: Path, unless: Sequence[str], keeps: Sequence[Sequence[str]]) -> None:
-        """Adds to --help which values hold without --config."""
+        """Adds the values that hold without --config to --help."""
         self.description += f" Without --config, those of {path.name} are"
         if unless:
             options = " or ".join(f"--{name}" for name in unless)
@@ -171,7 +171,7 @@ class _Parser(HfArgumentParser):
         self.description += "."
 
     def set_config(self, path: str | Path, keys: Collection[str] | None = None) -> None:
-        """Makes the values of a YAML file, or those of some of its keys, the defaults."""
+        """Makes the values of a YAML file, or of some of its keys, the defaults."""
         actions = {action.dest: action for action in self._actions}
         for key, (value, file) in read_config(Path(path)).items():
             if key in _RECORDED or (keys is not None and key not in keys):
@@ -196,7 +196,7 @@ class _Parser(HfArgumentParser):
         return tuple(self._build(cls, vars(namespace)) for cls in self.dataclass_types)
 
     def _build(self, cls: type, namespace: dict[str, Any]) -> Any:
-        """Constructs a dataclass. An error that it raises for its values becomes a message that names an argument."""
+        """Constructs a dataclass. An error that its values raise becomes a message that names an argument."""
         fields = [field for field in dataclasses.fields(cls) if field.init]
         values = {field.name: namespace[field.name] for field in fields}
         try:
@@ -208,12 +208,13 @@ class _Parser(HfArgumentParser):
             }
             given = {name: default for name, default in defaults.items() if values[name] != default}
             if not isinstance(error, ValueError):
-                if _raises(cls, values | given):  # with the defaults too: it is a bug
+                if _raises(cls, values | given):  # the defaults raise it, too: it is a bug
                     raise
                 message = f"{type(error).__name__}: {message}"
             elif any(re.search(rf"\b{name}\b", message) for name in values if name in given or name not in defaults):
                 self.error(message)
-            # The message names no argument, so each argument is blamed whose default alone would have prevented the error.
+            # The error names no argument. So the message names each argument whose default alone would prevent the
+            # error.
             blamed = [name for name, default in given.items() if not _raises(cls, values | {name: default})] or given
             self.error(f"{', '.join(f'{name}={values[name]!r:.60}' for name in blamed)}: {message}")
 
@@ -252,8 +253,8 @@ def _read_type_hints(dataclass_types: list[type]) -> dict[str, Any]:
 
 
 def _read_options(prog: str, args: list[str]) -> tuple[str | None, dict[str, str]]:
-    """Reads the file of --config, and the fields that the command line sets with the text that follows them."""
-    # _Parser would exit for required arguments, which stand in the YAML.
+    """Reads the file of --config, and each field that the command line sets with the text that follows it."""
+    # _Parser would exit for missing required arguments, which may be in the YAML.
     parser = ArgumentParser(prog=prog, usage=SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     config = parser.parse_known_args(args)[0].config

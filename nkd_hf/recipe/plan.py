@@ -1,7 +1,8 @@
 """Plans a run from its arguments alone, for `nkd-hf plan`.
 
-Models are built on torch's meta device, which has shapes and no values. The numbers of GPUs and of images are those in the
-config. Nothing is read of this machine, of the launcher's environment variables, of the network or of the dataset.
+Models are built on torch's meta device, which has shapes and no values. The config sets the numbers of GPUs and of
+images. The plan does not depend on this machine, on the launcher's environment variables, on the network or on the
+dataset.
 """
 
 import math
@@ -41,10 +42,10 @@ from .unlabeled import check_unlabeled, describe_unlabeled, refuse_training_of_t
 
 
 class PlannedTrainingArguments(DistillationTrainingArguments):
-    """The arguments of a run on another machine: nothing is asked of this one.
+    """Training arguments of a run on another machine, which do not depend on this machine.
 
-    Settings that this machine may lack, and that change nothing in a plan, are removed: tf32, `torch.compile`, FSDP and
-    DeepSpeed.
+    Settings that this machine may not support, and that do not change a plan, are removed: tf32, `torch.compile`, FSDP
+    and DeepSpeed.
     """
 
     # TrainingArguments has properties of these names, which look for devices and join the launcher's process group.
@@ -72,26 +73,33 @@ def make_plan(
     top_k: str | None = None,
     cycle: int | None = None,
 ) -> dict[str, Any]:
-    """Plans what a recipe will do.
+    """Plans a run: its models, steps, learning rates, disk and memory.
 
     Args:
         recipe: `num_processes` must be set.
         data: `num_train_images` must be set; `num_classes` where it is not the architecture's own (1000, or CIFAR's 100).
-        training: the rest.
-        top_k, cycle: of a store of the teacher's logits, as [`~nkd_hf.cli.teacher_logits`] takes them; without both, none
-            is planned.
+        training: the other arguments.
+        top_k, cycle: arguments of a store of the teacher's logits, see [`~nkd_hf.cli.teacher_logits`]; without both,
+            no store is planned.
 
     Returns:
-        `dict`, fit for JSON. `student` and `teacher` (None where there is none) with `parameters` and `gmacs`, of one
-        image's forward pass (None for a teacher that is not known here), of several teachers their sums and each of them in
-        `members`; `tap`, what USKD's auxiliary head reads, with
-        `module`, `channels` and what it `reads` (class token, mean of the patch tokens, ...), or None; `lr_by_epoch`, the
-        rate of the first step of each epoch (None where it depends on the evaluations); `steps_per_epoch`;
-        `global_batch_size`; `decoded_images`, of an epoch, with those without labels; `input`, the `samples`,
-        `decoded_images` and `core_hours` of the student's training; `store` of the teacher's logits, or None; `unlabeled`,
-        how images without labels take part, in words;
-        `decayed_parameters` and `undecayed_parameters`, student and losses together; `disk` and `memory` in bytes, the least
-        that is needed. The other keys are named as the arguments.
+        `dict`, fit for JSON:
+
+        - `student` and `teacher` (None without a teacher) with `parameters` and `gmacs`, of one image's forward pass
+          (None for a teacher that is not known here). Several teachers have their sums, and each teacher is in
+          `members`.
+        - `tap`, the input of USKD's auxiliary head, with `module`, `channels` and the kind of feature it `reads`
+          (class token, mean of the patch tokens, ...), or None.
+        - `lr_by_epoch`, the rate of the first step of each epoch (None where it depends on the evaluations).
+        - `steps_per_epoch` and `global_batch_size`.
+        - `decoded_images` of an epoch, with the images without labels.
+        - `input`, the `samples`, `decoded_images` and `core_hours` of the student's training.
+        - `store` of the teacher's logits, or None.
+        - `unlabeled`, how images without labels take part, in words.
+        - `decayed_parameters` and `undecayed_parameters`, student and losses together.
+        - `disk` and `memory` in bytes, the least that is needed.
+
+        The other keys are named as the arguments.
 
     Raises:
         ValueError: the arguments do not say enough, or do not fit the models.
@@ -116,7 +124,7 @@ def make_plan(
         )
         losses = recipe.build_loss(**shapes) or {}
         losses = losses if isinstance(losses, dict) else {"distillation": losses}
-        # Without the moving average, which is counted as the copy of the student that it is.
+        # The model has no moving average here: count_memory_bytes counts it as a copy of the student.
         model = DistillationModel(student, losses, training.feature_layer, training.label_smoothing_factor)
     for tap in model.taps.values():
         tap.listen()
@@ -239,7 +247,7 @@ def _describe(name: str, model: nn.Module | None, pixels: Preprocessing | None) 
 
 
 def _join(teachers: list[dict[str, Any]], weights: list[float] | None) -> dict[str, Any] | None:
-    """Returns the plan of one teacher as it is; of several their sums and, as `members`, each with its weight."""
+    """Returns the plan of one teacher, or the sums of several with each plan and weight in `members`."""
     if len(teachers) < 2:
         return teachers[0] if teachers else None
     sums = {}
@@ -275,7 +283,7 @@ def _count_steps(recipe: RecipeArguments, data: DataArguments, training: Planned
         num_steps = streaming_max_steps(images, epochs, global_batch_size)
         steps_per_epoch = num_steps / epochs
     else:
-        # As the Trainer's data loader counts them: it fills the last batches up, or drops them.
+        # Trainer's data loader counts the batches in this way: it fills the last ones up, or drops them.
         batches = BatchSampler(range(images), batch, training.dataloader_drop_last)
         split = training.accelerator_config.split_batches
         batches = BatchSamplerShard(batches, recipe.num_processes, 0, split_batches=split)
@@ -303,12 +311,12 @@ def _plan_learning_rates(
     """Computes the rate of the first step of each epoch; None where it depends on the evaluations."""
     name, num_steps, kwargs = training.lr_scheduler_type.value, steps["num_steps"], training.lr_scheduler_kwargs
     if name in SCHEDULES:
-        # The recipe sets max_steps for a stream.
+        # For a stream, the recipe sets max_steps.
         is_set = training.max_steps > 0 or steps["num_steps"] == steps["steps_per_epoch"] * training.num_train_epochs
         epochs, rate = training.num_train_epochs, training.learning_rate
         factor = lr_factor(name, num_steps, epochs, rate, kwargs, max_steps=num_steps if is_set else -1)
     else:
-        # As in the optimiser that Trainer makes: its groups have the scaled rate, its defaults the rate that is set.
+        # Trainer's optimiser has the scaled rate in its groups, and learning_rate in its defaults.
         optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)
         optimizer.param_groups[0]["lr"] = learning_rate
         warmup_steps = training.get_warmup_steps(num_steps)

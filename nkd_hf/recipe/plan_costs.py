@@ -1,4 +1,4 @@
-"""Counts what a model costs: multiplications, and bytes on disk and on a GPU. Models may be on the meta device."""
+"""Counts the costs of a model: multiplications, and bytes on disk and on a GPU. Models may be on the meta device."""
 
 import math
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
 from ..trainer.optimization import decayed_parameters
 
-# Milliseconds of a core, for JPEGs of 500 x 375 to 224 pixels (benchmarks/input.py --crops): of each decoded image, of each
-# sample, and of each sample with auto_augment.
+# Milliseconds of a core for each decoded image, for each sample, and in addition for each sample with auto_augment.
+# They were measured on JPEGs of 500 x 375 to 224 pixels (benchmarks/input.py --crops).
 _DECODE_MS, _SAMPLE_MS, _AUTO_AUGMENT_MS = 2.3, 1.3, 2.5
 
 
@@ -28,8 +28,8 @@ def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def forward_gmacs(model: nn.Module, size: tuple[int, int]) -> float:
-    """Counts the multiplications with additions of one image's forward pass, in 1e9: convolutions, matrix products, attention."""
-    # With gradients: without them FlopCounterMode fails on modules that get a parameter as input (timm's CaiT, PiT).
+    """Counts the multiply-adds of one image's forward pass, in 1e9: convolutions, matrix products, attention."""
+    # Without gradients, FlopCounterMode fails on modules that get a parameter as input (timm's CaiT, PiT).
     with FlopCounterMode(display=False) as counter, OnlyShapes():
         model.eval()(torch.empty(1, 3, *size, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2e9
@@ -38,7 +38,7 @@ def forward_gmacs(model: nn.Module, size: tuple[int, int]) -> float:
 def list_optimizer_groups(model: DistillationModel, training: DistillationTrainingArguments) -> list[dict[str, Any]]:
     """Lists the optimiser's groups as the trainer makes them: with and without weight decay, of student and losses."""
     if training.no_weight_decay is None:
-        decayed = Trainer.get_decay_parameter_names(None, model)  # reads nothing of a trainer
+        decayed = Trainer.get_decay_parameter_names(None, model)  # the method does not use self
     else:
         decayed = decayed_parameters(model, training.no_weight_decay)
     groups = []
@@ -60,13 +60,13 @@ def list_optimizer_groups(model: DistillationModel, training: DistillationTraini
 
 
 def count_state_bytes(model: nn.Module, training: DistillationTrainingArguments, notes: list[str]) -> int | None:
-    """Counts the bytes of the optimiser's state after a step on the meta device; None, with a note, where the step fails."""
+    """Counts the bytes of the optimiser's state after a step on the meta device; None and a note if the step fails."""
     parameters = [nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     try:
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(training, model)
-        # The fused kernels have the same state, and need a GPU.
+        # The fused kernels would need a GPU, and have the same state.
         optimizer = optimizer_class(parameters, **{key: value for key, value in kwargs.items() if key != "fused"})
         optimizer.step()
     except Exception as error:  # a library of optimisers, or its absence, may raise anything
@@ -80,14 +80,14 @@ def count_state_bytes(model: nn.Module, training: DistillationTrainingArguments,
 
 
 def count_input(samples: float, decoded_images: float, with_auto_augment: bool) -> dict[str, float]:
-    """Counts what the images of a training cost: `samples`, `decoded_images`, and `core_hours` for JPEGs of 500 x 375."""
+    """Counts the costs of a training's images: `samples`, `decoded_images` and `core_hours` for JPEGs of 500 x 375."""
     each = _SAMPLE_MS + (_AUTO_AUGMENT_MS if with_auto_augment else 0)
     hours = (decoded_images * _DECODE_MS + samples * each) / 3_600_000
     return {"samples": round(samples), "decoded_images": round(decoded_images), "core_hours": hours}
 
 
 def count_checkpoints(training: DistillationTrainingArguments, num_steps: int, epochs: float) -> tuple[int, int]:
-    """Counts the checkpoints of a training: those that are kept to its end, and the most that are there at once."""
+    """Counts the checkpoints that a training keeps to its end, and the most that are on disk at once."""
     strategy, interval = training.save_strategy.value, training.save_steps
     if strategy == "steps":
         saved = math.ceil(num_steps / (interval if interval >= 1 else math.ceil(interval * num_steps)))
@@ -96,7 +96,7 @@ def count_checkpoints(training: DistillationTrainingArguments, num_steps: int, e
     limit = training.save_total_limit or saved  # None and 0 keep all
     if training.load_best_model_at_end:
         limit = max(limit, 2)  # the best one beside the last one
-    # A new checkpoint is written before the oldest goes.
+    # Trainer writes a new checkpoint before it deletes the oldest one.
     return min(saved, limit), min(saved, limit + 1)
 
 
@@ -119,11 +119,11 @@ def count_disk_bytes(
     """Counts the bytes that runs write, each into a folder of its own, and the teacher's weights, but not the dataset.
 
     Args:
-        runs: the models that they train; the last one is the result.
+        runs: the model of each run; the last one is the result.
         optimizer_states: the bytes of each run's optimiser state.
         steps: `num_steps` and `epochs` of each run.
-        training: when checkpoints are written, and how many are kept.
-        teacher: where it is not one of the runs.
+        training: sets when checkpoints are written, and how many are kept.
+        teacher: a teacher that is not one of the runs.
 
     Returns:
         `dict`: `checkpoint` (one of the last run), `num_checkpoints` (of a run, at once), `checkpoints`, `models`,
@@ -155,7 +155,7 @@ def count_memory_bytes(
     training: DistillationTrainingArguments,
     with_activations: bool = True,
 ) -> dict[str, int | None]:
-    """Counts the bytes of the tensors that one GPU holds between forward and backward pass, without kernels' workspaces.
+    """Counts the bytes of a GPU's tensors between forward and backward pass, without the workspaces of kernels.
 
     Args:
         model: on the meta device, for the activations.
@@ -163,9 +163,9 @@ def count_memory_bytes(
         teacher: in float32; it is counted in `training.teacher_dtype`.
         optimizer_state: bytes.
         batch_size: images of one batch of a GPU.
-        training: the precision, and whether there is a moving average.
-        with_activations: whether what autograd keeps of the student is counted, for a lower bound with 2 bytes a value
-            under bf16 and fp16.
+        training: sets the precision and the moving average.
+        with_activations: whether the student's tensors that autograd keeps are counted, with 2 bytes a value under
+            bf16 and fp16, which is a lower bound.
 
     Returns:
         `dict`: the parts and `total`.
@@ -190,8 +190,8 @@ def count_memory_bytes(
 class _KeptTensors(TorchFunctionMode):
     """Collects the tensors that autograd keeps of a forward pass.
 
-    Attention is the exception. On the meta device its plain form runs, which keeps more than the fused kernels of a GPU. In its
-    place, query, key and value are counted, which these kernels keep at the least.
+    Attention is the exception: on the meta device its plain form runs, which keeps more than the fused kernels of a
+    GPU. Query, key and value are counted in its place, which these kernels keep at least.
     """
 
     def __init__(self):
@@ -223,7 +223,7 @@ def count_activation_bytes(student: nn.Module, pixel_values: Tensor, bytes_per_v
     Args:
         student: on the meta device.
         pixel_values: of a batch.
-        bytes_per_value: 4, or 2 under autocast, which keeps 2 bytes at the least.
+        bytes_per_value: 4, or 2 under autocast, which keeps at least 2 bytes.
     """
     mode = _KeptTensors()
     with torch.autograd.graph.saved_tensors_hooks(mode.keep, lambda tensor: tensor), mode:

@@ -33,9 +33,9 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
     """Opens the student, and reads the preprocessing that it expects.
 
     Raises:
-        ValueError: it is no architecture and not on this machine, or its arguments do not fit.
+        ValueError: the student is no architecture and not on this machine, or its arguments do not fit.
     """
-    # A name that is neither an architecture nor a path nor an id goes to create_student, which says what is near.
+    # For a name that is neither an architecture nor a path nor an id, create_student suggests similar architectures.
     if is_architecture(recipe.student) or not ("/" in recipe.student or os.path.isdir(recipe.student)):
         return _create(recipe, data, recipe.student, recipe.student_args)
     if fault := path_fault(recipe.student):
@@ -60,7 +60,7 @@ def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Modul
 def open_teachers(
     recipe: RecipeArguments, data: DataArguments, student: nn.Module, student_pixels: Preprocessing, notes: list[str]
 ) -> list[tuple[nn.Module | None, Preprocessing | None]]:
-    """Opens the teachers as [`open_student`] does; with a note, None for one that is not on this machine.
+    """Opens the teachers as [`open_student`] does; a teacher that is not on this machine is None, with a note.
 
     A zero-shot teacher has the student's number of classes. The list is empty where no teacher runs.
     """
@@ -82,7 +82,7 @@ def open_teachers(
 
 
 def _describe_store(name: str) -> str:
-    """Returns the name of a store with its epochs and bytes, where it is on this machine."""
+    """Returns the name of a store, with its epochs and bytes if it is on this machine."""
     folder = Path(name).expanduser()
     if not (folder / STORE).is_file():
         return name
@@ -97,7 +97,7 @@ def _open_teacher(
 ) -> tuple[nn.Module | None, Preprocessing | None]:
     name = teacher.removeprefix("timm/")
     try:
-        # The run itself may start on another machine, where the folder is.
+        # The folder may be on another machine, on which the run will start: a fault becomes a note.
         if fault := path_fault(teacher):
             raise ValueError(fault)
         if recipe.teacher_prompts is not None and (
@@ -108,14 +108,14 @@ def _open_teacher(
             settings = timm.get_pretrained_cfg(name).to_dict()
             lacks_classifier = settings["num_classes"] == 0
             labels = num_classes if lacks_classifier else settings["num_classes"]
-            # Not timm's model itself, which has no configuration: it may be planned to be trained.
+            # The plan may train the teacher. That needs a configuration, which timm's own model lacks.
             model = TimmWrapperForImageClassification(
                 TimmWrapperConfig(architecture=name, num_labels=labels, pretrained_cfg=settings)
             )
             pixels = read_preprocessing(model)
         else:
             trust = recipe.trust_remote_code
-            # With teacher_prompts it is opened above.
+            # A zero-shot teacher with teacher_prompts is opened above.
             lacks_prompts = is_zero_shot(teacher, trust, local_files_only=True)
             config = read_config(teacher, trust, local_files_only=True) or {}
             lacks_classifier = not lacks_prompts and _lacks_classifier(config)
@@ -140,7 +140,7 @@ def _open_teacher(
 
 
 def _lacks_classifier(config: dict[str, Any]) -> bool:
-    """Whether a configuration is of a model without a classifier; only its weights tell for sure."""
+    """Whether a configuration seems to be of a model without a classifier; only the weights tell for sure."""
     if is_timm_config(config):
         return config.get("num_classes") == 0
     classes = config.get("architectures") or ()
@@ -153,7 +153,7 @@ def _lacks_classifier(config: dict[str, Any]) -> bool:
 
 def _open_zero_shot(name: str, num_classes: int, trust_remote_code: bool) -> tuple[ZeroShotClassifier, Preprocessing]:
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    read_config(name, **local)  # which refuses odd values
+    read_config(name, **local)  # read_config refuses odd values
     config = AutoConfig.from_pretrained(name, **local)
     with build_limit():
         model = AutoModelForZeroShotImageClassification.from_config(config, trust_remote_code=trust_remote_code)

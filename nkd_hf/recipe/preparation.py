@@ -1,4 +1,4 @@
-"""Prepares `nkd-hf distill`: opens data and models once, tries a sample of the images, and sets the defaults that depend on them."""
+"""Prepares `nkd-hf distill`: opens data and models once, reads a sample of the images, and sets the defaults."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,12 +34,12 @@ _SAMPLE = 64
 
 @dataclass
 class Prepared:
-    """What is open before a run begins.
+    """Data and teacher of a run before it begins.
 
     Attributes:
-        splits: the data; None where a run that has trained all of its models needs the report alone.
-        teacher: pretrained, if there is one.
-        inherited: the settings of the student's preprocessing that are the teacher's.
+        splits: the data; None for a run that has trained all models and needs only its report.
+        teacher: the pretrained teacher, if there is one.
+        inherited: the settings of the student's preprocessing that come from the teacher.
     """
 
     splits: DatasetDict | IterableDatasetDict | None = None
@@ -50,10 +50,10 @@ class Prepared:
 def prepare(
     recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, given: set[str]
 ) -> Prepared:
-    """Opens data and models, checks what a recipe does not check, and sets the defaults that depend on them.
+    """Opens data and models, reads a sample of the images, and sets the defaults that depend on data and models.
 
     Args:
-        recipe, data, training: of the run; the defaults are set in them.
+        recipe, data, training: the arguments of the run; the defaults are set in them.
         given: the names of the arguments that the user has set.
 
     Returns:
@@ -65,7 +65,7 @@ def prepare(
     folder = Path(training.output_dir)
     record, is_over = decide_in_first(lambda: (read_record(folder, training), is_trained(folder)))
     if record and is_over:
-        # The models that the defaults depend on may be gone: the report needs none of them.
+        # The defaults come from the record, since the report needs no models and they may be deleted.
         for arguments in (recipe, data, training):
             for name in BY_DATA_AND_MODELS - given & vars(arguments).keys() & record.keys():
                 setattr(arguments, name, record[name])
@@ -85,7 +85,7 @@ def prepare(
     with_batch_norm = [
         name for name, model in models.items() if any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     ]
-    # A run that goes on keeps the pixels that it began with.
+    # A run that continues keeps its preprocessing.
     fixed = given | {name for name in recipe.preprocessing if record and record.get(name) is None}
     inherited = []
     size = max(read_preprocessing(student, load_image_processor(student)).size)
@@ -101,14 +101,15 @@ def prepare(
 
 
 def _find_smaller_size(recipe: RecipeArguments, teacher: Teacher, size: int) -> int | None:
-    """Finds the input size of a student whose size is neither set nor fixed by its architecture, if the teacher's is smaller.
+    """Returns the teacher's input size for a student with a larger default, if neither user nor architecture fixes the
+    size.
 
-    The images need no more pixels than the teacher sees; of several teachers, than the one with the largest input.
+    The images need no more pixels than the teacher sees. Of several teachers, the one with the largest input counts.
 
     Args:
         recipe: names an architecture as the student.
-        teacher: pretrained.
-        size: of the student, its architecture's default.
+        teacher: the pretrained teacher.
+        size: the default size of the student's architecture.
 
     Returns:
         The height and width; None where the student keeps its size.
@@ -129,10 +130,10 @@ def _find_smaller_size(recipe: RecipeArguments, teacher: Teacher, size: int) -> 
 
 
 def _inherit_preprocessing(recipe: RecipeArguments, teacher: Teacher, fixed: set[str]) -> list[str]:
-    """Gives a student with random weights the teacher's mean, std, crop and interpolation, and returns the settings' names.
+    """Sets the teacher's mean, std, crop and interpolation for a student with random weights, and returns their names.
 
-    Nothing ties such a student to other pixels, and the teacher is best on its own. Of several teachers, it gets the settings
-    in which all agree.
+    Random weights fit any preprocessing, and the teacher is most accurate with its own. Of several teachers, the
+    student gets the settings in which all agree.
     """
     found = [_read_settings(member) for member in teacher.members]
     inherited = [
@@ -146,7 +147,7 @@ def _inherit_preprocessing(recipe: RecipeArguments, teacher: Teacher, fixed: set
 
 
 def _read_settings(teacher: Teacher) -> dict[str, Any]:
-    """Reads a teacher's mean, std, crop and interpolation, as far as a student can have them."""
+    """Reads the values of a teacher's mean, std, crop and interpolation that a student can have."""
     if teacher.preprocessing is None:
         return {}
     pixels = teacher.preprocessing
@@ -168,7 +169,7 @@ def _read_settings(teacher: Teacher) -> dict[str, Any]:
 
 
 def _check_sample(split: Any, name: str, seed: int) -> None:
-    """Opens some images of a split, and raises ValueError with those that cannot be read."""
+    """Opens some images of a split, and raises ValueError that names the images that cannot be read."""
     rows = sorted(np.random.default_rng(seed).permutation(len(split))[:_SAMPLE].tolist())
     faults = list(_find_faults(split, rows, name))
     if faults:

@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_in_notebook
 from ..trainer.arguments import DistillationTrainingArguments
 from .duration import describe_duration
 
-# Seconds after which an entry of the log is printed in the middle of an epoch, so that a long epoch shows a sign of life.
+# Seconds after which an entry of the log is printed in the middle of an epoch, so that a long epoch is not silent.
 _SILENCE = 600
 
 
@@ -24,8 +24,8 @@ def show_progress(trainer: Trainer, name: str) -> None:
     """Replaces the progress bars and printed logs of `Trainer` with [`TrainingProgress`]; a notebook keeps its own table.
 
     Args:
-        trainer: of one model.
-        name: of the training, such as `student`.
+        trainer: the trainer of one model.
+        name: the name of the training, such as `student`.
     """
     if is_in_notebook():
         return
@@ -41,7 +41,7 @@ class TrainingProgress(TrainerCallback):
     The log of all values is in `trainer_state.json`, and in TensorBoard where `report_to` says so.
 
     Args:
-        name: of the training, such as `student`.
+        name: the name of the training, such as `student`.
         shows_bar: whether stderr gets a live line.
         prints_lines: whether stdout gets a line for each evaluation, and for each epoch without one.
     """
