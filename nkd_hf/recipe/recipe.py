@@ -1,4 +1,4 @@
-"""One run of a recipe: opens what it needs, trains teacher, baseline and student, and reports them."""
+"""Runs a recipe: opens data and models, trains teacher, baseline and student, and reports them."""
 
 import json
 from pathlib import Path
@@ -83,11 +83,12 @@ class Recipe:
     """One run of a recipe: its data, what was trained so far, and its figures.
 
     Args:
-        recipe (`RecipeArguments`): what is distilled into what.
+        recipe (`RecipeArguments`): teacher, student, loss and preprocessing.
         data (`DataArguments`): the dataset and its augmentation.
-        training (`DistillationTrainingArguments`): `output_dir` holds the results; each model gets a folder in it. From a
-            stream, what it says in epochs is set in steps.
-        splits, teacher: data and pretrained teacher, where they are open already.
+        training (`DistillationTrainingArguments`): `output_dir` holds the results; each model gets a folder in it. For
+        a
+            stream, its settings in epochs are changed to steps.
+        splits, teacher: data and pretrained teacher, if they are open already.
 
     Raises:
         ValueError: arguments, names, data or stored logits do not fit each other.
@@ -117,19 +118,19 @@ class Recipe:
         self.results: dict[str, float | None] = dict.fromkeys(("teacher", ON_STUDENT_PIXELS, "baseline", "distilled"))
         self.accuracies: dict[str, dict[str, float]] = {}
         self.curves: dict[str, list[tuple[float, float]]] = {}
-        # What `nkd-hf distill` measures beside the accuracies: see recipe/deployment.py.
+        # The figures of `nkd-hf distill` beside the accuracies: see recipe/deployment.py.
         self.figures: dict[str, Any] = {}
         self.id2label: dict[int, str] = {}
         self.teacher: PreTrainedModel | Teacher | None = teacher
         self.trains_teacher = runs_teacher(recipe) and recipe.names_new_teacher
         self.to_push: DistillationTrainer | None = None
         self.result_trainer: DistillationTrainer | None = None
-        # In the order in which these steps can fail cheaply.
+        # Cheap steps come first, so that a run that must fail does so early.
         check_arguments(recipe, data, training)
         create_repo_for(training)
         self._open_run_folder()
         if recipe.teacher_prompts is None:
-            self._open_named_teacher()  # before the data, which are the longer download
+            self._open_named_teacher()  # before the data, since their download takes longer
         self._open_data(splits)
         self._decide_on_teacher()
         self._open_teacher_logits()
@@ -137,9 +138,9 @@ class Recipe:
     # The steps of the constructor
 
     def _open_run_folder(self) -> None:
-        """Locks the folder of the run, and finds out what is trained in it."""
+        """Locks the folder of the run, and finds out which run is in it."""
         training = self.training_args
-        # Of the arguments as they were passed: _open_data sets the steps of a stream.
+        # The settings are collected here, since _open_data changes the steps of a stream.
         self._settings = collect_settings(self.args, self.data_args, training)
         if not decide_in_first(lambda: is_trained(self.folder)):
             check_names(self.args)
@@ -163,13 +164,13 @@ class Recipe:
         self.steps_per_epoch = set_stream_steps(data, training) if data.streaming else None
 
     def _decide_on_teacher(self) -> None:
-        """Finds out whether a pretrained teacher is fine-tuned first; then its weights are opened again, for training."""
-        self._open_named_teacher()  # with teacher_prompts, which name the classes of the data
+        """Decides whether a pretrained teacher is fine-tuned first; then its weights are opened again for training."""
+        self._open_named_teacher()  # a teacher with teacher_prompts, which need the classes of the data
         if needs_finetuning(self.args, self.teacher, self.id2label, self.data_args):
             self.teacher, self.trains_teacher = None, True
 
     def _open_teacher_logits(self) -> None:
-        """Opens the store of the teacher's logits, if it is of this run."""
+        """Opens the store of the teacher's logits, and checks that it is of this run."""
         self.teacher_logits: TeacherLogits | None = None
         recipe, training = self.args, self.training_args
         if recipe.teacher_logits is None:
@@ -196,7 +197,7 @@ class Recipe:
     # The run
 
     def check(self, trains_student: bool = True) -> None:
-        """Builds all that the run needs and sends one image through it, before anything is trained.
+        """Builds the models and the loss and sends one image through them, before anything is trained.
 
         Args:
             trains_student: whether to check the sizes of the student's batches, too.
@@ -222,14 +223,15 @@ class Recipe:
             settle_epochs(self)
             check_disk(self, self.stages)
         if not self.goes_on:
-            # Only now, so that input that is refused leaves the results of an earlier run.
+            # The checks come first, so that wrong input does not delete the results of an earlier run.
             decide_in_folder(self.folder, lambda: replace_run(self.folder, self._settings))
         self._is_checked = True
 
     def train_teacher(self) -> None:
-        """Trains the teacher, if the loss wants one whose logits are not stored, and it is not used as it is.
+        """Trains the teacher, unless the run needs no teacher, reads stored logits, or uses a pretrained teacher as it
+        is.
 
-        It starts from random weights if it is named by an architecture, else from its own, with a new head.
+        An architecture starts from random weights. A pretrained teacher starts from its own weights, with a new head.
 
         Raises:
             ValueError: data, models, loss or stored logits do not fit each other. The first of the three trainings checks
@@ -241,7 +243,7 @@ class Recipe:
             self.teacher = self._train("teacher", self.create_teacher(), **changes)
 
     def train_baseline(self) -> None:
-        """Trains the student without the distillation loss, if that is asked for."""
+        """Trains the student without the distillation loss, for `compare_with_baseline` or if the loss is `none`."""
         self.check()
         if not self.is_trained and (self.args.compare_with_baseline or self.args.distillation_loss == "none"):
             self.measure_teacher()
@@ -255,17 +257,17 @@ class Recipe:
                 self.train_teacher()
             self.measure_teacher()
             student = self.create(self.args.student, self.args.student_args)
-            # Opened here for the shapes of its layers.
+            # build_loss needs the shapes of the teacher's layers.
             teacher = None if self.teacher is None else load_teacher(self.teacher)
             self._train("student", student, build_loss(self.args, self.training_args, student, teacher), teacher)
 
     def report(self) -> None:
-        """Prints the table, writes `results.json` and `accuracy.png`, pushes the student, and shows how it is opened.
+        """Prints the table, writes `results.json` and `accuracy.png`, pushes the student, and shows how to open it.
 
-        A run that is stopped in here, or whose push fails, goes on with the push and the rest when it is started again.
+        If the run is stopped here, or its push fails, the next start of the run continues with the push.
 
         Raises:
-            SystemExit: with code 1 and a message, when the push or a file failed; all else is on disk then.
+            SystemExit: with code 1 and a message, when the push or a file failed; everything else is on disk then.
         """
         training = self.training_args
         if training.should_save:
@@ -284,7 +286,7 @@ class Recipe:
             show_example(folder, self.data["validation"], [*self.id2label.values()], self.args.trust_remote_code)
             if not fault:
                 finish_run(self.folder)
-        # A process that leaves while another still writes can take the whole group down.
+        # A process that ends while another still writes can end the whole group.
         state = PartialState()
         state.wait_for_everyone()
         state.destroy_process_group()
@@ -295,16 +297,16 @@ class Recipe:
         """Returns the content of `results.json`."""
         if not self.figures:
             return self.results
-        # Rounded, as the other figures are.
+        # The other figures are rounded, too.
         return {key: value if value is None else round(value, 4) for key, value in self.results.items()} | self.figures
 
     # The teacher
 
     def open_teacher(self) -> None:
-        """Opens a teacher that is named by its id or folder.
+        """Opens a teacher that is a Hub id or a folder.
 
         Raises:
-            ValueError: it cannot be opened, or has another number of classes than the data.
+            ValueError: the teacher cannot be opened, or has another number of classes than the data.
         """
         self._open_named_teacher()
         if isinstance(self.teacher, Teacher) and self.args.ignore_label_names:
@@ -315,7 +317,8 @@ class Recipe:
     def measure_teacher(self) -> None:
         """Measures the teacher's top-1 with its own preprocessing, and on the student's pixels where they differ.
 
-        A wrong teacher, and one that the student's settings make worse, shows here, before days of training.
+        The accuracies show, before days of training, a wrong teacher and a teacher that the student's settings make
+        worse.
         """
         self.open_teacher()
         if self.teacher is None or self.results[ON_STUDENT_PIXELS] is not None:
@@ -334,7 +337,7 @@ class Recipe:
             loaders = [trainer.get_test_dataloader(each) for each in images]
             return evaluate_teacher(prepared, loaders, trainer.accelerator, shows_bars(training))
 
-        # The teacher that was trained here was measured at the end of its training.
+        # A teacher that this run has trained was measured at the end of its training.
         self.accuracies |= measure_teacher(teacher, student, evaluate, training, self.accuracies.get("teacher"))
         given = self.accuracies.get(ON_STUDENT_PIXELS, self.accuracies["teacher"])
         self.results |= {"teacher": self.accuracies["teacher"]["accuracy"], ON_STUDENT_PIXELS: given["accuracy"]}
@@ -343,7 +346,7 @@ class Recipe:
     # What the trainings share
 
     def create(self, name: str, model_args: dict | None) -> PreTrainedModel:
-        """Builds a model of this run's classes."""
+        """Builds a model with this run's classes."""
         return create_model(self.args, name, model_args, self.id2label, self.training_args.seed)
 
     def create_teacher(self) -> PreTrainedModel:
@@ -351,24 +354,24 @@ class Recipe:
         return create_teacher(self.args, self.id2label, self.training_args.seed)
 
     def datasets(self, student: PreTrainedModel, with_unlabeled: bool = True) -> ImageDatasets:
-        """Makes the images of training and of evaluation as the student gets them."""
+        """Makes the images of training and of evaluation with the student's preprocessing."""
         return make_image_datasets(self.data, self.data_args, student, self.training_args.seed, with_unlabeled)
 
     def collator(self, with_teacher_logits: bool = False) -> ImageCollator:
-        """Makes the collator of this run's batches; a store's logits are of images that are mixed in pairs."""
+        """Makes the collator of this run's batches; with a store of logits, it mixes images in pairs."""
         store, seed = self.teacher_logits, self.training_args.seed
         logits = store if with_teacher_logits else None
         return make_collator(self.data_args, len(self.id2label), seed, store is not None, logits)
 
     def fingerprint(self, student: PreTrainedModel) -> dict:
-        """Collects what a teacher's logits depend on, but for the teacher."""
+        """Collects the settings on which a teacher's logits depend, without the teacher."""
         pixels = read_preprocessing(student, load_image_processor(student))
         names = list(self.id2label.values())
         return fingerprint_run(self.data_args, self.training_args, self.data["train"], names, pixels)
 
     @property
     def _result(self) -> str:
-        """The folder of the model that is pushed, and that a named checkpoint is of."""
+        """The folder of the model that is pushed; `resume_from_checkpoint` names a checkpoint of this model."""
         return "baseline" if self.args.distillation_loss == "none" else "student"
 
     @property
@@ -383,7 +386,7 @@ class Recipe:
         return [name for name, is_wanted in wanted.items() if is_wanted]
 
     def make_stage(self, name: str, **changes) -> DistillationTrainer:
-        """Makes the trainer of one of the trainings, with new models; changes are of the training arguments."""
+        """Makes the trainer of one of the trainings, with new models; `changes` are training arguments."""
         if name == "teacher":
             changes = teacher_changes(self.args, self.data_args, self.training_args) | changes
             return self._make_trainer(self.folder, self.create_teacher(), **changes)
@@ -405,9 +408,9 @@ class Recipe:
         )  # fmt: skip
 
     def _train(self, name: str, student: PreTrainedModel, loss=None, teacher=None, **changes) -> PreTrainedModel:
-        """Trains one model into its own folder, with changes of the training arguments; records its accuracy, returns it."""
+        """Trains a model into its own folder, records its accuracy, and returns it; `changes` are of the arguments."""
         folder, is_result, training = self.folder / name, name == self._result, self.training_args
-        # A checkpoint that is named is one of the result.
+        # resume_from_checkpoint names a checkpoint of the model that is pushed.
         checkpoint = named_checkpoint(training) if is_result else None
         history = find_trained(folder) if self.goes_on and checkpoint is None else None
         if history is not None:
@@ -417,7 +420,7 @@ class Recipe:
             if not is_result:
                 return student
         changes["push_to_hub"] = training.push_to_hub and is_result
-        has_begun = folder.is_dir()  # which Trainer.__init__ makes
+        has_begun = folder.is_dir()  # Trainer.__init__ makes the folder
         trainer = self._make_trainer(folder, student, loss, teacher, **changes)
         trainer.card_info = make_card_info(self.args, self.data_args, self.data, self.accuracies, self.teacher_logits)
         if history is not None:
@@ -431,7 +434,7 @@ class Recipe:
         return trainer.student
 
     def _train_from(self, checkpoint: str | None, trainer: DistillationTrainer, name: str, has_begun: bool) -> None:
-        """Trains one model, from a checkpoint that is named or from the last one of this run, and records its accuracy."""
+        """Trains one model from the given checkpoint or from the last one of this run, and records its accuracy."""
         training, student = self.training_args, trainer.student
         trainer.add_callback(TimeLeft(name, self.stages[self.stages.index(name) + 1 :]))
         start = f"{describe_size(student)} parameters, {describe_start(student)}"
@@ -442,7 +445,7 @@ class Recipe:
         self._record(name, trainer.state.log_history)
 
     def _record(self, name: str, history: list[dict[str, float]]) -> None:
-        """Reads the accuracies and the curve of a model in its log, which ends with its evaluation."""
+        """Reads the accuracies and the curve of a model from its log, which ends with its evaluation."""
         key, data, training = "distilled" if name == "student" else name, self.data_args, self.training_args
         entries = [entry for entry in history if "eval_accuracy" in entry and OTHER_DATASET not in entry]
         self.results[key] = entries[-1]["eval_accuracy"]

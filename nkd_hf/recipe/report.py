@@ -1,4 +1,4 @@
-"""Reports a run: its table, the picture of its curves, the facts for its card, the push, and how the student is opened."""
+"""Reports a run: prints its table, draws its curves, collects the facts for its card, pushes and opens the student."""
 
 import contextlib
 from pathlib import Path
@@ -24,7 +24,7 @@ from .build import images_per_epoch
 from .launch_line import launch_line
 from .run_folder import RESULTS, exit_if_not_written
 
-# The key in `results.json` of the teacher's accuracy on the pixels that it is distilled on.
+# The key in `results.json` of the teacher's accuracy on the student's pixels, on which it is distilled.
 ON_STUDENT_PIXELS = "teacher_on_student_pixels"
 PICTURE = "accuracy.png"
 
@@ -36,7 +36,7 @@ def say(training: DistillationTrainingArguments, message: str) -> None:
 
 
 def say_held_out(data: DataArguments, splits: DatasetDict, training: DistillationTrainingArguments) -> None:
-    """Says how many images are evaluated on, where these were cut out of the training split."""
+    """Prints the number of held-out images, if they were cut out of the training split."""
     if data.streaming or not _is_held_out(splits):
         return
     held_out, kept = len(splits["validation"]), len(splits["train"])
@@ -73,8 +73,8 @@ def plot_curves(
     """Draws the accuracies of baseline and student during training, and the teacher's beside them.
 
     Args:
-        path: of the picture.
-        title: above it.
+        path: the file of the picture.
+        title: the text above the picture.
         results: the final accuracies, by the keys of `results.json`.
         curves: points (epochs or steps, accuracy) by these keys.
         data: tells whether the points are at epochs or steps.
@@ -110,11 +110,11 @@ def make_card_info(
     """Collects the facts of a run for the student's model card.
 
     Args:
-        recipe: of the run.
-        data: of the run.
-        splits: what [`load_image_dataset`] returned.
-        accuracies: of teacher and baseline, as far as they are measured.
-        store: of the teacher's logits, if there is one.
+        recipe: the arguments of the run.
+        data: the dataset of the run.
+        splits: the result of [`load_image_dataset`].
+        accuracies: accuracies of teacher and baseline, if they are measured.
+        store: the store of the teacher's logits, if there is one.
     """
     crop = "random_crop_padding" if data.random_crop_padding else "random_resized_crop"
     others = (
@@ -152,10 +152,10 @@ def _is_held_out(splits: DatasetDict | IterableDatasetDict) -> bool:
 
 
 def create_repo_for(training: DistillationTrainingArguments) -> None:
-    """Creates the repo that the student of a run is pushed to, in the first process, where a push is asked for.
+    """Creates the repo for the student of a run, in the first process, if `push_to_hub` is set.
 
     Raises:
-        SystemExit: with a message, when the Hub refuses it.
+        SystemExit: with a message, when the Hub refuses the repo.
     """
     if not training.push_to_hub or training.process_index > 0:
         return
@@ -175,16 +175,16 @@ def create_repo_for(training: DistillationTrainingArguments) -> None:
 def push_result(
     training: DistillationTrainingArguments, folder: Path, trainer: DistillationTrainer | None, is_trained: bool
 ) -> str | None:
-    """Pushes the student of a run, if that is asked for.
+    """Pushes the student of a run, if `push_to_hub` is set.
 
     Args:
-        training: says whether and where.
-        folder: of the student.
-        trainer: has trained the student; None where it was trained by an earlier start, or is not pushed.
-        is_trained: whether an earlier start has trained it, so that the first process pushes its folder.
+        training: says whether to push, and to which repo.
+        folder: the folder of the student.
+        trainer: the trainer of the student; None if an earlier start has trained it, or it is not pushed.
+        is_trained: whether an earlier start has trained the student, so that the first process pushes its folder.
 
     Returns:
-        What came in the way, as a line; None where nothing did.
+        The error as a line; None where nothing failed.
     """
     commit = None
     try:
@@ -211,7 +211,7 @@ def show_example(
     """Saves a held-out image, classifies it with the saved student, and prints the code that does so.
 
     Args:
-        folder: of the student; the image is written beside it.
+        folder: the folder of the student; the image is written beside it.
         split: the images of the evaluation.
         class_names: by label.
         trust_remote_code: see [`RecipeArguments`].
@@ -225,7 +225,7 @@ def show_example(
         image.save(example)
     with hidden_progress_bars():
         student = open_classifier(str(folder), trust_remote_code=trust_remote_code)
-    # pipeline() looks for the processor by another way, which warns that timm's has no torchvision backend.
+    # pipeline() would look for the processor itself, and warn that timm's processor has no torchvision backend.
     processor = load_image_processor(student)
     classifier = pipeline("image-classification", model=student, image_processor=processor, device="cpu")
     answer = classifier(str(example), top_k=3)
@@ -238,6 +238,6 @@ def show_example(
 
 
 def describe_size(model: nn.Module) -> str:
-    """The number of a model's parameters, in words."""
+    """Writes the number of a model's parameters in words."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{parameters / 1e6:.1f} million" if parameters > 1e6 else f"{parameters / 1e3:.0f} thousand"

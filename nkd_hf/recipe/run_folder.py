@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its record, and whether a start goes on with the run in it or begins one."""
+"""Manages the folder of a run: its lock, its record, and the choice between continuing a run and replacing it."""
 
 import contextlib
 import dataclasses
@@ -28,11 +28,11 @@ STAGES = ("teacher", "baseline", "student")
 _SETTINGS = "run.yaml"
 # This file exists from the writing of the results until the push is done and the report is complete.
 _UNREPORTED = ".unreported"
-# Which of the stored logits the run trains from: run.yaml of older versions does not tell.
+# This file records `top_k` and `cycle` of the store that the run trains from, which run.yaml does not contain.
 _STORED = ".teacher_logits.json"
 LOCK = ".lock"
 _LOCK_TIMEOUT = 5.0  # seconds; a killed run may take a moment to release its lock
-# How the names of arguments begin that change neither the training nor its data.
+# Arguments whose names begin in these ways change neither the training nor its data.
 _WITHOUT_EFFECT = (
     "dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch", "ddp_timeout",
     "disable_tqdm", "eval_", "hub_", "license", "local_rank", "log_", "logging_", "num_processes", "output_dir",
@@ -40,10 +40,10 @@ _WITHOUT_EFFECT = (
     "skip_memory_metrics", "trackio_",
 )  # fmt: skip
 
-# They decide which weights are the best, where load_best_model_at_end keeps those.
+# These arguments decide which weights load_best_model_at_end keeps.
 _OF_BEST = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
 
-# What an older version, which did not know an argument, did without it.
+# The value of an argument that a record lacks, since an older version without the argument wrote it.
 _DEFAULTS = {
     field.name: field.default
     for arguments in (RecipeArguments, DataArguments)
@@ -56,19 +56,20 @@ _locks: dict[Path, FileLock] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Makes the folder of a run and keeps other processes from it, until this one ends or calls [`unlock_folder`].
+    """Makes and locks the folder of a run, until this process ends or calls [`unlock_folder`].
 
-    Where the file system has no locks, no process is kept from it.
+    A file system without locks does not keep other processes from the folder.
 
     Raises:
-        ValueError: another process has locked it.
-        OSError: it cannot be made or written to.
+        ValueError: another process has locked the folder.
+        OSError: the folder cannot be made or written to.
     """
     unlock_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    path.open("ab").close()  # so that an OSError of FileLock is one of a file system without locks
-    # A soft lock, a file that is there, would outlive a process that is killed. thread_local would bind it to this thread.
+    path.open("ab").close()  # so that only a file system without locks makes FileLock raise OSError
+    # A soft lock is a file that exists, and would outlive a killed process. thread_local would bind the lock to this
+    # thread.
     lock = FileLock(path, timeout=_LOCK_TIMEOUT, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -82,31 +83,31 @@ def lock_folder(folder: Path) -> None:
 
 
 def unlock_folder(folder: Path) -> None:
-    """Lets other processes have the folder."""
+    """Unlocks the folder for other processes."""
     if lock := _locks.pop(folder.resolve(), None):
         lock.release()
 
 
 def open_run(folder: Path, settings: dict[str, Any], training: DistillationTrainingArguments) -> tuple[bool, bool]:
-    """Locks the folder of a run, and finds out whether this start goes on with the run in it.
+    """Locks the folder of a run, and decides whether this start continues the run in it.
 
-    A run that was stopped goes on, and so does one that is named by a checkpoint of it.
+    A run that was stopped is continued, and so is a run whose checkpoint `resume_from_checkpoint` names.
 
     Args:
         folder: `output_dir` of the recipe.
         settings: see [`collect_settings`].
-        training: says whether to resume, and from where.
+        training: `resume_from_checkpoint` says whether to resume, and from where.
 
     Returns:
-        Whether the run goes on, and whether all is trained there.
+        Whether the run is continued, and whether all its models are trained.
 
     Raises:
-        ValueError: the checkpoint that is named cannot be resumed, another process works in the folder, or the folder holds
-            a run with other settings.
+        ValueError: the named checkpoint cannot be resumed, another process works in the folder, or the folder holds a
+            run with other settings.
         OSError: the folder cannot be written to.
     """
     checkpoint = named_checkpoint(training)
-    if checkpoint is not None:  # Whoever names a checkpoint knows which run it is of: settings are not compared.
+    if checkpoint is not None:  # The user has chosen the run by its checkpoint: settings are not compared.
         check_checkpoint(checkpoint)
         lock_folder(folder)
         return True, False
@@ -116,12 +117,12 @@ def open_run(folder: Path, settings: dict[str, Any], training: DistillationTrain
     if not has_run(folder):
         clear_run(
             folder, settings
-        )  # There is nothing to lose, and a folder that is read-only is said before the data load.
+        )  # There is nothing to delete, and a read-only folder is reported before the data load.
     return goes_on, goes_on and is_trained(folder)
 
 
 def named_checkpoint(training: DistillationTrainingArguments) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` names; None where it is unset, true or false."""
+    """Returns the checkpoint that `resume_from_checkpoint` names; None where it is unset, true or false."""
     wanted = str(training.resume_from_checkpoint)
     return None if wanted.lower() in ("none", "true", "false") else wanted
 
@@ -139,7 +140,7 @@ def check_checkpoint(checkpoint: str) -> None:
 
 
 def decide_in_folder(folder: Path, decide: Callable[[], _Answer]) -> _Answer:
-    """Calls a function that reads or writes a run's folder in the first process, and returns its result in all of them.
+    """Calls a function on a run's folder in the first process, and returns its result in all processes.
 
     Raises:
         SystemExit: with a message, where the function raises ValueError or OSError.
@@ -160,7 +161,7 @@ def exit_if_not_written(what: str, folder: Path) -> Iterator[None]:
     """Ends the process with a message where a file of a run cannot be written.
 
     Raises:
-        SystemExit: in place of the OSError, or what safetensors raises.
+        SystemExit: in place of OSError or SafetensorError.
     """
     try:
         yield
@@ -175,7 +176,7 @@ def exit_if_not_written(what: str, folder: Path) -> Iterator[None]:
 def collect_settings(
     recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments
 ) -> dict[str, Any]:
-    """Collects the settings that two starts must share for the second to go on with the run of the first."""
+    """Collects the settings that must be the same when another start continues a run."""
     settings = dataclasses.asdict(recipe) | dataclasses.asdict(data) | training.to_dict()
     kept = _OF_BEST if training.load_best_model_at_end else ()
     settings = {
@@ -184,25 +185,27 @@ def collect_settings(
     # The place of a store has no effect, and check_fingerprint compares its content with the run.
     settings["teacher_logits"] = recipe.teacher_logits and "a store"
     settings["world_size"] = training.world_size
-    # A stream's workers divide its images among them; without workers, the process reads them as one worker does.
+    # A stream's workers divide its images among themselves. Without workers, the process reads all images, as one
+    # worker does.
     settings["stream_workers"] = max(1, training.dataloader_num_workers) if data.streaming else None
-    # Through JSON, as _describe_differences reads them. Without credentials, so that a renewed one is no other setting.
+    # JSON makes the values comparable with the record that _describe_differences reads. Without credentials, a renewed
+    # one is no other setting.
     return json.loads(redact(json.dumps(settings, default=str)))
 
 
 def can_continue(folder: Path, settings: dict[str, Any], restarts: bool = False) -> bool:
-    """Whether this start goes on with the run in the folder, which stays as it is.
+    """Whether this start continues the run in the folder, which is not changed.
 
-    It goes on with a run that was stopped, also in its report (see [`is_trained`]), and never with a finished one: then
-    [`clear_run`] makes room for a new run.
+    A run that was stopped, also in its report (see [`is_trained`]), is continued. A finished run is not: [`clear_run`]
+    removes it for a new run.
 
     Args:
         folder: `output_dir` of the recipe.
         settings: see [`collect_settings`].
-        restarts: whether a new run is asked for in any case.
+        restarts: whether the user wants a new run in any case.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or with a record of them that cannot be read.
+        ValueError: the folder holds a run with other settings, or with settings that cannot be read.
     """
     is_next = has_run(folder) and not restarts
     if is_next and (differences := _describe_differences(folder / _SETTINGS, settings)):
@@ -214,7 +217,7 @@ def can_continue(folder: Path, settings: dict[str, Any], restarts: bool = False)
 
 
 def read_record(folder: Path, training: DistillationTrainingArguments) -> dict[str, Any]:
-    """Reads the settings of the run that this start goes on with; empty where it begins one, or where they cannot be read."""
+    """Reads the settings of the run that this start continues; empty for a new run or an unreadable record."""
     restarts = str(training.resume_from_checkpoint).lower() == "false"
     is_over = (folder / RESULTS).is_file() and not is_trained(folder) and named_checkpoint(training) is None
     if restarts or is_over or not has_run(folder):
@@ -233,25 +236,26 @@ def clear_run(folder: Path, settings: dict[str, Any]) -> None:
         OSError: the folder cannot be written to.
     """
     (folder / _UNREPORTED).unlink(missing_ok=True)
-    # Where there is no run yet, the trainer reports the remains of a first save that was killed.
+    # Where there is no run yet, the trainer reports the remains of a killed first save.
     for stage in STAGES if has_run(folder) else ():
         remove_unfinished(str(folder / stage))
         for checkpoint in checkpoints(str(folder / stage)):
             shutil.rmtree(checkpoint)
     (folder / REPORT).unlink(missing_ok=True)
-    for path in reversed(_list_state_files(folder)):  # The results last: until then the run counts as finished.
+    for path in reversed(_list_state_files(folder)):  # Results last: until then the run counts as finished.
         path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _SETTINGS, yaml.safe_dump(settings, sort_keys=False))
 
 
 def check_stored_logits(folder: Path, info: StoreInfo, goes_on: bool) -> None:
-    """Ends the process where a run would go on from a store that keeps other logits, and else records what it keeps.
+    """Ends the process if a continued run would read a store of other logits, else records `top_k` and `cycle` of the
+    store.
 
     Args:
         folder: `output_dir` of the recipe.
-        info: of the store.
-        goes_on: whether the run goes on, and settings are compared; see [`open_run`].
+        info: the content of the store's `store.json`.
+        goes_on: whether the run is continued and settings are compared; see [`open_run`].
 
     Raises:
         SystemExit: with a message.
@@ -272,14 +276,14 @@ def check_stored_logits(folder: Path, info: StoreInfo, goes_on: bool) -> None:
 
 
 def replace_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Removes a finished run in the folder, and says so; see [`clear_run`]."""
+    """Removes a finished run in the folder, and prints a message; see [`clear_run`]."""
     if has_run(folder):
         print(f"\nThe earlier run in {folder} was finished: this one replaces it", flush=True)
         clear_run(folder, settings)
 
 
 def has_run(folder: Path) -> bool:
-    """Whether a run, finished or not, has left something in the folder."""
+    """Whether the folder has files of a run, finished or not."""
     return any(path.exists() for path in _list_state_files(folder)) or any(
         checkpoints(str(folder / stage)) for stage in STAGES
     )
@@ -296,8 +300,8 @@ def is_trained(folder: Path) -> bool:
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Writes the results of a run; from now on it [`is_trained`]."""
-    # The mark first: results without it would count as a finished run.
+    """Writes the results of a run, which [`is_trained`] from now on."""
+    # The mark is written first: results without it would count as a finished run.
     (folder / _UNREPORTED).touch()
     write_whole(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
@@ -309,7 +313,7 @@ def finish_run(folder: Path) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, float]] | None:
-    """Reads the log of a model that was trained and evaluated to its end; None where there is none."""
+    """Reads the log of a model whose training and evaluation are complete; None where there is no such model."""
     try:
         history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
         return history if any("eval_accuracy" in entry for entry in history) else None
@@ -327,7 +331,7 @@ def _describe_differences(record: Path, settings: dict[str, Any]) -> str:
         return f"its {_SETTINGS} cannot be read: {' '.join(str(error).split())}"
     if not isinstance(earlier, dict):
         return f"its {_SETTINGS} holds no mapping"
-    # Older versions did not record _OF_BEST.
+    # A record of an older version lacks _OF_BEST.
     defaults = {name: settings[name] for name in _OF_BEST if name in settings} | _DEFAULTS
     earlier = {name: defaults[name] for name in settings if name in defaults} | earlier
     names = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]

@@ -1,4 +1,4 @@
-"""One training of a run: of the teacher, the baseline or the student, into a folder of its own."""
+"""Trains one model of a run, teacher, baseline or student, into its own folder."""
 
 import copy
 from collections.abc import Callable
@@ -43,18 +43,18 @@ def make_trainer(
     """Makes the trainer of one model.
 
     Args:
-        training: the arguments of the run, of which the trainer gets a copy.
-        folder: of the model.
+        training: the arguments of the run; the trainer gets a copy.
+        folder: the folder of the model.
         student: the model that is trained.
         datasets: the images of training and of evaluation.
         collator: makes the batches.
-        loss: of the distillation; None trains with the task's loss alone, and without what is set for a teacher.
-        teacher: of the loss.
-        steps_per_epoch: of a stream.
-        class_weights: [C] float, of the task loss.
+        loss: the distillation loss; None trains with the task loss alone, and ignores the settings of a teacher.
+        teacher: the teacher of the loss.
+        steps_per_epoch: optimiser steps of an epoch of a stream.
+        class_weights: [C] float, the weights of the task loss.
         metrics: `compute_metrics` of the trainer.
-        early_stopping_patience: evaluations without an improvement after which the training ends; None ends it with its
-            last step.
+        early_stopping_patience: the training ends after so many evaluations without an improvement; None trains all
+            steps.
         **changes: arguments that differ from the run's.
     """
     args = copy.copy(training)
@@ -68,7 +68,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [BadImageReport(steps_per_epoch)]
     if early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience))
-        args.restore_callback_states_from_checkpoint = True  # the evaluations that were counted
+        args.restore_callback_states_from_checkpoint = True  # a resumed run keeps the count of evaluations
     trainer = DistillationTrainer(
         model=student,
         teacher=teacher,
@@ -91,9 +91,9 @@ def train_model(trainer: DistillationTrainer, name: str, checkpoint: str | None,
     """Trains, saves and evaluates one model.
 
     Args:
-        trainer: of the model.
+        trainer: the trainer of the model.
         name: `teacher`, `baseline` or `student`.
-        checkpoint: where the training goes on; None starts it from the beginning.
+        checkpoint: the folder from which the training resumes; None starts it from the beginning.
         with_card: whether a model card is written beside the weights.
 
     Raises:
@@ -104,23 +104,23 @@ def train_model(trainer: DistillationTrainer, name: str, checkpoint: str | None,
         trainer.train(resume_from_checkpoint=checkpoint)
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from error
-    # As an internal call, which does not push: Recipe.report pushes, after it has written the figures.
+    # An internal call of save_model does not push: Recipe.report pushes after it has written the figures.
     with exit_if_not_written(f"the {name}", folder):
         trainer.save_model(_internal_call=True)
     trainer.evaluate()
     with exit_if_not_written(f"the {name}", folder):
         if args.precise_bn_images is not None:
-            trainer.save_model(_internal_call=True)  # with the statistics that were evaluated
+            trainer.save_model(_internal_call=True)  # with the BatchNorm statistics of the evaluation
         trainer.save_state()
         if with_card:
             _write_card(trainer)
 
 
 def restore_trained(trainer: DistillationTrainer) -> None:
-    """Gives a trainer the state at the end of a training that an earlier start has done, and writes the model card.
+    """Restores a trainer's state at the end of a training of an earlier start, and writes the model card.
 
     Args:
-        trainer: whose student has the trained weights; see [`open_trained`].
+        trainer: a trainer whose student has the trained weights; see [`open_trained`].
 
     Raises:
         SystemExit: with a message, when the card cannot be written.
@@ -136,10 +136,10 @@ def _write_card(trainer: DistillationTrainer) -> None:
 
 
 def find_trained(folder: Path) -> list[dict[str, float]] | None:
-    """Finds the log of a model that an earlier start has trained to its end; None where there is none.
+    """Reads the log of a model that an earlier start has trained to its end; None where there is no such model.
 
     Raises:
-        SystemExit: with a message, when one of the processes does not see the model that the first one sees.
+        SystemExit: with a message, when one of the processes does not see the model that the first process sees.
     """
     history = decide_in_folder(folder.parent, lambda: read_history(folder))
     if history is None:
@@ -151,7 +151,7 @@ def find_trained(folder: Path) -> list[dict[str, float]] | None:
 
 
 def open_trained(folder: Path, student: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
-    """Puts the weights of a model that an earlier start has trained into a model of the same architecture, and returns it."""
+    """Loads the weights of a model that an earlier start has trained into `student`, and returns `student`."""
     check_class_order(str(folder), student.config.id2label)
     trained = open_classifier(str(folder), trust_remote_code=trust_remote_code)
     student.load_state_dict(trained.state_dict())
@@ -159,11 +159,11 @@ def open_trained(folder: Path, student: PreTrainedModel, trust_remote_code: bool
 
 
 def find_last_checkpoint(trainer: DistillationTrainer, has_begun: bool) -> str | None:
-    """Finds the checkpoint where a training goes on, and says so.
+    """Finds the checkpoint from which a training resumes, and prints it.
 
     Args:
-        trainer: of the model.
-        has_begun: whether an earlier start has begun this training, so that one without a checkpoint is worth a message.
+        trainer: the trainer of the model.
+        has_begun: whether an earlier start has begun this training, so that a missing checkpoint gets a message.
 
     Returns:
         The folder; None where the training starts from the beginning.

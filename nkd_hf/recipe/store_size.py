@@ -1,4 +1,4 @@
-"""Decides what a store of a teacher's logits holds, and counts its bytes before there is one."""
+"""Chooses the content of a store of a teacher's logits, and counts its bytes before it is written."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def read_top_k(text: str) -> int | None:
     """Reads `--top_k`: a number of logits, or None for `all`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     if text != "all" and not (text.isdecimal() and int(text) > 0):
         raise ValueError(f"--top_k must be a positive integer or all, got {text!r}")
@@ -23,7 +23,7 @@ def read_top_k(text: str) -> int | None:
 
 
 def check_cycle(cycle: int | None, epochs: int, crops_per_image: int = 1) -> None:
-    """Raises ValueError for a cycle that is not between 1 and the number of epochs, or that takes images less often than others."""
+    """Raises ValueError unless the cycle is from 1 to the number of epochs, and a multiple of `crops_per_image`."""
     if cycle is not None and not 1 <= cycle <= epochs:
         raise ValueError(f"cycle must be from 1 to {epochs}, the epochs, got {cycle}. Omit it to store each epoch")
     if cycle is not None and cycle % crops_per_image:
@@ -56,9 +56,11 @@ def check_storable(recipe: RecipeArguments, data: DataArguments, top_k: int | No
 def choose_temperatures(
     recipe: RecipeArguments, top_k: int | None, temperatures: Sequence[float] = ()
 ) -> dict[str, list[float]]:
-    """Returns the temperatures of a store, of the logits and of the standardised logits, as `StoreInfo` takes them."""
+    """Chooses the temperatures of a store for the logits and for the standardised logits, by the fields of
+    `StoreInfo`.
+    """
     views = [view for view in recipe.top_k_views.values() if view is not None]
-    if top_k is None:  # All logits serve any temperature. store.json names those of NKD, as it did in older stores.
+    if top_k is None:  # All logits serve any temperature. store.json names NKD's, as in older stores.
         views = [view for view in views if not view.with_target]
     standardized = {view.temperature for view in views if view.standardized}
     return {
@@ -70,7 +72,7 @@ def choose_temperatures(
 def count_sample_bytes(
     num_classes: int, top_k: int | None, temperatures: Sequence[float], standardized_temperatures: Sequence[float]
 ) -> int:
-    """Counts the bytes of a sample in a store's shards; the arguments are those of `StoreInfo`."""
+    """Counts the bytes of a sample in a store's shards; see `StoreInfo` for the arguments."""
     logits, target = torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64)
     sample = sparse_logits(logits, target, top_k, temperatures, standardized_temperatures)
     return sum(value.nbytes for value in sample.values())
@@ -88,12 +90,12 @@ def plan_store(
     """Plans the store that `nkd-hf teacher-logits` would write for a recipe.
 
     Args:
-        recipe, data: of the run.
-        num_classes: of the data.
-        num_samples: of an epoch.
-        epochs: of the training.
-        top_k: how many logits are stored beside the target's; None for all.
-        cycle: how many epochs are stored, which training repeats; None for all.
+        recipe, data: the arguments of the run.
+        num_classes: number of classes of the data.
+        num_samples: number of samples of an epoch.
+        epochs: number of epochs of the training.
+        top_k: number of logits that are stored beside the target's; None for all.
+        cycle: number of epochs that are stored, which training repeats; None for all.
 
     Returns:
         `dict`: `top_k` (None for all), `cycle`, the `epochs` in the store, `bytes_per_sample` and `bytes`.

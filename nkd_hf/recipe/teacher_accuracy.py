@@ -1,4 +1,4 @@
-"""Measures a teacher on the pixels of its own preprocessing and on the student's, and names what makes the two differ."""
+"""Measures a teacher with its own preprocessing and on the student's pixels, and names the settings that differ."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -21,9 +21,10 @@ from .report import ON_STUDENT_PIXELS, say
 
 logger = logging.getLogger(__name__)
 
-# Normalised pixels that differ by less have the same source: one step of 8 bits is 0.02, by rounding in the resizing.
+# Two preprocessings whose normalised pixels differ by less are the same: rounding in the resizing is a step of 8 bits,
+# 0.02.
 _TOLERANCE = 0.1
-# A larger difference of the teacher's two accuracies, a fraction, is a warning.
+# A larger difference between the teacher's two accuracies, as fractions, is a warning.
 _MOST_LOST = 0.01
 
 
@@ -34,17 +35,19 @@ def measure_teacher(
     training: DistillationTrainingArguments,
     own: dict[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measures a teacher with its own preprocessing and, where the student's pixels differ, on these.
+    """Measures a teacher with its own preprocessing and, where the student's pixels differ, on the student's pixels.
 
     Args:
-        teacher: which is copied, and stays as it is.
-        student: whose pixels and classes the teacher gets in training.
-        evaluate: gives the accuracies of a teacher on images that a processor has prepared, or one for each of its members.
-        training: how the teacher computes.
-        own: the accuracies with its own preprocessing, where they are known.
+        teacher: the teacher; it is copied and not changed.
+        student: the student, with the pixels and classes of the training.
+        evaluate: returns the accuracies of a teacher on images that one processor has prepared, or one processor for
+            each member.
+        training: sets the precision and memory layout of the teacher.
+        own: the accuracies with the teacher's own preprocessing, if they are known.
 
     Returns:
-        The accuracies by their keys in `results.json`: `teacher`, and `teacher_on_student_pixels` where these differ.
+        The accuracies by their keys in `results.json`: `teacher`, and `teacher_on_student_pixels` where the pixels
+            differ.
     """
     own_processors = [load_image_processor(member.model) for member in teacher.members]
     given = load_image_processor(student)
@@ -62,7 +65,7 @@ def measure_teacher(
 def _prepare(
     teacher: Teacher, pixels: Preprocessing | None, student: PreTrainedModel, training: DistillationTrainingArguments
 ) -> Teacher:
-    """Copies the teacher and prepares the copy to compute as in training, for these pixels or each member for its own."""
+    """Copies the teacher, and prepares the copy as in training for `pixels`, or each member for its own pixels."""
     copy = teacher.copy()
     for member in copy.members:
         member.align(pixels or member.preprocessing, student.config.id2label)
@@ -88,7 +91,7 @@ def evaluate_teacher(
     predictions, labels = [], []
     silent = not (shows_bar and accelerator.is_main_process)
     first = tqdm(loaders[0], desc="Evaluating the teacher", leave=False, disable=silent)
-    # strict, so that each loader comes to its end: accelerate keeps those that have not.
+    # strict exhausts each loader: accelerate keeps references to loaders that are not exhausted.
     for batches in zip(first, *loaders[1:], strict=True):
         answer = top5_indices(teacher(*(batch["pixel_values"] for batch in batches)))
         answer, label = accelerator.gather_for_metrics((answer, batches[0]["labels"]))
@@ -103,7 +106,7 @@ def say_teacher_accuracy(
     student: PreTrainedModel,
     training: DistillationTrainingArguments,
 ) -> None:
-    """Prints what [`measure_teacher`] returned, and warns of a teacher from which a student learns little."""
+    """Prints the accuracies of [`measure_teacher`], and warns of a teacher from which a student learns little."""
     num_classes, is_first = student.config.num_labels, training.process_index == 0
     own = accuracies["teacher"]["accuracy"]
     given = accuracies.get(ON_STUDENT_PIXELS, accuracies["teacher"])["accuracy"]
@@ -139,14 +142,14 @@ def say_teacher_accuracy(
 
 
 def has_same_pixels(teacher: Teacher, own: BaseImageProcessor, student: BaseImageProcessor) -> bool:
-    """Whether a teacher sees one picture through the student's preprocessing as through its own.
+    """Whether the student's preprocessing and the teacher's own make the same pixels of a picture.
 
     Args:
         teacher: aligned to the student's pixels.
         own: the teacher's image processor.
         student: the student's image processor.
     """
-    # Neither square nor smooth, so that another crop, size or interpolation shows.
+    # The picture is neither square nor smooth, so that another crop, size or interpolation changes the pixels.
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     picture = PIL.Image.fromarray(noise).resize((320, 240), PIL.Image.Resampling.NEAREST)
     seen: list[torch.Tensor] = []
@@ -161,7 +164,7 @@ def has_same_pixels(teacher: Teacher, own: BaseImageProcessor, student: BaseImag
 
 
 def describe_differences(teacher: BaseImageProcessor, student: BaseImageProcessor) -> list[str]:
-    """Names the settings of evaluation in which two image processors differ, but for the normalisation."""
+    """Describes the settings of evaluation in which two image processors differ, without the normalisation."""
     settings = [read_geometry(processor) for processor in (teacher, student)]
     return [
         f"{name} is {settings[1][name]} for the student and {settings[0][name]} for the teacher"

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 def open_named_teacher(
     recipe: RecipeArguments, id2label: dict[int, str], training: DistillationTrainingArguments
 ) -> Teacher:
-    """Opens the pretrained teacher of a run, and says its size; one without a classifier where it is fine-tuned first.
+    """Opens the pretrained teacher of a run, and prints its size.
+
+    A teacher without a classifier is opened if it is fine-tuned first.
 
     Args:
         recipe: names the teacher, or several.
@@ -55,13 +57,14 @@ def open_named_teacher(
 def needs_finetuning(
     recipe: RecipeArguments, teacher: PreTrainedModel | Teacher | None, id2label: dict[int, str], data: DataArguments
 ) -> bool:
-    """Decides by `finetune_teacher` and by the classes of teacher and data whether the teacher is trained on the data first.
+    """Decides by `finetune_teacher` and the classes of teacher and data whether the teacher is trained first.
 
-    A teacher that has all classes of the data by name, and others, is used as it is: from now on it selects their logits.
+    A teacher that has all classes of the data by name, and others, is used as it is: from now on it selects the logits
+    of the data's classes.
 
     Args:
-        recipe: of the run.
-        teacher: pretrained; what is no [`Teacher`] is not opened yet, or is trained in this run.
+        recipe: the arguments of the run.
+        teacher: the pretrained teacher; a value that is no [`Teacher`] is not opened yet, or is trained in this run.
         id2label: the classes of the data.
         data: says whether there are labels to train on.
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Steps that are measured, after steps that warm up caches, workers and compilers.
+# Number of measured steps, and of steps before them that warm up caches, workers and compilers.
 _STEPS, _WARM_UP = 10, 3
-# In the folder of a run: the epochs that were chosen.
+# This file in the folder of a run contains the chosen epochs.
 CHOSEN_EPOCHS = ".time_budget.json"
 # The part of the budget that the trainings get; the rest is for start-up, saving, export and report.
 _SHARE = 0.85
@@ -40,14 +40,14 @@ _SHARE = 0.85
 
 @dataclasses.dataclass
 class Speed:
-    """What one training takes.
+    """The measured speed of one training.
 
     Args:
         name: `teacher`, `baseline` or `student`.
-        epochs: that it would have without a budget.
+        epochs: number of epochs without a budget.
         step: seconds of an optimiser step.
-        steps_per_epoch: optimiser steps.
-        evaluation: seconds of an evaluation, of which each epoch has one.
+        steps_per_epoch: optimiser steps of an epoch.
+        evaluation: seconds of an evaluation; each epoch has one.
     """
 
     name: str
@@ -68,7 +68,7 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)  # or these are the times in which the steps are queued
+            torch.cuda.synchronize(args.device)  # without it, the clock measures the time to queue a step
         self.times.append(time.perf_counter())
 
 
@@ -76,8 +76,8 @@ def measure_speed(trainer: DistillationTrainer, name: str) -> Speed:
     """Trains a throw-away model for some steps, and evaluates it.
 
     Args:
-        trainer: of a model that nobody needs afterwards.
-        name: of the training.
+        trainer: the trainer of a model that is not needed afterwards.
+        name: the name of the training.
     """
     clock, args = _Clock(), trainer.args
     epochs, steps = (
@@ -104,12 +104,13 @@ def measure_speed(trainer: DistillationTrainer, name: str) -> Speed:
 
 
 def fit_epochs(seconds: float, speeds: Iterable[Speed], multiple: int = 1) -> dict[str, int]:
-    """Chooses the epochs of all trainings in proportion to those that they would have, to fill a time.
+    """Chooses the epochs of all trainings to fill a time, in proportion to their epochs without a budget.
 
     Args:
-        seconds: of all trainings, with saving and report.
-        speeds: of the trainings.
-        multiple: of which all epochs are multiples: `crops_per_image`, since so many epochs take each image equally often.
+        seconds: the time for all trainings, with saving and report.
+        speeds: the speeds of the trainings.
+        multiple: all epochs are multiples of it: `crops_per_image`, since so many epochs take each image equally
+            often.
 
     Returns:
         `dict[str, int]`: epochs by the names of the trainings.
@@ -137,7 +138,7 @@ def fit_epochs(seconds: float, speeds: Iterable[Speed], multiple: int = 1) -> di
     while rest and short:
         factor = available / sum(speed.epochs * speed.epoch for speed in rest)
         short = [speed for speed in rest if factor * speed.epochs < multiple]
-        # These trainings get the least, and the others divide what it leaves.
+        # The trainings in `short` get the fewest epochs, and the others share the rest of the time.
         available -= multiple * sum(speed.epoch for speed in short)
         rest = [speed for speed in rest if speed not in short]
     chosen = {speed.name: multiple * int(factor * speed.epochs / multiple) for speed in rest}
@@ -145,10 +146,10 @@ def fit_epochs(seconds: float, speeds: Iterable[Speed], multiple: int = 1) -> di
 
 
 def settle_epochs(run: "Recipe") -> None:
-    """Chooses a run's epochs by its `time_budget`, if it has one, and warns of epochs that take some images more often than others.
+    """Chooses a run's epochs by its `time_budget`, if it is set, and warns of epochs that use images unequally often.
 
     Args:
-        run: whose models, data and folder are checked.
+        run: a run whose models, data and folder are checked.
 
     Raises:
         ValueError: see [`fit_time_budget`].
@@ -163,12 +164,12 @@ def settle_epochs(run: "Recipe") -> None:
 def fit_time_budget(run: "Recipe") -> None:
     """Sets the epochs of a run's trainings so that all of them end within `time_budget`.
 
-    Each training is measured on throw-away models. The choice is kept in the run's folder, for a start that resumes it. A store
-    of the teacher's logits that is no cycle limits it to the epochs that the run would have without a budget. With
-    `crops_per_image` it is a multiple of it, unless such a store has fewer epochs.
+    Each training is measured on throw-away models. The chosen epochs are saved in the run's folder, for a start that
+    resumes it. With a store of the teacher's logits that is no cycle, they are limited to the epochs without a budget.
+    They are a multiple of `crops_per_image`, unless such a store has fewer epochs.
 
     Args:
-        run: whose models, data and folder are checked.
+        run: a run whose models, data and folder are checked.
 
     Raises:
         ValueError: the time does not suffice for one epoch, or `crops_per_image`, of each training.
@@ -177,7 +178,7 @@ def fit_time_budget(run: "Recipe") -> None:
     multiple = run.data_args.crops_per_image
     store, most = run.teacher_logits, math.inf
     if store is not None and store.info.cycle is None:
-        most = count_epochs(run.training_args, len(run.data["train"]))  # whose logits are there, as Recipe has checked
+        most = count_epochs(run.training_args, len(run.data["train"]))  # Recipe has checked the store
         most = max(most - most % multiple, min(most, multiple))
     epochs = decide_in_first(lambda: json.loads(file.read_text()) if run.goes_on and file.is_file() else None)
     if epochs is None:

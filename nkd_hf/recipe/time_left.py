@@ -1,4 +1,4 @@
-"""Says once, after the first steps of a training, how long its steps will take."""
+"""Prints once, after the first steps of a training, how long its steps will take."""
 
 import statistics
 import sys
@@ -17,7 +17,7 @@ class TimeLeft(TrainerCallback):
     """Prints how long a training will take, from the median of its first steps; evaluations come on top.
 
     Args:
-        name: of the training: `teacher`, `baseline` or `student`.
+        name: the name of the training: `teacher`, `baseline` or `student`.
         following: the names of the trainings that come after it.
     """
 

@@ -10,8 +10,8 @@ def check_unlabeled(recipe: RecipeArguments, data: DataArguments) -> None:
     """Checks the images without labels against the other arguments.
 
     Raises:
-        ValueError: the loss cannot learn from them, the teacher's logits are stored, or something needs labels where there are
-            none.
+        ValueError: the loss cannot learn from images without labels, the teacher's logits are stored, or an argument
+            needs labels where there are none.
     """
     if data.unlabeled_dataset is None:
         return
@@ -36,7 +36,7 @@ def check_unlabeled(recipe: RecipeArguments, data: DataArguments) -> None:
 
 
 def refuse_training_of_teacher(recipe: RecipeArguments) -> None:
-    """Raises ValueError, since a teacher learns from labels."""
+    """Raises ValueError, since the training of a teacher needs labels."""
     raise ValueError(
         f"the teacher must know the classes of the data with train_split=none, got {', '.join(recipe.teachers)}, which would be "
         "trained on labels first. Name a teacher that has these classes, a zero-shot one (teacher_prompts), or the folder of "
@@ -45,7 +45,7 @@ def refuse_training_of_teacher(recipe: RecipeArguments) -> None:
 
 
 def describe_unlabeled(data: DataArguments) -> str:
-    """Says how images without labels take part in a training; empty where there are none."""
+    """Describes how images without labels take part in a training; empty without such images."""
     if data.unlabeled_dataset is None:
         return ""
     name = redact(data.unlabeled_dataset)

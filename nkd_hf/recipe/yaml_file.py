@@ -20,10 +20,11 @@ def read_config(path: Path, below: tuple[Path, ...] = ()) -> dict[Any, tuple[Any
         below: the files whose `base` led to this one.
 
     Returns:
-        The value of each key, and the file that it stands in.
+        The value of each key, and the file that contains it.
 
     Raises:
-        ConfigError: a file cannot be read or is no mapping; the message names the file and, if it is no YAML, the line.
+        ConfigError: a file cannot be read or is no mapping. The message names the file and, if it is no YAML, the
+            line.
     """
     try:
         path = path.expanduser()
@@ -65,7 +66,7 @@ def read_config(path: Path, below: tuple[Path, ...] = ()) -> dict[Any, tuple[Any
 class Loader(yaml.SafeLoader):
     """Loads YAML with the numbers and booleans of YAML 1.2, and refuses a key that occurs twice.
 
-    A value that it refuses is a `MarkedYAMLError`, which has the line.
+    For such a key or value it raises `MarkedYAMLError`, which has the line.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -113,7 +114,7 @@ class Loader(yaml.SafeLoader):
 
 
 def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
-    """Counts the values of a node, and refuses too many: a few lines of aliases of aliases can stand for millions."""
+    """Counts the values of a node, and refuses too many: a few lines of nested aliases can stand for millions."""
     if node in counts:
         if counts[node] is None:
             raise yaml.MarkedYAMLError(problem="an alias stands in what it names", problem_mark=node.start_mark)
@@ -134,7 +135,7 @@ Loader.add_implicit_resolver(
 
 
 def find_fault(value: Any) -> str | None:
-    """Says why no run can use a value, or one in it; None where nothing is wrong."""
+    """Returns the reason why no run can use a value, or a value in it; None where nothing is wrong."""
     if isinstance(value, float) and math.isnan(value):
         return "expected a number, got nan: no run can use it"
     if type(value) is int and not -(2**63) <= value < 2**63:

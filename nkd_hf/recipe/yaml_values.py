@@ -31,7 +31,7 @@ def check_value(value: Any, type_hint: Any, choices: Iterable[str] | None, where
 
 
 def _advise(value: Any, type_hint: Any) -> str:
-    """Says how to write a value so that it has the type of its field; an empty text where nothing helps."""
+    """Returns advice to write a value so that it has the type of its field; an empty text where nothing helps."""
     if value is None:
         return ": remove the line to keep the default"
     with contextlib.suppress(TypeError):
@@ -76,7 +76,7 @@ def _convert(value: Any, type_hint: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON, in which a run is recorded, has such a value."""
+    """Whether JSON can represent a value."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
