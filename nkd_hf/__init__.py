@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from .trainer.arguments import DistillationTrainingArguments
     from .trainer.trainer import DistillationTrainer
 
-# Imported on first use: `from nkd_hf.losses import nkd_loss` and `import nkd_hf` load torch at the most.
+# Names are imported on first use, so that `from nkd_hf.losses import nkd_loss` and `import nkd_hf` load torch at most.
 _NAMES = {
     "errors": (
         "CheckpointError",

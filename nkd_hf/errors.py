@@ -1,4 +1,4 @@
-"""The exceptions of the package, messages of one line, and the redaction of secrets in messages."""
+"""Defines the exceptions of the package, prints errors in one line, and redacts secrets in messages."""
 
 import contextlib
 import errno
@@ -57,7 +57,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written; the checkpoints before it are unchanged."""
 
 
 class MissingExtraError(ImportError):
@@ -65,11 +65,12 @@ class MissingExtraError(ImportError):
 
 
 class PushError(RuntimeError):
-    """A failed push; the message says why, where the student is, and how to push it again."""
+    """A failed push; the message gives the cause, the student's folder, and the command to push it again."""
 
 
 def redact(text: str) -> str:
-    """Replaces tokens of the Hub and, in addresses, the user and the parameters that sign or authorise.
+    """Replaces tokens of the Hub and, in addresses, the user and the parameters that sign or authorise with
+    placeholders.
 
     Example:
 
@@ -102,7 +103,7 @@ def reason(error: BaseException) -> str:
 
 
 def failed_write(error: Exception, folder: str | Path) -> tuple[str, str]:
-    """Says why files could not be written, and what to do.
+    """Returns the reason why files could not be written, and advice.
 
     Args:
         error: an OSError, or the exception that safetensors or torch raises in its place.
@@ -152,7 +153,7 @@ def one_line_errors(prefix: str = "", code: int = 1) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # As in the documentation of Python's signal module: Python flushes stdout at exit, which needs an open file.
+        # Python flushes stdout at exit, which needs an open file; see "Note on SIGPIPE" in Python's signal module.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_NO_READER)
     except Exception as error:
@@ -173,7 +174,7 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _own_text(error: BaseException) -> str:
-    """The text without the traceback of a DataLoader's worker, which torch puts before it."""
+    """Returns the error's text without the traceback of a DataLoader's worker, which torch puts before it."""
     text = str(error)
     if not re.match(r"Caught \w+ in DataLoader worker process", text):
         return text
@@ -181,10 +182,10 @@ def _own_text(error: BaseException) -> str:
 
 
 def explain_gated_repo(error: BaseException, repo_id: str, repo_type: str = "model") -> str | None:
-    """Says how to get access to a gated repo, if that is the cause of an error.
+    """Explains how to get access to a gated repo, if that is the cause of an error.
 
     Args:
-        error: an exception, whose causes are searched, too.
+        error: an exception; its causes are searched, too.
         repo_id: `owner/name`.
         repo_type: `model` or `dataset`.
 

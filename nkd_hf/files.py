@@ -1,4 +1,4 @@
-"""Writes files and folders completely or not at all, and says what is wrong with a path."""
+"""Writes files and folders completely or not at all, and describes faults of paths."""
 
 import difflib
 import os
@@ -15,7 +15,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-# Files of a saved student. The folder of a checkpoint or of a run holds others, too.
+# Files of a saved student. The folder of a checkpoint or of a run has others, too.
 _STUDENT_FILES = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|preprocessor_config\.json|modeling_\w+\.py"
     r"|README\.md|training_curves\.png|training_args\.yaml|onnx(/[\w.-]+\.onnx)?"
@@ -23,7 +23,7 @@ _STUDENT_FILES = re.compile(
 
 
 def path_fault(name: str | os.PathLike) -> str | None:
-    """Says why a path of this machine is not the expected folder.
+    """Returns the reason why a path of this machine is not the expected folder.
 
     Args:
         name: a path, or the name of a repository of the Hub (`owner/name`).
@@ -108,8 +108,8 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
 
     Args:
         output: the folder's path; it may exist if it is empty.
-        overwrite: whether a student that is saved there is replaced. A folder with other files, such as the checkpoints
-            of a run, is never replaced.
+        overwrite: whether a saved student in the folder is replaced. A folder with other files, such as the
+            checkpoints of a run, is never replaced.
 
     Raises:
         ValueError: `output` exists and may not be replaced.
@@ -136,7 +136,7 @@ def new_folder(output: str, overwrite: bool = False) -> Iterator[str]:
     if held and not ((target / "config.json").is_file() and all(map(_STUDENT_FILES.fullmatch, names))):
         raise ValueError(f"{output} holds more than a saved student and is not replaced: name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, since a rename is one step only within a file system.
+    # The temporary folder is beside the target, since a rename is one step only within a file system.
     with TemporaryFolder(f".{target.name}.nkd_hf-", target.parent) as temporary:
         folder = Path(temporary, "new")
         folder.mkdir()

@@ -1,7 +1,7 @@
-"""Top-1 and top-5 accuracy, for the Trainer and as an `evaluate` module that needs no network."""
+"""Computes top-1 and top-5 accuracy, for the Trainer and as an `evaluate` module that needs no network."""
 
-# `evaluate.load` copies this file alone into its cache and reads its imports line by line: the file imports nothing of the
-# package, and each import stands on a line of its own.
+# `evaluate.load` copies only this file into its cache, and reads its imports line by line. So the file imports nothing
+# of the package, and each import is on its own line.
 import logging
 
 import datasets
@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 
 
 def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """The classes of the five largest logits, for the Trainer's `preprocess_logits_for_metrics`.
+    """Returns the classes of the five largest logits, for the Trainer's `preprocess_logits_for_metrics`.
 
     Args:
         logits: [N, C] float logits.
@@ -23,7 +23,7 @@ def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> to
         with NaN is no prediction: all of its indices are -1, which is no label.
 
     Raises:
-        ValueError: when the logits are no [N, C] tensor.
+        ValueError: the logits are no [N, C] tensor.
 
     Example:
         >>> top5_indices(torch.tensor([[0.1, 0.7, 0.2]]))
@@ -32,8 +32,8 @@ def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> to
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise ValueError(f"logits must be a tensor [N, C], got {got}: have the model return its logits alone")
-    # topk returns the right values, but on a tie any of their indices. A stable sort of all classes would take four times
-    # as long.
+    # topk returns the right values, but for equal values any of their indices. A stable sort of all classes would take
+    # four times as long.
     values = logits.topk(min(5, logits.shape[1]), dim=1).values
     is_left = torch.ones_like(logits, dtype=torch.bool)
     indices = []
@@ -45,16 +45,16 @@ def top5_indices(logits: torch.Tensor, labels: torch.Tensor | None = None) -> to
 
 
 def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 accuracy, for the Trainer's `compute_metrics`.
+    """Computes top-1 and top-5 accuracy, for the Trainer's `compute_metrics`.
 
     Args:
-        eval_prediction: predictions, either [N, min(5, C)] int class indices, best first, as `top5_indices` makes them,
-            or [N, C] float logits, and label_ids, [N] int class indices.
+        eval_prediction: `predictions`, either [N, min(5, C)] int class indices, best first, from `top5_indices`, or
+            [N, C] float logits; and `label_ids`, [N] int class indices.
 
     Returns:
         `{"accuracy": ..., "top5_accuracy": ...}`, fractions as Python floats.
 
-    A warning says how many rows are no prediction, since their logits are NaN; they count as wrong.
+    Rows whose logits are NaN are no prediction and count as wrong; a warning gives their number.
 
     Raises:
         ValueError: for other shapes, no samples or a negative label.
@@ -67,7 +67,7 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
 
 
 def compute_balanced_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1, top-5 and balanced accuracy, for the Trainer's `compute_metrics` where classes differ in size.
+    """Computes top-1, top-5 and balanced accuracy, for the Trainer's `compute_metrics` where classes differ in size.
 
     Args:
         eval_prediction: as in `compute_metrics`.
@@ -121,19 +121,19 @@ Examples:
 
 
 def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of ranked predictions.
+    """Computes top-1 and top-5 accuracy of ranked predictions.
 
     Args:
         predictions: [N, K] int class indices, best first, with K = min(5, number of classes) or more; only the first
-            five count. A row of -1 alone, which `top5_indices` returns for logits with NaN, is no prediction: it counts as
-            wrong, and a warning says how many there are.
+            five count. A row of only -1, which `top5_indices` returns for logits with NaN, is no prediction: it counts
+            as wrong, and a warning gives the number of such rows.
         references: [N] int class indices; samples with -100 are not counted.
 
     Returns:
         `{"accuracy": ..., "top5_accuracy": ...}`, fractions as Python floats.
 
     Raises:
-        ValueError: for other shapes, no samples, rows that are no different class indices, or a negative label.
+        ValueError: for other shapes, no samples, rows that are not different class indices, or a negative label.
 
     Example:
         >>> top1_top5_accuracy(np.array([[2, 0, 1], [1, 2, 0]]), np.array([2, 0]))
@@ -183,10 +183,11 @@ def top1_top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Top-1 and top-5 accuracy as an `evaluate.Metric`; `compute`, `add_batch` and `combine` work as for any other.
+    """Computes top-1 and top-5 accuracy as an `evaluate.Metric`; `compute`, `add_batch` and `combine` work as for any
+    other.
 
-    The rows pass through a file in evaluate's cache, which takes about 0.6 s for ImageNet's 50,000; the Trainer's
-    `nkd_hf.metrics.compute_metrics` calls `top1_top5_accuracy` on its arrays, about 0.01 s.
+    The rows pass through a file in evaluate's cache, which takes about 0.6 s for ImageNet's 50,000 images. The
+    Trainer's `nkd_hf.metrics.compute_metrics` calls `top1_top5_accuracy` on arrays, which takes about 0.01 s.
 
     Example:
         >>> TopKAccuracy().compute(predictions=[[2, 0, 1], [1, 2, 0]], references=[2, 0])

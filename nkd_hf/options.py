@@ -1,7 +1,7 @@
 """Checks a command line's options and their values before PyTorch and transformers are imported, which takes seconds.
 
-Names, types and choices are read from the source of the dataclasses and of the commands. Where they cannot be read for certain, this check
-passes, and the parser of the command decides.
+Names, types and choices are read from the source of the dataclasses and of the commands. Where they cannot be read for
+certain, this check passes, and the parser of the command decides.
 """
 
 import argparse
@@ -30,7 +30,8 @@ RECIPE = _TRAINING | {
 }
 PLAN = RECIPE | {"PlanArguments": ("nkd_hf", "cli/plan.py")}
 DISTILL = RECIPE | {"ExportArguments": ("nkd_hf", "recipe/distill.py")}
-# Enum or constant that has the choices of a field -> the package and the file that define it, if the file of the field does not.
+# Enum or constant with the choices of a field -> the package and the file that define it, if the field's own file does
+# not.
 _CHOICES = dict.fromkeys(
     ("IntervalStrategy", "SaveStrategy", "HubStrategy", "SchedulerType"), ("transformers", "trainer_utils.py")
 )
@@ -41,7 +42,7 @@ _CHOICES |= {
 
 
 def start_recipe() -> None:
-    """Starts the script of a recipe: refuses an unknown option at once, then says that libraries are loaded and loads them.
+    """Starts the script of a recipe: refuses an unknown option at once, then prints a message and loads the libraries.
 
     Call it before the first use of another name of this package, which imports PyTorch and transformers.
 
@@ -63,10 +64,11 @@ def start_recipe() -> None:
 
 
 def load(prog: str, module: str) -> ModuleType:
-    """Imports a module; the first process of a run says on stderr that PyTorch and transformers are loaded, if they are not.
+    """Imports a module. If PyTorch is not loaded yet, the first process of a run prints a message on stderr first.
 
-    Almost all that their imports make stays until the end of the process. Its garbage collector sees nothing of it: its looks
-    through a million objects would take a fifth of the imports' time, and a quarter of a second at each training's start.
+    Almost all objects of these imports stay until the end of the process, so the garbage collector ignores them. To
+    scan a million objects would take a fifth of the imports' time, and a quarter of a second at the start of each
+    training.
     """
     if "torch" in sys.modules:
         return importlib.import_module(module)
@@ -107,15 +109,16 @@ def check_options(prog: str, args: Sequence[str], known: set[str] | None) -> Non
 def check_values(
     prog: str, args: Sequence[str], classes: dict[str, tuple[str, str]], own: Collection[str] = ()
 ) -> None:
-    """Ends the process if an option of a number, a bool or a choice has another value.
+    """Ends the process if an option for a number, a bool or a choice has a value of another kind.
 
-    Options of other types, and those whose definition cannot be read for certain, are left to the full parser.
+    The full parser checks options of other types, and options whose definition cannot be read for certain.
 
     Args:
         prog: the command, for the message.
         args: the command line, whose options are known.
         classes: dataclass -> the package and the file that define it.
-        own: the options that the command defines itself, which are not checked; a field of the same name is another.
+        own: the options that the command defines itself. They are not checked: a field of the same name is another
+            option.
 
     Raises:
         SystemExit: with code 2, after the message of the full parser on stderr.
@@ -136,7 +139,7 @@ class _ValueParser(argparse.ArgumentParser):
 
 
 def _add_field(parser: argparse.ArgumentParser, node: ast.AnnAssign, tree: ast.Module) -> None:
-    """Adds the option of a field as `HfArgumentParser` does, if it is a simple one, else one that takes any values."""
+    """Adds the option of a simple field as `HfArgumentParser` does, or an option with any values for another field."""
     name, default = node.target.id, _read_default(node.value)
     options = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
     annotation = ast.unparse(node.annotation)
@@ -157,7 +160,7 @@ def _add_field(parser: argparse.ArgumentParser, node: ast.AnnAssign, tree: ast.M
 
 
 def _read_bool(text: str) -> bool:
-    # As transformers.hf_argparser.string_to_bool.
+    # The values and the message are those of transformers.hf_argparser.string_to_bool.
     if text.lower() not in _BOOLS:
         raise argparse.ArgumentTypeError(
             f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
@@ -170,7 +173,7 @@ _TYPES = {"int": int, "float": float, "bool": _read_bool, "str": str}
 
 
 def _read_choices(node: ast.expr | None, tree: ast.Module) -> list[str] | None:
-    """Reads choices that are a list of literals, `list(NAME)`, the values of an enum, or two of them added; None for others."""
+    """Reads choices: a list of literals, `list(NAME)`, the values of an enum, or a sum of these; None for others."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = _read_choices(node.left, tree), _read_choices(node.right, tree)
         return None if left is None or right is None else left + right
@@ -196,7 +199,7 @@ def _read_named(name: str, tree: ast.Module) -> list[str] | None:
 
 
 def _read_enum(node: ast.ClassDef) -> list[str] | None:
-    """Reads the values of an enum of texts that has nothing else but a docstring; None for others."""
+    """Reads the values of an enum that has only texts and a docstring; None for others."""
     values = []
     for member in node.body[ast.get_docstring(node) is not None :]:
         is_value = isinstance(member, ast.Assign) and isinstance(member.value, ast.Constant)
@@ -215,7 +218,7 @@ def _read_literals(node: ast.expr | None) -> list[str] | None:
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """Names the nearest of some names in a message; an empty text if none is near.
+    """Returns a suggestion of the most similar name for a message; an empty text if no name is similar.
 
     Example:
 
@@ -226,7 +229,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
     ```
     """
     names = list(names)
-    # Of `dataset` and `dataset_config_name`, the first is nearer to `dataset_name`.
+    # For `dataset_name`, `dataset` is a better suggestion than `dataset_config_name`.
     shorter = sorted((known for known in names if name.startswith(f"{known}_")), key=len, reverse=True)
     near = difflib.get_close_matches
     matches = near(name, names, n=1, cutoff=0.8) or shorter or near(name, names, n=1)
@@ -234,7 +237,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
 
 def read_fields(classes: dict[str, tuple[str, str]]) -> set[str] | None:
-    """Reads the options that `HfArgumentParser` makes of dataclasses, with `--config`; None where that is uncertain.
+    """Reads the options that `HfArgumentParser` makes of dataclasses, with `--config`; None where they are uncertain.
 
     Args:
         classes: dataclass -> the package and the file that define it.
@@ -271,7 +274,7 @@ def _read_definitions(classes: dict[str, tuple[str, str]]) -> list[tuple[ast.Ann
 
 
 def read_command(file: str) -> set[str] | None:
-    """Reads the options that a file of `nkd_hf/cli` gives to argparse; None where one of them is no literal."""
+    """Reads the options that a file of `nkd_hf/cli` passes to argparse; None if one of them is no literal."""
     tree, options = _parse("nkd_hf", f"cli/{file}"), {"-h", "--help"}
     for node in ast.walk(tree) if tree else []:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
@@ -290,7 +293,7 @@ def _read_default(value: ast.expr | None) -> str:
 def _parse(package: str, file: str) -> ast.Module | None:
     folder = _PACKAGE
     if package != "nkd_hf":
-        spec = importlib.util.find_spec(package)  # which does not import it
+        spec = importlib.util.find_spec(package)  # find_spec does not import the package
         if spec is None or not spec.submodule_search_locations:
             return None
         folder = Path(spec.submodule_search_locations[0])
@@ -300,4 +303,4 @@ def _parse(package: str, file: str) -> ast.Module | None:
         return None
 
 
-_parse_text = functools.cache(ast.parse)  # names and values are checked one after the other
+_parse_text = functools.cache(ast.parse)  # check_options and check_values read the same files

@@ -1,4 +1,4 @@
-"""The command line: `nkd-hf COMMAND ...`, or `python -m nkd_hf.cli COMMAND ...`."""
+"""Runs the command line: `nkd-hf COMMAND ...`, or `python -m nkd_hf.cli COMMAND ...`."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from .. import __version__
 from ..errors import one_line_errors
 from ..options import DISTILL, PLAN, RECIPE, check_options, check_values, load, read_command, read_fields, suggest
 
-# Command -> the module whose `main` runs it, which is imported when the command is called, and its purpose.
+# Command -> the module whose `main` runs it, and its purpose. The module is imported when the command is called.
 _COMMANDS = {
     "distill": ("distill", "own images and a pretrained teacher become a small model, its ONNX files and a report"),
     "plan": ("plan", "what a recipe would do, and what it costs, without doing it"),
@@ -18,10 +18,10 @@ _COMMANDS = {
     "convert": ("convert", "an official checkpoint of cls_KD becomes a transformers folder"),
 }
 
-# The commands whose options are all fields of dataclasses, and the one that has those of a recipe beside its own.
+# The commands whose options are all fields of dataclasses, and the command that has a recipe's options beside its own.
 _FIELDS = {"plan": PLAN, "distill": DISTILL}
 _STORE = "teacher-logits"
-# The exit code that a shell reports for a process that Ctrl-C has ended.
+# A shell reports this exit code for a process that Ctrl-C has ended.
 _INTERRUPTED = 130
 
 
@@ -70,7 +70,7 @@ def _run(args: list[str]) -> None:
 
 @functools.cache  # a process may call `main` again
 def _known_options(command: str) -> set[str] | None:
-    """The options of a command, read without importing it; None where that is uncertain."""
+    """Reads the options of a command without importing it; None where they are uncertain."""
     if command in _FIELDS:
         return read_fields(_FIELDS[command])
     options = read_command(f"{_COMMANDS[command][0]}.py")

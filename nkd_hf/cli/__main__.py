@@ -1,4 +1,4 @@
-"""`python -m nkd_hf.cli`."""
+"""Runs `python -m nkd_hf.cli`."""
 
 from . import main
 

@@ -11,7 +11,7 @@ from ..models.labels import class_numbers, is_generic, match_labels, whole_numbe
 def match_classes(
     label: datasets.ClassLabel | datasets.Value, model: PreTrainedModel, match_names: bool
 ) -> tuple[list[int] | None, torch.Tensor | None]:
-    """Matches the classes of a dataset with a model's.
+    """Matches the classes of a dataset with the classes of a model.
 
     Args:
         label: the feature of the dataset's labels.
@@ -19,8 +19,8 @@ def match_classes(
         match_names: whether classes are matched by their names; else by their numbers.
 
     Returns:
-        Where the dataset's classes stand among the model's logits, and the number that each label stands for among them.
-        None where nothing changes. One of the two is None.
+        The positions of the dataset's classes among the model's logits, and the position for each label. At least one
+        of the two is None; None changes nothing.
 
     Raises:
         ValueError: the classes differ.
@@ -41,11 +41,11 @@ def match_classes(
 
 
 def _find_order(names: list[str], model: PreTrainedModel) -> list[int] | None:
-    """Finds where the dataset's classes stand among the model's logits; None where they are in the same order."""
+    """Finds the positions of the dataset's classes among the model's logits; None where the order is the same."""
     num_classes = model.config.num_labels
     names = describe_synsets(names)
     if names == [f"LABEL_{i}" for i in range(len(names))] and len(names) < num_classes:
-        # Plain integers: nothing says that the highest one that occurs is the last class.
+        # The labels are plain integers, and the highest class may not occur.
         names = [f"LABEL_{i}" for i in range(num_classes)]
     return match_labels(
         names,

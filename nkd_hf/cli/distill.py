@@ -9,7 +9,7 @@ def main(args: list[str] | None = None) -> None:
     """Runs `nkd-hf distill`.
 
     Args:
-        args: the command line after `nkd-hf distill`; None takes `sys.argv[1:]`.
+        args: the command line after `nkd-hf distill`; None uses `sys.argv[1:]`.
 
     Raises:
         SystemExit: with code 2 and a message, where an argument is wrong; with code 1 where a push failed.

@@ -27,7 +27,7 @@ from ..models.preprocessing import IMAGE_PROCESSOR, load_image_processor
 from ..recipe.figures import unique_names
 from .classes import match_classes
 
-# Lines of the text; JSON has all classes.
+# The printed table has at most so many classes; JSON has all classes.
 _MOST_CLASSES = 20
 # `--json` and `--json true` are the same, as in `nkd-hf plan`.
 _SWITCH = {"nargs": "?", "const": True, "default": False, "type": string_to_bool, "metavar": "BOOL"}
@@ -45,7 +45,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a model on one split of a dataset.
 
-    The images go through the model's own processor, just as in `pipeline("image-classification")`.
+    The model's own processor prepares the images, as in `pipeline("image-classification")`.
 
     Args:
         model: any `*ForImageClassification` that came from a folder or from the Hub.
@@ -53,8 +53,8 @@ def evaluate(
         batch_size: images of one forward pass.
         num_workers: processes that read and preprocess images.
         device: where the model runs, such as `cuda`.
-        match_names: whether classes are matched by their names. If not, they are matched by their numbers, which are the
-            names where all of these are whole numbers, and else their positions.
+        match_names: whether classes are matched by their names. If not, they are matched by their numbers: the names,
+            if all names are whole numbers, else the positions.
         per_class: whether the result has the accuracy of each class.
 
     Returns:
@@ -80,7 +80,7 @@ def evaluate(
         for batch in tqdm(loader, desc="Evaluating", disable=None):
             output = model(batch["pixel_values"].to(device, non_blocking=True))
             logits = read_logits(output, "the model", len(batch["labels"]), model.config.num_labels)
-            # To the CPU at once, so that the time below includes the device's work.
+            # Copying to the CPU waits for the device, so that the measured time includes its work.
             predictions.append(top5_indices(logits if order is None else logits[:, order]).cpu())
             labels.append(batch["labels"])
             if start is None:
@@ -131,7 +131,7 @@ def _read_settings(processor: BaseImageProcessor) -> dict[str, Any]:
 
 
 def _check_output(path: Path) -> None:
-    """Raises ValueError where the results cannot be written, before hours of evaluation."""
+    """Raises ValueError if the results cannot be written. It is called before hours of evaluation."""
     if path.is_dir():
         raise ValueError(
             f"--output must be a file, got the folder {path}. Name a file in it, such as {path / 'top1.json'}"
@@ -151,7 +151,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).item()  # A tensor on meta has no value.
     except (RuntimeError, AssertionError) as error:
-        # For a device that it was built without, torch lists its dispatch table in 59 lines.
+        # For a device that torch was built without, torch's message lists the dispatch table in 59 lines.
         unknown = isinstance(error, NotImplementedError)
         fault = "this build of torch has no such device" if unknown else reason(error).partition(". ")[0]
         raise ValueError(f"device {device!r} cannot be used: {fault}. Set --device cpu, cuda or cuda:1") from error
@@ -161,7 +161,7 @@ def main(args: list[str] | None = None) -> None:
     """Runs `nkd-hf evaluate`.
 
     Args:
-        args: the command line after `nkd-hf evaluate`; None takes `sys.argv[1:]`.
+        args: the command line after `nkd-hf evaluate`; None uses `sys.argv[1:]`.
 
     Raises:
         SystemExit: with code 2 and a message, where an argument is unknown.
@@ -219,7 +219,7 @@ def _open_model(args: argparse.Namespace) -> PreTrainedModel:
     model = open_classifier(
         args.model, dtype=torch.float32, allow_pickle=args.allow_pickle, trust_remote_code=trust, **where
     )
-    # Models with a pretrained_cfg hold their preprocessing; that of others is a file, which has revisions, too.
+    # A pretrained_cfg contains the preprocessing. Other models have a file for it, which also depends on the revision.
     if where and not getattr(model.config, "pretrained_cfg", None):
         setattr(model, IMAGE_PROCESSOR, open_image_processor(args.model, trust_remote_code=trust, **where))
     return model

@@ -29,7 +29,7 @@ from .classes import match_classes
 
 logger = logging.getLogger(__name__)
 
-# Images by which the ONNX file is compared with PyTorch, and by which int8 is calibrated.
+# Number of images that compare the ONNX file with PyTorch, and that calibrate int8.
 _COMPARED, _CALIBRATION = 16, 256
 _BATCH_SIZE = 32
 
@@ -38,7 +38,7 @@ def export(checkpoint: str, output: str, overwrite: bool = False, trust_remote_c
     """Writes the student of a checkpoint as a folder that transformers and, if it is one of timm's models, timm open.
 
     Args:
-        checkpoint: a `checkpoint-*` folder. With a moving average (`ema_decay`), its student is the averaged one.
+        checkpoint: a `checkpoint-*` folder. With a moving average (`ema_decay`), the averaged student is written.
         output: a new or empty folder.
         overwrite: whether a student that is saved in `output` is replaced.
         trust_remote_code: whether code beside the weights may run.
@@ -85,8 +85,8 @@ def export_onnx(
     Args:
         model: the folder of the classifier.
         int8: whether an int8 file is tried, too.
-        calibration_data: the dataset of the classifier: its training split calibrates int8, and the accuracy is that of its
-            validation split. Without int8 it may be None; the ONNX file is then compared with PyTorch on digits.
+        calibration_data: the dataset of the classifier: its training split calibrates int8, and its validation split
+            measures the accuracy. Without int8 it may be None; the ONNX file is then compared with PyTorch on digits.
         max_int8_drop: percentage points of top-1 that int8 may lose.
         match_names: whether classes are matched by their names; see [`~nkd_hf.cli.evaluate.evaluate`].
         num_workers: processes that read and preprocess images.
@@ -138,7 +138,7 @@ def _make_loader(split: Dataset, data: DataArguments, student: PreTrainedModel, 
 
 
 class _Labelled:
-    """The batches of a split, with labels numbered as a model's classes."""
+    """Yields the batches of a split, with labels numbered as a model's classes."""
 
     def __init__(
         self, split: Dataset, data: DataArguments, student: PreTrainedModel, num_workers: int, match_names: bool

@@ -12,7 +12,7 @@ from .plan_text import format_plan
 
 @dataclass
 class PlanArguments:
-    """How the plan is printed, and the store of the teacher's logits that it counts."""
+    """Arguments of the plan: its format, and the store of the teacher's logits that it counts."""
 
     json: bool = field(default=False, metadata={"help": "Print JSON."})
     top_k: str | None = field(
@@ -30,9 +30,9 @@ def main(args: list[str] | None = None) -> None:
     """Prints the plan of a run.
 
     Args:
-        args: the command line after `nkd-hf plan`; None takes `sys.argv[1:]`. As for a recipe: `--config FILE` and
-            arguments that override it; with `--json`, the plan is printed as JSON (see [`make_plan`]). `--top_k` and `--cycle`
-            are those of `nkd-hf teacher-logits`.
+        args: the command line after `nkd-hf plan`; None uses `sys.argv[1:]`. It has `--config FILE` and the arguments
+            that override it, as for a recipe. `--json` prints the plan as JSON (see [`make_plan`]). `--top_k` and
+            `--cycle` are those of `nkd-hf teacher-logits`.
 
     Raises:
         SystemExit: with code 2 and a message, where an argument is wrong.

@@ -6,7 +6,7 @@ _WIDTH = 16
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """Formats what [`nkd_hf.recipe.plan.make_plan`] returned, in lines."""
+    """Formats the plan of [`nkd_hf.recipe.plan.make_plan`] as lines of text."""
     loss_args = _format_arguments(plan["loss_args"])
     own = f"; {_format_count(plan['loss_parameters'])} parameters of its own" if plan["loss_parameters"] else ""
     epochs = f"{plan['epochs']:g} epochs of {plan['num_train_images']:,} images"
@@ -106,7 +106,7 @@ def _format_groups(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _format_rates(rates: list[float] | None) -> list[str]:
-    """Formats each rate that is new; where there are more than twelve, about a dozen of them with the highest."""
+    """Formats each new learning rate; of more than twelve, only about a dozen with the highest one."""
     if rates is None:
         return ["unknown (see the notes)"]
     starts = [epoch for epoch, rate in enumerate(rates) if epoch == 0 or rate != rates[epoch - 1]]

@@ -1,11 +1,11 @@
-"""`nkd-hf teacher-logits`: runs the teacher ahead of time, so that a training reads its logits and runs no teacher.
+"""`nkd-hf teacher-logits`: runs the teacher before the training, which then reads its logits and runs no teacher.
 
     accelerate launch -m nkd_hf.cli teacher-logits --config FILE --output DIR --epochs N
 
-FILE is the recipe's, and its arguments can be overridden as in a recipe. A second start goes on where the first one stopped;
-with a larger N it adds epochs, and with a smaller one it removes none. With --cycle M the store has M epochs, which training
-repeats however long it is. Several machines need one folder that all of them see,
-or each writes its shards into its own folder, and these are copied into one.
+FILE is the recipe's, and its arguments can be overridden as in a recipe. A second start continues where the first one
+stopped; with a larger N it adds epochs, and with a smaller one it removes none. With --cycle M the store has M epochs,
+which training repeats, whatever its number of epochs. Several machines need one folder that all of them see, or each
+writes its shards into its own folder, and the user copies them into one.
 """
 
 import argparse
@@ -31,14 +31,14 @@ def main(args: list[str] | None = None) -> None:
     """Runs `nkd-hf teacher-logits`.
 
     Args:
-        args: the command line after `nkd-hf teacher-logits`; None takes `sys.argv[1:]`.
+        args: the command line after `nkd-hf teacher-logits`; None uses `sys.argv[1:]`.
 
     Raises:
         SystemExit: an argument is wrong, or the push failed.
         ValueError: the folder holds another store, or the teacher cannot be used.
     """
     fault = write_store(args)
-    # A process that leaves while another still writes can take the whole group down.
+    # A process that ends while another still writes can end the whole group.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
     if fault:
@@ -46,11 +46,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def write_store(args: list[str] | None = None) -> str | None:
-    """Runs the command in one of its processes, and returns what is wrong at its end, if anything is."""
+    """Runs the command in one of its processes, and returns the fault at its end, or None."""
     options, rest = _make_parser().parse_known_args(args)
     _check_options(options)
     types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-    # The store is the result: nothing of the recipe's own is pushed.
+    # The result is the store: the recipe must not push a student.
     rest += ["--output_dir", options.output, "--push_to_hub", "false"]
     recipe, data, training = parse_args(types, args=rest)
     info = write_teacher_logits(
@@ -119,7 +119,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _report(folder: Path, info: StoreInfo, options: argparse.Namespace) -> str | None:
-    """Prints what is in the store, pushes it, and returns what is wrong, if anything is."""
+    """Prints the content of the store, pushes the store, and returns the fault, or None."""
     missing = unfinished(folder, info, info.epochs)
     if missing:
         return f"{len(missing)} shards are not in {folder}: copy those of the other machines into it"

@@ -17,18 +17,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Int8Report:
-    """An int8 version of an ONNX file: the one that was kept, or the most accurate one of those that were not.
+    """The report of an int8 version of an ONNX file: of the written version, or of the best version if none was
+    written.
 
     Attributes:
         kept (`bool`): whether the file was written.
-        path (`Path`): of the file; there is none if it was not kept.
+        path (`Path`): the path of the file, which does not exist if it was not kept.
         accuracy_float (`float`): top-1 of the float file, a fraction.
         accuracy_int8 (`float`): top-1 of the int8 file, a fraction.
         images (`int`): labelled images, on which both were measured.
-        method (`str`): how the ranges of the activations were calibrated, `minmax` or `percentile`.
+        method (`str`): the calibration of the activations' ranges, `minmax` or `percentile`.
         float_nodes (`tuple[str, ...]`): names of the ONNX nodes that stay in float, the most sensitive one first.
-        size_bytes (`int`): of the file.
-        reason (`str` or None): why the file was not kept.
+        size_bytes (`int`): size of the file.
+        reason (`str` or None): the reason why the file was not kept.
     """
 
     kept: bool
@@ -43,7 +44,7 @@ class Int8Report:
 
     @property
     def drop(self) -> float:
-        """How much top-1 int8 loses, in percentage points; negative if it gains."""
+        """The top-1 that int8 loses, in percentage points; negative if it gains."""
         return 100 * (self.accuracy_float - self.accuracy_int8)
 
 
@@ -56,19 +57,20 @@ def quantize(
 ) -> Int8Report:
     """Writes an int8 version of an ONNX file if it loses little accuracy.
 
-    The versions that are tried, until one loses at most `max_drop`: the ranges of the activations by minimum and maximum;
-    by percentiles; and the better one of the two with the 1, 2, 4, ... most sensitive nodes in float, up to half of them. The
-    sensitivity of a node is measured (see [`~nkd_hf.export.qdq.QdqWriter.rank_nodes`]).
+    It tries versions until one loses at most `max_drop`. The first has the ranges of the activations by minimum and
+    maximum, the second by percentiles. The others take the better of these two, and keep the 1, 2, 4, ... most
+    sensitive nodes in float, up to half of the nodes. The sensitivity of a node is measured (see
+    [`~nkd_hf.export.qdq.QdqWriter.rank_nodes`]).
 
     Args:
-        path: of the float file, such as [`~nkd_hf.export.onnx.export_onnx`] writes it.
+        path: the float file that [`~nkd_hf.export.onnx.export_onnx`] writes.
         calibration: batches with `pixel_values` [N, 3, H, W] float32 of some 200 to 500 training images: a list or a DataLoader,
             which can be read several times.
         labelled: batches with `pixel_values` and `labels` [N] of the whole validation split, numbered as the model's classes;
             it is read once for each version.
         max_drop: percentage points of top-1 that int8 may lose.
-        output: the int8 file; None means `model_int8.onnx` beside a `model.onnx`. If no version is good enough, a file of
-            that name is removed, since it belongs to another float file.
+        output: the int8 file; None means `model_int8.onnx` beside a `model.onnx`. If no version is good enough, an
+            existing file of that name is removed, since it belongs to another float file.
 
     Returns:
         [`Int8Report`]
@@ -121,7 +123,7 @@ def quantize(
 
 
 def _try_versions(writer: QdqWriter, measure: Callable[..., Int8Report], max_drop: float) -> list[Int8Report]:
-    """Returns the versions that were tried; if one is good enough, it is the last one."""
+    """Tries versions, and returns their reports; if one is good enough, it is the last one."""
     tried = []
     for method in METHODS:
         tried.append(measure(method, ()))
@@ -139,5 +141,5 @@ def _try_versions(writer: QdqWriter, measure: Callable[..., Int8Report], max_dro
 
 
 def _is_good(report: Int8Report, max_drop: float) -> bool:
-    # Without the digits in which floating point is wrong about a difference of fractions.
+    # Rounding removes the floating-point error of a difference of fractions.
     return round(report.drop, 9) <= max_drop

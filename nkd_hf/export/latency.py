@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .runtime import check_extra, open_session, run_session
 
-# Runs before each timed series: caches and the CPU's clock settle, and the threads of the model before it fall asleep.
+# Runs before each timed series: caches and the CPU's clock settle, and the threads of the previous model fall asleep.
 _WARM_UP = 2
 
 
@@ -27,14 +27,14 @@ def measure_latency(
     """Measures the latency of single images and the throughput of a batch on the CPU.
 
     The models take turns: in each round, each model is timed on `images_per_round` single images and on one batch, after
-    runs that do not count. So a machine that is slow for a while is slow for all models.
+    runs that do not count. So a machine that is slow for some time slows all models.
 
     Args:
         models: by name, a classifier of PyTorch or the path of an ONNX file, with its preprocessed images [B, 3, H, W]
             float32: B is the batch of the throughput. The classifiers stay as they are, on their devices.
-        threads: of PyTorch and of onnxruntime.
-        rounds: how often each model is timed.
-        images_per_round: single images of a round.
+        threads: number of threads of PyTorch and of onnxruntime.
+        rounds: number of times that each model is timed.
+        images_per_round: number of single images in a round.
 
     Returns:
         `dict`: by the names of `models`, `size_bytes` (of the ONNX file, or of the classifier's weights in memory),
@@ -88,7 +88,7 @@ def _make_runner(model: nn.Module | str | os.PathLike, images: Tensor, threads: 
 
 
 def _time(run: Callable[[Tensor], Any], images: Tensor, repeats: int) -> list[float]:
-    """Seconds of each of some runs, after runs that do not count."""
+    """Measures the seconds of each of `repeats` runs, after runs that do not count."""
     images = images.to("cpu", torch.float32).contiguous()
     for _ in range(_WARM_UP):
         run(images)

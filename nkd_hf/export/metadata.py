@@ -47,9 +47,9 @@ def read_metadata(model: PreTrainedModel) -> dict[str, str]:
 
 
 def save_preprocessing(model: PreTrainedModel, folder: Path) -> None:
-    """Writes a model's `preprocessor_config.json` into its folder, where the Hub's ONNX users look for it.
+    """Writes a model's `preprocessor_config.json` into its folder, from which users of ONNX files on the Hub read it.
 
-    transformers reads the preprocessing of one of timm's models from `config.json`, also beside this file.
+    transformers still reads the preprocessing of timm's models from `config.json`.
     """
     processor = load_image_processor(model)
     if not isinstance(processor, TimmWrapperImageProcessor):
@@ -60,7 +60,7 @@ def save_preprocessing(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _describe_timm(processor: TimmWrapperImageProcessor) -> dict[str, Any]:
-    """Settings as other image processors have them: TimmWrapperImageProcessor.save_pretrained writes nothing."""
+    """Returns the settings as other image processors have them. TimmWrapperImageProcessor.save_pretrained writes none."""
     settings = processor.data_config
     height, width = settings["input_size"][1:]
     scaled = [math.floor(side / settings["crop_pct"]) for side in (height, width)]

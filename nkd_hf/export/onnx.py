@@ -21,19 +21,19 @@ from .runtime import INPUT, OUTPUT, check_extra, open_session, run_session
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-# Of logits up to 1; of larger ones, a part of the largest.
+# The largest difference of logits up to 1. For larger logits, it is a fraction of the largest one.
 TOLERANCE = 1e-4
-# protobuf's limit of a file is 2 GiB; weights beyond it would need a second file.
+# protobuf limits a file to 2 GiB. Larger weights would need a second file.
 _MAX_BYTES = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """A written ONNX file.
+    """The report of a written ONNX file.
 
     Attributes:
-        path (`Path`): of the file.
-        size_bytes (`int`): of the file.
+        path (`Path`): path of the file.
+        size_bytes (`int`): size of the file.
         max_difference (`float`): the largest difference to PyTorch's logits, divided by the largest logit where that is
             above 1.
         images (`int`): images of the largest batch that was compared.
@@ -46,15 +46,15 @@ class OnnxReport:
 
 
 def export_onnx(model: PreTrainedModel, path: str | os.PathLike, pixel_values: Tensor) -> OnnxReport:
-    """Writes a classifier as one ONNX file, if onnxruntime gives PyTorch's logits with it.
+    """Writes a classifier as one ONNX file, if its logits in onnxruntime are PyTorch's.
 
     The input is `pixel_values` [batch, 3, H, W] float32, the output `logits` [batch, C] float32, for batches of any size.
-    The exporter of torch folds each BatchNorm into the convolution before it. The metadata is that of
-    [`~nkd_hf.export.metadata.read_metadata`].
+    The exporter of torch folds each BatchNorm into the convolution before it.
+    [`~nkd_hf.export.metadata.read_metadata`] describes the metadata.
 
     Args:
-        model: any `*ForImageClassification` with known preprocessing. It stays as it is, on its device.
-        path: of the file, which is replaced if it exists; its folder is made.
+        model: any `*ForImageClassification` with known preprocessing. It is not changed, and stays on its device.
+        path: the file, which is replaced if it exists; its folder is made.
         pixel_values: [N, 3, H, W] float32 preprocessed images, N > 1. Batches of 1, 5 and N of them are compared.
 
     Returns:
@@ -83,7 +83,7 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike, pixel_values: T
         raise ValueError(f"the weights must take less than 2 GiB for one ONNX file, got {size / 2**30:.1f} GiB.")
     metadata = read_metadata(model)
     pixel_values = pixel_values.to("cpu", torch.float32)
-    # A copy, since the caller's model may be in training, or on another device.
+    # The model is copied, since the caller's may be in training mode or on another device.
     logits = _Logits(copy.deepcopy(model).to("cpu", torch.float32)).eval()
     content = _convert(logits, pixel_values, metadata, describe_architecture(model)).SerializeToString()
     difference = _compare(logits, content, pixel_values)
@@ -99,7 +99,7 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike, pixel_values: T
 
 
 def describe_architecture(model: PreTrainedModel) -> str:
-    """The architecture's name of one of timm's models, the class of any other."""
+    """Returns the architecture's name of one of timm's models, or the class of any other model."""
     return getattr(model.config, "architecture", None) or type(model).__name__
 
 
@@ -140,7 +140,7 @@ def _convert(logits: _Logits, pixel_values: Tensor, metadata: dict[str, str], na
 
 
 def _remove_traces(proto: "ModelProto") -> None:
-    """Removes notes of the exporter, which hold paths of this machine and take more room than a small model."""
+    """Removes notes of the exporter, which contain paths of this machine and are larger than a small model."""
     graph = proto.graph
     proto.doc_string = graph.doc_string = ""
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
@@ -149,7 +149,7 @@ def _remove_traces(proto: "ModelProto") -> None:
 
 
 class _quiet_exporter(warnings.catch_warnings):
-    """Hides the warnings of torch's exporter, which concern its authors."""
+    """Hides the warnings of torch's exporter, which are meant for its authors."""
 
     def __enter__(self):
         super().__enter__()
@@ -163,7 +163,7 @@ class _quiet_exporter(warnings.catch_warnings):
 
 
 def _compare(logits: _Logits, content: bytes, pixel_values: Tensor) -> float:
-    """The largest difference between PyTorch's logits and onnxruntime's."""
+    """Returns the largest difference between PyTorch's logits and onnxruntime's."""
     session = open_session(content)
     differences = []
     for batch in (pixel_values[:1], pixel_values[:5], pixel_values):

@@ -14,14 +14,14 @@ from .runtime import INPUT, open_session, run_session
 if TYPE_CHECKING:
     pass
 
-# How the range of each activation is calibrated, in the order in which they are tried.
+# The calibrations of each activation's range, in the order in which they are tried.
 METHODS = ("minmax", "percentile")
 # Part of an activation's values, in percent, that the percentile method represents.
 _PERCENTILE = 99.99
-# These take the numbers of their inputs as they are: alone, onnxruntime does not quantise them.
+# These operators use the numbers of their inputs as they are. onnxruntime does not quantise one of them alone.
 _FREE = {"Clip", "Flatten", "Gather", "MaxPool", "Pad", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
          "Unsqueeze"}  # fmt: skip
-# Images by which nodes are compared.
+# Number of images that rank the nodes.
 _RANKING_IMAGES = 32
 
 
@@ -30,15 +30,16 @@ class QdqWriter:
 
     Weights are signed, symmetric and per output channel; activations are unsigned with a zero point. Weights use 7 of their
     8 bits (`reduce_range`): on x86 without VNNI, sums of two products of 8 bits saturate, and the accuracy would depend on
-    the CPU. quant_pre_process infers shapes and folds constants and the BatchNorms that torch's exporter has left.
+    the CPU. quant_pre_process infers shapes, and folds constants and the BatchNorms that torch's exporter did not
+    fold.
 
     Args:
-        path: of the float model.
+        path: the float model.
         calibration: batches of `pixel_values` [N, 3, H, W], which are read once for each method.
-        folder: for temporary files.
+        folder: folder for temporary files.
 
     Attributes:
-        path (`Path`): of the int8 file.
+        path (`Path`): path of the int8 file.
     """
 
     def __init__(self, path: Path, calibration: Iterable[dict[str, Any]], folder: Path):
@@ -59,7 +60,7 @@ class QdqWriter:
         Args:
             method: one of `METHODS`.
             float_nodes: names of nodes that stay in float.
-            only: the one node in int8, if there is one.
+            only: the name of the only node in int8; None for all nodes but `float_nodes`.
 
         Returns:
             `Path`: `path`, which the next call replaces.
@@ -81,7 +82,7 @@ class QdqWriter:
                 extra_options={
                     "CalibPercentile": _PERCENTILE,
                     "CalibTensorRangeSymmetric": False,
-                    # One batch at a time: without it, the histograms are made of the activations of all batches at once.
+                    # Read one batch at a time: otherwise the histograms need the activations of all batches at once.
                     "CalibStridedMinMax": 1,
                 },
                 calibration_cache_path=self._folder / f"{method}.json",
@@ -105,7 +106,7 @@ class QdqWriter:
         return sorted(errors, key=errors.get, reverse=True)
 
     def _set_metadata(self) -> None:
-        """quantize_static adds entries of its own."""
+        """Restores the metadata of the float file, since quantize_static adds entries of its own."""
         import onnx
 
         proto = onnx.load(self.path)
@@ -114,7 +115,7 @@ class QdqWriter:
 
 
 class _Batches:
-    """onnxruntime's CalibrationDataReader of batches, one range of them at a time."""
+    """Reads batches for onnxruntime as a CalibrationDataReader, one range at a time."""
 
     def __init__(self, batches: Iterable[dict[str, Any]]):
         self._batches = batches

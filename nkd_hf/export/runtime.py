@@ -1,4 +1,4 @@
-"""Opens ONNX files with onnxruntime, and says how to install it."""
+"""Opens ONNX files with onnxruntime, and checks that its packages are installed."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,7 @@ def check_extra() -> None:
     """Checks that the packages of the extra `onnx` are installed.
 
     Raises:
-        MissingExtraError: one of them is missing.
+        MissingExtraError: a package is missing.
     """
     for name in _PACKAGES:
         try:
@@ -44,13 +44,13 @@ def open_session(source: str | Path | bytes, threads: int | None = None) -> "Inf
 
     Args:
         source: the file, or its content.
-        threads: of one run; None means as many as there are cores.
+        threads: number of threads of a run; None uses one for each core.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone
-    # Threads that spin between two runs would take time from the other models of a comparison.
+    options.log_severity_level = 3  # only errors
+    # Threads that spin between two runs would slow the other models of a comparison.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads

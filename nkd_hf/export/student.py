@@ -36,7 +36,7 @@ def export_student(
 
     Args:
         model: the student.
-        folder: where it is saved.
+        folder: the folder of the saved student.
         pixel_values: see [`~nkd_hf.export.onnx.export_onnx`].
         calibration, labelled: see [`~nkd_hf.export.int8.quantize`]. With them, int8 is tried.
         max_drop: percentage points of top-1 that int8 may lose.

@@ -249,8 +249,8 @@ def clear_run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def check_stored_logits(folder: Path, info: StoreInfo, goes_on: bool) -> None:
-    """Ends the process if a continued run would read a store of other logits, else records `top_k` and `cycle` of the
-    store.
+    """Records `top_k` and `cycle` of the store that a run trains from, or ends the process if a continued run had
+    others.
 
     Args:
         folder: `output_dir` of the recipe.

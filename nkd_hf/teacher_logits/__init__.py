@@ -1,4 +1,4 @@
-"""The store of a teacher's logits on the training images, on disk."""
+"""Stores a teacher's logits on the training images on disk."""
 
 from .compression import dense_logits, softmax_logits, sparse_logits
 from .info import FORMAT, STORE, StoreInfo, TeacherDescription

@@ -1,4 +1,4 @@
-"""Reduces a teacher's logits to the K largest of each image, and makes logits for a loss from them."""
+"""Reduces a teacher's logits to the K largest of each image, and rebuilds logits for a loss from them."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def sparse_logits(
         standardized_temperatures: for `rest_logsumexp_standardized`.
 
     Returns:
-        The fields by name, as the top of store.py lists them.
+        The fields by name; the module docstring of store.py lists them.
     """
     logits = logits.float()
     num_classes = logits.shape[1]
@@ -70,15 +70,16 @@ def dense_logits(
 ) -> Tensor:
     """Returns teacher logits for NKD: the stored ones, or logits that approximate them.
 
-    With K of the C classes, all classes that are not stored get the same logit, so that their total share among the classes
-    but the target is the teacher's at `temperature`. The target's probability at temperature 1 is the teacher's, as NKD needs
-    it; at another temperature it is not. The other logits are the teacher's less its peak, which changes no softmax.
+    With K of the C classes, all classes that are not stored get the same logit. Their total share among the classes
+    except the target is the teacher's at `temperature`. The target's probability at temperature 1 is the teacher's, as
+    NKD needs it; at another temperature it is not. The other logits are the teacher's minus its peak, which changes no
+    softmax.
 
     Args:
-        rows: of [`sparse_logits`], on any device.
+        rows: the fields of [`sparse_logits`], on any device.
         num_classes: C.
-        temperatures: those of `rest_logsumexp`.
-        temperature: of the loss, one of `temperatures`.
+        temperatures: the temperatures of `rest_logsumexp`.
+        temperature: the temperature of the loss, one of `temperatures`.
 
     Returns:
         [n, C] float32.
@@ -115,15 +116,15 @@ def softmax_logits(
 
     All classes that are not stored get the same logit, so that their total probability at `temperature` is the teacher's. The
     other probabilities at that temperature are then the teacher's, too; at another temperature they are not. The logits are
-    the teacher's less the largest one of the classes but the target, which changes no softmax.
+    the teacher's minus the largest logit of the classes except the target, which changes no softmax.
 
     Args:
-        rows: of [`sparse_logits`], on any device.
+        rows: the fields of [`sparse_logits`], on any device.
         num_classes: C.
-        temperatures: those of `rest_logsumexp`, or of `rest_logsumexp_standardized`.
-        temperature: of the loss, one of `temperatures`.
-        standardized: whether the temperature is of the standardised logits. The logits that are returned are not standardised:
-            `mean` and `std` of the rows are those of all of the teacher's logits.
+        temperatures: the temperatures of `rest_logsumexp`, or of `rest_logsumexp_standardized`.
+        temperature: the temperature of the loss, one of `temperatures`.
+        standardized: whether the temperature is of the standardised logits. The returned logits are not standardised:
+            `mean` and `std` of the rows describe all of the teacher's logits.
 
     Returns:
         [n, C] float32.

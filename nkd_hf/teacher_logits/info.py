@@ -1,4 +1,4 @@
-"""The description of a store of teacher logits: its `store.json`."""
+"""Reads and writes `store.json`, the description of a store of teacher logits."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ class TeacherDescription(NamedTuple):
         name (`str` or None): Hub id or folder; None for a teacher that was trained for the store.
         architecture (`str`)
         num_parameters (`int`)
-        weight (`float`, *optional*): its share in an ensemble; None for a teacher alone.
+        weight (`float`, *optional*): the teacher's share in an ensemble; None for a single teacher.
     """
 
     name: str | None
@@ -45,17 +45,19 @@ class StoreInfo:
         top_k (`int`, *optional*): K; None means all classes, exactly.
         temperatures (`list[float]`): T temperatures of `rest_logsumexp`, 1 among them.
         shard_size (`int`): number of samples in a shard; the last shard of an epoch may have fewer.
-        fingerprint (`dict`): the settings that the logits depend on; a run must have the same.
-        teacher (`TeacherDescription` or a list of them): of an ensemble, each member.
+        fingerprint (`dict`): the settings that the logits depend on; a run must have the same settings.
+        teacher (`TeacherDescription` or a list of them): the teacher, or each member of an ensemble.
         teacher_accuracy (`float`, *optional*): the teacher's top-1 on the student's pixels of the validation split; None
             until it is measured.
         versions (`dict[str, str]`): versions of the libraries that made the pixels.
         format (`int`): version of the files' format.
         teacher_own_accuracy (`float`, *optional*): the teacher's top-1 with its own preprocessing; None in older stores.
-        standardized_temperatures (`list[float]`): temperatures of `rest_logsumexp_standardized`; `store.json` has them only
-            where there are some.
-        cycle (`int`, *optional*): number of epochs after which training repeats them, all of the store's; None where it
-            must not. `store.json` has it only where it is set.
+        standardized_temperatures (`list[float]`): temperatures of `rest_logsumexp_standardized`; `store.json` omits an
+        empty
+            list.
+        cycle (`int`, *optional*): number of epochs after which training repeats the store, equal to `epochs`; None if
+        training
+            must not repeat it. `store.json` omits None.
     """
 
     num_classes: int

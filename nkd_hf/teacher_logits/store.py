@@ -1,23 +1,24 @@
-"""A store of a teacher's logits on the training images, which `nkd-hf teacher-logits` writes and training reads.
+"""Reads a store of a teacher's logits on the training images, which `nkd-hf teacher-logits` writes.
 
     store.json                            the description of the store; see [`StoreInfo`]
     epoch-0000/shard-00000.safetensors    the positions 0 .. shard_size - 1 of the permutation of epoch 0
     epoch-0000/shard-00000.json           the shard's SHA-256 and size, written last: a shard without it is not finished
 
-A shard has one row for each sample. With all classes: `target` [n] and `logits` [n, C] float32. With the K largest logits
-but the target's, from which [`dense_logits`] and [`softmax_logits`] rebuild the others:
+A shard has one row for each sample. With all classes, its fields are `target` [n] and `logits` [n, C] float32. With
+the K largest logits except the target's, from which [`dense_logits`] and [`softmax_logits`] rebuild the others, its
+fields are:
 
-    target              [n] int    the heaviest class of the label; "others" are all classes but the target
+    target              [n] int    the heaviest class of the label; "others" are all classes except the target
     target_logit        [n] float32
     peak_logit          [n] float32, the largest logit of the others
     log_odds            [n] float32, of the target against all others together at temperature 1
     classes             [n, K] int, the K others with the largest logits, the largest first
-    values              [n, K] float16, logits of `classes` less the peak, so that large probabilities have small errors
-    rest_logsumexp      [n, T] float32, logsumexp((logits - peak) / temperature) of the others not in `classes`
+    values              [n, K] float16, logits of `classes` minus the peak, so that large probabilities have small
+    errors rest_logsumexp      [n, T] float32, logsumexp((logits - peak) / temperature) of the others not in `classes`
 
 and where `store.json` has standardized_temperatures, for losses that standardise the logits:
 
-    mean, std           [n] float32, of the logits of all classes less the peak; the standard deviation is unbiased
+    mean, std           [n] float32, of the logits of all classes minus the peak; the standard deviation is unbiased
     rest_logsumexp_standardized  [n, T] float32, as `rest_logsumexp`, at temperature * (1e-7 + std)
 
 A class is an int16, or an int32 where there are more than 32768.
@@ -41,7 +42,7 @@ from ..losses.top_k import TopKView
 from .compression import dense_logits, softmax_logits
 from .info import StoreInfo
 
-# Number of shards that stay open: a batch lies in one or two of them.
+# Number of shards that stay open: a batch needs one or two of them.
 _NUM_OPEN = 4
 
 
@@ -52,10 +53,10 @@ class TeacherLogits:
     in the workers of a data loader, forked or spawned: pass it to [`~nkd_hf.data.collator.ImageCollator`].
 
     Args:
-        folder: of the store.
+        folder: the folder of the store.
 
     Raises:
-        ValueError: the folder is no store; on reading, a shard is missing or damaged.
+        ValueError: the folder is no store; when it is read, a shard is missing or damaged.
 
     Example:
 
@@ -75,7 +76,7 @@ class TeacherLogits:
         return self.__dict__ | {"_open": OrderedDict(), "_verified": set()}
 
     def check_complete(self, epochs: int) -> None:
-        """Checks that the shards of the first epochs, or of those that are repeated in their place, are there.
+        """Checks that the store has the shards of the first epochs, or of the epochs that it repeats in their place.
 
         Raises:
             ValueError: the store has fewer epochs, or some shards are missing.
@@ -109,7 +110,7 @@ class TeacherLogits:
 
         Args:
             epoch: counted from 0.
-            positions: of the samples in the permutation of that epoch.
+            positions: the samples' positions in the permutation of that epoch.
 
         Returns:
             The fields of the shards, by name, each with a row for each position.
@@ -137,7 +138,7 @@ class TeacherLogits:
         return {name: torch.cat(values)[order] for name, values in parts.items()}
 
     def _shard(self, epoch: int, shard: int) -> dict[str, Tensor]:
-        """Returns the fields of a shard, whose rows are read from the file where they are indexed."""
+        """Returns the fields of a shard; indexing reads rows from the file."""
         path = shard_path(self.folder, epoch, shard)
         if path in self._open:
             self._open.move_to_end(path)
@@ -152,18 +153,18 @@ class TeacherLogits:
             raise ValueError(f"{path} is damaged, its SHA-256 is not that of {_record_path(path).name}: {again}")
         self._open[path] = fields
         self._verified.add(path)
-        # A batch of a repeated epoch lies in any of the epoch's shards.
+        # A batch of a repeated epoch may need all of the epoch's shards.
         num_open = _NUM_OPEN if self.info.cycle is None else max(_NUM_OPEN, self.info.num_shards)
         if len(self._open) > num_open:
             self._open.popitem(last=False)
         return self._open[path]
 
     def dense(self, rows: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
-        """[`dense_logits`] of the rows from [`read`], which may be on another device now."""
+        """Returns [`dense_logits`] of the rows of [`read`], which may be on another device."""
         return dense_logits(rows, self.info.num_classes, self.info.temperatures, temperature)
 
     def find_missing(self, view: TopKView) -> str | None:
-        """Says what a store of the largest logits lacks for a loss that reads `view`; None if it lacks nothing."""
+        """Describes the temperature of `view` that a store of the largest logits lacks, or returns None."""
         name = "standardized_temperatures" if view.standardized else "temperatures"
         known = getattr(self.info, name)
         if view.temperature in known:
@@ -180,14 +181,15 @@ class TeacherLogits:
         )
 
     def rebuild(self, rows: dict[str, Tensor], view: TopKView) -> dict[str, Tensor]:
-        """Returns what a loss that reads `view` asks for.
+        """Returns the inputs of a loss that reads `view`.
 
         Args:
-            rows: from [`read`], on any device; a store of the largest logits has what `view` needs, see [`find_missing`].
-            view: of the loss.
+            rows: the rows of [`read`], on any device. A store of the largest logits must have the temperature of
+                `view`, see [`find_missing`].
+            view: the view of the loss.
 
         Returns:
-            `teacher_logits` [n, C] float32; for standardised ones, `logit_moments` [n, 2] float32, too.
+            `teacher_logits` [n, C] float32; for standardised logits, `logit_moments` [n, 2] float32, too.
         """
         info = self.info
         if not view.with_target:
@@ -199,7 +201,7 @@ class TeacherLogits:
 
 
 def shard_path(folder: Path, epoch: int, shard: int) -> Path:
-    """The path of a shard."""
+    """Returns the path of a shard."""
     return folder / f"epoch-{epoch:04d}" / f"shard-{shard:05d}.safetensors"
 
 
@@ -207,7 +209,7 @@ def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
     """Writes a shard and then its record, each completely or not at all.
 
     Raises:
-        OSError: they cannot be written; the message says what to do.
+        OSError: a file cannot be written; the message says what to do.
     """
     content = safetensors.torch.save({name: value.contiguous() for name, value in rows.items()})
     record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "samples": len(rows["target"])}
@@ -230,7 +232,7 @@ def _map_file(path: Path) -> dict[str, Tensor]:
 
 
 def unfinished(folder: Path, info: StoreInfo, epochs: int) -> list[tuple[int, int]]:
-    """Epoch and number of the missing or partial shards. Compares sizes, since reading all files would take long."""
+    """Returns epoch and number of the missing or partial shards, by file size: reading all files would take long."""
     shards = [(epoch, shard) for epoch in range(epochs) for shard in range(info.num_shards)]
     return [key for key in shards if not _is_finished(shard_path(folder, *key))]
 
