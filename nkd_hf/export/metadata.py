@@ -60,7 +60,7 @@ def save_preprocessing(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _describe_timm(processor: TimmWrapperImageProcessor) -> dict[str, Any]:
-    """Returns the settings as other image processors have them. TimmWrapperImageProcessor.save_pretrained writes none."""
+    """Returns the settings as other processors have them. TimmWrapperImageProcessor.save_pretrained writes none."""
     settings = processor.data_config
     height, width = settings["input_size"][1:]
     scaled = [math.floor(side / settings["crop_pct"]) for side in (height, width)]

@@ -1,4 +1,4 @@
-"""Lets all processes of a run decide alike, where each may see other files."""
+"""Makes all processes of a run decide alike, since each may see other files."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,7 +16,7 @@ def decide_in_first(decide: Callable[[], _Answer]) -> _Answer:
     """Calls a function in the first process, and returns its result in all of them. All must call this.
 
     Raises:
-        ValueError, OSError: the function's error, in all processes: if one raised alone, the others would wait for it.
+        ValueError, OSError: the function's error, in all processes: if one raised it alone, the others would wait.
     """
     outcome: list = [None, None]
     if PartialState().is_main_process:
@@ -34,7 +34,7 @@ def first_fault(fault: str | None) -> str | None:
     """Returns the fault of the first process that has one, in all processes. All must call this.
 
     Args:
-        fault: this process's own.
+        fault: this process's fault, or None.
 
     Returns:
         The fault, with the number of the process where there are several, or None where no process has one.

@@ -1,4 +1,4 @@
-"""The arguments of a distillation run."""
+"""Defines the training arguments of a distillation run."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from .optimization import NO_DECAY_KINDS, SCHEDULES, EpochSchedule, check_argume
 
 NON_FINITE = ("error", "skip")
 TEACHER_DTYPES = ("float32", "bf16", "fp16")
-# TrainingArguments accepts other values, with which no run works.
+# TrainingArguments accepts other values of these arguments, but no run works with them.
 _POSITIVE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("base_batch_size", "precise_bn_images", "eval_accumulation_steps", "ddp_timeout"),
@@ -29,8 +29,9 @@ class DistillationTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the arguments of [`DistillationTrainer`], and three other defaults.
 
     Args:
-        feature_layer (`str`, *optional*): the student's submodule whose output USKD's auxiliary head reads. None takes
-            the paper's layer for the architectures that it names.
+        feature_layer (`str`, *optional*): the student's submodule whose output USKD's auxiliary head reads. None uses
+        the
+            paper's layer, for the paper's architectures.
         teacher_dtype (`str`, *optional*): `float32`, `bf16` or `fp16`: the precision of the teacher's weights and
             computation, whatever the student's precision. None keeps the weights as they are opened (float32 for a Hub id
             or folder), and computes in the student's mixed precision, or in float32 for a store of its logits.
@@ -42,10 +43,10 @@ class DistillationTrainingArguments(TrainingArguments):
             these `lr_scheduler_kwargs`: `multistep` (milestones, gamma), `exponential_by_epoch` (gamma),
             `constant_then_linear` (constant_steps, constant_factor), `cosine_by_epoch` (warmup_epochs, warmup_factor,
             warmup_by, min_lr); see `nkd_hf.trainer.optimization`.
-        base_batch_size (`int`, *optional*): the global batch (per-device batch x processes x accumulation; processes that
-            split a batch, as `split_batches` of `accelerator_config` says, count once) that
-            `learning_rate` is meant for. A run with another global batch scales the rate linearly, with a warning. None
-            never scales it.
+        base_batch_size (`int`, *optional*): the global batch that `learning_rate` is meant for: per-device batch x
+        processes
+            x accumulation. Processes that split a batch (`split_batches` of `accelerator_config`) count once. A run
+            with another global batch scales the rate linearly, with a warning. None never scales it.
         no_weight_decay (`list[str]`, *optional*): the parameters of student and losses without weight decay, some of `norm`
             (weights and biases of normalisation layers), `bias` (all biases) and `embedding` (class and distillation
             tokens, position embeddings, relative position biases). An empty list decays everything. None keeps the
@@ -54,11 +55,11 @@ class DistillationTrainingArguments(TrainingArguments):
             optimiser step: decay x average + (1 - decay) x weights. The average is evaluated and saved.
         precise_bn_images (`int`, *optional*): before each evaluation, the statistics of BatchNorm are estimated again on
             this many training images, all processes together.
-        on_non_finite_loss (`str`, defaults to `"error"`): what to do where a step's loss or gradient norm is NaN or
-            infinite: `error` stops the run and names the step; `skip` skips the step, names it, and stops after 10 in a
-            row. With `skip`, the host waits for the device in each step.
-        remove_unused_columns (`bool`, defaults to `False`): image transforms run on columns that the model does not take.
-        ddp_find_unused_parameters (`bool`, defaults to `False`): every parameter has a gradient in each step.
+        on_non_finite_loss (`str`, defaults to `"error"`): the reaction to a step whose loss or gradient norm is NaN or
+            infinite. `error` stops the run and names the step. `skip` skips the step, names it, and stops after 10
+            skipped steps in a row. With `skip`, the host waits for the device in each step.
+        remove_unused_columns (`bool`, defaults to `False`): image transforms read columns that the model does not
+        take. ddp_find_unused_parameters (`bool`, defaults to `False`): every parameter has a gradient in each step.
         logging_nan_inf_filter (`bool`, defaults to `False`): the filter hides a loss that is not finite, and waits for
             the GPU in each step.
 
@@ -128,14 +129,14 @@ class DistillationTrainingArguments(TrainingArguments):
     def __post_init__(self):
         self._check_ranges()
         self.hub_model_id = read_repo_id(self.hub_model_id, "hub_model_id")
-        # TrainingArguments knows transformers' schedules alone.
+        # TrainingArguments knows only transformers' schedules.
         name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if name in SCHEDULES:
             self.lr_scheduler_type = "constant"
         super().__post_init__()
         self._check_processes()
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # torch would warn of it at each loader
+            self.dataloader_pin_memory = False  # torch would warn at each loader
         kwargs = self.lr_scheduler_kwargs or {}
         if isinstance(kwargs, str):
             try:
@@ -196,8 +197,9 @@ class DistillationTrainingArguments(TrainingArguments):
         """Returns the number of images in one batch of a process.
 
         Args:
-            batch_size: the data loader's. None is `train_batch_size`, which `auto_find_batch_size` lowers.
-            num_processes: None is the number of processes of this run.
+            batch_size: the data loader's batch size. None uses `train_batch_size`, which `auto_find_batch_size`
+                lowers.
+            num_processes: None uses the number of processes of this run.
         """
         batch_size = self.train_batch_size if batch_size is None else batch_size
         num_processes = self.world_size if num_processes is None else num_processes
@@ -209,7 +211,7 @@ class DistillationTrainingArguments(TrainingArguments):
         return self.process_batch_size(batch_size, num_processes) * num_processes * self.gradient_accumulation_steps
 
     def scaled_learning_rate(self, global_batch_size: int) -> float:
-        """Returns `learning_rate`, times the global batch over `base_batch_size` where that is set."""
+        """Returns `learning_rate`, multiplied by the global batch / `base_batch_size` if `base_batch_size` is set."""
         if self.base_batch_size is None:
             return self.learning_rate
         return self.learning_rate * global_batch_size / self.base_batch_size

@@ -1,5 +1,7 @@
-"""BatchNorm: statistics estimated before an evaluation ("precise BN", as pycls and the official RegNet configs do), and the
-batch of one image that it cannot train on."""
+"""Estimates BatchNorm's statistics before an evaluation, and finds batches of one image, on which it cannot train.
+
+pycls and the official RegNet configs estimate the statistics in this way ("precise BN").
+"""
 
 import itertools
 import math
@@ -41,13 +43,13 @@ def estimate_batch_norm(
 
     Args:
         model (`nn.Module`): its forward takes `pixel_values` [B, 3, H, W]. Without BatchNorm nothing happens.
-        dataset: training samples; a stream's first ones are read.
-        num_images (`int`): how many images, all processes together; at least one batch a process.
+        dataset: training samples; of a stream, the first ones are read.
+        num_images (`int`): number of images of all processes together; each process reads at least one batch.
         accelerator (`Accelerator`)
         key (`tuple[int, int]`): seed and step, which determine the choice of images.
-        batch_size (`int`): per process.
+        batch_size (`int`): images of a batch of one process.
         collate_fn: samples -> a dict with `pixel_values`.
-        num_workers (`int`): of the data loader.
+        num_workers (`int`): workers of the data loader.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
@@ -124,11 +126,11 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def smallest_batch(loader: DataLoader, num_devices: int = 1) -> int | None:
-    """Returns how many images the smallest batch of an epoch has on a device, over all processes.
+    """Returns the number of images of the smallest batch of an epoch on one device, over all processes.
 
     Args:
-        loader: as accelerate returns it, or any other.
-        num_devices: `DataParallel` divides each batch among them.
+        loader: a loader of accelerate or any other loader.
+        num_devices: number of devices among which `DataParallel` divides each batch.
 
     Returns:
         The number, or None where it is unknown: for a stream or a batch sampler of another class.
@@ -148,7 +150,7 @@ def _batch_sizes(batches: BatchSampler | BatchSamplerShard | None) -> set[int]:
     if not isinstance(batches, BatchSamplerShard):
         return {size} & {min(size, num_images)} | ({rest} if rest else set())
     share = size // batches.num_processes if batches.split_batches else size
-    if batches.even_batches or not rest:  # filled up with the first images
+    if batches.even_batches or not rest:  # accelerate fills the last batches up with the first images
         return {share}
     return {share, rest % share or share} if batches.split_batches else {share, rest}
 

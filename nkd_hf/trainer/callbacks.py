@@ -1,4 +1,4 @@
-"""The callbacks with which DistillationTrainer follows the loop of `Trainer.train`."""
+"""Defines the callbacks of DistillationTrainer for the loop of `Trainer.train`."""
 
 import logging
 import math
@@ -34,7 +34,7 @@ class KeepPace(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.save_after_epoch = self.leaving = False
         self.trainer.begin_attempt()
-        # A process that was killed while it deleted an older checkpoint left a part of it.
+        # A process that was killed while it deleted an older checkpoint left a part of that checkpoint.
         last = checkpoints(args.output_dir)[-1:]
         if args.should_save and last and os.path.basename(last[0]) == f"checkpoint-{state.global_step}":
             remove_old(args.output_dir, state.global_step, args.save_total_limit, state.best_model_checkpoint)
@@ -42,7 +42,8 @@ class KeepPace(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.trainer.sigterm.was_received():
             control.should_save = self.leaving = True
-        # The checkpoint of an epoch's last step is saved after the log and evaluation of that epoch, and holds them.
+        # The checkpoint of an epoch's last step is saved after the log and evaluation of that epoch, and contains
+        # them.
         if control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):
             control.should_save, self.save_after_epoch = False, True
 
@@ -74,7 +75,7 @@ class KeepPace(TrainerCallback):
 
 
 class CheckOwnMethods(TrainerCallback):
-    """Checks what an overridden create_optimizer builds, and whether an overridden compute_loss distils."""
+    """Checks the optimiser of an overridden create_optimizer, and whether an overridden compute_loss distils."""
 
     def __init__(self, trainer: "DistillationTrainer"):
         self.trainer = trainer
@@ -122,11 +123,11 @@ class PrepareTraining(TrainerCallback):
 
 
 def _seed_process(args: DistillationTrainingArguments) -> None:
-    """Gives every process but the first a stream of random numbers of its own.
+    """Seeds every process except the first with a seed of its own.
 
     Trainer seeds all processes alike, so that they build the same weights. With that seed, all would also draw the same
-    masks, dropout and drop path. The common order of images does not come from this stream: see [`training_sampler`]. A
-    resumed run reads its streams from its checkpoint.
+    masks, dropout and drop path. The common order of images does not depend on this seed: see [`training_sampler`]. A
+    resumed run reads the state of its random numbers from its checkpoint.
     """
     if args.process_index > 0:
         common = int(torch.empty((), dtype=torch.int64).random_())
@@ -134,7 +135,7 @@ def _seed_process(args: DistillationTrainingArguments) -> None:
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch: on resume with several processes, Trainer's own call does not reach the sampler."""
+    """Sets the sampler's epoch. Trainer's own call does not reach it in a resumed run of several processes."""
 
     def __init__(self, sampler: EpochSampler | EpochIndices):
         self.sampler = sampler

@@ -1,4 +1,4 @@
-"""Writes a checkpoint beside its place, and moves it there when all processes have written their part."""
+"""Writes a checkpoint to a temporary folder, and moves it to its place when all processes have written their part."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from ..errors import CheckpointError, failed_write
 from .agreement import decide_in_first, first_fault
 from .checkpoints import REPLACED, SHARE_FOLDER, UNFINISHED, write_files
 
-# The sums for the log since its last entry, a list with an entry per process.
+# The sums since the last entry of the log, a list with an entry per process.
 _SUMS = "sums_since_log.json"
 # Seconds to wait until a file shows up on a shared file system.
 _PATIENCE = 30.0
@@ -30,8 +30,8 @@ _PATIENCE = 30.0
 class CheckpointWriter:
     """Writes checkpoints that are whole or absent, even if the run is killed while it writes one.
 
-    `Trainer._save_checkpoint` writes to the final path, so that half a checkpoint looks like a whole one, and counts as one
-    when older ones are deleted. All processes must call the methods.
+    `Trainer._save_checkpoint` writes to the final path, so that half a checkpoint looks like a whole one, and counts
+    as a whole one when older ones are deleted. All processes must call the methods.
     """
 
     def __init__(self):
@@ -44,12 +44,12 @@ class CheckpointWriter:
         folder.
 
         Args:
-            run_folder: holds the checkpoints.
-            state: the trainer's; `best_model_checkpoint` is set to the final path.
+            run_folder: the folder of the checkpoints.
+            state: the trainer's state; `best_model_checkpoint` is set to the final path.
             read_sums: returns this process's sums since the last log, in types of JSON.
 
         Raises:
-            CheckpointError: it could not be written; the checkpoints before it are unchanged.
+            CheckpointError: the checkpoint could not be written; the checkpoints before it are unchanged.
         """
         name = f"checkpoint-{state.global_step}"
         written, target = os.path.join(run_folder, UNFINISHED, name), os.path.join(run_folder, name)
@@ -80,19 +80,19 @@ class CheckpointWriter:
         if processes.is_main_process:
             Path(written, _SUMS).write_text(json.dumps(sums), encoding="utf-8")
             if is_best:
-                # Replaced in the text: a second save_to_json would take seconds where the log is long.
+                # The path is replaced in the text, since a second save_to_json would take seconds for a long log.
                 file = Path(written, TRAINER_STATE_NAME)
                 text = file.read_text(encoding="utf-8").replace(json.dumps(written), json.dumps(target))
                 file.write_text(text, encoding="utf-8")
             write_files(written)
-            if os.path.isdir(target):  # The same step, saved by an earlier run or a moment ago.
+            if os.path.isdir(target):  # The same step was saved by an earlier run or a moment ago.
                 os.rename(target, os.path.join(os.path.dirname(written), REPLACED))
             os.rename(written, target)
             shutil.rmtree(os.path.dirname(written))
         processes.wait_for_everyone()
 
     def _check_is_shared(self, folder: str) -> None:
-        """Raises CheckpointError, in all processes, where one of them does not see the first one's files."""
+        """Raises CheckpointError, in all processes, where a process does not see the files of the first process."""
         processes = PartialState()
         if processes.num_processes == 1 or folder == self._shared_folder:
             return

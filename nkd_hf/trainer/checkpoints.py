@@ -40,7 +40,7 @@ _MODEL_ONLY = (
 
 
 def find_checkpoint(output_dir: str, wanted: str | bool | None) -> str | None:
-    """Removes what killed processes left in `output_dir`, and returns the checkpoint to resume from.
+    """Removes the leftovers of killed processes in `output_dir`, and returns the checkpoint to resume from.
 
     All processes must call this.
 
@@ -111,7 +111,7 @@ def write_files(folder: str) -> None:
 
 
 def find_damage(folder: str) -> str | None:
-    """Describes what is wrong with a checkpoint, or returns None if it is whole.
+    """Describes the fault of a checkpoint, or returns None if the checkpoint is whole.
 
     A missing file is a fault, and so is a file of another size than recorded. Sizes of text files are not compared, since a
     push to the Hub shortens the paths in them.
@@ -146,7 +146,7 @@ def is_of_trainer(folder: str) -> bool:
 
 
 def is_model_only(folder: str) -> bool:
-    """Whether a checkpoint was saved with `save_only_model`: training cannot go on from it.
+    """Whether a checkpoint was saved with `save_only_model`: training cannot resume from it.
 
     The optimiser's state is in `optimizer.pt`, FSDP's `optimizer.bin` or `optimizer_0`, or DeepSpeed's `global_step*`.
     """
@@ -156,7 +156,7 @@ def is_model_only(folder: str) -> bool:
 def last_whole_checkpoint(output_dir: str) -> tuple[str | None, dict[str, str]]:
     """Returns the whole checkpoint with the most steps, and the faults of damaged ones with more steps, by folder.
 
-    Checkpoints that hold the model only, and those of `transformers.Trainer`, are ignored.
+    Checkpoints that hold the model only, and checkpoints of `transformers.Trainer`, are ignored.
     """
     faults = {}
     for folder in checkpoints(output_dir)[::-1]:
@@ -178,7 +178,7 @@ def checkpoints(output_dir: str) -> list[str]:
 
 
 def remove_old(output_dir: str, step: int, limit: int | None, best: str | None) -> None:
-    """Deletes checkpoints beyond `limit`: first those with more steps (of an abandoned run), then those with the fewest.
+    """Deletes checkpoints beyond `limit`: first the ones with more steps (of an abandoned run), then the oldest ones.
 
     The checkpoint of `step` and the best one stay. File times are not read, since a clock may be set back.
     """
@@ -187,7 +187,7 @@ def remove_old(output_dir: str, step: int, limit: int | None, best: str | None) 
         return
     kept = {f"checkpoint-{step}", os.path.basename(best or "")}
     old = [folder for folder in folders if os.path.basename(folder) not in kept]
-    old.sort(key=lambda folder: _step(folder) < step)  # stable: each part stays in the order of its steps
+    old.sort(key=lambda folder: _step(folder) < step)  # the sort is stable: each part stays in the order of its steps
     for folder in old[: max(len(folders) - limit, 0)]:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -206,7 +206,7 @@ def move_aside(folder: str) -> str:
 
 
 def remove_unfinished(output_dir: str) -> list[str]:
-    """Removes what a killed process left in [`UNFINISHED`], and returns the names of these checkpoints."""
+    """Removes the checkpoints that a killed process left in [`UNFINISHED`], and returns their names."""
     folder = Path(output_dir, UNFINISHED)
     names = os.listdir(folder) if folder.is_dir() else []
     names = [name for name in names if name == REPLACED or _NAME.fullmatch(name)]

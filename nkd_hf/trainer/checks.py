@@ -1,4 +1,4 @@
-"""The checks of DistillationTrainer before the first step: arguments, pixels, weights, metrics, batches."""
+"""Checks a DistillationTrainer before the first step: arguments, pixels, weights, metrics, batches."""
 
 import logging
 import os
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ACCURACIES = ["accuracy", "top5_accuracy"]
-# What the package's own functions compute.
+# The metrics of the package's own functions.
 _METRICS = (
     (None, []), (compute_metrics, _ACCURACIES), (compute_balanced_metrics, [*_ACCURACIES, "balanced_accuracy"]),
 )  # fmt: skip
 
 
 def check_arguments(args: DistillationTrainingArguments) -> None:
-    """Raises ValueError for arguments of another trainer, and where the processes that were started don't know each other."""
+    """Raises ValueError for arguments of another trainer, and where the started processes do not form one group."""
     if not isinstance(args, DistillationTrainingArguments):
         raise ValueError(
             f"args must be DistillationTrainingArguments, got {type(args).__name__}: it takes the same ones"
@@ -112,7 +112,7 @@ def check_trainer(trainer: "DistillationTrainer") -> None:
 
 
 def named_datasets(trainer: "DistillationTrainer") -> dict[str, Any]:
-    """Returns the datasets of training and evaluation, by the names that errors give them."""
+    """Returns the datasets of training and evaluation, by their names in errors."""
     if not isinstance(trainer.eval_dataset, dict):
         return {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
     evaluation = {f"eval_dataset[{name!r}]": dataset for name, dataset in trainer.eval_dataset.items()}
@@ -144,7 +144,7 @@ def check_pixels(
 ) -> None:
     """Raises ValueError where training or evaluation don't preprocess as processing_class does.
 
-    Without processing_class, the student's own configuration says what `pipeline` will do with the saved student.
+    Without processing_class, `pipeline` will use the configuration of the saved student.
     """
     known = {
         name: colours
@@ -197,7 +197,7 @@ def check_batch(batch: dict[str, Any]) -> None:
 
 
 def check_optimizer(trainer: "DistillationTrainer", optimizer: torch.optim.Optimizer | None) -> None:
-    """Raises ValueError for an optimiser that doesn't train the student and the losses, or a scheduler of another one."""
+    """Raises ValueError for an optimiser that doesn't train student or losses, or a scheduler of another optimiser."""
     if optimizer is None:  # Trainer makes the optimiser when training begins.
         return
     optimizer = _without_accelerate(optimizer)
@@ -226,7 +226,7 @@ def check_weights(student: nn.Module) -> None:
 
 
 def is_stopped_early(callbacks: list[TrainerCallback]) -> bool:
-    """Whether one of the callbacks has counted as many evaluations without a gain as end a training."""
+    """Whether a callback has counted so many evaluations without a gain that the training must end."""
     return any(
         isinstance(callback, EarlyStoppingCallback)
         and callback.early_stopping_patience_counter >= callback.early_stopping_patience
@@ -259,11 +259,11 @@ def check_metric(trainer: "DistillationTrainer") -> None:
 
 
 def check_batches(trainer: "DistillationTrainer", loader: DataLoader, max_steps: int) -> None:
-    """Raises ValueError where a batch of one image would end training in BatchNorm, or an odd one can't be paired.
+    """Raises ValueError where BatchNorm would fail on a batch of one image, or an odd batch can't be paired.
 
     Args:
         trainer: its model trains on the batches.
-        loader: of the training images. A loader without a length passes.
+        loader: the loader of the training images. A loader without a length is not checked.
         max_steps: optimiser steps of the run.
     """
     args, collator = trainer.args, trainer.data_collator
@@ -295,7 +295,7 @@ def check_batches(trainer: "DistillationTrainer", loader: DataLoader, max_steps:
 
 
 def _one_image_fails(trainer: "DistillationTrainer", loader: DataLoader) -> bool:
-    """Whether BatchNorm fails in a step with one image; it does not where its feature maps have more than one pixel."""
+    """Whether BatchNorm fails in a step with one image: it works if its feature maps have more than one pixel."""
     sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler).sampler
     key = next(iter(sampler)) if isinstance(sampler, EpochSampler) else 0
     key = (0, key) if isinstance(loader.dataset, EpochDataset) and not isinstance(key, tuple) else key

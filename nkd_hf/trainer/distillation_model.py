@@ -1,4 +1,4 @@
-"""The module that is trained: a student and whatever its losses train."""
+"""Defines the module that Trainer trains: a student and the losses with their own layers."""
 
 import copy
 import inspect
@@ -34,16 +34,17 @@ from .loss_components import compute_components
 from .task_loss import IGNORE_INDEX, cross_entropy, read_class_weights
 from .unlabeled import add_labels
 
-# The arguments that a loss's forward may name: those that DistillationLoss lists.
+# The arguments that a loss's forward may name, as DistillationLoss lists them.
 _LOSS_INPUTS = {
     "student_logits", "teacher_logits", "logit_moments", "labels", "label_smoothing", "token_grid",
     *STUDENT_FEATURES, *STUDENT_HEAD, *TEACHER_FEATURES, *TEACHER_HEAD,
 }  # fmt: skip
-# Public attributes of a student that DistillationModel does not lend: Trainer would not move a model with a device map, so that
-# the losses would stay behind, and push_to_hub would push neither the average nor a folder that timm opens.
+# Public attributes of a student that DistillationModel does not lend. Trainer would not move a model with a device
+# map, so that the losses would stay on their device. push_to_hub would push neither the average nor a folder that timm
+# opens.
 _NOT_LENT = {"hf_device_map", "push_to_hub"}
 _LOSSES_FILE = "distillation_losses.safetensors"
-# The student before averaging, in a checkpoint whose model.safetensors is the moving average.
+# This file has the student before averaging, in a checkpoint whose model.safetensors is the moving average.
 _UNAVERAGED_FILE = "unaveraged_student.safetensors"
 
 
@@ -52,7 +53,7 @@ class DistillationOutput(ModelOutput):
     """The output of a training step's forward pass.
 
     Args:
-        logits (`Tensor`): [B, C] of the student.
+        logits (`Tensor`): [B, C] logits of the student.
         losses (`dict[str, Tensor]`): scalars by name, `task` (weighted cross-entropy) first.
     """
 
@@ -71,15 +72,15 @@ class DistillationModel(nn.Module):
 
     Args:
         student (`PreTrainedModel`): any `*ForImageClassification`.
-        losses (`dict[str, nn.Module]`): by name, each with a forward as [`DistillationLoss`] describes it.
-        feature_layer (`str`, *optional*): where `mid_feature` is read; see [`FeatureTap`].
-        label_smoothing (`float`, defaults to 0.0): of the task loss.
-        ema_decay (`float`, *optional*): of a moving average of the student's weights, which is evaluated and saved.
-        class_weights (`Tensor`, *optional*): [C] float, of the task loss; see [`cross_entropy`].
+        losses (`dict[str, nn.Module]`): losses by name; [`DistillationLoss`] describes their forward.
+        feature_layer (`str`, *optional*): the layer of `mid_feature`; see [`FeatureTap`].
+        label_smoothing (`float`, defaults to 0.0): label smoothing of the task loss.
+        ema_decay (`float`, *optional*): decay of a moving average of the student's weights, which is evaluated and
+        saved. class_weights (`Tensor`, *optional*): [C] float, weights of the task loss; see [`cross_entropy`].
 
     Raises:
-        ValueError: a loss asks for an unknown input, or for a feature that is not known for this student; or the class
-            weights are not one for each class.
+        ValueError: a loss reads an unknown input, or a feature that is not known for this student; or there is not one
+            class weight for each class.
     """
 
     # Trainer would count the labels of a batch for a forward that takes **kwargs.
@@ -97,7 +98,8 @@ class DistillationModel(nn.Module):
         super().__init__()
         check_inputs(student, "the student")
         self.student = student
-        # Made before the taps, whose hooks would be copied too. Buffers are copied, not averaged, as in mmengine.
+        # The average is made before the taps, whose hooks would be copied, too. As in mmengine, buffers are copied and
+        # not averaged.
         self.average = None if ema_decay is None else ModelEmaV3(student, ema_decay, exclude_buffers=True)
         if self.average is not None:
             self.average.requires_grad_(False)
@@ -121,7 +123,7 @@ class DistillationModel(nn.Module):
             for name, kind in STUDENT_FEATURES.items()
             if self.needs(name)
         }
-        # The taps listen for the losses alone: other calls of the student keep no features.
+        # The taps listen only for the losses: other calls of the student keep no features.
         for tap in self.taps.values():
             tap.listen(False)
         self._head_name = None
@@ -143,14 +145,15 @@ class DistillationModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         student = self.__dict__.get("_modules", {}).get("student")
-        # A head that is replaced (`trainer.model.classifier = ...`) would otherwise be a module beside the student.
+        # A new head (`trainer.model.classifier = ...`) belongs to the student; super() would set it beside the
+        # student.
         if isinstance(value, nn.Module) and student is not None and name in student._modules:
             setattr(student, name, value)
         else:
             super().__setattr__(name, value)
 
     def needs(self, name: str, of: str | None = None) -> bool:
-        """Whether a loss asks for this input; with `of`, whether the loss of that name does."""
+        """Whether a loss reads this input; with `of`, whether the loss of that name reads it."""
         return any(name in inputs for loss, inputs in self.inputs_of.items() if of in (None, loss))
 
     @property
@@ -160,7 +163,7 @@ class DistillationModel(nn.Module):
 
     @property
     def teacher_inputs(self) -> list[str]:
-        """The inputs that the losses read from a teacher. If there are none, there must be no teacher."""
+        """The inputs that the losses read from a teacher; an empty list needs a model without a teacher."""
         return [name for name in ("teacher_logits", *TEACHER_FEATURES, *TEACHER_HEAD) if self.needs(name)]
 
     def select_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -185,15 +188,16 @@ class DistillationModel(nn.Module):
             teacher_outputs (`dict[str, Tensor]`, *optional*): at least `teacher_inputs` by name, such as
                 `teacher_logits` [B, C] float; `kd.teacher_logits` is read by the loss `kd` in its place. With a dict, even
                 an empty one, the losses are computed, which needs labels.
-            num_teacher_only (`int`): how many images at the end of the batch have no label: `labels` are the others'.
-                (`Trainer` takes all arguments with `label` in their names for columns.)
+            num_teacher_only (`int`): number of images without a label, at the end of the batch; `labels` has the
+            labels of the
+                others. (`Trainer` takes all arguments with `label` in their names for columns.)
             **kwargs: arguments of the student's forward, such as `interpolate_pos_encoding` or `output_hidden_states`.
                 Other columns of a batch (`index`, `position`, `path`, ...) are ignored.
 
         Returns:
-            `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]. Without, the output of the student, or in
-            evaluation mode of the averaged student where there is one. With labels it has a `loss`: the cross-entropy, in
-            training mode with the label smoothing and the class weights.
+            `ModelOutput`: with `teacher_outputs` a [`DistillationOutput`]. Without them, the output of the student, or
+            in evaluation mode the output of the averaged student, if there is one. With labels it has a `loss`: the
+            cross-entropy, in training mode with the label smoothing and the class weights.
         """
         options = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         columns = self.select_columns(kwargs) | (options if self._takes_options else {})
@@ -219,7 +223,8 @@ class DistillationModel(nn.Module):
             tap.listen()
         output = _run(self.student, pixel_values, columns)
         logits = read_logits(output, "the student", len(pixel_values), self.student.config.num_labels)
-        # One check for all losses, the user's own included. The task loss ignores the label of images without a class.
+        # The labels are checked once for all losses, the user's own included. The task loss ignores the label of
+        # images without a class.
         if num_unlabeled < len(logits):
             shape = len(logits) - num_unlabeled, logits.shape[1]
             check_labels(labels, shape, ignore_index=None if self.needs("labels") else IGNORE_INDEX)
@@ -255,7 +260,7 @@ class DistillationModel(nn.Module):
 
         Args:
             save_directory: the folder.
-            state_dict: of this module, gathered when it is sharded.
+            state_dict: the state of this module, gathered if it is sharded.
             **kwargs: arguments of `PreTrainedModel.save_pretrained`.
         """
         if state_dict is not None:
@@ -266,8 +271,8 @@ class DistillationModel(nn.Module):
         """Writes the student and, into a checkpoint, the losses' weights and the student before averaging.
 
         Args:
-            folder: of the student, as [`save_student`] writes it.
-            state_dict: of this module, gathered when it is sharded.
+            folder: the folder of the student; see [`save_student`].
+            state_dict: the state of this module, gathered if it is sharded.
             with_losses: whether the folder is a checkpoint.
         """
         self.save_pretrained(folder, state_dict)
@@ -280,11 +285,11 @@ class DistillationModel(nn.Module):
         """Reads student, losses and the moving average from a checkpoint.
 
         Raises:
-            ValueError: the folder is no checkpoint of this student with these losses and settings, or the student's
-                classes stood in another order.
+            ValueError: the folder is no checkpoint of this student with these losses and settings, or its classes are
+                in another order.
         """
-        # from_pretrained turns the keys of the file into those of the installed version. The checkpoint may come from
-        # anywhere: no pickle in it is read, nor its config.json.
+        # from_pretrained converts the keys of the file to the keys of the installed version. The checkpoint may come
+        # from anywhere, so neither a pickle in it nor its config.json is read.
         if os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
             # With peft, from_pretrained would read the weights of the model that the file names.
             raise ValueError(f"a checkpoint must hold no {ADAPTER_CONFIG_NAME}, got one in {folder}. Remove the file")

@@ -1,4 +1,4 @@
-"""The loss of an evaluation as a mean over images."""
+"""Computes the loss of an evaluation as a mean over images."""
 
 from collections.abc import Callable
 

@@ -12,11 +12,11 @@ logger = logging.getLogger(__name__)
 
 
 def scale_learning_rate(optimizer: Optimizer, args: DistillationTrainingArguments, batch_size: int) -> None:
-    """Sets the rates of an optimiser to its first ones, times the global batch over `base_batch_size`.
+    """Sets the rates of an optimiser to its unscaled rates, multiplied by the global batch / `base_batch_size`.
 
     Args:
         optimizer: its rates may already be scaled to another batch.
-        args: the trainer's.
+        args: the trainer's arguments.
         batch_size: images of one device in this attempt, see `auto_find_batch_size`.
     """
     global_batch_size = args.global_batch_size(batch_size)

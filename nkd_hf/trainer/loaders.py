@@ -1,4 +1,4 @@
-"""The trainer's samplers and data loaders: epochs, streams divided among processes, checked labels, workers that end."""
+"""Makes the trainer's samplers and data loaders, divides streams among processes, checks labels, and ends workers."""
 
 import contextlib
 import copy
@@ -34,9 +34,9 @@ OWN_COLUMNS = ("epoch", "index", "position", "teacher_logits", "unlabeled", UNLA
 def configure_loaders(accelerator: Accelerator, args: DistillationTrainingArguments) -> None:
     """Sets how accelerate's loaders seed a RandomSampler in several processes, and how they copy batches to a GPU.
 
-    Without a seed, accelerate takes torch's initial seed, which differs between processes once a trainer has trained. It
-    would wait in each step until the GPU has finished all earlier ones and has the batch. From pinned memory the copy takes
-    its place in the GPU's queue.
+    Without a seed, accelerate uses torch's initial seed, which differs between processes once a trainer has trained.
+    Without non-blocking copies, each step would wait until the GPU has finished all earlier steps and has the batch. A
+    copy from pinned memory is queued on the GPU.
     """
     config = accelerator.dataloader_config
     if args.world_size > 1 and config.data_seed is None:
@@ -68,7 +68,7 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
 
 
 def check_sampling(strategy: str, is_balanced: bool) -> None:
-    """Raises ValueError for a `train_sampling_strategy` that gives an image dataset no order."""
+    """Raises ValueError for a `train_sampling_strategy` that does not fit an image dataset."""
     if strategy not in ("random", "sequential"):
         raise ValueError(
             f"train_sampling_strategy must be random or sequential, got {strategy}. Images have no length: set one of the two"
@@ -127,10 +127,11 @@ def loader_settings(
 
     In evaluation, no images are mixed and none are dropped. The collator checks labels, unless the user's own code computes
     the loss. In several processes, each reads its own part of a stream of training images, unless dispatch_batches makes
-    the first one read for all. Images without labels follow the seed of the labelled images' order.
+    the first process read for all. The order of images without labels depends on the seed of the labelled images'
+    order.
 
     Yields:
-        The dataset, this process' part of it, or a copy of it that knows this seed.
+        The dataset, this process' part of it, or a copy of it with this seed.
 
     Raises:
         ValueError: the classes of an evaluation dataset are not the student's.
@@ -145,7 +146,7 @@ def loader_settings(
     elif not is_training:
         name = "test_dataset" if description == "test" else "eval_dataset"
         check_dataset_classes(trainer.student.config.id2label, {name: dataset})
-        # With None, accelerate dispatches the batches of a stream. Only then each image counts once.
+        # With None, accelerate dispatches the batches of a stream. Only then does each image count once.
         config.dispatch_batches = None
         trainer.args = copy.copy(args)
         trainer.args.dataloader_drop_last = False
@@ -160,7 +161,7 @@ def prepare_loader(trainer: "DistillationTrainer", loader: DataLoader) -> DataLo
     """Completes a loader that `Trainer._get_dataloader` has made, and returns the `DataLoader` inside it."""
     args, own = trainer.args, loader.base_dataloader
     if isinstance(own.dataset, IterableDatasetShard) and getattr(own.dataset.dataset, "is_part", False):
-        # The stream holds this process' part alone, which accelerate's wrapper must not divide again.
+        # The stream has only this process' part, which accelerate's wrapper must not divide again.
         own.dataset.num_processes, own.dataset.process_index = 1, 0
     if args.dataloader_persistent_workers:
         # The loader gets its own generator: a new iterator draws from it, and a resumed process makes more iterators than
@@ -173,8 +174,8 @@ def prepare_loader(trainer: "DistillationTrainer", loader: DataLoader) -> DataLo
 def end_workers(loaders: list[DataLoader]) -> None:
     """Ends persistent workers, which would live as long as the trainer.
 
-    Garbage collection may close a worker's queue before it tells the worker to leave, and then waits five seconds for each
-    worker.
+    Garbage collection may close a worker's queue before it tells the worker to end, and then waits five seconds for
+    each worker.
     """
     for loader in loaders:
         if loader._iterator is not None:
@@ -188,7 +189,7 @@ def _is_divided(trainer: "DistillationTrainer", dataset: Any) -> bool:
 
 
 def _check_labels_in(trainer: "DistillationTrainer", is_training: bool) -> Callable:
-    """Returns the trainer's collator with a check of its labels, which ImageCollator makes itself."""
+    """Returns the trainer's collator with a check of its labels. ImageCollator checks them itself."""
     collator = trainer.data_collator if is_training else without_mixing(trainer.data_collator)
     is_own = trainer.has_own("compute_loss", *([] if is_training else ["prediction_step"]))
     if is_own or trainer.compute_loss_func is not None or isinstance(collator, ImageCollator):

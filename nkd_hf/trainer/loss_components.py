@@ -1,4 +1,4 @@
-"""Computes the parts of the loss of a training step: the task loss, and those of the distillation losses."""
+"""Computes the components of a training step's loss: the task loss and the components of the distillation losses."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +18,18 @@ def compute_components(
 
     Args:
         model: has the losses.
-        available: all that a loss may ask for, but `label_smoothing`; `kd.teacher_logits` is read by the loss `kd` in place of
-            `teacher_logits`.
-        labels: of the first images, [num_labeled] int64 or [num_labeled, C] float.
-        num_labeled: images with a label. Without any there is no task loss.
+        available: the inputs of the losses by name, without `label_smoothing`; the loss `kd` reads `kd.teacher_logits`
+            in place of `teacher_logits`.
+        labels: labels of the first images, [num_labeled] int64 or [num_labeled, C] float.
+        num_labeled: number of images with a label. If it is 0, there is no task loss.
 
     Returns:
         Scalars by name, `task` first.
     """
     logits, losses = available["student_logits"], {"task": None}
     for name, loss in model.losses.items():
-        # The first loss that reads label_smoothing computes the task loss too, from the same softmax, without weights, for
-        # the whole batch.
+        # The first loss that reads label_smoothing also computes the task loss, from the same softmax. It can do so
+        # only without class weights, and if the whole batch has labels.
         shares = losses["task"] is None and model.class_weights is None and num_labeled == len(logits)
         available["label_smoothing"] = model.label_smoothing if shares else None
         with_task = shares and "label_smoothing" in model.inputs_of[name]

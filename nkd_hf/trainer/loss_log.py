@@ -1,4 +1,4 @@
-"""The components of the loss since the last entry of the log."""
+"""Sums up the components of the loss since the last entry of the log."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ class LossLog:
     """Sums up the components of the loss, so that the log shows their means beside `loss`.
 
     Args:
-        skipped_steps: optimiser steps of the run so far that changed nothing and count in no mean.
+        skipped_steps: number of skipped optimiser steps of the run so far, which count in no mean.
 
     Example:
 
@@ -34,11 +34,11 @@ class LossLog:
     def __init__(self, skipped_steps: int = 0):
         self.skipped_steps = skipped_steps
         self.sums: dict[str, Tensor] = {}
-        # Optimiser steps; a micro-batch is a part of one.
+        # Number of optimiser steps; a micro-batch counts as a fraction of a step.
         self.steps = 0.0
 
     def add(self, components: Mapping[str, Tensor], share: float) -> None:
-        """Adds the components, scalars, of a batch that is this share of an optimiser step."""
+        """Adds the components (scalars) of a batch, whose share of an optimiser step is `share`."""
         for name, value in components.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach() * share
         self.steps += share
@@ -47,7 +47,7 @@ class LossLog:
         """Returns the mean of each component over steps and processes, and empties the log.
 
         Args:
-            gather: returns the rows [P, N] of all processes, given this one's sums [1, N].
+            gather: returns the rows [P, N] of all processes for this process's sums [1, N].
         """
         if not self.sums:
             return {}
@@ -58,7 +58,7 @@ class LossLog:
         return means
 
     def copy(self) -> "LossLog":
-        """Returns a log of the same sums, which later calls of `add` do not change."""
+        """Returns a log with the same sums, which later calls of `add` do not change."""
         other = copy.copy(self)
         other.sums = dict(self.sums)
         return other

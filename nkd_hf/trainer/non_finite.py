@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Steps in a row that are skipped before the run stops: then a single batch is not the cause.
+# Number of skipped steps in a row after which the run stops, since a single batch is not the cause.
 MAX_SKIPPED = 10
 
 
@@ -82,14 +82,14 @@ Samples of the batch, by their index in the data: 4, 2
         """Ends an optimiser step.
 
         Args:
-            grad_norm: of all processes together.
-            scaled: whether the gradients are scaled (fp16), where infinite ones are in order.
+            grad_norm: the norm of the gradients of all processes together.
+            scaled: whether the gradients are scaled (fp16): infinite gradients are then no fault.
         """
         if not self._open:
             return
         values = [value for batch in self._open for value in batch.losses.values()]
         if grad_norm is not None and not scaled:
-            # Filled on the device, since it would wait for a number that is copied there.
+            # torch.full makes the number on the device, since copying a number there would wait.
             values.append(
                 grad_norm if isinstance(grad_norm, Tensor) else torch.full((), grad_norm, device=values[0].device)
             )
@@ -127,7 +127,8 @@ Samples of the batch, by their index in the data: 4, 2
 class StepGuard:
     """Stops the run at a step that is not finite, or skips the step, as `on_non_finite_loss` says.
 
-    With `error` the host does not wait for the device in each step: on a GPU some more steps may run. None is saved.
+    With `error` the host does not wait for the device in each step: on a GPU some more steps may run, but none of them
+        is saved.
 
     Args:
         skips: whether such a step is skipped.
@@ -149,7 +150,7 @@ class StepGuard:
         return self._skipped_in_a_row > 0
 
     def note(self, losses: Mapping[str, Tensor], student_logits: Tensor, teacher_logits: Tensor | None) -> None:
-        """Keeps what `compute_loss` knows of a micro-batch until [`~StepGuard.add`]."""
+        """Keeps the losses and logits of a micro-batch from `compute_loss` until [`~StepGuard.add`]."""
         self._noted = {"losses": losses, "student_logits": student_logits, "teacher_logits": teacher_logits}
 
     def take_note(self) -> dict[str, Any] | None:
@@ -158,7 +159,7 @@ class StepGuard:
         return noted
 
     def begin(self, read_state: Callable[[], Any]) -> None:
-        """Reads the state to which a skipped step is undone; with accumulation, before the first micro-batch."""
+        """Reads the state that undoes a skipped step; with accumulation, only before the first micro-batch."""
         if self._skips and self._before_step is None:
             self._before_step = read_state()
 
@@ -167,7 +168,7 @@ class StepGuard:
 
         Args:
             step: number of the optimiser step.
-            learning_rate: of the step.
+            learning_rate: the learning rate of the step.
             loss: the scalar that `compute_loss` returned. An overridden compute_loss may note nothing, or change the sum.
             index: [B] integers of the samples, where they are known.
         """
@@ -180,8 +181,8 @@ class StepGuard:
 
         Args:
             step: number of the optimiser step.
-            grad_norm: of all processes together.
-            scaled: whether the gradients are scaled (fp16), where infinite ones are in order.
+            grad_norm: the norm of the gradients of all processes together.
+            scaled: whether the gradients are scaled (fp16): infinite gradients are then no fault.
 
         Returns:
             The state that [`~StepGuard.begin`] read, if the step must be skipped, or None.
@@ -239,7 +240,7 @@ class StepState(NamedTuple):
         skipped_steps = trainer.loss_log.skipped_steps + 1
         trainer.loss_log = self.log.copy()
         trainer.loss_log.skipped_steps = skipped_steps
-        # Trainer averages the loss over the steps since this one; the skipped step must not count.
+        # Trainer averages the loss over the steps since _globalstep_last_logged; the skipped step must not count.
         trainer._globalstep_last_logged += 1
         for buffer, value in zip(trainer.model.buffers(), self.buffers, strict=True):
             buffer.copy_(value)

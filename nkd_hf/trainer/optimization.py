@@ -1,7 +1,7 @@
-"""Learning rate schedules and weight decay groups of the paper's tables.
+"""Computes the learning rate schedules and weight decay groups of the paper's tables.
 
-The schedules count in epochs, as the official configurations do, and are evaluated at every optimiser step. Each is a
-closed form of the step, so that a resumed run and `nkd-hf plan` read the same rates.
+The schedules count in epochs, as the official configurations do, and are evaluated at every optimiser step. Each
+schedule is a closed form of the step, so that a resumed run and `nkd-hf plan` read the same rates.
 """
 
 import inspect
@@ -57,7 +57,7 @@ def constant_then_linear(
     constant_steps: int,
     constant_factor: float = 0.1,
 ) -> float:
-    """`constant_factor` for `constant_steps` steps, then a line from 1 to 0 at the end."""
+    """Returns `constant_factor` for `constant_steps` steps, then falls in a line from 1 to 0 at the end."""
     if step < constant_steps:
         return constant_factor
     return max(0.0, 1 - (step - constant_steps) / max(1, run.num_steps - constant_steps))
@@ -72,7 +72,8 @@ def cosine_by_epoch(
     warmup_by: str = "step",
     min_lr: float = 0.0,
 ) -> float:
-    """A line from `warmup_factor` to 1 over `warmup_epochs`, then a cosine that falls to `min_lr` with each epoch.
+    """Rises in a line from `warmup_factor` to 1 over `warmup_epochs`, then falls in a cosine, epoch by epoch, to
+    `min_lr`.
 
     The line reaches 1 at the last step (`warmup_by="step"`) or in the last epoch (`"epoch"`) of the warm-up, as mmengine's
     LinearLR does. A warm-up of one epoch by epoch is an epoch at `warmup_factor`, as in mmengine. There, unlike here, the
@@ -103,7 +104,7 @@ SCHEDULES = {
 }
 EpochSchedule = ExplicitEnum("EpochSchedule", {name.upper(): name for name in SCHEDULES})
 
-# Kinds of parameters that can be kept from weight decay. The official configurations name these embeddings (DeiT, Swin).
+# Kinds of parameters without weight decay. The official configurations name these embeddings (DeiT, Swin).
 NO_DECAY_KINDS = ("norm", "bias", "embedding")
 # Names of parameters, after the last dot, in timm and transformers: cls_token_0, reg_token, class_embedding, pos_embed1,
 # position_embeddings, rel_pos_h, patch_pos, height_rel, relative_position_bias_table, attention_biases, probe.
@@ -127,9 +128,9 @@ def decayed_parameters(model: nn.Module, no_weight_decay: Collection[str]) -> li
     Args:
         model (`nn.Module`)
         no_weight_decay (`Collection[str]`): some of `norm` (all parameters of normalisation layers, and scales such as
-            those of LayerScale: parameters with one dimension that are no bias), `bias`, and `embedding` (class and
-            distillation tokens, position embeddings, relative position biases, and the parameters in `no_weight_decay()` of
-            timm's model).
+            LayerScale's: parameters with one dimension that are no bias), `bias`, and `embedding` (class and
+            distillation tokens, position embeddings, relative position biases, and the parameters in
+            `no_weight_decay()` of timm's model).
 
     Example:
 
@@ -177,7 +178,7 @@ def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module, losses: nn.Module) -> None:
-    """Raises ValueError where an optimiser does not train the layers of a loss, or trains nothing of the student."""
+    """Raises ValueError where an optimiser does not train the layers of a loss, or no parameter of the student."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     # Layer-wise optimisers such as GaLore have an optimiser for each parameter.
     trained |= {id(parameter) for parameter in getattr(optimizer, "optimizer_dict", {})}
@@ -202,10 +203,11 @@ def lr_factor(
     *,
     max_steps: int = -1,
 ) -> Callable[[int], float]:
-    """Returns a schedule as the function that `torch.optim.lr_scheduler.LambdaLR` takes.
+    """Returns a schedule as a function for `torch.optim.lr_scheduler.LambdaLR`.
 
-    With `max_steps`, epochs are spread evenly over the steps, so that the run goes through the whole schedule. Without it,
-    epochs begin where the data's do; the last one may be a part of an epoch (`num_train_epochs=2.5`).
+    With `max_steps`, epochs are spread evenly over the steps, so that the run passes through the whole schedule.
+    Without it, an epoch of the schedule begins with an epoch of the data; the last one may be a part of an epoch
+    (`num_train_epochs=2.5`).
 
     Args:
         name (`str`): one of `SCHEDULES`.
@@ -252,7 +254,7 @@ def lr_factor(
 
 
 def check_arguments(name: str, arguments: dict, learning_rate: float) -> None:
-    """Raises ValueError where `arguments` are not those of the schedule, or out of range."""
+    """Raises ValueError where `arguments` do not belong to the schedule, or are out of range."""
     if name not in SCHEDULES:
         _check_arguments_of_transformers(SchedulerType(name), arguments, learning_rate)
         return
@@ -306,7 +308,7 @@ def _check_arguments_of_transformers(schedule: SchedulerType, arguments: dict, l
         if re.search("int|float", annotation) and not (are_numbers or value is None):
             raise ValueError(f"lr_scheduler_kwargs: {key} must be a finite number, got {str(value)!r:.60}")
     _check_floor(arguments, learning_rate)
-    # This scheduler needs the same arguments as the Trainer's; lists have an entry for each of the Trainer's two groups.
+    # This scheduler needs the same arguments as Trainer's; lists have an entry for each of Trainer's two groups.
     groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}]
     optimizer = torch.optim.SGD(groups, learning_rate or 1.0)
     try:

@@ -1,4 +1,4 @@
-"""Pushes a trainer's student: at the end, and during training by `hub_strategy`."""
+"""Pushes a trainer's student at the end of training, and during training by `hub_strategy`."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
-# One queue: the pushes of a run follow each other.
+# The pushes of a run follow each other in one queue.
 _background = HfApi().run_as_future
 
 
@@ -69,7 +69,7 @@ def push_saved_student(
     """Pushes the student in `output_dir` with a new card, as the first process.
 
     Args:
-        trainer: has saved its student.
+        trainer: a trainer that has saved its student.
         blocking: whether to wait for the commit.
         token, private, settings: arguments of [`push_student`].
         card: arguments of `create_model_card`.
@@ -126,8 +126,8 @@ def push_saved_checkpoint(trainer: "DistillationTrainer", checkpoint_folder: str
 
 
 def wait_for_push(trainer: "DistillationTrainer") -> None:
-    """Waits until the push that is under way, if there is one, has ended."""
-    # Trainer sets push_in_progress when it pushes, and not before.
+    """Waits until a running push has ended, if there is one."""
+    # Trainer sets push_in_progress only when it pushes.
     if getattr(trainer, "push_in_progress", None) is not None:
         trainer.push_in_progress.wait_until_done()
 
@@ -138,7 +138,7 @@ def _say_failure(job: Future) -> None:
 
 
 def _warned(push: Callable) -> Callable:
-    """Turns the failure of a push into a warning: training goes on, and the next save pushes again."""
+    """Turns the failure of a push into a warning: training continues, and the next save pushes again."""
 
     def warned(*args: Any, **kwargs: Any) -> None:
         try:

@@ -1,4 +1,4 @@
-"""SIGTERM, which a cluster sends before it takes a machine: training ends after its step, with a checkpoint."""
+"""Ends training after its step, with a checkpoint, at the SIGTERM that a cluster sends before it stops a machine."""
 
 import datetime
 import logging
@@ -14,19 +14,19 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-# The exit code that a shell reports for a process that SIGTERM has ended: the run is not done.
+# A shell reports this exit code for a process that SIGTERM has ended: the run is not done.
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Sigterm:
     """Notes a SIGTERM within its `with` block. A second SIGTERM ends the process as usual.
 
-    A handler that other code has set stays in place, and then nothing is noted.
+    A handler that other code has set stays in place, and then no SIGTERM is noted.
 
     Args:
-        world_size: number of processes; all of them must enter and ask equally often.
-        timeout: seconds after which a process that waits for another one gives up, as `ddp_timeout` of the arguments.
-            None is torch's own.
+        world_size: number of processes. All of them must enter the block and call `was_received` equally often.
+        timeout: seconds that a process waits for another one, as `ddp_timeout` of the arguments. None uses torch's
+            own.
 
     Example:
 
@@ -52,7 +52,7 @@ class Sigterm:
             signal.signal(signal.SIGTERM, self._note)
             self._installed = True
         if self._world_size > 1:
-            # On the CPU, also where training runs on a GPU: asking must not wait for the GPU.
+            # The group is on the CPU, also where training runs on a GPU: was_received must not wait for the GPU.
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self
 
@@ -78,7 +78,7 @@ class Sigterm:
 
     def exit_if_received(self) -> None:
         """Exits at the end of training if a process has noted a SIGTERM."""
-        # Asked twice, since with several processes the answer comes one call late.
+        # was_received is called twice, since with several processes the answer comes one call late.
         if any([self.was_received(), self.was_received()]):
             logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
             raise SystemExit(EXIT_CODE)

@@ -29,8 +29,8 @@ def write_student(
     """Writes the plain student with its preprocessing and the settings of its run.
 
     Args:
-        model: holds the student that is written.
-        folder: is created if it is missing.
+        model: contains the student that is written.
+        folder: the folder, which is created if it is missing.
         state_dict: the gathered weights of `model`, where it is sharded.
         processing_class: the student's image processor. Without one, a warning says that `pipeline` cannot open the folder.
         args: the settings; their tokens and paths are not written.
@@ -48,7 +48,7 @@ def write_student(
                 "DistillationTrainer(processing_class=...).",
                 folder,
             )
-    # JSON turns objects that YAML has no name for (paths, numpy's numbers) into text.
+    # JSON turns objects that YAML cannot represent (paths, numpy's numbers) into text.
     settings = json.loads(json.dumps(args.to_dict(), default=str))
     text = yaml.safe_dump(publishable(settings), sort_keys=False)
     Path(folder, SETTINGS).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The task loss: the cross-entropy of the student's logits with the labels."""
+"""Computes the task loss: the cross-entropy of the student's logits with the labels."""
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ def cross_entropy(
         logits: [B, C] float.
         labels: [B] integers, of which -100 marks an image without a class, or [B, C] float rows that sum to 1.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        class_weights: [C] float, `weight` of `torch.nn.functional.cross_entropy`: for class indices, the sum over the images
-            is divided by the sum of their labels' weights; for rows, by B.
+        class_weights: [C] float, `weight` of `torch.nn.functional.cross_entropy`. The sum over the images is divided
+            by the sum of their labels' weights for class indices, and by B for rows.
 
     Example:
         >>> logits, labels = torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
@@ -35,7 +35,7 @@ def read_class_weights(class_weights: Tensor | None, num_labels: int) -> Tensor 
     """Returns the weights as float32.
 
     Raises:
-        ValueError: they are no tensor [num_labels] of finite numbers from 0, or all of them are 0.
+        ValueError: the weights are no tensor [num_labels] of finite numbers >= 0, or all of them are 0.
     """
     if class_weights is None:
         return None

@@ -1,4 +1,4 @@
-"""Where the teacher's outputs of a batch come from: a model, or a store of its logits."""
+"""Provides the teacher's outputs of a batch, from a model or from a store of its logits."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -29,12 +29,12 @@ class TeacherSource(Protocol):
 
     @property
     def description(self) -> Teacher | TeacherDescription | list[TeacherDescription]:
-        """The teacher as the model card describes it."""
+        """The teacher or its description, for the model card."""
 
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns `teacher_logits` [B, C] and the features that the losses ask for, by the names of their arguments.
+        """Returns `teacher_logits` [B, C] and the features that the losses read, by the names of their arguments.
 
-        A name such as `kd.teacher_logits` is of the loss `kd` alone.
+        An entry such as `kd.teacher_logits` is for the loss `kd` alone.
         """
 
 
@@ -60,11 +60,12 @@ class LiveTeacher:
 
 
 class StoredLogits:
-    """A teacher whose logits of each image and epoch were stored.
+    """A teacher whose logits of each image and epoch are stored.
 
     Args:
         store: the store that the batches' `teacher_logits` were read from.
-        views: by the losses' names; of a store of the largest logits alone, what each loss reads of the logits.
+        views: for a store of the largest logits, the part of the logits that each loss reads, by the loss's name; else
+            empty.
     """
 
     def __init__(self, store: TeacherLogits, views: dict[str, TopKView]):
@@ -122,7 +123,7 @@ def open_teacher_source(
     check_teacher_is_asked_for(model, teacher, store, args)
     if teacher is None:
         if stored is not None and stored.approximates and accelerator.is_main_process:
-            # A run makes several trainers of its student.
+            # A run makes several trainers of its student, and the warning should come once.
             logger.warning_once(describe_approximation(stored, model))
         return stored
     return open_live_teacher(teacher, model, processing_class, args, accelerator)
@@ -156,7 +157,7 @@ def open_stored_logits(store: TeacherLogits, model: DistillationModel) -> Stored
 
 
 def describe_approximation(stored: StoredLogits, model: DistillationModel) -> str:
-    """Says in a line which losses a store of the largest logits approximates."""
+    """Describes in a line the losses that a store of the largest logits approximates."""
     info, names = stored.store.info, [type(model.losses[name]).__name__ for name in stored.approximates]
     return (
         f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} approximated: of {info.num_classes} classes, "
@@ -209,7 +210,7 @@ def open_live_teacher(
             "teacher and student must be two models, got one and the same model, which changes while it teaches. "
             "Pass copy.deepcopy(student) as teacher."
         )
-    # A copy, since another trainer, or its owner, may use the teacher too.
+    # The teacher is copied, since another trainer, or its owner, may use it, too.
     teacher = teacher.copy()
     pixels = read_preprocessing(model.student, processing_class)
     teacher.align(pixels, model.config.id2label)

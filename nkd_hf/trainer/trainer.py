@@ -40,24 +40,25 @@ from .teacher_source import LiveTeacher, open_teacher_source
 class DistillationTrainer(Trainer):
     """Trains a student with the task loss (cross-entropy) plus distillation losses.
 
-    Everything that `transformers.Trainer` does works as it does there; docs/trainer.md has the differences in one table.
-    `trainer.model` is one module that holds the student and whatever the losses train; `trainer.student` is the plain
-    student, and the only part that is saved outside of `checkpoint-*`. A checkpoint is whole or absent. After SIGTERM the
-    trainer saves one and exits. A loss that is not finite ends the run or skips the step, see `on_non_finite_loss`. Pushes
-    hold the student alone, and with the `hub_strategy` `checkpoint` or `all_checkpoints` the checkpoints, too.
+    All features of `transformers.Trainer` work as they do there; docs/trainer.md has the differences in one table.
+    `trainer.model` is one module with the student and the losses' own layers. `trainer.student` is the plain student,
+    and the only part that is saved outside of `checkpoint-*`. A checkpoint is whole or absent. After SIGTERM the
+    trainer saves a checkpoint and exits. A loss that is not finite ends the run or skips the step, see
+    `on_non_finite_loss`. Pushes contain the student alone, and with the `hub_strategy` `checkpoint` or
+    `all_checkpoints` the checkpoints, too.
 
     Args:
         model (`PreTrainedModel`): the student, any `*ForImageClassification`; for timm's see [`create_student`].
         args (`DistillationTrainingArguments`)
         data_collator, train_dataset, eval_dataset, processing_class: as in `Trainer`. Batches hold `pixel_values`
             [B, 3, H, W] float and `labels`: [B] int64, or [B, C] float after mixup / cutmix. `processing_class` is the
-            student's image processor; it is saved with the student. An [`ImageCollator`] with `teacher_logits` takes the
-            place of a teacher.
+            student's image processor; it is saved with the student. An [`ImageCollator`] with `teacher_logits`
+            replaces a teacher.
         teacher (`str`, `nn.Module`, [`Teacher`] or a list, *optional*): a Hub id, a folder or a model; see [`load_teacher`].
         distillation_loss (`nn.Module` or `dict[str, nn.Module]`, *optional*): such as [`NKDLoss`] or [`USKDLoss`], see
             `nkd_hf.losses`, or several by name, which add up. None trains with the task loss alone: the baseline.
         card_info ([`CardInfo`], *optional*): facts for the model card that the trainer does not know, such as the dataset.
-        class_weights (`Tensor`, *optional*): [C] float, weights of the classes in the task loss of training; those of
+        class_weights (`Tensor`, *optional*): [C] float, weights of the classes in the task loss of training, as in
             `torch.nn.functional.cross_entropy` with the mean over a micro-batch.
         **kwargs: the other arguments of `Trainer`.
 
@@ -115,7 +116,7 @@ class DistillationTrainer(Trainer):
         )  # fmt: skip
         loaders.configure_loaders(self.accelerator, args)
         if compute_loss_func is not None and not self.has_own("loss_is_scaled_for_ga"):
-            self.loss_is_scaled_for_ga = None  # As Trainer: the function gets num_items_in_batch.
+            self.loss_is_scaled_for_ga = None  # As in Trainer, the function gets num_items_in_batch.
         # The smoothing is in the model's task loss, for both kinds of labels.
         self.label_smoother = None
         # Trainer sets this number in each step. compute_loss and training_step may be called outside of training.
@@ -163,7 +164,8 @@ class DistillationTrainer(Trainer):
         Args:
             model: `trainer.model`, possibly wrapped.
             inputs: `pixel_values` [B, 3, H, W] float, `labels` [B] int64 or [B, C] float, and maybe stored `teacher_logits` or
-                `unlabeled_pixel_values` [U, 3, H, W]. Columns that the student's forward names reach it, others are ignored.
+                `unlabeled_pixel_values` [U, 3, H, W]. Columns that the student's forward names are passed to it,
+                others are ignored.
             return_outputs: whether to return a `ModelOutput` with `logits` [B, C] and, in training, `losses` by name, too.
             num_items_in_batch: read by `compute_loss_func` alone; the loss is a mean over the micro-batch.
 
@@ -188,7 +190,7 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        if not self.is_in_train:  # Called outside of training: there is no step to stop at or to undo.
+        if not self.is_in_train:  # Outside of training there is no step to stop at or to undo.
             return super().training_step(model, inputs, *args, **kwargs)
         self.step_guard.begin(functools.partial(StepState.read, self))
         step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]
@@ -212,7 +214,7 @@ class DistillationTrainer(Trainer):
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The components stand beside `loss` and are averaged in the same way: over steps, accumulation and processes.
+        # The log has the components beside `loss`, averaged in the same way: over steps, accumulation and processes.
         if "loss" in logs:
             gather = functools.partial(nested_gather, parallel_mode=self.args.parallel_mode)
             logs = {"loss": logs["loss"], **self.loss_log.means(gather), **logs}
@@ -231,7 +233,7 @@ class DistillationTrainer(Trainer):
         return decayed_parameters(model, self.args.no_weight_decay)
 
     def create_scheduler(self, num_training_steps, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
-        # Trainer.create_scheduler knows transformers' schedules alone, and does not scale the rate to the global batch.
+        # Trainer.create_scheduler knows only transformers' schedules, and does not scale the rate to the global batch.
         if self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
@@ -276,7 +278,7 @@ class DistillationTrainer(Trainer):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if not checks.is_own_dataset(self, eval_dataset):
             for entry in self.state.log_history[start : start + 1]:
-                # The log keeps the mark over a resume. The model card reports held-out images alone.
+                # The log keeps the mark when a run is resumed. The model card reports only held-out images.
                 entry[OTHER_DATASET] = True
         return metrics
 
@@ -297,7 +299,8 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        # Each process has its own BatchNorm statistics. All evaluate with those of the first, which are saved.
+        # Each process has its own BatchNorm statistics. All processes evaluate with the first process's, which are
+        # saved.
         for buffer in self.student.buffers():
             broadcast(buffer)
         self.image_losses = ImageLosses()
@@ -321,7 +324,7 @@ class DistillationTrainer(Trainer):
         Raises:
             ValueError: the checkpoint is not whole, holds the model only (`save_only_model`), or there is none.
             CheckpointError, NonFiniteLossError: training has ended; earlier checkpoints are unchanged.
-            SystemExit: with code 143, after SIGTERM; the last checkpoint is that of the last step.
+            SystemExit: with code 143, after SIGTERM; the last checkpoint is of the last step.
         """
         # Trainer.train would resume from a half-written checkpoint.
         checkpoint = self._resumed_from = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
@@ -336,7 +339,7 @@ class DistillationTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def begin_attempt(self) -> None:
-        """Prepares a run once its model and optimizer exist, again for each batch size of `auto_find_batch_size`."""
+        """Prepares a run when its model and optimizer exist: once for each batch size of `auto_find_batch_size`."""
         loaders.end_workers(self._loaders)
         # An interrupted run or an earlier attempt may have left sums.
         self.loss_log, self.batch_norm_step = LossLog(), None
@@ -367,7 +370,7 @@ class DistillationTrainer(Trainer):
         return os.path.join(folder, UNFINISHED) if self.checkpoint_writer.is_writing else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A checkpoint of weights that are not finite would take the place of a good one.
+        # A checkpoint of weights that are not finite would replace a good one.
         self.step_guard.check(wait=True)
         run_folder = self._get_output_dir(trial)
         with self.checkpoint_writer.write(run_folder, self.state, functools.partial(read_sums, self)) as checkpoint:
@@ -424,8 +427,8 @@ class DistillationTrainer(Trainer):
 
         Args:
             commit_message (`str`): the commit's title.
-            blocking: whether to wait; else the files in `output_dir` must stay as they are until the push is done.
-            token, revision, private: None takes `hub_token`, `hub_revision` and `hub_private_repo`.
+            blocking: whether to wait; else the files in `output_dir` must not change until the push is done.
+            token, revision, private: None uses `hub_token`, `hub_revision` and `hub_private_repo`.
             overwrite_card: whether a model card that a person has edited on the Hub is replaced.
             **kwargs: arguments of `create_model_card`.
 
@@ -433,7 +436,7 @@ class DistillationTrainer(Trainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         pushing.wait_for_push(self)
-        # Saved before any step that can fail, and by all processes, since the weights may be sharded.
+        # All processes save the student, since the weights may be sharded, and before any step that can fail.
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

@@ -1,4 +1,4 @@
-"""Joins the images without labels of a batch to those with labels, and gives them labels for the losses that read some."""
+"""Joins a batch's images without labels to its labelled images, and adds labels for the losses that read some."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ TARGET = "stored_target"
 
 
 def join_batch(batch: dict[str, Any], is_training: bool) -> tuple[dict[str, Any], int]:
-    """Puts the images without labels behind the others of a batch.
+    """Puts the images without labels behind the labelled images of a batch.
 
     Args:
-        batch: with `pixel_values` and `labels`, and maybe `unlabeled_pixel_values`.
-        is_training: otherwise the images without labels are ignored, since an evaluation has nothing to say of them.
+        batch: has `pixel_values` and `labels`, and may have `unlabeled_pixel_values`.
+        is_training: whether images without labels are joined. An evaluation ignores them, since it needs labels.
 
     Returns:
-        The batch, and how many of its `pixel_values`, at their end, have no label.
+        The batch, and the number of images without a label at the end of its `pixel_values`.
 
     Raises:
         ValueError: the batch has no labels, or no pixels of preprocessed images.
@@ -34,13 +34,13 @@ def join_batch(batch: dict[str, Any], is_training: bool) -> tuple[dict[str, Any]
 
 
 def add_labels(labels: Tensor, teacher_outputs: dict[str, Tensor], num_unlabeled: int) -> Tensor:
-    """Adds the teacher's most probable classes of the images without labels, which stand at the end of the batch.
+    """Adds the teacher's most probable classes of the images without labels, which are at the end of the batch.
 
     Args:
         labels: [B - num_unlabeled] int64, or [B - num_unlabeled, C] float rows.
-        teacher_outputs: has `teacher_logits` [B, C], and may have the most probable classes [num_unlabeled] of a store, whose
-            rebuilt logits may have others.
-        num_unlabeled: images without labels.
+        teacher_outputs: has `teacher_logits` [B, C], and may have the most probable classes [num_unlabeled] of a
+            store. The logits that the store rebuilds may have other most probable classes.
+        num_unlabeled: number of images without labels.
 
     Returns:
         [B] int64, or [B, C] float.
