@@ -1,4 +1,4 @@
-"""The arguments of a dataset and its augmentation."""
+"""Defines the arguments of a dataset and its augmentation."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from ..models.repo_ids import read_repo_id
 
 @dataclass
 class DataArguments:
-    """Where the images come from and how the training images are augmented; reads like any `HfArgumentParser` dataclass.
+    """Arguments of the dataset and of the augmentation of training images, for `HfArgumentParser`.
 
     Raises:
         ValueError: a value is out of its range.
@@ -195,14 +195,14 @@ class DataArguments:
                 f"unlabeled_ratio must be omitted with train_split=none, got {self.unlabeled_ratio}: there are no labelled images "
                 "that it could count"
             )
-        # Images that join labelled ones have no order of which pairs could be a part.
+        # Images that join labelled ones have no order, so they cannot be mixed in pairs.
         for name in ("streaming", "balanced_sampling" if self.trains_without_labels else "mix_pairs"):
             if getattr(self, name):
                 raise ValueError(f"{name} must be false with unlabeled_dataset, got true: omit one of the two")
 
     @property
     def trains_without_labels(self) -> bool:
-        """Whether all training images are those of `unlabeled_dataset`."""
+        """Whether all training images come from `unlabeled_dataset`."""
         return self.train_split == "none"
 
     def _check_crops(self) -> None:

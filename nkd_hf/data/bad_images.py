@@ -1,4 +1,4 @@
-"""Reports at the end of each epoch which images of a run were bad."""
+"""Reports the bad images of a run at the end of each epoch."""
 
 import logging
 
@@ -13,14 +13,16 @@ logger = logging.getLogger(__name__)
 
 
 class BadImageReport(TrainerCallback):
-    """Counts and lists the bad images at the end of each epoch, and those of the evaluation data after each evaluation.
+    """Counts and lists bad images: of the training data after each epoch, of the evaluation data after each
+    evaluation.
 
     It reports on [`ImageDataset`] and [`StreamingImageDataset`] with `on_bad_image="skip"`, and only when an image was bad:
     once, in the main process, for the workers of all processes.
 
     Args:
-        steps_per_epoch (`int`, *optional*): optimiser steps after which to report as well. To the Trainer, a stream is
-            one epoch that lasts as long as the training.
+        steps_per_epoch (`int`, *optional*): number of optimiser steps after which to report as well. Trainer counts a
+        stream
+            as one epoch, which lasts as long as the training.
 
     Example:
 
@@ -50,7 +52,7 @@ class BadImageReport(TrainerCallback):
 
 
 def describe_bad_images(dataset: ImageDataset | StreamingImageDataset) -> str | None:
-    """Returns how many images were bad so far, and names at most 20 of them; None if there was none.
+    """Counts the images that were bad so far, and names at most 20 of them; None if no image was bad.
 
     With several processes, all must call this: each process knows only the bad images that it has read itself.
     """

@@ -15,41 +15,42 @@ from .unlabeled_images import UNLABELED
 
 
 class ImageCollator:
-    """Stacks samples into a batch, checks the labels, and mixes the batch when asked.
+    """Stacks samples into a batch, checks the labels, and mixes the batch with mixup or cutmix.
 
     With both alphas set, each batch gets mixup or cutmix, with equal chance. Every image is mixed with its predecessor in
-    the batch (so batches must be shuffled) and one ratio holds for the whole batch. Labels are not smoothed. Samples that
-    carry `epoch` and `index` are mixed as a pure function of the seed, `epoch` and `index`; others draw from torch's global
-    generator.
+    the batch (so batches must be shuffled) and one ratio holds for the whole batch. Labels are not smoothed. Samples
+    with `epoch` and `index` are mixed as a pure function of the seed, `epoch` and `index`; other samples draw from
+    torch's global generator.
 
     With `mix_pairs`, the samples at the positions 2k and 2k + 1 of the epoch's permutation are mixed with each other: for
     each pair, mixup or cutmix and its ratio are drawn from the seed, the epoch and the positions. The mix of an image is
-    then a function of seed and epoch alone, whatever the number of workers and processes and the batch of each process,
-    which must be even. The last sample of an odd dataset, which comes twice, is not mixed.
+    then a function of seed and epoch alone. It does not depend on the number of workers and processes, or on the batch
+    of each process, which must be even. The last sample of an odd dataset, which comes twice, is not mixed.
 
-    Images without labels, which samples of [`~nkd_hf.data.unlabeled_images.JoinedImageDataset`] bring along, are mixed among
-    themselves, with a ratio of their own. Where all images are without labels, `mix_pairs` and `teacher_logits` hold for them.
+    Images without labels, from samples of [`~nkd_hf.data.unlabeled_images.JoinedImageDataset`], are mixed among
+    themselves, with a ratio of their own. Where all images are without labels, `mix_pairs` and `teacher_logits` apply
+    to them.
 
-    Labels are checked here, where it costs no GPU synchronisation: on a GPU, a label out of range is an unreadable
-    device-side assertion.
+    The collator checks labels, since that needs no GPU synchronisation: on a GPU, a label out of range is an
+    unreadable device-side assertion.
 
     Args:
         num_labels: number of classes.
         mixup_alpha: parameter of mixup's Beta(alpha, alpha); 0 switches mixup off.
         cutmix_alpha: the same for cutmix.
         seed: integer.
-        mix_pairs: see above; samples must carry `epoch` and `position`, which [`EpochSampler`] with `positions` sets.
-        teacher_logits: a store, whose rows are added to the batch; samples must carry `epoch` and `position`.
+        mix_pairs: see above; samples must have `epoch` and `position`, which [`EpochSampler`] with `positions` sets.
+        teacher_logits: a store, whose rows are added to the batch; samples must have `epoch` and `position`.
 
-    Call with a list of samples `{"pixel_values": [3, H, W] float, "labels" or "label": int}`, with or without `epoch`,
-    `index` and `position`. Returns `pixel_values` [B, 3, H, W], `labels`: [B] int64, or [B, num_labels] float32 after
-    mixing, `index` [B] int64 if the samples carry it (training's do), and with a store `teacher_logits`, the dict of
-    [`~nkd_hf.teacher_logits.store.TeacherLogits.read`]. With U images without labels, `unlabeled_pixel_values` [U, 3, H, W] are
-    theirs, and `index` [B + U] has -1 - row for each of them at its end; B may be 0.
+    Call it with a list of samples `{"pixel_values": [3, H, W] float, "labels" or "label": int}`, with or without
+    `epoch`, `index` and `position`. It returns `pixel_values` [B, 3, H, W]; `labels`, [B] int64 or, after mixing, [B,
+    num_labels] float32; `index` [B] int64 if the samples have it (training samples do); and with a store
+    `teacher_logits`, the dict of [`~nkd_hf.teacher_logits.store.TeacherLogits.read`]. U images without labels add
+    `unlabeled_pixel_values` [U, 3, H, W], and `index` [B + U] ends with -1 - row for each of them; B may be 0.
 
     Raises:
         ValueError: an argument is out of range; a label is not an integer from 0 to `num_labels - 1`; a pair is split, or a
-            target differs from that of the store.
+            target differs from the store's.
 
     Example:
         >>> import torch
@@ -125,7 +126,7 @@ class ImageCollator:
         pixel_values = torch.stack([sample[UNLABELED] for sample in samples])
         if self._mix is None:
             return pixel_values
-        # torchvision mixes labels too: numbers that nobody reads.
+        # torchvision needs labels to mix, too; these are not read.
         labels = torch.zeros(len(samples), dtype=torch.int64)
         if in_pairs:
             check_positions(samples)
@@ -170,7 +171,7 @@ class ImageCollator:
                 )
             if len(set(positions)) == 2:
                 with seeded(self.seed, epochs[0], *positions):
-                    # On two samples, torchvision's roll by one makes them partners.
+                    # torchvision rolls the samples by one, which makes two samples partners.
                     pixel_values[pair], mixed_labels[pair] = self._mix(pixel_values[pair], labels[pair])
         return mixed_labels
 

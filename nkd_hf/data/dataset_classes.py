@@ -14,17 +14,18 @@ from .labels import describe_synsets
 def check_dataset_classes(id2label: Mapping[Any, str] | Sequence[str], by_argument: Mapping[str, Any]) -> None:
     """Checks that the labels of image datasets are the student's classes.
 
-    Names are compared as [`~nkd_hf.data.labels.label_names`] gives them. The numbers `0` to `n-1`, or `LABEL_0` and so on,
+    Names are compared as [`~nkd_hf.data.labels.label_names`] returns them. The numbers `0` to `n-1`, or `LABEL_0` and
+    so on,
     are no names: they match any names except the same numbers in another order.
 
     Args:
-        id2label: the student's.
+        id2label: the student's classes.
         by_argument: datasets by the names of their arguments. Only `ImageDataset`, `StreamingImageDataset` and a `Subset`
             or `ConcatDataset` of them are checked.
 
     Raises:
-        ValueError: a dataset has more classes than the student, or has other names, or the same ones in another order,
-            than the student or another dataset.
+        ValueError: a dataset has more classes than the student, or other names than the student or another dataset, or
+            the same names in another order.
     """
     student = describe_synsets(list(normalize_id2label(id2label, of="the student's id2label").values()))
     known = {"student": student}

@@ -21,39 +21,40 @@ except ImportError:  # no wheel for this machine: Pillow decodes to the same val
     decode_jpeg = None
 
 _ORIENTATION = PIL.ExifTags.Base.Orientation
-# The formats that are opened. Pillow's other formats hold no photographs, and some start a program, as EPS does
+# Only these formats are opened. Pillow's other formats contain no photographs, and some start a program: EPS starts
 # Ghostscript.
 FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
-# An evaluation resizes the short side, which makes a strip of 1 x 60000 pixels a picture of gigabytes.
+# An evaluation resizes the short side, so that a strip of 1 x 60000 pixels would become a picture of gigabytes.
 MAX_ASPECT_RATIO = 50
 # Archives that `datasets` streams files from.
 _ARCHIVES = ("zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
 
 
 def takes_tensors(transform: Callable) -> bool:
-    """Whether a transform takes [3, H, W] uint8 tensors too, as that of [`~nkd_hf.data.transforms.train_transform`]."""
+    """Whether a transform also takes [3, H, W] uint8 tensors, as [`~nkd_hf.data.transforms.train_transform`] does."""
     return getattr(transform, "takes_tensors", False)
 
 
 def draws_from_torch(transform: Callable) -> bool:
-    """Whether a transform draws from torch's generator alone, as its attribute of this name says."""
+    """Whether a transform draws only from torch's generator, by its attribute `draws_from_torch`."""
     return getattr(transform, "draws_from_torch", False)
 
 
 def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.Image.Image | torch.Tensor, int]:
     """Decodes the RGB image of a row, and returns it with the label.
 
-    Bad are: no image, an empty file, a truncated one, a file that is no image of the [`FORMATS`] (whatever its name says),
-    an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), an image whose long side is more than 50 times
-    its short side (both read from the header, before memory is taken), a path that is not read (see [`read_bytes`]), and a
-    label that is null or negative. Of an animation the first frame is read. An image of any other size from 1 x 1 is good.
+    A row is bad if it has no image, an empty or truncated file, a file that is no image of the [`FORMATS`] (whatever
+    its name), an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), an image whose long side is more
+    than 50 times its short side (both read from the header, before memory is taken), a path that is not read (see
+    [`read_bytes`]), or a label that is null or negative. Of an animation the first frame is read. An image of any
+    other size from 1 x 1 is good.
 
-    Images turn upright by their EXIF tag and become RGB just as in transformers' pipeline (CMYK is converted, alpha is
-    dropped), with one difference: the pipeline makes all 16-bit grayscale pixels above 255 of 65535 white; here, the upper
-    8 bits are kept, as Pillow does with 16-bit RGB. 32-bit integer and float pixels, for which no format defines white, are
-    read as 0..255, and an image with other values is bad.
+    Images turn upright by their EXIF tag and become RGB as in transformers' pipeline (CMYK is converted, alpha is
+    dropped), with one difference. The pipeline makes all 16-bit grayscale pixels above 255 of 65535 white.
+    `read_sample` keeps the upper 8 bits, as Pillow does with 16-bit RGB. 32-bit integer and float pixels, for which no
+    format defines white, are read as 0..255, and an image with other values is bad.
 
     Args:
         sample: `image` as `{"bytes", "path"}` or None, and `label`, an integer or None.
@@ -73,7 +74,7 @@ def read_sample(sample: dict, name: str, as_tensor: bool = False) -> tuple[PIL.I
 
 
 def read_image(sample: dict, name: str, as_tensor: bool = False) -> PIL.Image.Image | torch.Tensor:
-    """Decodes the RGB image of a row as [`read_sample`] does, and reads no label."""
+    """Decodes the RGB image of a row as [`read_sample`] does, without its label."""
     if sample["image"] is None:
         raise BadSampleError(f"{name} has no image")
     try:
@@ -98,7 +99,8 @@ def read_bytes(encoded: dict) -> bytes | None:
         The bytes; None where there are neither bytes nor a path.
 
     Raises:
-        ValueError: the path is an address outside of the Hub. Otherwise, a row could make this process fetch anything.
+        ValueError: the path is an address outside of the Hub. Without this check, a row could make the process fetch
+            anything.
         OSError: the file cannot be read.
     """
     path, content = encoded["path"], encoded["bytes"]
@@ -114,7 +116,7 @@ def read_bytes(encoded: dict) -> bytes | None:
 
 
 def read_pixels(encoded: dict, name: str, transform: Callable, key: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-    # For the next crop of the image, where the same dict is passed.
+    # The decoded image is kept for the next crop, for which the same dict is passed.
     if "decoded" not in encoded:
         encoded["decoded"] = read_sample(encoded, name, takes_tensors(transform))
     image, label = encoded["decoded"]
@@ -127,7 +129,7 @@ def transform_image(
     """Transforms a decoded image with random numbers that are a function of the key alone.
 
     Raises:
-        BadSampleError: the memory does not suffice.
+        BadSampleError: there is not enough memory.
     """
     try:
         with seeded(*key, torch_only=draws_from_torch(transform)):
@@ -146,7 +148,7 @@ def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:
         raise ValueError("it is empty, of 0 bytes")
     image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size
-    # Up to twice its limit Pillow merely warns, without naming the image, and then takes up to 0.7 GB in each worker.
+    # Up to twice its limit, Pillow only warns, without the image's name, and then takes up to 0.7 GB in each worker.
     if PIL.Image.MAX_IMAGE_PIXELS is not None and width * height > PIL.Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} are more than {PIL.Image.MAX_IMAGE_PIXELS} pixels: scale it down")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -155,7 +157,7 @@ def _decode(encoded: dict, as_tensor: bool) -> PIL.Image.Image | torch.Tensor:
     if as_tensor and is_plain and image.getexif().get(_ORIENTATION, 1) == 1:
         if decode_jpeg is None:
             return pil_to_tensor(image)
-        with contextlib.suppress(RuntimeError):  # Pillow decodes the file below, or says what is wrong with it
+        with contextlib.suppress(RuntimeError):  # Pillow decodes the file below, or reports its fault
             return decode_jpeg(content, mode="RGB")
     image.load()  # a PNG's EXIF tags may lie behind its pixels
     return image if image.getexif().get(_ORIENTATION) is None else PIL.ImageOps.exif_transpose(image)

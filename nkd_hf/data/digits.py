@@ -1,4 +1,4 @@
-"""The dataset `digits`: scikit-learn's 1797 handwritten digits."""
+"""Makes the dataset `digits`, scikit-learn's 1797 handwritten digits."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ def load_digits_dataset() -> DatasetDict:
 
 @functools.cache
 def _encode_digits() -> DatasetDict:
-    # Here, since an import of scikit-learn takes a second that the other datasets do without.
+    # Imported here, since scikit-learn takes a second to import, and other datasets do not need it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -23,7 +23,7 @@ def _encode_digits() -> DatasetDict:
     features = datasets.Features(
         image=datasets.Image(decode=False), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])
     )
-    # A fixed seed: figures measured on the held-out digits must be comparable between runs.
+    # The seed is fixed, since figures on the held-out digits must be comparable between runs.
     train, validation = train_test_split(
         np.arange(len(bunch.target)), test_size=0.2, random_state=0, stratify=bunch.target
     )

@@ -1,4 +1,4 @@
-"""Datasets of decoded and transformed images, map-style and streamed.
+"""Defines datasets of decoded and transformed images, map-style and streamed.
 
 Raise `PIXELS_VERSION` of transforms.py with every change that changes the pixels of training.
 """
@@ -28,9 +28,9 @@ from .stream_parts import shuffled_part
 
 logger = logging.getLogger(__name__)
 
-# Rows that each worker keeps to shuffle a stream: some 200 MB of ImageNet's JPEGs.
+# Number of rows that each worker keeps to shuffle a stream: about 200 MB of ImageNet's JPEGs.
 SHUFFLE_BUFFER = 2048
-# How many bad images a report names.
+# Number of bad images that a report names.
 NUM_NAMED = 20
 
 
@@ -49,21 +49,22 @@ class ImageDataset(EpochDataset):
         dataset: a `datasets.Dataset` with the columns `image` and `label`, such as a split of [`~nkd_hf.data.loading.load_image_dataset`].
         transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, from [3, H, W] uint8 too.
         seed: integer.
-        on_bad_image: `error`, or `skip`: the next good row takes the place of a bad one (see [`read_sample`]), so that
-            lengths stay as they are. In evaluation that row then counts twice: with N bad rows of M, accuracy is off by
-            N / M at the most. [`~nkd_hf.data.bad_images.BadImageReport`] says which rows they are.
-        training: whether samples carry `epoch` and `index` (the row that they show), from which mixing draws.
+        on_bad_image: `error`, or `skip`: the next good row replaces a bad one (see [`read_sample`]), so that lengths
+            do not change. In evaluation the good row then counts twice: with N bad rows of M, accuracy is off by N / M
+            at most. [`~nkd_hf.data.bad_images.BadImageReport`] names the bad rows.
+        training: whether samples have `epoch` and `index` (the row that they show), from which mixing draws.
         balanced_sampling: whether the trainer draws the rows of an epoch with replacement, each class with the same
             probability ([`~nkd_hf.data.sampler.balanced_order`]). A row that it draws again gets another augmentation.
-        crops_per_image: how many samples of a decoded image the trainer takes in an epoch, each with another augmentation;
-            see [`~nkd_hf.data.orders.crop_order`]. More than one need a transform that leaves the image as it is.
+        crops_per_image: number of samples of a decoded image that the trainer takes in an epoch, each with another
+            augmentation; see [`~nkd_hf.data.orders.crop_order`]. Several samples need a transform that does not change
+            the image.
 
     A sample is `{"pixel_values": [3, H, W] float32, "labels": int}`, in training with `epoch`, `index` and `draw`, which is
     0 for the row's first sample in this epoch.
 
     Raises:
         ValueError: the dataset is empty, lacks a column or has labels that are no integers; on access: the row is bad (its
-            file is named), or all rows are.
+            file is named), or all rows are bad.
 
     Example:
         >>> from nkd_hf.data.arguments import DataArguments
@@ -122,22 +123,22 @@ class ImageDataset(EpochDataset):
 
     @property
     def num_bad_images(self) -> int:
-        """How many different rows were found bad so far, by all workers together."""
+        """The number of different rows that all workers together found bad so far."""
         return int(self._bad.sum())
 
     @property
     def bad_rows(self) -> list[int]:
-        """The rows found bad so far, by all workers together, in order."""
+        """The rows that all workers together found bad so far, in order."""
         return self._bad.nonzero().flatten().tolist()
 
     def describe_row(self, row: int, sample: dict | None = None) -> str:
-        """`row 5 of the training data (folder/file.jpg)`; the sample is read if it is not passed."""
+        """Returns `row 5 of the training data (folder/file.jpg)`; reads the sample if it is not passed."""
         path = ((self.dataset[row] if sample is None else sample)["image"] or {}).get("path")
         return f"row {row} of the {self.kind} data" + (f" ({path})" if path else "")
 
     @property
     def kind(self) -> str:
-        """`training` or `evaluation`, as messages call the images."""
+        """The name of the images in messages, `training` or `evaluation`."""
         return "training" if self.training else "evaluation"
 
     def __len__(self) -> int:
@@ -148,7 +149,8 @@ class ImageDataset(EpochDataset):
             return 0, 0
         epoch = int(self._requests[index])
         self._requests[index] += 1
-        # In the next epoch another process may count its first request for the row; the rank makes that another draw.
+        # In the next epoch another process may count its first request for the row. The rank makes its draw another
+        # one.
         return epoch, -int(os.environ.get("RANK", 0))
 
     def get_sample(self, epoch: int, index: int, draw: int = 0) -> dict:
@@ -178,28 +180,29 @@ class ImageDataset(EpochDataset):
 class StreamingImageDataset(torch.utils.data.IterableDataset):
     """Decodes and transforms the samples of a streamed dataset.
 
-    In training the stream never ends: pass follows pass, each in another order (the shards' and a buffer's), so that all
-    batches are full, and a run that is resumed by skipping batches reads the same samples as one without a break. Give the
-    Trainer `max_steps` (see [`~nkd_hf.data.arguments.streaming_max_steps`]). In evaluation there is one pass, in order.
+    In training the stream never ends: pass follows pass, each in another order of the shards and of a buffer. So all
+    batches are full, and a run that is resumed by skipping batches reads the same samples as a run without a break.
+    Set `max_steps` of the Trainer (see [`~nkd_hf.data.arguments.streaming_max_steps`]). In evaluation there is one
+    pass, in order.
 
     A stream has no row numbers: the transform is a pure function of `(seed, pass, CRC-32 of the encoded image)`, whatever
-    the number of workers; where the image is a file of its own, the CRC-32 is that of its folder and name. In training,
-    all workers of all processes (see [`~StreamingImageDataset.for_process`]) divide each pass into equal parts, by shards
-    and, where these do not come out even, by rows (see [`~nkd_hf.data.stream_parts.shuffled_part`]): a shard that several
-    workers share is read by each of them, and decoded once.
+    the number of workers. If the image is a file of its own, the CRC-32 is of its folder and name. In training, all
+    workers of all processes (see [`~StreamingImageDataset.for_process`]) divide each pass into equal parts, by shards
+    and, where shards cannot be divided equally, by rows (see [`~nkd_hf.data.stream_parts.shuffled_part`]). Each worker
+    reads all of a shard that it shares, but each row is decoded once.
 
     Args:
         dataset: a `datasets.IterableDataset` with the columns `image` and `label`.
         transform: RGB `PIL.Image` -> [3, H, W] float32; with a true attribute `takes_tensors`, from [3, H, W] uint8 too.
         seed: integer.
-        on_bad_image: `error`, or `skip`: a bad sample is skipped, and the stream goes on with the next good one.
-        training: whether to shuffle, to go on for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
+        on_bad_image: `error`, or `skip`: a bad sample is skipped, and the stream continues with the next good one.
+        training: whether to shuffle, to continue for ever, and to add `epoch` (the pass) and `index` (the CRC-32).
 
-    Samples are those of [`ImageDataset`], without `draw`.
+    Samples are as in [`ImageDataset`], without `draw`.
 
     Raises:
         ValueError: the dataset lacks a column or has labels that are no integers; on iteration: an image is bad (its file
-            is named), or all are.
+            is named), or all images are bad.
     """
 
     def __init__(
@@ -218,7 +221,8 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         self.on_bad_image = on_bad_image
         self.training = training
         self._process = 0, 1
-        # Shared with workers. A lock of the fork context cannot be passed to a spawned worker; this lock fits both.
+        # The values are shared with workers. A lock of the fork context cannot be passed to a spawned worker; this
+        # lock fits both.
         context = multiprocessing.get_context("spawn")
         self._num_bad = context.Value("q", 0)
         self._epoch = context.Value("q", 0)
@@ -227,16 +231,16 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
 
     @property
     def num_bad_images(self) -> int:
-        """How many bad images were met so far, by all workers together, each counted once in every pass."""
+        """The number of bad images that all workers together found so far, each counted once in every pass."""
         return self._num_bad.value
 
     @property
     def bad_names(self) -> list[str]:
-        """The names of the different bad images that all workers met so far; of many, the first ones."""
+        """The names of the different bad images that all workers found so far; of many, the first ones."""
         return [name.decode(errors="replace") for name in self._bad_names.value.splitlines()]
 
     def for_process(self, index: int, num_processes: int) -> "StreamingImageDataset":
-        """Returns one process' part of the stream; the parts of all processes hold each image of a pass once."""
+        """Returns one process' part of the stream; all parts together contain each image of a pass once."""
         stream = copy.copy(self)  # the copy shares counts and epoch
         stream._process = index, num_processes
         return stream
@@ -247,7 +251,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         return self._process[1] > 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the pass at which the next iteration begins, in persistent workers too."""
+        """Sets the pass at which the next iteration begins, also in persistent workers."""
         self._epoch.value = epoch
 
     def __iter__(self) -> Iterator[dict]:
@@ -264,7 +268,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
         fruitless = 0
         for epoch in itertools.count(self._epoch.value):
             num_rows = num_good = 0
-            # In each pass another part, so that no worker always reads a part that is a row longer.
+            # A worker reads another part in each pass, so that no worker always reads a part that is a row longer.
             for encoded in self._pass(epoch, (index * num_workers + worker_id + epoch) % num_parts, num_parts):
                 num_rows += 1
                 sample = self._sample(epoch, encoded)
@@ -272,15 +276,15 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
                     num_good += 1
                     yield sample
             fruitless = 0 if num_good else fruitless + 1
-            # A part of a small stream can be empty, or hold bad images alone, for some passes.
+            # A part of a small stream can be empty, or have only bad images, for some passes.
             if fruitless >= (10 * num_parts if num_parts > 1 else 1):
                 if num_rows == 0:
                     raise ValueError("the stream has no rows: name another split")
                 raise ValueError(f"all {num_rows} images of a pass are bad: see the warnings above")
 
     def _pass(self, epoch: int, part: int, num_parts: int) -> Iterator[dict]:
-        # A new seed per pass, since `dataset.set_epoch` sets the number of all workers, which reach their next pass at
-        # different times.
+        # Each pass has a new seed. `dataset.set_epoch` would set the pass of all workers, which reach their next pass
+        # at different times.
         seed = derived_seeds(self.seed, epoch)[1] >> 1
         if num_parts == 1:
             return iter(self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))

@@ -4,12 +4,12 @@ from collections import OrderedDict
 
 from datasets import Dataset
 
-# As many rows as lie side by side in the order of several crops.
+# In the order of several crops, the crops of up to three rows alternate.
 _NUM_KEPT = 3
 
 
 class KeptRows:
-    """The rows that were read last, so that the next crop of an image needs no other decoding.
+    """Keeps the rows that were read last, so that the next crop of an image is not decoded again.
 
     [`~nkd_hf.data.decoding.read_pixels`] puts the decoded image into the row.
     """
@@ -18,7 +18,7 @@ class KeptRows:
         self._rows: OrderedDict[int, dict] = OrderedDict()
 
     def read(self, dataset: Dataset, row: int) -> dict:
-        """Reads a row, or returns the one that is kept."""
+        """Returns a row, which is read from the dataset if it is not kept."""
         if row not in self._rows:
             self._rows[row] = dataset[row]
             if len(self._rows) > _NUM_KEPT:

@@ -1,4 +1,4 @@
-"""Checks labels on the CPU, where the check makes no device wait."""
+"""Checks labels on the CPU, where the check does not wait for a device."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,10 +9,10 @@ from ..losses.checks import check_labels
 
 
 class LabelCheck:
-    """A collator that checks the labels in the batches of another collator, in the process or worker that makes them.
+    """Checks the labels in the batches of another collator, in the process or worker that makes the batches.
 
-    On a GPU the losses can't check the values of labels without waiting for it, and a class out of range is an unreadable
-    assertion of the device.
+    The losses can't check the values of labels on a GPU without waiting for the GPU, and a class out of range is an
+    unreadable assertion of the device.
 
     Args:
         collator: returns a mapping, whose `labels` are checked.

@@ -58,7 +58,8 @@ def read_labels(split: Dataset) -> np.ndarray:
 
 
 def describe_synsets(names: list[str]) -> list[str]:
-    """Returns ImageNet's descriptions for names that are WordNet synsets, as those of ImageNet's folders; others unchanged.
+    """Returns ImageNet's descriptions for names that are WordNet synsets, as ImageNet's folders have; others
+    unchanged.
 
     Example:
         >>> describe_synsets(["n01440764", "n01443537"])
@@ -136,7 +137,7 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
 
 
 def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Casts text and plain integer labels to one `ClassLabel` for all splits; names that are numbers are in order."""
+    """Casts text and plain integer labels to one `ClassLabel` for all splits; sorts names that are numbers by number."""
     feature = splits["train"].features["label"]
     if isinstance(feature, datasets.ClassLabel):
         return _in_order_of_numbers(splits)
@@ -177,8 +178,8 @@ def _renumber(label: int | None, number: dict[int, int]) -> dict[str, int | None
 
 
 def _cast_labels(split: Dataset, feature: datasets.Value | datasets.ClassLabel) -> Dataset:
-    # Casts the label column alone, since Dataset.cast on the whole dataset would write all images to the cache again; and
-    # as one table, since Dataset.cast handles the schema, with all class names, for every thousand rows.
+    # Only the label column is cast, since Dataset.cast on the whole dataset would write all images to the cache again.
+    # It is cast as one table, since Dataset.cast handles the schema, with all class names, for every thousand rows.
     labels = split["label"][:]
     if isinstance(feature, datasets.ClassLabel) and _is_text(split.features["label"]):
         numbers = {name: number for number, name in enumerate(feature.names)}

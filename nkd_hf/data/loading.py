@@ -26,12 +26,12 @@ from .unlabeled import load_unlabeled_images
 
 
 def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | IterableDatasetDict:
-    """Loads an image-classification dataset of any shape as two splits with `image` and `label`.
+    """Loads any image-classification dataset as two splits with `image` and `label`.
 
     Args:
         args: the dataset to load.
-        seed: draws the validation split where one must be made (stratified by label if each class has enough images), and
-            the subsets of `max_train_samples` and `max_eval_samples`.
+        seed: draws the validation split where it must be made (stratified by label if each class has enough images),
+            and the subsets of `max_train_samples` and `max_eval_samples`.
 
     Returns:
         The splits `train` and `validation` with the columns `image` (encoded: `datasets.Image(decode=False)`) and `label`
@@ -44,9 +44,9 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
         is the split `train`, and `max_train_samples` are drawn from it.
 
     Raises:
-        ValueError: the dataset cannot be reached, has no such split, column or kind of label (the message names those that
-            exist), a split has no rows, local parquet files number their classes differently, or the images of the evaluation
-            are among those without labels.
+        ValueError: the dataset cannot be reached, has no such split, column or kind of label (the message names the
+            existing ones), a split has no rows, local parquet files number their classes differently, or the images
+            without labels contain the images of the evaluation.
 
     Example:
         >>> data = load_image_dataset(DataArguments(dataset_name="digits", max_eval_samples=100))
@@ -93,12 +93,13 @@ def load_image_dataset(args: DataArguments, seed: int = 42) -> DatasetDict | Ite
 def load_evaluation_split(
     args: DataArguments, seed: int = 42, option: str = "the split to evaluate on"
 ) -> tuple[str, Dataset | IterableDataset]:
-    """Loads the one split that a finished model is evaluated on; unlike in [`load_image_dataset`], it may be the only one.
+    """Loads the split for the evaluation of a finished model; unlike in [`load_image_dataset`], it may be the only
+    split.
 
     Args:
         args: the dataset to load; `validation_split` may name any split.
         seed: draws the subset of `max_eval_samples`.
-        option: what an error calls the setting that names the split.
+        option: the name, in errors, of the setting that names the split.
 
     Returns:
         The split's name, and the split with the columns of [`load_image_dataset`].
@@ -134,7 +135,7 @@ def _pick_split(loaded: dict, wanted: str | None, candidates: list[str], option:
 
 
 def _pick_columns(split, args: DataArguments):
-    """Returns the split with the columns `image` and `label` alone."""
+    """Returns the split with only the columns `image` and `label`."""
     if split.features is None:
         raise ValueError(
             f"{redact(args.dataset_name)!r} does not say which columns its stream has: load it without streaming"
@@ -162,7 +163,7 @@ def _pick_columns(split, args: DataArguments):
     split = split.select_columns(list(columns))
     for source, target in columns.items():
         if target == "image" and isinstance(split.features[source], datasets.Image):
-            # Cast first, since in a stream any later step would decode each image, and stop at a bad one.
+            # The cast comes first, since in a stream any later step would decode each image, and stop at a bad one.
             split = split.cast_column(source, datasets.Image(decode=False))
     split = split.rename_columns({source: target for source, target in columns.items() if source != target})
     image, label = split.features["image"], split.features["label"]
@@ -197,7 +198,7 @@ def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> Non
             f"the labels of {redact(args.dataset_name)!r} are text, and a stream does not say which there are: load without "
             "streaming, or store the dataset with `class_encode_column`"
         )
-    # Checked here, since a DataLoader worker without rows cannot tell whether other workers have some.
+    # The stream is checked here, since a DataLoader worker without rows does not know whether other workers have rows.
     try:
         empty = next(iter(split), None) is None
     except pa.ArrowInvalid as error:
@@ -209,7 +210,8 @@ def _check_stream(split: IterableDataset, args: DataArguments, name: str) -> Non
 
 
 def _first_rows(split: IterableDataset, limit: int) -> IterableDataset:
-    # As one shard: `take` alone divides the number among shards, so that several workers would read other rows.
+    # The rows are one shard: `take` alone divides the number among shards, so that several workers would read other
+    # rows.
     rows = ExamplesIterable(_keyed_rows, {"stream": split.take(limit)})
     return IterableDataset(rows, info=split.info.copy(), split=split.split)
 
@@ -221,7 +223,7 @@ def _keyed_rows(stream: IterableDataset) -> Iterator[tuple[int, dict]]:
 
 
 def _subset(split: Dataset, limit: int | None, seed: int) -> Dataset:
-    # Shuffled, since the rows of a folder of images are sorted by class.
+    # The rows are shuffled, since a folder of images is sorted by class.
     return split if limit is None or limit >= len(split) else split.shuffle(seed=seed).select(range(limit))
 
 
@@ -232,7 +234,7 @@ def _split_rows(labels: Sequence[int | None], fraction: float, seed: int) -> tup
     if not 0 < num_validation < len(labels):
         raise ValueError(f"train_val_split={fraction} leaves a split of {len(labels)} rows empty: change it")
     stratified = counts.min() > 1 and len(counts) <= min(num_validation, len(labels) - num_validation)
-    from sklearn.model_selection import train_test_split  # takes a second, and few splits are made
+    from sklearn.model_selection import train_test_split  # the import takes a second, and few splits are made
 
     return train_test_split(
         np.arange(len(labels)), test_size=num_validation, random_state=seed, stratify=labels if stratified else None

@@ -1,4 +1,4 @@
-"""The order of the samples of an epoch: pure functions of their arguments."""
+"""Draws the order of the samples of an epoch, as pure functions of the arguments."""
 
 import math
 
@@ -18,7 +18,7 @@ def shuffled_runs(length: int, run: int, seed: int, epoch: int) -> list[int]:
 
     Args:
         length: number of positions.
-        run: positions of a run. The last run stays at the end where it is shorter.
+        run: number of positions of a run. A shorter last run stays at the end.
         seed: integer.
         epoch: integer.
 
@@ -35,17 +35,17 @@ def shuffled_runs(length: int, run: int, seed: int, epoch: int) -> list[int]:
 def crop_order(
     num_samples: int, crops: int, seed: int, epoch: int, shuffle: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Returns the rows of an epoch of which each comes several times, and which of its crops each sample is.
+    """Returns the row of each sample of an epoch with several crops of each row, and the number of each sample's crop.
 
-    The epochs `crops` k to `crops` k + `crops` - 1 share one order of the rows. Each takes the next part of it, so that
-    together they take all rows. The crops of two rows lie together: a, b, a, b, ... Two neighbours, which are mixed, are then
-    of different rows, and a batch of a multiple of 2 `crops` samples has all crops of its rows. The last part may be of
-    three rows.
+    The epochs `crops` k to `crops` k + `crops` - 1 share one order of the rows. Each epoch takes the next part of this
+    order, so that together they take all rows. The crops of two rows alternate: a, b, a, b, ... Two neighbours, which
+    are mixed, are then of different rows, and a batch of a multiple of 2 `crops` samples has all crops of its rows. At
+    the end of a part, the crops of three rows may alternate.
 
     Args:
-        num_samples: number of the dataset's rows, and of an epoch's samples. Where it is no multiple of `crops`, two parts
-            share a row, and the last samples of a part are omitted.
-        crops: samples of a row.
+        num_samples: number of the dataset's rows, and of an epoch's samples. If it is no multiple of `crops`, two
+            parts share a row, and the last samples of a part are omitted.
+        crops: number of samples of a row.
         seed: integer.
         epoch: integer.
         shuffle: `False` keeps the order of the dataset.

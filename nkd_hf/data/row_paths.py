@@ -28,7 +28,7 @@ def check_data_files(name: str) -> None:
         name: a folder, or a Hub id.
 
     Raises:
-        OutsideError: the card names an address, an absolute path or one with `..`.
+        OutsideError: the card names an address, an absolute path or a path with `..`.
         OSError: the card cannot be read or fetched.
     """
     for file in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
@@ -52,17 +52,18 @@ def keep_within(split: _Split, name: str) -> _Split:
     """Casts the images to `Image(decode=False)` and refuses paths outside of the dataset, in a stream when a row is read.
 
     Args:
-        split: its column `image` holds images, encoded bytes or paths.
+        split: a split whose column `image` has images, encoded bytes or paths.
         name: the folder, file, glob or Hub id that the user named.
 
     Raises:
-        OutsideError: a row names such a path.
+        OutsideError: a row names a path outside of the dataset.
     """
     folders, prefixes = _own_places(name)
     image = datasets.Image(decode=False)
     if isinstance(split, IterableDataset):
         if isinstance(split.features["image"], datasets.Image):
-            # Cast to plain columns, since Image.encode_example would replace the row's bytes with the file at its path.
+            # The images become plain columns, since Image.encode_example would replace the bytes with the file at the
+            # path.
             columns = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
             split = split.cast_column("image", columns)
         check = functools.partial(_check_row, name=name, folders=folders, prefixes=prefixes)
@@ -83,7 +84,7 @@ def keep_within(split: _Split, name: str) -> _Split:
 
 
 def _is_plainly_inside(paths: Any, folders: list[str]) -> Any:
-    """Whether many paths at once are inside; False also where `_is_inside` must decide."""
+    """Whether each of many paths is surely inside; False also where `_is_inside` must decide."""
     inside = functools.reduce(pc.or_, [pc.starts_with(paths, os.path.join(folder, "")) for folder in folders])
     return pc.and_not(inside, pc.match_substring_regex(paths, r"\.\.|::"))
 
@@ -120,7 +121,7 @@ def _is_inside(path: str, folders: list[str], prefixes: list[str]) -> bool:
 
 
 def _own_places(name: str) -> tuple[list[str], list[str]]:
-    """Returns a dataset's folders, with those into which `datasets` extracts archives, and its addresses on the Hub."""
+    """Returns a dataset's folders, also the ones into which `datasets` extracts archives, and its Hub addresses."""
     folders = [datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH]
     prefixes = []
     if os.path.isdir(name):
@@ -132,7 +133,7 @@ def _own_places(name: str) -> tuple[list[str], list[str]]:
     else:
         folders.append(os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset")))
         prefixes += [f"hf://datasets/{name}@", f"hf://datasets/{name}/"]
-    # Both the path as named, and the path as `datasets` resolves it.
+    # A folder counts both by its path as named and by its path as `datasets` resolves it.
     absolute = {os.path.abspath(folder) for folder in folders} | {os.path.realpath(folder) for folder in folders}
     return sorted(absolute), prefixes
 

@@ -1,4 +1,4 @@
-"""Samplers that tell a dataset the epoch beside the index."""
+"""Defines samplers that pass the epoch to a dataset beside the index."""
 
 import itertools
 import operator
@@ -22,11 +22,12 @@ class EpochDataset(Dataset):
     sample of the same row in the same epoch: `get_sample(epoch, index, draw)`.
 
     Attributes:
-        sampling_labels (`np.ndarray`, *optional*): [N] int64 class of each row, negative for none. Where it is set, the
+        sampling_labels (`np.ndarray`, *optional*): [N] int64 class of each row, negative for no class. If it is set,
+        the
             trainer draws the rows of an epoch with [`balanced_order`].
         needs_positions (`bool`): whether the trainer's keys must have a position.
-        crops_per_image (`int`): how many samples of a row the trainer takes in an epoch, from as much a smaller part of the
-            rows; see [`~nkd_hf.data.orders.crop_order`].
+        crops_per_image (`int`): number of samples of a row that the trainer takes in an epoch. An epoch then takes a
+            `crops_per_image`-th of the rows; see [`~nkd_hf.data.orders.crop_order`].
     """
 
     sampling_labels: np.ndarray | None = None
@@ -80,7 +81,7 @@ def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> list[int]:
     """Draws the rows of an epoch with replacement, each class with the same probability: a pure function of the arguments.
 
     Args:
-        labels: [N] integer class of each row. A row with a negative one is never drawn.
+        labels: [N] integer class of each row. A row with a negative class is never drawn.
         seed: integer.
         epoch: integer.
 
@@ -105,7 +106,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     """Yields the keys `(epoch, index)` of an [`EpochDataset`], each index once an epoch, or classes equally often.
 
     The order is a pure function of `(seed, epoch)`: it is the same in all processes and in a resumed epoch, and reads no
-    global generator. A row that comes again in an epoch has a key with its draw, so that it gets another augmentation.
+    global generator. If a row comes again in an epoch, its key has its draw, so that it gets another augmentation.
 
     Args:
         num_samples: length of the dataset.
@@ -115,10 +116,10 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         pairs: whether the positions 2k and 2k + 1 belong together: the last sample of an odd dataset then comes twice, so
             that no pair is split when the last batches are filled up with the first samples.
         labels: [num_samples] integers, by which [`balanced_order`] draws the rows. None takes each row once.
-        crops: samples of a row in an epoch, which takes as much a smaller part of the rows: see
+        crops: number of samples of a row in an epoch, which takes a `crops`-th of the rows: see
             [`~nkd_hf.data.orders.crop_order`].
-        cycle: after so many epochs their samples come again, with the same keys, shuffled so that pairs, and the crops
-            of a row, stay together. None repeats no epoch.
+        cycle: number of epochs after which the samples come again, with the same keys. They are shuffled, but pairs
+            and the crops of a row stay together. None repeats no epoch.
 
     Raises:
         ValueError: `num_samples`, `crops` or `cycle` is not positive, or `labels` are passed without `shuffle` or with
@@ -178,7 +179,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         return (_key(epoch, order[at], at if self.positions else None, draws[at]) for at in positions)
 
     def _draw_rows(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Returns the rows of an epoch, and how often each of them came before in it."""
+        """Returns the rows of an epoch, and for each the number of times that it came before in this epoch."""
         if self.crops > 1:
             return crop_order(self.num_samples, self.crops, self.seed, epoch, self.shuffle)
         if self.labels is None:
@@ -209,22 +210,22 @@ def check_positions(samples: list[dict]) -> None:
 
 __all__ = ["EpochIndices", "training_sampler"]
 
-# How many indices are drawn at a time: `seeded` takes 20 microseconds for each block.
+# Number of indices that are drawn at a time: `seeded` takes 20 microseconds for each block.
 _BLOCK = 64
 
 
 class EpochIndices(Sampler[Any]):
-    """Adds the epoch to the indices of a sampler and, for a repeated row, how often it came before in this epoch.
+    """Adds the epoch to the indices of a sampler and, for a repeated row, the number of times that it came before.
 
-    `random`, numpy and torch are seeded by seed and epoch while the sampler draws. All processes, each of which goes
-    through the whole sampler and takes its share, then agree on the order, and a resumed epoch has the same order. (A
+    `random`, numpy and torch are seeded by seed and epoch while the sampler draws. Each process reads the whole
+    sampler and takes its share. So all processes agree on the order, and a resumed epoch has the same order. (A
     sampler with a generator of its own draws from its generator.)
 
     Args:
-        sampler: yields indices; keys of an [`EpochDataset`] pass as they are.
+        sampler: yields indices; keys of an [`EpochDataset`] are not changed.
         seed: integer.
-        num_rows: length of the [`EpochDataset`] that the keys are for. None yields the indices as they are: the order
-            alone is shared.
+        num_rows: length of the [`EpochDataset`] that the keys are for. None does not change the indices: the processes
+            only share the order.
 
     Example:
         >>> sampler = EpochIndices([2, 0, 2], seed=0, num_rows=3)
@@ -262,7 +263,7 @@ class EpochIndices(Sampler[Any]):
             yield _key(epoch, index, None, int(times[index]) - 1)
 
     def _indices(self, epoch: int) -> Iterator[Any]:
-        # With a fourth part and draw 0, the key differs from that of every row's augmentation.
+        # With a fourth part and draw 0, the key differs from the keys of all rows' augmentations.
         with seeded(self.seed, epoch, -1, 0):
             indices = iter(self.sampler)
         for block in itertools.count():
@@ -277,10 +278,10 @@ def training_sampler(sampler: Sampler | None, dataset: Dataset, seed: int, num_p
     """Returns a sampler for training, with the epoch and with an order that all processes share.
 
     Args:
-        sampler: as `Trainer._get_train_sampler` returns it; None keeps the order of the dataset.
+        sampler: the result of `Trainer._get_train_sampler`; None keeps the order of the dataset.
         dataset: the dataset that the sampler's indices are for.
         seed: integer.
-        num_processes: how many processes train.
+        num_processes: number of processes that train.
 
     Returns:
         The sampler itself, or an [`EpochIndices`] around it.

@@ -1,4 +1,4 @@
-"""Random numbers as a function of seed, epoch and row."""
+"""Makes random numbers a function of seed, epoch and row."""
 
 import hashlib
 import operator
@@ -21,13 +21,13 @@ def seeded(*key: int, torch_only: bool = False) -> Iterator[None]:
     """Makes `random`, numpy's global generator and torch's CPU generator a pure function of the integers.
 
     The generators' states are restored at the end, also after an exception: with `num_workers=0` the samples are made in
-    the process that trains, whose own draws (dropout, drop path) must not depend on the samples. (One thing is lost: the
-    second half of a pair of normals that `np.random.randn` keeps.) No other generator, such as a GPU's, is touched.
+    the process that trains, whose own draws (dropout, drop path) must not depend on the samples. (Only the second half
+    of a pair of normals, which `np.random.randn` keeps, is lost.) No other generator, such as a GPU's, is changed.
 
     Args:
         key: any integers, for example `seed, epoch, index`.
-        torch_only: whether `random` and numpy, whose states are large, stay as they are, for code that does not draw from
-            them; torch's draws are the same in either case.
+        torch_only: whether `random` and numpy, whose states are large, are not changed, for code that does not draw
+            from them; torch's draws are the same in either case.
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ def seeded(*key: int, torch_only: bool = False) -> Iterator[None]:
 @contextmanager
 def _python_and_numpy_seeded(python_seed: int, numpy_seed: int) -> Iterator[None]:
     python_state = random.getstate()
-    # The generator is exchanged, since np.random.get_state and set_state would double the cost of `seeded`.
+    # The generator is replaced, since np.random.get_state and set_state would double the cost of `seeded`.
     numpy_generator = np.random.get_bit_generator()
     random.seed(python_seed)
     np.random.set_bit_generator(np.random.PCG64(numpy_seed))

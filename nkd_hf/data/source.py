@@ -1,4 +1,4 @@
-"""Opens a dataset with `datasets` as it is, with all of its splits and columns."""
+"""Opens a dataset with `datasets`, with all of its splits and columns."""
 
 import os
 import pickle
@@ -21,11 +21,11 @@ def open_dataset(args: DataArguments, argument: str = "dataset_name") -> Dataset
     """Opens the dataset that `dataset_name` of the arguments names.
 
     Args:
-        args: where the dataset is.
-        argument: what errors call its name. Only `dataset_name` has labels, which parquet files must number alike.
+        args: names the dataset.
+        argument: the argument that errors name. Only `dataset_name` has labels, which parquet files must number alike.
 
     Raises:
-        ValueError: it cannot be reached or read.
+        ValueError: the dataset cannot be reached or read.
     """
     named = f"{argument}={redact(args.dataset_name)!r}"
     expected = _EXPECTED.format(config=f"{argument.removesuffix('_name')}_config_name")
@@ -71,12 +71,12 @@ _EXPECTED = (
     "Hub (check its name and {config}; if it is gated, accept its terms on its page and run `hf auth login`; with "
     "no network, only one that was loaded before)"
 )
-# Parts of datasets' errors for a split without rows: one for an empty file, one where all files are empty.
+# Parts of `datasets`' errors for a split without rows: the first for an empty file, the second if all files are empty.
 EMPTY_SPLIT = ("BatchSize must be greater than 0", "corresponds to no data")
 
 
 def check_image_column(feature: object) -> None:
-    """Raises ValueError where a column holds neither images nor their bytes or paths."""
+    """Raises ValueError where a column has neither images nor their bytes or paths."""
     encoded = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not (encoded or isinstance(feature, datasets.Image) or feature in map(datasets.Value, IMAGE_DTYPES)):
         raise ValueError(

@@ -12,25 +12,26 @@ from datasets import IterableDataset
 __all__ = ["shuffled_part"]
 
 _Row = TypeVar("_Row")
-# How many shards are read in turn, as in `IterableDataset.shuffle`: rows of one class often follow each other in a shard.
+# Number of shards that are read in turn, as in `IterableDataset.shuffle`: in a shard, rows of one class often follow
+# each other.
 _SHARDS_AT_ONCE = 10
 
 
 def shuffled_part(
     dataset: IterableDataset, part: int, num_parts: int, seed: int, buffer_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Reads one of the equal parts of a stream, which together hold each row once.
+    """Reads one of the equal parts of a stream, which together have each row once.
 
-    N shards lie end to end, each cut into `num_parts` pieces (a row's piece is its number modulo `num_parts`), and every
-    part is N pieces that follow each other. So a part reads N / `num_parts` shards and pieces of at most two more, and
-    parts differ in size by no more than shards do.
+    The N shards are put end to end, and each is cut into `num_parts` pieces (a row's piece is its number modulo
+    `num_parts`). Every part is N pieces that follow each other. So a part reads N / `num_parts` shards and pieces of
+    at most two more, and parts differ in size by no more than shards do.
 
     Args:
-        dataset: not shuffled. All parts must be read from the same dataset.
-        part: from 0.
-        num_parts: how many parts there are, which may be more than shards.
-        seed: of the orders of shards and rows.
-        buffer_size: rows among which the next one is drawn.
+        dataset: a stream that is not shuffled. All parts must be read from the same dataset.
+        part: number of the part, from 0.
+        num_parts: number of parts, which may be larger than the number of shards.
+        seed: seed of the orders of shards and rows.
+        buffer_size: number of rows among which the next one is drawn.
     """
     # fsspec's lock may be held when a process is forked. `datasets` resets it in its own loop over a worker's shards.
     fsspec.asyn.reset_lock()
@@ -49,7 +50,7 @@ def shuffled_part(
 
 
 def _in_turn(sources: Iterator[Iterator[_Row]]) -> Iterator[_Row]:
-    """Takes a row of each source in turn; the next source takes the place of one that has ended."""
+    """Takes a row of each source in turn; the next source replaces a source that has ended."""
     opened = collections.deque(itertools.islice(sources, _SHARDS_AT_ONCE))
     while opened:
         source = opened.popleft()

@@ -1,4 +1,4 @@
-"""Makes the datasets and the collator of a training: the splits of a dataset as one student expects their images."""
+"""Makes the datasets and the collator of a training, with the preprocessing of one student."""
 
 import datasets
 from datasets import DatasetDict, IterableDatasetDict
@@ -21,12 +21,13 @@ def make_datasets(
 ) -> tuple[ImageDataset | StreamingImageDataset, ImageDataset | StreamingImageDataset, ImageCollator]:
     """Makes the training images, the evaluation images and the collator for a [`DistillationTrainer`].
 
-    Size, normalisation and interpolation of the images are those of the student's image processor.
+    The student's image processor sets the size, normalisation and interpolation of the images.
 
     Args:
         data_arguments ([`DataArguments`]): the dataset, its augmentation, mixup and CutMix.
-        student (`PreTrainedModel`): the model that is trained on the images, such as one of [`create_student`].
-        seed (`int`, *optional*, defaults to 42): draws the validation split where one must be made, the augmentation and
+        student (`PreTrainedModel`): the model that is trained on the images, such as a model of [`create_student`].
+        seed (`int`, *optional*, defaults to 42): draws the validation split where it must be made, the augmentation
+        and
             the mixing. Set it to the `seed` of the training arguments.
 
     Returns:
@@ -35,8 +36,8 @@ def make_datasets(
     Raises:
         ValueError: the dataset cannot be loaded, as in [`load_image_dataset`], or the student has no image processor.
 
-    With `unlabeled_dataset`, the training images bring those without labels along, and the trainer needs a distillation loss
-    with a teacher.
+    With `unlabeled_dataset`, the samples of the training images include images without labels, and the trainer needs a
+    distillation loss with a teacher.
 
     Example:
         >>> from nkd_hf import DataArguments, create_student, make_datasets
@@ -63,11 +64,12 @@ def make_image_datasets(
     """Makes the images of training and of evaluation from the splits of [`load_image_dataset`].
 
     Args:
-        splits: of the dataset.
+        splits: the splits of the dataset.
         data_arguments: the augmentation.
-        student: says how its images are prepared.
-        seed: of the augmentation.
-        with_unlabeled: whether images without labels are among those of training. Without them there may be none, None.
+        student: sets the preprocessing of the images.
+        seed: the seed of the augmentation.
+        with_unlabeled: whether the training images include images without labels. If it is False and no training image
+            has a label, the training images are None.
     """
     processor = load_image_processor(student)
     pixels = read_preprocessing(student, processor)
@@ -96,7 +98,7 @@ def make_evaluation_images(
     processor: BaseImageProcessor,
     seed: int = 0,
 ) -> ImageDataset | StreamingImageDataset:
-    """Makes the images of a split, which may have no labels, as an image processor prepares them for evaluation."""
+    """Makes the evaluation images of a split, with or without labels, with the preprocessing of an image processor."""
     kind = StreamingImageDataset if data_arguments.streaming else ImageDataset
     if "label" not in (split.column_names or ["label"]):
         kind = UnlabeledImageDataset

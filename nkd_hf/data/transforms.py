@@ -1,4 +1,4 @@
-"""Transforms of training and of evaluation images."""
+"""Makes the transforms of training and of evaluation images."""
 
 import contextlib
 import math
@@ -21,8 +21,9 @@ from ..errors import reason
 from ..models.preprocessing import read_processor
 from .arguments import DataArguments
 
-# Raise this with every change that makes other training pixels of the same image, seed and arguments: in decoding.py,
-# image_datasets.py, sampler.py, seeding.py, collator.py and here. Older stores of teacher logits are then refused.
+# Raise this number with every change that makes other training pixels from the same image, seed and arguments: in
+# decoding.py, image_datasets.py, sampler.py, seeding.py, collator.py and this file. Older stores of teacher logits are
+# then refused.
 PIXELS_VERSION = 3
 
 
@@ -36,9 +37,9 @@ def train_transform(
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
     """Returns the augmentation of training images, up to normalisation.
 
-    torchvision's random crop and flip, then with `auto_augment` timm's RandAugment and with `random_erasing` its erasing,
-    as in the DeiT recipes. The transform keeps no state and draws only from `random`, numpy and torch's CPU generator,
-    which [`~nkd_hf.data.seeding.seeded`] seeds.
+    It is torchvision's random crop and flip, then with `auto_augment` timm's RandAugment and with `random_erasing`
+    timm's erasing, as in the DeiT recipes. The transform keeps no state and draws only from `random`, numpy and
+    torch's CPU generator, which [`~nkd_hf.data.seeding.seeded`] seeds.
 
     Args:
         args: the augmentation.
@@ -46,13 +47,13 @@ def train_transform(
         mean: of red, green and blue, for pixels in 0..1.
         std: of red, green and blue, for pixels in 0..1.
         interpolation: `bilinear` or `bicubic`.
-        channel_order: which of red (0), green (1) and blue (2) each channel of the result is. None takes
+        channel_order: the colour of each channel of the result: red (0), green (1) or blue (2). None uses
             `mean.channel_order`, which [`~nkd_hf.models.preprocessing.read_preprocessing`] sets, else red, green and blue.
 
     Returns:
-        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. It also takes a tensor [3, H, W] uint8, and says so with
-        an attribute `takes_tensors`; the resized crops of image and tensor differ by one step of 8 bits, rarely two
-        (bicubic: up to three), before RandAugment.
+        A picklable callable: RGB `PIL.Image` -> [3, H, W] float32. It also takes a tensor [3, H, W] uint8, and has a
+        true attribute `takes_tensors`. Before RandAugment, the resized crops of image and tensor differ by one step of
+        8 bits, rarely two (bicubic: up to three).
 
     Raises:
         ValueError: `auto_augment` is not in timm's syntax; unknown interpolation.
@@ -89,7 +90,7 @@ class TransformColours(NamedTuple):
     size: tuple[int, int]
 
     def is_near(self, other: Any, field: str) -> bool:
-        """Whether a field differs by a step of 8 bits at most from that of another, or of a `Preprocessing`."""
+        """Whether a field differs by at most a step of 8 bits from that field of `other`, also a `Preprocessing`."""
         return max(abs(a - b) for a, b in zip(getattr(self, field), getattr(other, field), strict=True)) <= 1 / 255
 
 
@@ -133,7 +134,7 @@ def _auto_augment(policy: str, size: tuple[int, int], mean: Sequence[float], int
 def posterize_to_zero_bits() -> contextlib.AbstractContextManager:
     """Makes timm's strongest posterize a black image within the `with` block, whatever the version of Pillow.
 
-    timm keeps 0 bits there, which Pillow refuses since version 13, so that training would end at such an image.
+    timm's posterize keeps 0 bits, which Pillow refuses since version 13, so that training would end at such an image.
     """
     names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
     return patch.dict(auto_augment.NAME_TO_OP, dict.fromkeys(names, _posterize))
@@ -149,17 +150,18 @@ def _posterize(image: PIL.Image.Image, bits_to_keep: int, **kwargs) -> PIL.Image
 class _TrainTransform:
     """Crops, flips and normalises with the draws and the values of torchvision's classes, with timm's steps in between.
 
-    torchvision's classes take as long to find their functions as the functions to run. timm's own crop and normalisation of
-    Pillow's images take longer than its RandAugment. Takes [3, H, W] uint8 tensors too.
+    torchvision's classes take as long to find their functions as the functions take to run. timm's own crop and
+    normalisation of Pillow's images take longer than its RandAugment. The transform also takes [3, H, W] uint8
+    tensors.
     """
 
     crop: Callable
     flip: float
-    augment: list[Callable]  # of Pillow's images
+    augment: list[Callable]  # steps on Pillow's images
     lighting: nn.Module | None
     mean: torch.Tensor
     std: torch.Tensor
-    order: list[int] | None  # of the channels, where they are not red, green and blue
+    order: list[int] | None  # the order of the channels, unless red, green and blue
     erase: RandomErasing | None
     size: tuple[int, int]
 
@@ -211,7 +213,7 @@ class _RandomResizedCrop:
                 top = torch.randint(height - crop_height + 1, (1,)).item()
                 left = torch.randint(width - crop_width + 1, (1,)).item()
                 return top, left, crop_height, crop_width
-        # The whole image, with its longer side cut where the ratio is beyond the bounds.
+        # The box is the whole image, with its longer side cut if the ratio is beyond the bounds.
         low, high = _RATIO
         crop_height = min(height, round(width / low)) if width / height < low else height
         crop_width = min(width, round(height * high)) if width / height > high else width
@@ -225,7 +227,7 @@ _LOG_RATIO = torch.tensor(_RATIO).log().tolist()
 class _Lighting(torch.nn.Module):
     """Adds the principal axes of ImageNet's colours, each times its eigenvalue times a normal draw (AlexNet, section 4.1).
 
-    Axes and eigenvalues, for RGB in 0..1, are those of pycls, which the official RegNetX configuration uses.
+    Axes and eigenvalues, for RGB in 0..1, come from pycls, which the official RegNetX configuration uses.
     """
 
     def __init__(self, std: float):
@@ -239,7 +241,7 @@ class _Lighting(torch.nn.Module):
 
 
 def processor_transform(processor) -> Callable[[PIL.Image.Image], torch.Tensor]:
-    """Returns the transform of evaluation, by the code with which `pipeline("image-classification")` preprocesses an image.
+    """Returns the transform of evaluation, which runs the preprocessing of `pipeline("image-classification")`.
 
     Args:
         processor: a transformers image processor.

@@ -18,17 +18,18 @@ _SPLITS = ("unlabeled", "train")
 def load_unlabeled_images(
     args: DataArguments, evaluated: str | None = None, evaluated_config: str | None = None
 ) -> Dataset:
-    """Loads the images of `unlabeled_dataset`, with the column `image` (encoded: `datasets.Image(decode=False)`) alone.
+    """Loads the images of `unlabeled_dataset`, with only the column `image` (encoded: `datasets.Image(decode=False)`).
 
     Args:
-        args: name the dataset. Its split is `unlabeled` or `train`, whichever there is first, or the only one. Where it is
-            that of `dataset_name` and has no configuration of its own, it has the other's.
-        evaluated: the split of `dataset_name` that the evaluation reads, or a part of it.
-        evaluated_config: the configuration of that split as it was opened, which has a name too where none was set.
+        args: names the dataset. The split is `unlabeled`, else `train`, else the only split. If `dataset_name` is the
+            same dataset and no configuration is set for `unlabeled_dataset`, the configuration of `dataset_name` is
+            used.
+        evaluated: the split of `dataset_name` that the evaluation reads, or from which it reads a part.
+        evaluated_config: the configuration of this split as it was opened; it has a name even if none was set.
 
     Raises:
-        ValueError: the dataset cannot be reached, has several other splits, or no images, or its images are those of the
-            evaluation.
+        ValueError: the dataset cannot be reached, has several other splits, or has no images, or the evaluation reads
+            the same images.
 
     Example:
         >>> images = load_unlabeled_images(DataArguments(unlabeled_dataset="digits"))

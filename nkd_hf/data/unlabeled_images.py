@@ -1,4 +1,4 @@
-"""Datasets of training images without labels: alone, or joined to labelled ones."""
+"""Defines datasets of training images without labels: alone, or joined to labelled images."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ UNLABELED = "unlabeled_pixel_values"
 
 
 class UnlabeledImageDataset(ImageDataset):
-    """Decodes and transforms images that have no labels, as [`ImageDataset`] does with those that have some.
+    """Decodes and transforms images without labels, as [`ImageDataset`] does with labelled images.
 
     Args:
         dataset: a `datasets.Dataset` with the column `image`; other columns are ignored.
@@ -29,7 +29,7 @@ class UnlabeledImageDataset(ImageDataset):
     [`~nkd_hf.data.collator.ImageCollator`] puts behind the labelled images. Without `training` it has `pixel_values`.
 
     Raises:
-        ValueError: the dataset is empty or has no column `image`; on access: the image is bad, or all are.
+        ValueError: the dataset is empty or has no column `image`; on access: the image is bad, or all images are bad.
 
     Example:
         >>> from nkd_hf.data.arguments import DataArguments
@@ -55,7 +55,7 @@ class UnlabeledImageDataset(ImageDataset):
 
     @property
     def kind(self) -> str:
-        """What messages call the images."""
+        """The name of the images in messages."""
         return "unlabelled"
 
     def _read(self, sample: dict, name: str, key: tuple[int, ...]) -> dict:
@@ -65,22 +65,23 @@ class UnlabeledImageDataset(ImageDataset):
 
 
 class JoinedImageDataset(ImageDataset):
-    """Labelled images, of which each brings along the images without labels that join it in a batch.
+    """Adds to each labelled image the images without labels that join it in a batch.
 
-    The sample at position p of epoch e is number n = e * len(self) + p of the training. It brings the unlabelled images of
-    the numbers from floor(n * ratio) to floor((n + 1) * ratio) - 1, so that B samples bring `ratio` * B on average, and
-    exactly where that is an integer. Number m is at position m modulo U in the order of pass m // U through the U unlabelled
-    images: a function of the pass and of a seed, that of `unlabeled` unless [`in_order_of`] sets another. Its augmentation is
-    one of the seed of `unlabeled`, pass and row. So it does not matter how many processes and workers read the samples, and
-    where a run was resumed.
+    The sample at position p of epoch e is number n = e * len(self) + p of the training. It has the unlabelled images
+    with the numbers from floor(n * ratio) to floor((n + 1) * ratio) - 1. So B samples have `ratio` * B on average, and
+    exactly `ratio` * B if that is an integer. Number m is at position m modulo U in the order of pass m // U through
+    the U unlabelled images. This order is a function of the pass and of the seed of `unlabeled`, unless
+    [`in_order_of`] sets another seed. The augmentation is a function of the seed of `unlabeled`, the pass and the row.
+    So the samples do not depend on the number of processes and workers, or on the step at which a run was resumed.
 
     Args:
         dataset, transform, seed, on_bad_image, balanced_sampling: see [`ImageDataset`].
         unlabeled: the images without labels.
-        ratio: of unlabelled images to labelled ones, > 0.
+        ratio: number of unlabelled images for each labelled image, > 0.
 
-    A sample of training is that of [`ImageDataset`] with `unlabeled`, a list of samples of [`UnlabeledImageDataset`]. A key
-    without a position (see [`~nkd_hf.data.sampler.EpochDataset`]) gives the labelled image alone.
+    A sample of training is a sample of [`ImageDataset`] with `unlabeled`, a list of samples of
+    [`UnlabeledImageDataset`]. A key without a position (see [`~nkd_hf.data.sampler.EpochDataset`]) returns only the
+    labelled image.
 
     Raises:
         ValueError: see [`ImageDataset`]; or the ratio is not positive.
@@ -98,11 +99,11 @@ class JoinedImageDataset(ImageDataset):
             )
         self.unlabeled = unlabeled
         self._order_seed = unlabeled.seed
-        # Exact, since 0.29 * 100 is less than 29 as a float.
+        # The ratio is exact, since 0.29 * 100 is less than 29 as a float.
         self.ratio = Fraction(ratio).limit_denominator(1_000_000)
 
     def in_order_of(self, seed: int) -> "JoinedImageDataset":
-        """Returns a copy whose images without labels have the order that goes with a seed of the labelled images' order."""
+        """Returns a copy whose images without labels have the order for a seed of the labelled images' order."""
         images = copy.copy(self)  # the copy shares the bad images
         images._order_seed = seed_unlabeled(seed)
         return images
@@ -122,7 +123,7 @@ class JoinedImageDataset(ImageDataset):
 
 
 def seed_unlabeled(seed: int) -> int:
-    """Returns the seed of the images without labels, so that a row's place and augmentation are not those of a labelled row."""
+    """Returns the seed of images without labels, so that their places and augmentations differ from labelled rows'."""
     return derived_seeds(seed, -1, -1)[0]
 
 
