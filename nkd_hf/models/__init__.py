@@ -1,1 +1,1 @@
-"""Students and teachers: building, opening, preprocessing, features, saving."""
+"""Builds, opens and saves students and teachers, and reads their preprocessing and features."""

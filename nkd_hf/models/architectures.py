@@ -1,4 +1,4 @@
-"""The architectures that are built by name: timm's, and two families that neither timm nor transformers has."""
+"""Lists the architectures that are built by name: timm's, and two families that neither timm nor transformers has."""
 
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "resnet34_cifar": Architecture(ResNetCifarForImageClassification, 100, {"layers": [3, 4, 6, 3]}),
 }
 
-# Where nkd_hf is imported, transformers opens saved folders of these without trust_remote_code.
+# If nkd_hf is imported, transformers opens saved folders of these models without trust_remote_code.
 for _config, _model in (
     (ShuffleNetV2Config, ShuffleNetV2ForImageClassification),
     (ResNetCifarConfig, ResNetCifarForImageClassification),
@@ -43,7 +43,7 @@ for _config, _model in (
 
 
 def is_architecture(name: str) -> bool:
-    """Whether a name stands for an architecture that starts from random weights: timm's, or one of `ARCHITECTURES`.
+    """Whether a name is that of an architecture, which starts from random weights: timm's, or one of `ARCHITECTURES`.
 
     Example:
 
@@ -58,14 +58,16 @@ def is_architecture(name: str) -> bool:
 
 
 def with_start(name: str, start: str | None) -> str:
-    """Returns the name of a model that starts as wanted: an architecture for random weights, an id for pretrained ones.
+    """Returns the name of the same model with a given start: an architecture for random weights, an id for pretrained
+    ones.
 
     Args:
-        name: of an architecture, a folder or a repo of the Hub.
-        start: `random`, `pretrained`, or None, which returns the name as it is.
+        name: the name of an architecture, a folder or a repo of the Hub.
+        start: `random`, `pretrained`, or None, which returns the name unchanged.
 
     Raises:
-        ValueError: timm has no pretrained weights of the architecture, or the name tells no architecture of timm.
+        ValueError: timm has no pretrained weights of the architecture, or no architecture of timm follows from the
+            name.
 
     Example:
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 
 from ..errors import RefusedError
 
-# Modules register some parameters twice (a classifier that is replaced, tied weights), and buffers that are not saved.
+# Modules register some parameters twice (a replaced classifier, tied weights), and buffers that are not saved.
 _TIMES = 4
 _MORE_TENSORS = 1000
 _MORE_PARAMETERS = 2**24
@@ -58,7 +58,7 @@ def measure_weights(paths: Sequence[str]) -> WeightsSize:
 
 @contextmanager
 def build_limit(size: WeightsSize | None = None, num_new_classes: int = 0) -> Iterator[None]:
-    """Makes constructors of modules in this thread fail if they register far more than the files of weights hold.
+    """Makes constructors of modules in this thread fail if they register far more than the files of weights contain.
 
     `from_pretrained` builds models on the meta device, so the counted tensors take no memory yet.
 

@@ -1,4 +1,4 @@
-"""Names the layers that hold a model's features, and says how a layer's output becomes a feature.
+"""Names the layers that compute a model's features, and defines how a layer's output becomes a feature.
 
 - `mid`, for USKD's auxiliary head: the last stage but one of a CNN or a Swin, and, after the middle block of a ViT or DeiT,
   the class token (arXiv 2303.13005, section 3.3, and the configurations of github.com/yzd-v/cls_KD). A ViT whose classifier
@@ -23,7 +23,7 @@ Grid = tuple[int, int]
 
 
 class Reading(NamedTuple):
-    """How a feature is read from a model.
+    """The layers and the function that read a feature from a model.
 
     Attributes:
         layers (`tuple[str, ...]`): the submodules whose outputs are read; the features of several are stacked on dim 1.
@@ -56,8 +56,8 @@ class _Vit(NamedTuple):
     grid: str
 
 
-# Keys: the beginning of timm's architecture, and transformers' model_type. `{-1}` stands for the last of the submodules that
-# are numbered at that place, and `{-2}` for the last but one.
+# The keys are the beginning of timm's architecture, and transformers' model_type. `{-1}` stands for the last of the
+# submodules that are numbered at that place, and `{-2}` for the last but one.
 _TIMM_LAYERS = {
     "resnet": _Pooled("layer{-2}", "layer{-1}", "fc"),
     "mobilenetv1": _Pooled("blocks.{-2}", "bn2", "classifier"),
@@ -90,7 +90,7 @@ _TRANSFORMERS_PREFIX_TOKENS = {"vit": 1, "deit": 2}
 
 
 def known_reading(model: nn.Module, kind: str) -> Reading | None:
-    """Returns how the papers read this kind of feature from a model; None if the model is unknown or has no such feature.
+    """Returns the papers' reading of this kind of feature; None if the model is unknown or has no such feature.
 
     Args:
         model: a `*ForImageClassification`, or a bare timm model.
@@ -109,7 +109,7 @@ def known_reading(model: nn.Module, kind: str) -> Reading | None:
 
 
 def classifier_name(model: nn.Module) -> str | None:
-    """The name of the classifier that reads the average of the last feature map; None where there is none, as in a ViT."""
+    """Returns the name of the classifier that reads the average of the last feature map; None for other models."""
     family = _family(model)
     try:
         return _named(model, family.head) if isinstance(family, _Pooled) else None
@@ -118,9 +118,10 @@ def classifier_name(model: nn.Module) -> str | None:
 
 
 def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers with one row for each class, by name: two with a distillation head, none if the model is unknown.
+    """Returns the layers with one row for each class, by name: two with a distillation head, none if the model is
+    unknown.
 
-    In a model of transformers they lie outside of the base model, and the last layer there is one of them.
+    In a model of transformers these layers are outside of the base model, and the last layer there is one of them.
     """
     timm = timm_model(model)
     if timm is None:
@@ -137,7 +138,7 @@ def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def prefix_tokens(model: nn.Module) -> int | None:
-    """Number of tokens before a ViT's patch tokens: class, distillation and register tokens. None for other models."""
+    """Counts the tokens before a ViT's patch tokens (class, distillation, register tokens); None for other models."""
     if not isinstance(_family(model), _Vit):
         return None
     vit = timm_model(model)
@@ -148,13 +149,14 @@ def prefix_tokens(model: nn.Module) -> int | None:
 
 
 def pool_places(output: Tensor, grid: Grid | None = None) -> Tensor:
-    """[B, D, ...] to [B, D]."""
+    """Averages [B, D, ...] to [B, D]."""
     return output.flatten(2).mean(2)
 
 
 def keep_tokens(output: Tensor, grid: Grid | None = None) -> Tensor:
-    """[B, ..., D] to [B, N, D]."""
-    # Not averaged: Swin's official head normalises the tokens first, and USKDLoss(feature_norm=...) does both.
+    """Flattens [B, ..., D] to [B, N, D]."""
+    # The tokens are not averaged: Swin's official head normalises them first, and USKDLoss(feature_norm=...) does
+    # both.
     return output.flatten(1, -2)
 
 
@@ -169,7 +171,7 @@ def read_tokens(model: nn.Module) -> tuple[Callable[[Tensor, Grid | None], Tenso
 
 
 def timm_model(model: nn.Module) -> nn.Module | None:
-    """The timm model itself, or inside its wrapper; None for a model of transformers."""
+    """Returns the timm model itself, or the one inside its wrapper; None for a model of transformers."""
     config = getattr(model, "config", None)
     if config is None:
         return model
@@ -177,13 +179,13 @@ def timm_model(model: nn.Module) -> nn.Module | None:
 
 
 def describe(model: nn.Module) -> str:
-    """The class of a model and, for timm's, its architecture."""
+    """Returns the class of a model and, for timm's, its architecture."""
     architecture = _architecture(model)
     return f"{type(model).__name__} ({architecture})" if architecture else type(model).__name__
 
 
 def _architecture(model: nn.Module) -> str | None:
-    """The name of a timm architecture."""
+    """Returns the name of a timm architecture."""
     config = getattr(model, "config", None)
     if config is not None:
         return getattr(config, "architecture", None)
@@ -280,7 +282,7 @@ def _patch_tokens(output: Tensor, grid: Grid, num_prefix: int, where: str, norm:
             f"{where} must have a token of each of its {grid[0]}x{grid[1]} patches, got {tokens.shape[1]}: set its "
             "patch_drop_rate to 0"
         )
-    # In the norm's dtype, since autocast may be off outside of the model's forward.
+    # The tokens get the norm's dtype, since autocast may be off outside of the model's forward.
     return tokens if norm is None else norm(tokens.to(norm.weight.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Runs a model on random images to find out how the output of a layer is laid out."""
+"""Runs a model on random images to find the meaning of the axes of a layer's output."""
 
 import contextlib
 import itertools
@@ -49,7 +49,7 @@ class Output:
 
 
 def input_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images that a model was built for; 224 x 224 if the model does not say."""
+    """Returns height and width of the images that a model was built for; 224 x 224 if its settings have no size."""
     timm, config = timm_model(model), getattr(model, "config", None)
     size = getattr(getattr(timm, "patch_embed", None), "img_size", None)
     if size is None:
@@ -84,14 +84,14 @@ def run_once(model: nn.Module, size: tuple[int, int]) -> Any:
 
 
 def find_reading(model: nn.Module, layer: str) -> Reading:
-    """Finds out how to read `mid` from the output of a submodule.
+    """Finds the reading of `mid` from the output of a submodule.
 
-    The model runs on images of two sizes, on the meta device if it can: the axes that change with the size are places, and
-    the axis that does not has the channels. If the model takes one size alone, the two equal axes of a square image's map are
-    places, or the axis as long as one of the model's norms has the channels.
+    The model runs on images of two sizes, on the meta device if it can. The axes that change with the size are places,
+    and the axis that does not change has the channels. If the model takes only one size, the two equal axes of a
+    square image's map are places, or the axis as long as one of the model's norms has the channels.
 
     Raises:
-        ValueError: the output is no tensor of the batch, or its shape does not show which axis has the channels.
+        ValueError: the output is no tensor of the batch, or its shape does not show the axis of the channels.
     """
     patches = known_reading(model, "low") if prefix_tokens(model) is not None else None
     size = input_size(model)
@@ -126,7 +126,7 @@ def _random_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
 
 
 def _shapes(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[torch.Size]:
-    """The shapes of the outputs of submodules; the user named the first submodule.
+    """Returns the shapes of the outputs of submodules; the user named the first submodule.
 
     Raises:
         ValueError: the model does not run, or the output of the first submodule is no tensor of the batch.
@@ -154,7 +154,7 @@ def _shapes(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[
 
 
 def _run(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any]:
-    """The outputs of submodules, None for a submodule that did not run."""
+    """Returns the outputs of submodules, None for a submodule that did not run."""
     outputs = [Output(model.get_submodule(name)) for name in layers]
     try:
         run_once(model, size)
@@ -165,7 +165,7 @@ def _run(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any
 
 
 def _run_on_meta(model: nn.Module, layers: list[str], size: tuple[int, int]) -> list[Any]:
-    """As `_run`, on the meta device, which computes shapes alone."""
+    """Does the same as `_run` on the meta device, which computes only shapes."""
     tensors = {
         name: tensor.to("meta") for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
     }
@@ -183,7 +183,7 @@ def _channel_axis(model: nn.Module, layer: str, shape: torch.Size, size: tuple[i
     axes = range(1, len(shape))
     fits = [axis for axis in axes if shape[axis] > 1]
     if len(fits) > 1:
-        # On the meta device alone: on a GPU, an index beyond a table of positions would end the process.
+        # This runs only on the meta device: on a GPU, an index beyond a table of positions would end the process.
         with contextlib.suppress(Exception):
             other = _run_on_meta(model, [layer], (2 * size[0], 2 * size[1]))[0].shape
             fits = [axis for axis in axes if len(other) == len(shape) and other[axis] == shape[axis]]

@@ -1,6 +1,6 @@
-"""Keeps the outputs of some layers during a model's one forward pass, as the features that a loss takes.
+"""Keeps the outputs of some layers during a model's forward pass, as the features that a loss reads.
 
-The top of feature_layers.py defines the features: `mid`, `low`, `high` and `map`.
+The module docstring of feature_layers.py defines the features: `mid`, `low`, `high` and `map`.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from .feature_layout import Output, find_reading, input_size, run_once, unchange
 # Argument of a loss's forward -> kind of feature.
 STUDENT_FEATURES = {"mid_feature": "mid", "student_low": "low", "student_high": "high", "student_map": "map"}
 TEACHER_FEATURES = {"teacher_low": "low", "teacher_high": "high", "teacher_map": "map"}
-# Arguments that are no features: the parameters of the classifiers that read the average of a map.
+# Arguments that are no features: the parameters of classifiers that read the average of a map.
 STUDENT_HEAD = ("student_head_weight", "student_head_bias")
 TEACHER_HEAD = ("teacher_head_weight", "teacher_head_bias")
 
@@ -39,7 +39,7 @@ _UNKNOWN["high"] = ("high patch tokens are", _UNKNOWN["low"][1])
 class FeatureTap:
     """Keeps the output of named submodules of `model`, as a feature that a loss can read.
 
-    The hooks are registered at construction, so build the tap before `torch.compile` sees the model: a hook that is
+    The constructor registers the hooks, so build the tap before `torch.compile` compiles the model: a hook that is
     registered later never fires in the compiled graph. With `layer`, the constructor runs the model on two images.
 
     Args:
@@ -47,7 +47,8 @@ class FeatureTap:
             bare timm model.
         layer (`str`, *optional*): the submodule's name in `model`, for the kind `mid`. None means the layers that the paper
             uses.
-        kind (`str`, defaults to `"mid"`): `mid`, `low`, `high` or `map`; see the top of feature_layers.py.
+        kind (`str`, defaults to `"mid"`): `mid`, `low`, `high` or `map`; see the module docstring of
+        feature_layers.py.
 
     Attributes:
         layer (`str`): the names of the submodules.
@@ -88,12 +89,12 @@ class FeatureTap:
         weakref.finalize(self, _remove_hooks, hooks).atexit = False
 
     def listen(self, on: bool = True) -> None:
-        """Keeps outputs from now on, as a new tap does, or ignores them, so that other calls of the model leave none here."""
+        """Switches the tap on, as a new tap is, or off, so that other calls of the model leave no outputs in it."""
         for output in (*self._outputs, *self._grids):
             output.listening = on
 
     def take(self) -> Tensor:
-        """Returns the feature of the forward pass that just ran, and forgets it.
+        """Returns the feature of the last forward pass, and forgets it.
 
         Returns:
             `Tensor`, in the dtype that the layer computed in. `mid`: [B, D] for CNNs (average-pooled) and for ViT / DeiT
@@ -157,7 +158,7 @@ def feature_shape(model: nn.Module, pixel_values: Tensor, layer: str | None = No
 
 
 def classifier_head(model: nn.Module, role: str = "teacher") -> nn.Linear:
-    """The classifier that reads the average of the feature map of kind `map`, for SRRL and SD-NKD.
+    """Returns the classifier that reads the average of the feature map of kind `map`, for SRRL and SD-NKD.
 
     Args:
         model (`nn.Module`): the teacher or the student.
@@ -177,12 +178,13 @@ def classifier_head(model: nn.Module, role: str = "teacher") -> nn.Linear:
 
 
 def head_parameters(head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight [C, D] and bias [C] of a classifier; zeros where it has no bias."""
+    """Returns weight [C, D] and bias [C] of a classifier; the bias is zero if the classifier has none."""
     return head.weight, head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
 
 
 def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None, role: str = "teacher") -> None:
-    """ValueError unless [`classifier_head`] of the averaged `map` gives the model's own logits, on random images.
+    """Raises ValueError unless [`classifier_head`] of the averaged `map` returns the model's own logits on random
+    images.
 
     A model on the meta device, which has no values, passes if its layers are known.
 
@@ -220,7 +222,7 @@ def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None, rol
 
 
 def _relative_difference(wanted: Tensor, got: Tensor) -> float:
-    """The largest difference, in units of the largest value; infinite if the shapes differ."""
+    """Returns the largest difference, in units of the largest value; infinite if the shapes differ."""
     if wanted.shape != got.shape:
         return math.inf
     wanted, got = wanted.double(), got.double()
@@ -259,7 +261,7 @@ def check_token_grids(
     student_size: tuple[int, int] | None = None,
     teacher_size: tuple[int, int] | None = None,
 ) -> None:
-    """ValueError unless both are ViTs that cut their images into the same grid of patches.
+    """Raises ValueError unless student and teacher are ViTs that cut their images into the same grid of patches.
 
     Args:
         student (`nn.Module`): a ViT or DeiT.
@@ -277,7 +279,7 @@ def check_token_grids(
 
 
 def _token_grid(model: nn.Module, size: tuple[int, int] | None = None) -> Grid:
-    """Height and width in patches of an image of this size, or of the size that the model was built for."""
+    """Returns height and width in patches of an image of this size, or of the size that the model was built for."""
     FeatureTap(model, kind="low").remove()  # raises the ValueError if the model is no ViT
     vit = timm_model(model)
     if vit is not None:
@@ -288,7 +290,7 @@ def _token_grid(model: nn.Module, size: tuple[int, int] | None = None) -> Grid:
 
 
 def _candidates(model: nn.Module, near: str = "") -> str:
-    """Names of stages and blocks, those most like `near` first."""
+    """Returns names of stages and blocks, the most similar ones to `near` first."""
     names = [name for name, module in model.named_modules() if name and next(module.children(), None) is not None]
     nearest = difflib.get_close_matches(near, names, n=4, cutoff=0.5)
     names = nearest + sorted((name for name in names if name not in nearest), key=lambda name: name.count("."))

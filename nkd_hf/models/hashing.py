@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hashes tensors with their names; neither their order nor the file that they came from matters."""
+    """Hashes tensors with their names; neither their order nor their file matters."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""Finds out which input sizes a model takes, by runs on the meta device, where nothing is computed."""
+"""Finds the input sizes that a model takes, by runs on the meta device, which computes no values."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from .meta_device import OnlyShapes
 
-# Patches and strides of most architectures divide these.
+# The patch sizes and strides of most architectures divide these numbers.
 _STEPS = (32, 14, 48)
 
 
 def own_image_size(architecture: str, otherwise: int = 224) -> int:
-    """Height and width that one of timm's architectures is built for; `otherwise` where timm doesn't fix it."""
+    """Returns height and width of one of timm's architectures; `otherwise` where timm doesn't fix the size."""
     cfg = timm.get_pretrained_cfg(architecture)
     return cfg.input_size[-1] if cfg is not None and cfg.fixed_input_size else otherwise
 
@@ -51,7 +51,8 @@ def try_image_size(
 
 
 def run_fault(model: PreTrainedModel, image_size: int) -> Exception | None:
-    """Returns the exception of a model on one image of this size, or None if it returns its logits. No module's mode changes.
+    """Returns the exception of a model on one image of this size, or None if it returns its logits; keeps modules'
+    modes.
 
     A size whose last pixels are in no patch is a fault, unless the architecture was designed for it.
     """
@@ -82,7 +83,7 @@ def run_fault(model: PreTrainedModel, image_size: int) -> Exception | None:
 
 
 def _rest_of_patches(conv: nn.Conv2d, pixels: torch.Tensor) -> tuple[int, int]:
-    """How many rows and columns are left when a convolution cuts the pixels into patches."""
+    """Counts the rows and columns that are left when a convolution cuts the pixels into patches."""
     if conv.kernel_size != conv.stride or conv.padding not in (0, (0, 0), "valid"):
         return 0, 0
     return tuple(length % patch for length, patch in zip(pixels.shape[-2:], conv.stride, strict=True))
@@ -99,7 +100,7 @@ def is_of_the_meta_device(error: Exception) -> bool:
 
 
 def image_size_advice(build: Callable[[int], PreTrainedModel], image_size: int, own: int) -> str:
-    """Names up to three sizes that a model takes, its own and the nearest ones; an empty text if none is found."""
+    """Returns advice with up to three sizes that a model takes, its own and the nearest ones, or an empty text."""
     fits = []
     for size in _near(image_size, own):
         if try_image_size(build, size)[1] is None:
@@ -118,5 +119,5 @@ def _near(image_size: int, own: int) -> Iterator[int]:
 
 
 def describe_fault(error: Exception) -> str:
-    """The first line of an error's message; the error's type if the message is empty."""
+    """Returns the first line of an error's message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

@@ -38,7 +38,7 @@ def read_label_file(path: str | Path) -> list[str]:
         ) from error
     if "\0" in text:
         raise ValueError(f"the label file {path} must be UTF-8 text, got zero bytes. Save it as UTF-8")
-    # StringIO knows all three ends of a line; str.splitlines would split at a form feed, too.
+    # StringIO splits at all three ends of a line; str.splitlines would split at a form feed, too.
     names = [line.strip() for line in io.StringIO(text.rstrip(), newline=None)]
     if not names:
         raise ValueError(

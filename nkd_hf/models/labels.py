@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 def normalize_id2label(
     id2label: Mapping[Any, str] | Sequence[str], num_labels: int | None = None, *, of: str = "id2label"
 ) -> dict[int, str]:
-    """Brings class names into the form in which they are compared and saved: the numbers 0..n-1 in order, each with its text.
+    """Brings class names into the form that is compared and saved: the numbers 0..n-1 in order, each with its text.
 
     Args:
         id2label: names by number. A number is an integer (also numpy's, or a tensor of one), or its text, as in JSON. A list
             or a tuple names the classes in order.
-        num_labels: how many classes there must be.
-        of: what messages call the names.
+        num_labels: the number of classes that there must be.
+        of: the name of `id2label` in messages.
 
     Returns:
-        `dict[int, str]`: a new dict. Two classes may have one name, as two of ImageNet are called crane.
+        `dict[int, str]`: a new dict. Two classes may have one name: ImageNet has two classes `crane`.
 
     Raises:
         ValueError: the numbers are not 0..n-1, each once; a name is not text; there are no classes, or not `num_labels`.
@@ -71,8 +71,9 @@ def check_classifier(config: Any, of: str) -> None:
     """Checks that a model has a softmax over two or more classes, which every loss of nkd_hf needs.
 
     Args:
-        config: the model's configuration; an object without `problem_type` and `num_labels`, or None, passes.
-        of: what messages call the model.
+        config: the model's configuration; an object without `problem_type` and `num_labels`, or None, passes the
+            check.
+        of: the name of the model in messages.
 
     Raises:
         ValueError: the model has one class, or its `problem_type` is regression or several labels an image.
@@ -88,15 +89,16 @@ def check_classifier(config: Any, of: str) -> None:
 
 
 def invert_labels(id2label: Mapping[int, str]) -> dict[str, int]:
-    """The `label2id` that belongs to an `id2label`; of classes with one name, the last one counts, as in transformers."""
+    """Returns the `label2id` of an `id2label`; of classes with one name, the last one counts, as in transformers."""
     return {name: number for number, name in id2label.items()}
 
 
 def check_class_order(folder: str | Path, id2label: Mapping[Any, str] | Sequence[str]) -> None:
-    """Checks that a saved model, with which training continues, has its logits in the order of the run's classes.
+    """Checks that a saved model, from which training continues, has its logits in the order of the run's classes.
 
     Args:
-        folder: of the saved model. A folder without a `config.json`, or without names in it, passes.
+        folder: the folder of the saved model. A folder without a `config.json`, or without names in it, passes the
+            check.
         id2label: the run's classes.
 
     Raises:
@@ -120,7 +122,7 @@ def reorder(names: Sequence[str], saved: Sequence[str]) -> list[int] | None:
     """Finds the positions of `names` in a saved model that has the same names in another order.
 
     Returns:
-        `list[int]` or None: `logits[:, order]` stands in the order of `names`. None if the order is the same, if the names
+        `list[int]` or None: `logits[:, order]` is in the order of `names`. None if the order is the same, if the names
         differ, or if one side's names are generic (`LABEL_0`).
 
     Raises:
@@ -155,7 +157,7 @@ def match_labels(
 ) -> list[int] | None:
     """Finds the positions of the student's classes in the teacher's logits.
 
-    For other pairs than student and teacher, `roles` has their names in messages, and `advice` says what to do. With
+    For other pairs than student and teacher, `roles` has their names in messages, and `advice` has the advice. With
     `allow_more`, a teacher may have other classes beside the student's, which it must name as the student does.
 
     Equal lists match by position, even if names repeat (ImageNet has two classes `crane`), or if one list alone tells
@@ -165,7 +167,7 @@ def match_labels(
     names are whole numbers; a warning says so.
 
     Returns:
-        `list[int]` or None: `teacher_logits[:, order]` stands in the student's order; None if the orders are equal.
+        `list[int]` or None: `teacher_logits[:, order]` is in the student's order; None if the orders are equal.
 
     Raises:
         ValueError: the label spaces differ; the message lists the first differences. Or one side is no `id2label`; see
@@ -222,7 +224,7 @@ def match_labels(
 
 
 def names_all(teacher: Sequence[str], student: Sequence[str]) -> bool:
-    """Whether a teacher's class names have each of the student's, once, and say something (not `LABEL_0`).
+    """Whether a teacher's class names contain each of the student's once, and the names are not generic or numbers.
 
     Example:
         >>> names_all(["owl", "cat", "dog"], ["dog", "cat"]), names_all(["owl", "cat"], ["dog", "cat"])
@@ -235,12 +237,13 @@ def names_all(teacher: Sequence[str], student: Sequence[str]) -> bool:
 
 
 def is_generic(names: Sequence[str]) -> bool:
-    """Whether the names are transformers' own for classes without names: `LABEL_0`, `LABEL_1`, ..."""
+    """Whether the names are the ones that transformers gives classes without names: `LABEL_0`, `LABEL_1`, ..."""
     return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
 
 
 def whole_numbers(names: Sequence[str]) -> list[int] | None:
-    """Reads names that are whole numbers: `3`, `003` or `LABEL_3`. None unless all are of one kind, and no number repeats.
+    """Reads names that are whole numbers: `3`, `003` or `LABEL_3`. None unless all have one form, and no number
+    repeats.
 
     Example:
         >>> whole_numbers(["0", "1", "10", "2"]), whole_numbers(["3", "three"]), whole_numbers(["1", "01"])
@@ -269,12 +272,12 @@ def sort_by_number(names: Sequence[str]) -> list[str]:
 def class_numbers(names: Sequence[str], num_labels: int) -> list[int]:
     """Finds the numbers of named classes in a model of `num_labels` classes, without the model's own names.
 
-    A name that is a whole number (`003`, `LABEL_3`) is the number of its class. Other names are numbered by position, and
-    so are numbers beyond the model's if their order as numbers is their order as text: `001` to `012`.
+    A name that is a whole number (`003`, `LABEL_3`) is the number of its class. Other names are numbered by position.
+    So are numbers beyond the model's classes, if their order as numbers is their order as text: `001` to `012`.
 
     Raises:
-        ValueError: the names are whole numbers beyond the model's, and their order as text is another one (`1` to `12`), so
-            that the name of the model's first class is unknown.
+        ValueError: the names are whole numbers beyond the model's classes, and their order as text is another one (`1`
+            to `12`), so that the name of the model's first class is unknown.
 
     Example:
         >>> class_numbers(["0", "10", "2"], 11), class_numbers(["cat", "dog"], 2)
@@ -310,7 +313,7 @@ def _number(key: Any, of: str) -> int:
 
 
 def _tells_apart(name: str, repeated: str) -> bool:
-    """Whether a name is a repeated one with something added: `crane2` or `crane, bird`, not `craned`."""
+    """Whether a name is a repeated name with text added: `crane2` or `crane, bird`, not `craned`."""
     return re.match(re.escape(repeated) + r"(?![^\W\d_])", name) is not None
 
 

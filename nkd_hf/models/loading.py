@@ -1,4 +1,4 @@
-"""Opens a classifier from the Hub or a folder; pickles and code beside the weights are refused unless they are allowed."""
+"""Opens a classifier from the Hub or a folder, and refuses pickles and code beside the weights by default."""
 
 import contextlib
 import logging
@@ -36,9 +36,9 @@ from .model_config import check_image_processor, find_file, is_timm_config, read
 from .outputs import check_inputs
 from .repo_ids import read_repo_id
 
-# Endings of files of weights.
+# Endings of the names of files of weights.
 _TIMM_FILES = (".pth.tar", ".pth", ".pt", ".safetensors")
-# Weights without effect on the logits: counters, tables that models compute themselves, auxiliary heads of training.
+# Weights without effect on the logits: counters, tables that models compute themselves, auxiliary heads for training.
 _WITHOUT_EFFECT = re.compile(
     r"(.*\.)?(num_batches_tracked|relative_position_index|attn_mask|position_ids|mask_token)"
     r"|(timm_model\.)?(AuxLogits|aux_classifier|aux_head|aux[12])\..*"
@@ -73,17 +73,18 @@ def open_pretrained(
     trust_remote_code: bool = False,
     **kwargs,
 ) -> PreTrainedModel:
-    """Calls `from_pretrained` of an auto class, and refuses the pickles and missing weights that it accepts.
+    """Calls `from_pretrained` of an auto class, and refuses pickles and missing weights, which `from_pretrained`
+    accepts.
 
     The model gets the attribute `starts_with_new_head`: whether its classifier starts from random weights.
 
     Args:
         name: a folder or a Hub id.
-        model_class: the auto class. A model of another one than the default may need more than pixels.
+        model_class: the auto class. A model of another auto class than the default may need more than pixels.
         new_head: whether the classifier may start from random weights, as a student's may. All other weights must be in the
             file.
-        allow_pickle: whether weights in a pickle (`pytorch_model.bin`) are opened where there are no safetensors; only the
-            pickle's tensors are read (`weights_only`).
+        allow_pickle: whether weights in a pickle (`pytorch_model.bin`) are opened if there are no safetensors; only
+            the pickle's tensors are read (`weights_only`).
         trust_remote_code: whether code beside the weights may run.
         kwargs: passed to `from_pretrained`.
 
@@ -155,17 +156,17 @@ def open_pretrained(
 
 
 def _has_classes(config: dict[str, Any], num_labels: int | None) -> bool:
-    """Whether a model of timm has `num_labels` classes, and names of as many or none."""
+    """Whether a model of timm has `num_labels` classes, and a name for each class or no names."""
     num_names = len(config.get("label_names") or ())
     return "architecture" in config and config.get("num_classes") == num_labels and num_names in (0, num_labels)
 
 
 def _check_no_checkpoint(name: str) -> None:
-    """RefusedError for a file of weights, or for a folder of them without a configuration, as timm's training writes it."""
+    """Raises RefusedError for a file of weights, or a folder without a configuration, which timm's training writes."""
     files = [Path(name)] if os.path.isfile(name) else []
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, CONFIG_NAME)):
         files = [path for path in sorted(Path(name).iterdir()) if path.name.endswith(_TIMM_FILES)]
-        # The message names model_best, which timm writes beside the checkpoints of the last epochs.
+        # The message should name model_best, which timm writes beside the checkpoints of the last epochs.
         files.sort(key=lambda path: not path.name.startswith("model_best"))
         if models := sorted(str(path.parent) for path in Path(name).glob(f"*/{CONFIG_NAME}")):
             raise RefusedError(
@@ -179,7 +180,7 @@ def _check_no_checkpoint(name: str) -> None:
 
 
 def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs) -> BaseImageProcessor:
-    """Calls `AutoImageProcessor.from_pretrained`, and checks the processor's sizes and scales and the names of its outputs.
+    """Calls `AutoImageProcessor.from_pretrained`, and checks the processor's sizes, scales and names of outputs.
 
     Args:
         name: a folder or a Hub id.
@@ -187,7 +188,7 @@ def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        RefusedError: a size or scale is not that of an image, or the processor's model needs more than pixels.
+        RefusedError: a size or scale does not fit images, or the processor's model needs more than pixels.
         OSError: there is no image processor.
     """
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
@@ -206,13 +207,13 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool
     Args:
         model: the model.
         loaded: `from_pretrained`'s loading info.
-        new_head: whether the classifier's weights may differ, and the file may hold more than the model.
+        new_head: whether the classifier's weights may differ, and the file may have more weights than the model.
 
     Raises:
-        NoClassifierError: the classifier's weights are missing, and no others.
+        NoClassifierError: only the classifier's weights are missing.
         RefusedError: weights are missing, have another shape, or are unknown to the model.
     """
-    # Old files hold tables that the model computes itself, such as LeViT's attention_bias_idxs.
+    # Old files have tables that the model computes itself, such as LeViT's attention_bias_idxs.
     computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     faults = {}
     for fault in ("missing keys", "mismatched keys", "unexpected keys"):
@@ -224,7 +225,7 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool
     for fault, keys in (of_others if new_head else faults).items():
         if keys:
             expected = "the weights of all layers but the classifier" if new_head else "a whole image classifier"
-            first = min(keys, key=is_head)  # a layer of the backbone, if one is among them
+            first = min(keys, key=is_head)  # a layer of the backbone, if there is one
             kind = NoClassifierError if lacks_head and fault == "missing keys" else RefusedError
             raise kind(
                 f"its weights must be {expected}, got {len(keys)} {fault} of {len(model.state_dict())}, {first} first. "
@@ -245,7 +246,7 @@ def _advice(unexpected: Iterable[str], new_head: bool) -> str:
 
 
 def _head_of(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Returns a function that tells by a weight's name whether it belongs to the classifier, which `new_head` may replace."""
+    """Returns a function that decides by a weight's name if it is of the classifier, which `new_head` may replace."""
     if isinstance(model, TimmWrapperForImageClassification):
         names = model.timm_model.pretrained_cfg.get("classifier") or ()
         names = (names,) if isinstance(names, str) else names
@@ -255,7 +256,7 @@ def _head_of(model: PreTrainedModel) -> Callable[[str], bool]:
     has_base = bool(prefix) and hasattr(model, prefix)
 
     def is_head(key: str) -> bool:
-        # A pooler is trained with the classifier: self-supervised weights (BEiT's, MAE's) come without it.
+        # A pooler is trained with the classifier: self-supervised weights (BEiT's, MAE's) have no pooler.
         if has_base and (not key.startswith(f"{prefix}.") or "pooler" in key.split(".")):
             return True
         return shapes.get(key, ())[:1] == (model.config.num_labels,)
@@ -264,7 +265,7 @@ def _head_of(model: PreTrainedModel) -> Callable[[str], bool]:
 
 
 def _read_index(file: str, path: str) -> list[str]:
-    """The shards that an index names, which must lie beside it."""
+    """Returns the shards that an index names, which must be beside it."""
     try:
         weight_map = read_json(path, file).get("weight_map")
     except RefusedError as error:
@@ -284,7 +285,7 @@ def _read_index(file: str, path: str) -> list[str]:
 
 
 def _find_weights(name: str, config: dict[str, Any], allow_pickle: bool, where: dict[str, Any]) -> list[str]:
-    """The paths of the files that `from_pretrained` will read; missing files are skipped, since `from_pretrained` raises."""
+    """Returns the paths of the files that `from_pretrained` will read, without missing files, for which it raises."""
     kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
     shards = {}
     for _, index in kinds:
@@ -301,7 +302,7 @@ def _find_weights(name: str, config: dict[str, Any], allow_pickle: bool, where: 
 
 
 def comes_with_code(model: PreTrainedModel) -> bool:
-    """Whether a model's class came from beside its weights, with `trust_remote_code`."""
+    """Whether a model's class comes from code beside its weights, with `trust_remote_code`."""
     return type(model).__module__.startswith("transformers_modules.")
 
 
@@ -313,7 +314,7 @@ def _pickle_of(name: str) -> str | None:
 
 @contextlib.contextmanager
 def _without_conversion() -> Iterator[None]:
-    """Keeps transformers from asking the Hub to convert a pickle: it would open a pull request in the user's name."""
+    """Prevents transformers from asking the Hub to convert a pickle, which opens a pull request in the user's name."""
     name = "DISABLE_SAFETENSORS_CONVERSION"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -328,7 +329,7 @@ def _without_conversion() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Omits transformers' report of weights and names that do not fit: check_weights raises, or the head is a new one."""
+    """Hides transformers' report of weights and names that do not fit: check_weights raises, or the head is new."""
     texts = {
         "transformers.modeling_utils": "LOAD REPORT",
         "transformers.configuration_utils": "incompatible to the `id2label` map",
@@ -338,7 +339,7 @@ def _without_report() -> Iterator[None]:
     def keep(record: logging.LogRecord) -> bool:
         return texts[record.name] not in str(record.msg)
 
-    # Another level would make transformers log its tensor-parallel plan.
+    # Another log level would make transformers log its tensor-parallel plan.
     for each in loggers:
         each.addFilter(keep)
     try:

@@ -1,4 +1,4 @@
-"""The models of cls_KD (mmcls) and the names of their weights."""
+"""Builds the models of cls_KD (mmcls), and renames their weights."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -11,26 +11,26 @@ from transformers import PreTrainedModel
 from .students import create_student
 
 # Buffers that the models compute themselves, and norms that belong to the loss: USKD's mid feature of Swin passes through
-# norm2 (USKDLoss(feature_norm=...)); timm's model has norm3 alone.
+# norm2 (USKDLoss(feature_norm=...)); timm's model has only norm3.
 _LEFT_OUT = re.compile(
     r"data_preprocessor\..*|backbone\..*\.(relative_position_index|attn_mask)|backbone\.norm[0-2]\..*"
 )
 
 
 def convert_state_dict(state_dict: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Renames official weights, and reorders channels that stand in another order.
+    """Renames official weights, and reorders channels whose order differs.
 
-    - RegNetX: the official model sees BGR and the student RGB, so the channels of the stem are reversed.
+    - RegNetX: the official model reads BGR and the student RGB, so the channels of the stem are reversed.
     - Swin: the weights that merge patches have the order channel, row, column in mmcls and column, row, channel in timm.
 
     Args:
-        state_dict: by official names, `backbone.*` and `head.*`. `data_preprocessor.*`, Swin's tables and its
+        state_dict: weights by official names, `backbone.*` and `head.*`. `data_preprocessor.*`, Swin's tables and its
             `backbone.norm0` to `norm2` are skipped.
         architecture: one of [`OFFICIAL_ARCHITECTURES`], such as `resnet18`.
 
     Returns:
-        `dict[str, Tensor]`: by the student's names, for its `load_state_dict`. An unknown key stays in it, so that
-        `load_state_dict` names it.
+        `dict[str, Tensor]`: the weights by the student's names, for its `load_state_dict`. An unknown key is kept, so
+        that `load_state_dict` names it.
 
     Raises:
         ValueError: the architecture is unknown.
@@ -41,10 +41,11 @@ def convert_state_dict(state_dict: dict[str, Tensor], architecture: str) -> dict
 def create_official_student(
     state_dict: dict[str, Tensor], architecture: str, id2label: dict[int, str] | None = None
 ) -> PreTrainedModel:
-    """Builds the student of an architecture, with the preprocessing of its row, and loads official weights into it.
+    """Builds the student of an architecture, with the architecture's preprocessing, and loads official weights into
+    it.
 
     Args:
-        state_dict: by official names; see [`convert_state_dict`].
+        state_dict: weights by official names; see [`convert_state_dict`].
         architecture: one of [`OFFICIAL_ARCHITECTURES`].
         id2label: class names. None means ImageNet's, and for CIFAR-100 `LABEL_0` to `LABEL_99`.
 
@@ -83,7 +84,7 @@ def _architecture(name: str) -> "_Architecture":
 
 
 def _renamed(state_dict: Iterable[str], architecture: str) -> Iterator[tuple[str, str]]:
-    """The official and the student's name of each weight."""
+    """Yields the official and the student's name of each weight."""
     target = _architecture(architecture)
     for key in state_dict:
         if not _LEFT_OUT.fullmatch(key):

@@ -15,9 +15,9 @@ from torch import Tensor
 def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
     """Reads the student's weights from an official checkpoint.
 
-    From a training checkpoint of the distiller (`student.*`, `teacher.*`, `distill_losses.*`) the student alone is read.
-    With mmengine's `EMAHook`, the weights are the average: the hook saves the averaged weights as `state_dict`, and the
-    trained ones as `ema_state_dict`, which is not read.
+    From a training checkpoint of the distiller (`student.*`, `teacher.*`, `distill_losses.*`) only the student is
+    read. With mmengine's `EMAHook`, the weights are the average: the hook saves the averaged weights as `state_dict`,
+    and the trained weights as `ema_state_dict`, which is not read.
 
     Objects that mmengine pickles beside the weights (`message_hub`, `optimizer`, numpy's arrays) are replaced with objects
     that do nothing, so that mmengine is not needed and no class that the file names is imported or called.
@@ -30,7 +30,8 @@ def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no checkpoint, holds no weights, or names a function that no checkpoint needs (`os.system`).
+        ValueError: the file is no checkpoint, has no weights, or names a function that no checkpoint needs
+            (`os.system`).
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -50,7 +51,7 @@ def read_mmcls_checkpoint(path: str) -> dict[str, Tensor]:
 
 
 class _StandIn(list):
-    """Ignores every operation on it. A list, since torch appends to lists alone."""
+    """Ignores every operation on it. It is a list, since torch appends only to lists."""
 
     is_mapping = is_list = has_state = False
 
@@ -75,14 +76,14 @@ class _StandIn(list):
 
 
 class _MappingStandIn:
-    """Stands in for a class of mappings, since torch sets the items of plain mappings alone."""
+    """Replaces a class of mappings, since torch sets only the items of plain mappings."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
 
 
 class _ListStandIn:
-    """Stands in for a class of lists, since torch 2.11 appends to plain lists alone."""
+    """Replaces a class of lists, since torch 2.11 appends only to plain lists."""
 
     def __new__(cls, *args, **kwargs):
         return []
@@ -133,7 +134,7 @@ def _load_with_stand_ins(path: str):
 
 
 def _pickles(path: str) -> Iterator[io.BufferedIOBase]:
-    """The files that hold pickled objects; the older format has several pickles one after the other."""
+    """Yields the files with pickled objects; the older format has several pickles one after the other."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..errors import RefusedError
 from .labels import normalize_id2label
 
-# Arguments of timm.create_model that open files or download: a configuration has no use for them.
+# Arguments of timm.create_model that open files or download. A configuration does not need them.
 _OPENING_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 # ImageNet-21k's 21843 names take 0.5 MB.
 _MAX_BYTES = 2**25
@@ -30,7 +30,7 @@ def find_file(name: str, file: str, **where) -> str | None:
 
     Args:
         name: a folder or a Hub id.
-        file: its name in the folder.
+        file: the file's name in the folder.
         where: `revision`, `cache_dir`, `local_files_only`.
     """
     with contextlib.suppress(OSError, ValueError):
@@ -50,7 +50,7 @@ def read_config(name: str, trust_remote_code: bool = False, **where) -> dict[str
         `dict` or None: the configuration (timm's in the form that transformers opens), or None if there is none.
 
     Raises:
-        RefusedError: it cannot be read, names other files, or holds values that no image classifier has.
+        RefusedError: the configuration cannot be read, names other files, or has values that no image classifier has.
     """
     path = find_file(name, CONFIG_NAME, **where)
     if path is None:
@@ -68,11 +68,11 @@ def read_json(path: str, file: str) -> dict[str, Any]:
     """Reads a mapping from a JSON file whose values are bounded in size, depth and range.
 
     Args:
-        path: of the file.
-        file: what messages call it.
+        path: the path of the file.
+        file: the name of the file in messages.
 
     Raises:
-        RefusedError: it cannot be read, or holds something else.
+        RefusedError: the file cannot be read, or its content is no such mapping.
     """
     if os.path.getsize(path) > _MAX_BYTES:
         raise RefusedError(
@@ -99,8 +99,8 @@ def check_settings(config: dict[str, Any], trust_remote_code: bool = False) -> N
         trust_remote_code: whether downloaded code may run.
 
     Raises:
-        RefusedError: it makes timm or transformers open further files (weights by a path, a repo, a kernel), or it holds
-            values that no image classifier has.
+        RefusedError: the configuration makes timm or transformers open further files (weights by a path, a repo, a
+            kernel), or has values that no image classifier has.
     """
     check_model_args(config.get("model_args"))
     if ":" in str(config.get("architecture")):
@@ -121,7 +121,7 @@ def check_settings(config: dict[str, Any], trust_remote_code: bool = False) -> N
 
 
 def check_model_args(model_args: dict[str, Any] | None) -> None:
-    """RefusedError if arguments of timm's architecture make `timm.create_model` open a file."""
+    """Raises RefusedError if arguments of timm's architecture make `timm.create_model` open a file."""
     if isinstance(model_args, dict) and (opening := [key for key in _OPENING_ARGS if key in model_args]):
         raise RefusedError(
             f"its model_args hold {', '.join(opening)}, by which timm would open other weights: omit that, and give "
@@ -138,8 +138,8 @@ def check_image_processor(settings: dict[str, Any], file: str = "preprocessor_co
     """Checks the sizes and scales of an image processor.
 
     Args:
-        settings: an image processor's, or timm's `pretrained_cfg`.
-        file: what messages call them.
+        settings: the settings of an image processor, or timm's `pretrained_cfg`.
+        file: the name of the settings in messages.
 
     Raises:
         RefusedError: a size is no number of pixels, or pixels would be divided by 0.
@@ -165,7 +165,7 @@ def check_image_processor(settings: dict[str, Any], file: str = "preprocessor_co
 
 
 def _check_values(config: dict[str, Any]) -> None:
-    """RefusedError for a value with which the construction of a model would fail with another error, or never end."""
+    """Raises RefusedError for a value with which building a model would raise another error, or never end."""
     for key in ("num_classes", "num_labels"):
         if config.get(key) is not None and not (_is_integer(config[key]) and config[key] >= 0):
             raise RefusedError(f"its {key} must be a number of classes, got {config[key]!r}")
@@ -201,7 +201,7 @@ def _check_values(config: dict[str, Any]) -> None:
 
 
 def _keys_of(config: dict[str, Any]) -> set[str]:
-    """The keys from which a model is built; all other keys (a count of FLOPs, a seed) may have any number."""
+    """Returns the keys from which a model is built; all other keys (a count of FLOPs, a seed) may have any number."""
     keys = {"model_args", "pretrained_cfg", "num_classes", "num_labels"}
     if config.get("model_type") in CONFIG_MAPPING:
         default = CONFIG_MAPPING[config["model_type"]]()
@@ -210,7 +210,7 @@ def _keys_of(config: dict[str, Any]) -> set[str]:
 
 
 def _numbers(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, int | float]]:
-    """All numbers in a JSON value with their keys, and the sums of lists."""
+    """Yields all numbers in a JSON value with their keys, and the sums of lists."""
     if depth > _MAX_DEPTH:
         raise RefusedError(f"its {key} is nested more than {_MAX_DEPTH} times")
     if _is_number(value):
@@ -234,7 +234,7 @@ def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
     """
     config = dict(config)
     if "pretrained_cfg" not in config:
-        # The form before timm 0.9: all in one mapping.
+        # Before timm 0.9, all settings were in one mapping.
         pretrained_cfg = dict(config)
         config = {"architecture": pretrained_cfg.pop("architecture")}
         pretrained_cfg.pop("num_features", None)

@@ -1,4 +1,5 @@
-"""The CIFAR ResNets: torchvision's ResNet with a 3x3 stem of stride 1 and no max-pool, as a transformers model.
+"""Defines the CIFAR ResNets: torchvision's ResNet with a 3x3 stem of stride 1 and no max-pool, as a transformers
+model.
 
 `save_pretrained` copies this file beside the weights.
 """
@@ -21,7 +22,7 @@ class ResNetCifarConfig(PretrainedConfig):
             ResNet-34 has [3, 4, 6, 3].
         preprocessing (`dict`, *optional*): `input_size`, `mean`, `std`, `crop_pct` and `interpolation`, as in timm's
             `pretrained_cfg`, which is another name of this attribute. None means 32 pixels and CIFAR-100's mean and std.
-        kwargs: as for every configuration, `num_labels` and `id2label` among them.
+        kwargs: arguments of every configuration, such as `num_labels` and `id2label`.
     """
 
     model_type = "nkd_resnet_cifar"
@@ -76,7 +77,8 @@ class ResNetCifarForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As in mmcls/models/backbones/resnet.py, where each block starts as the identity, and heads/linear_head.py.
+        # The initialisation is that of mmcls/models/backbones/resnet.py, where each block starts as the identity, and
+        # heads/linear_head.py.
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
@@ -104,6 +106,6 @@ class ResNetCifarForImageClassification(PreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
-# With these, save_pretrained names this file's classes in config.json, and copies this file beside the weights.
+# With these calls, save_pretrained names this file's classes in config.json, and copies this file beside the weights.
 ResNetCifarConfig.register_for_auto_class()
 ResNetCifarForImageClassification.register_for_auto_class("AutoModelForImageClassification")

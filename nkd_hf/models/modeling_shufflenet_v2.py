@@ -1,4 +1,4 @@
-"""ShuffleNetV2 (arXiv 1807.11164), torchvision's network as a transformers model.
+"""Defines ShuffleNetV2 (arXiv 1807.11164), torchvision's network as a transformers model.
 
 `save_pretrained` copies this file beside the weights.
 """
@@ -22,7 +22,7 @@ class ShuffleNetV2Config(PretrainedConfig):
             None means [24, 116, 232, 464, 1024].
         preprocessing (`dict`, *optional*): `input_size`, `mean`, `std`, `crop_pct` and `interpolation`, as in timm's
             `pretrained_cfg`, which is another name of this attribute. None means 224 pixels and ImageNet's mean and std.
-        kwargs: as for every configuration, `num_labels` and `id2label` among them.
+        kwargs: arguments of every configuration, such as `num_labels` and `id2label`.
     """
 
     model_type = "nkd_shufflenet_v2"
@@ -79,8 +79,9 @@ class ShuffleNetV2ForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As in mmcls/models/backbones/shufflenet_v2.py and heads/linear_head.py. The norms get no bias of 0.0001, though
-        # shufflenet_v2.py names it: it passes their weight to constant_init, which needs the module.
+        # The initialisation is that of mmcls/models/backbones/shufflenet_v2.py and heads/linear_head.py. The norms get
+        # no bias of 0.0001, though shufflenet_v2.py names it: shufflenet_v2.py passes their weight to constant_init,
+        # which needs the module.
         if isinstance(module, nn.Conv2d):
             stem = module is self.shufflenet.conv1[0]
             nn.init.normal_(module.weight, std=0.01 if stem else 1 / module.weight.shape[1])
@@ -107,6 +108,6 @@ class ShuffleNetV2ForImageClassification(PreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
-# With these, save_pretrained names this file's classes in config.json, and copies this file beside the weights.
+# With these calls, save_pretrained names this file's classes in config.json, and copies this file beside the weights.
 ShuffleNetV2Config.register_for_auto_class()
 ShuffleNetV2ForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -1,11 +1,12 @@
-"""Checks that a model takes pixels alone, and that it returns logits."""
+"""Checks that a model needs only pixels, and that it returns logits."""
 
 import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-# transformers gives these a default of None, and fails without them: Siglip2 (NaFlex), ImageGPT, ShieldGemma2.
+# These arguments have a default of None in transformers, but their models fail without them: Siglip2 (NaFlex),
+# ImageGPT, ShieldGemma2.
 _NOT_PIXELS = ("input_ids", "spatial_shapes", "num_crops")
 
 
@@ -14,7 +15,7 @@ def check_inputs(model: nn.Module, of: str) -> None:
 
     Args:
         model: a student or teacher.
-        of: what messages call the model.
+        of: the name of the model in messages.
 
     Raises:
         ValueError: its forward needs more arguments.
@@ -52,12 +53,12 @@ def check_inputs(model: nn.Module, of: str) -> None:
 
 
 def read_logits(output: Any, of: str, num_images: int, num_classes: int | None = None) -> Tensor:
-    """Takes the logits out of a model's output.
+    """Reads the logits from a model's output.
 
     Args:
         output: a tensor, or an object that has the tensor as `.logits` or `["logits"]`.
-        of: what messages call the model.
-        num_images: B, of the model's batch.
+        of: the name of the model in messages.
+        num_images: B, the size of the model's batch.
         num_classes: C; None if it is not known.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reads how a model's pixels are prepared, from the settings of transformers and timm, and checks it on test pictures."""
+"""Reads a model's preprocessing from the settings of transformers and timm, and checks it on test pictures."""
 
 import functools
 import logging
@@ -24,12 +24,12 @@ from .loading import comes_with_code, open_image_processor
 logger = logging.getLogger(__name__)
 
 RGB = (0, 1, 2)
-# Attribute of a student for its image processor, if that differs from its folder's.
+# Attribute of a student for its image processor, if the image processor differs from the folder's.
 IMAGE_PROCESSOR = "_nkd_hf_image_processor"
-# Training and the teacher resize by bilinear or bicubic. Other kernels are replaced with the nearer of the two.
+# Training and the teacher resize by bilinear or bicubic. Other kernels are replaced with the more similar of the two.
 _NEAREST_KERNEL = {"lanczos": "bicubic", "lanczos3": "bicubic", "hamming": "bilinear", "box": "bilinear"}
 _NEAREST_KERNEL |= {"nearest": "bilinear", "nearest-exact": "bilinear"}
-# Four colours a picture, one in each quarter. They span RGB and reach both ends of each channel.
+# Each picture has four colours, one in each quarter. The colours span RGB and reach both ends of each channel.
 _COLOURS = np.array(
     [
         [[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]],
@@ -43,7 +43,8 @@ _COLOURS = np.array(
 class ChannelMeans(tuple):
     """The mean of red, green and blue, with the order of the model's channels.
 
-    [`train_transform`] reads the order from it, so that training gets the right channels from size, mean and std alone.
+    [`train_transform`] reads the order from the mean, so that training gets the right channels from size, mean and std
+    alone.
 
     Attributes:
         channel_order (`tuple[int, ...]`): see [`Preprocessing`].
@@ -53,14 +54,14 @@ class ChannelMeans(tuple):
 
 
 class Preprocessing(NamedTuple):
-    """How pixels in [0, 1] become a model's input.
+    """The settings that turn pixels in [0, 1] into a model's input.
 
     Attributes:
         mean ([`ChannelMeans`]): of red, green and blue, in units of [0, 1].
         std (`tuple[float, ...]`): of red, green and blue, in units of [0, 1].
         size (`tuple[int, int]`): height and width in pixels.
         interpolation (`str`): `bilinear` or `bicubic`.
-        channel_order (`tuple[int, ...]`): which of red (0), green (1) and blue (2) each channel of the input is.
+        channel_order (`tuple[int, ...]`): the colour of each channel of the input: red (0), green (1) or blue (2).
     """
 
     mean: ChannelMeans
@@ -71,19 +72,19 @@ class Preprocessing(NamedTuple):
 
     @property
     def colours(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
-        """The settings that decide what a colour becomes: two models of equal `colours` take the same pixels."""
+        """The settings that change colours: two models with equal `colours` take the same pixels."""
         return self.mean, self.std, self.channel_order
 
 
 def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = None) -> Preprocessing | None:
     """Reads a model's preprocessing from its image processor, or from timm's `pretrained_cfg`.
 
-    The processor also preprocesses three test pictures. The returned mean, std and order give the colours of its output,
-    whichever of its settings they come from.
+    The processor also preprocesses three test pictures. The returned mean, std and order describe the colours of its
+    output, whichever of its settings they come from.
 
     Args:
         model: a `*ForImageClassification`, or a bare timm model.
-        processor: the image processor that belongs to the model. None means the one that `pretrained_cfg` describes, or
+        processor: the image processor of the model. None means the image processor that `pretrained_cfg` describes, or
             the one in the folder or repo of a native transformers model.
 
     Returns:
@@ -104,7 +105,7 @@ def read_preprocessing(model: nn.Module, processor: BaseImageProcessor | None = 
     ```
     """
     config = getattr(model, "config", None)
-    # An attribute of the configuration of a transformers model, and of a bare timm model itself.
+    # pretrained_cfg is an attribute of the configuration of a transformers model, and of a bare timm model itself.
     in_config = getattr(config, "pretrained_cfg", None)
     pretrained_cfg = in_config or getattr(model, "pretrained_cfg", None)
     # A ProcessorMixin, such as CLIPProcessor, has a part for images. A tokenizer is ignored.
@@ -129,7 +130,7 @@ def read_processor(processor: BaseImageProcessor) -> Preprocessing:
     """Reads the preprocessing of an image processor and checks it on test pictures; see [`read_preprocessing`].
 
     Raises:
-        ValueError: the processor does more than to resize, crop, reorder channels and normalise each of them.
+        ValueError: the processor does more than resize, crop, reorder channels and normalise each channel.
     """
     name = type(processor).__name__
     if isinstance(processor, TimmWrapperImageProcessor):
@@ -139,7 +140,7 @@ def read_processor(processor: BaseImageProcessor) -> Preprocessing:
     else:
         settings = processor.to_dict()
         exact, stated, resample = _normalisation(settings), _stated_size(settings), _resample(settings)
-    with torch.device("cpu"):  # `nkd-hf plan` calls this under the meta device, which would hold no colours
+    with torch.device("cpu"):  # `nkd-hf plan` calls this under the meta device, whose tensors have no colours
         pictures = _run(processor, [_picture(number, (512, 512)).copy() for number in range(len(_COLOURS))])
         mean, std, order = _read_colours(pictures, name)
         size = _read_size(processor, tuple(pictures[0].shape[1:]), stated)
@@ -163,7 +164,7 @@ def read_crop_pct(processor: BaseImageProcessor) -> float:
 
 
 def kernel(name: str, of: str) -> str:
-    """Returns `bilinear` or `bicubic`, whichever is nearer to an interpolation; warns if the interpolation is neither."""
+    """Returns `bilinear` or `bicubic`, whichever is more similar to an interpolation; warns if they differ."""
     if name in ("bilinear", "bicubic"):
         return name
     if name not in _NEAREST_KERNEL:
@@ -220,7 +221,8 @@ def load_image_processor(student: PreTrainedModel) -> BaseImageProcessor:
     return open_image_processor(student.name_or_path, trust_remote_code=comes_with_code(student))
 
 
-# Preprocessing by the text of a `pretrained_cfg`: a run reads the same one dozens of times, each with four test pictures.
+# Preprocessing by the text of a `pretrained_cfg`: a run reads the same `pretrained_cfg` dozens of times, each with
+# four test pictures.
 _read_before: dict[str, Preprocessing] = {}
 
 
@@ -241,7 +243,7 @@ def _read_timm(model: nn.Module, pretrained_cfg: Any) -> Preprocessing:
     own = _read_before[settings]
     patch_embed = getattr(model, "patch_embed", None)
     if isinstance(patch_embed, PatchEmbed) and patch_embed.img_size is not None:
-        # In a bare timm model that was built for another size, patch_embed alone has that size.
+        # In a bare timm model that was built for another size, only patch_embed has that size.
         own = own._replace(size=tuple(patch_embed.img_size))
     return own
 
@@ -273,7 +275,7 @@ def _run(processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> list[t
 
 @functools.lru_cache(maxsize=16)
 def _picture(number: int, size: tuple[int, int]) -> PIL.Image.Image:
-    """A picture of four flat quarters, in the colours of this number."""
+    """Makes a picture of four flat quarters, in the colours of this number."""
     height, width = size
     quarters = _COLOURS[number].reshape(2, 2, 3).repeat((height + 1) // 2, axis=0).repeat((width + 1) // 2, axis=1)
     return PIL.Image.fromarray(quarters[:height, :width])
@@ -283,7 +285,7 @@ def _read_colours(pictures: list[torch.Tensor], name: str) -> tuple[np.ndarray, 
     """Computes the mean, std and order of the channels from the outputs of the pictures of `_COLOURS`."""
     rows = []
     for picture in pictures:
-        # A pixel inside of each quarter, too far from the edges to be cropped or blurred.
+        # One pixel of each quarter is read, too far from the edges to be cropped or blurred.
         (top, bottom), (left, right) = ((length // 6, length - 1 - length // 6) for length in picture.shape[1:])
         rows += [picture[:, y, x].double().numpy() for y in (top, bottom) for x in (left, right)]
     colours = np.column_stack([_COLOURS.reshape(-1, 3) / 255, np.ones(len(rows))])
@@ -318,7 +320,7 @@ def _read_colours(pictures: list[torch.Tensor], name: str) -> tuple[np.ndarray, 
 
 
 def _read_size(processor: BaseImageProcessor, square: tuple[int, int], stated: tuple[int, int] | None):
-    """Height and width of the processor's output."""
+    """Returns height and width of the processor's output."""
     [wide] = _run(processor, [_picture(0, (384, 640)).copy()])
     if tuple(wide.shape[1:]) == square:
         return square
@@ -340,7 +342,7 @@ def _read_size(processor: BaseImageProcessor, square: tuple[int, int], stated: t
 def _exact(
     settings: tuple[Any, Any] | None, mean: np.ndarray, std: np.ndarray
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std as they stand in the settings if those agree with the measured ones; else the measured ones."""
+    """Returns the mean and std of the settings if they agree with the measured ones, else the measured ones."""
     if settings is not None:
         try:
             stated = [np.broadcast_to(np.asarray(values, dtype=np.float64), 3) for values in settings]

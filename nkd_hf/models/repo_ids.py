@@ -1,4 +1,4 @@
-"""Reads the id of a Hub repository out of the address of its page."""
+"""Reads the id of a Hub repository from the address of its page."""
 
 import os
 import re
@@ -12,11 +12,11 @@ _ADDRESS = re.compile(r"(https?|hf)://", re.IGNORECASE)
 
 
 def read_repo_id(name: str | os.PathLike, argument: str, repo_type: str = "model") -> str | os.PathLike:
-    """Returns a repository's id for its address, as pasted from a browser, and any other name as it is.
+    """Returns a repository's id for its address, as pasted from a browser, and any other name unchanged.
 
     Args:
         name: an address on huggingface.co or on the host of `HF_ENDPOINT`; or a Hub id, a folder, an architecture.
-        argument: what the error calls the name.
+        argument: the argument that the error names.
         repo_type: `model` or `dataset`.
 
     Raises:

@@ -14,7 +14,7 @@ from .feature_layers import classifier_layers
 from .labels import invert_labels, normalize_id2label
 from .preprocessing import load_image_processor
 
-# In a student's folder, as users of ONNX on the Hub expect them.
+# The ONNX files in a student's folder have the names that users of ONNX on the Hub expect.
 ONNX_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_int8.onnx"
 
 
@@ -37,8 +37,8 @@ def save_student(
 
     Args:
         student: any `*ForImageClassification`.
-        folder: where `model.safetensors` and `config.json` go.
-        state_dict: its gathered weights, when the student is sharded.
+        folder: the folder of `model.safetensors` and `config.json`.
+        state_dict: the student's gathered weights, if it is sharded.
         **kwargs: passed to `PreTrainedModel.save_pretrained`.
 
     Raises:
@@ -49,7 +49,7 @@ def save_student(
     student.config.id2label = read_class_names(student, state_dict)
     student.config.label2id = invert_labels(student.config.id2label)
     if isinstance(student, TimmWrapperForImageClassification):
-        # timm knows its own keys alone; transformers opens both kinds.
+        # timm knows only its own keys; transformers opens both kinds.
         state_dict = rename_keys("timm_model.", state_dict)
         # An opened config has its file's label_names, which would be written in place of the names in id2label.
         student.config.__dict__.pop("label_names", None)
@@ -68,7 +68,7 @@ def read_class_names(student: PreTrainedModel, state_dict: dict[str, Tensor] | N
 
     Args:
         student: any `*ForImageClassification`.
-        state_dict: its gathered weights, when the student is sharded.
+        state_dict: the student's gathered weights, if it is sharded.
 
     Raises:
         ValueError: the names do not name the classes 0..n-1 of the student's classifier.
@@ -81,7 +81,7 @@ def read_class_names(student: PreTrainedModel, state_dict: dict[str, Tensor] | N
 
 @contextlib.contextmanager
 def hidden_progress_bars() -> Iterator[None]:
-    """Hides the progress bars of transformers' reading and writing of weights."""
+    """Hides the progress bars of transformers when it reads or writes weights."""
     before = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))
     try:
         yield
@@ -91,7 +91,7 @@ def hidden_progress_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def removed_onnx_of_other_weights(folder: str) -> Iterator[None]:
-    """Removes the ONNX files of a student's folder if the weights beside them change in the meantime."""
+    """Removes the ONNX files of a student's folder if the weights beside them change within the `with` block."""
     files = [Path(folder, name) for name in (ONNX_FILE, INT8_FILE)]
     if not any(file.exists() for file in files):
         yield

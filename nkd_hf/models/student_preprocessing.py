@@ -1,4 +1,4 @@
-"""Changes the input size, normalisation, crop or interpolation of an opened student, which are saved with it."""
+"""Changes the input size, normalisation, crop or interpolation of an opened student; the changes are saved with it."""
 
 import inspect
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def change_preprocessing(
 ) -> None:
     """Changes a student's preprocessing, in [`load_image_processor`] and in a saved folder; None keeps a setting.
 
-    timm's students and this package's own have it in `config.pretrained_cfg`. Other students get a changed image processor
-    as an attribute.
+    timm's students and this package's own students have their preprocessing in `config.pretrained_cfg`. Other students
+    get a changed image processor as an attribute.
 
     Args:
         student: a model that was opened.
@@ -64,7 +64,7 @@ def change_preprocessing(
 
 
 def check_opened_size(student: PreTrainedModel) -> None:
-    """ValueError if an opened model doesn't take images of the size that its own image processor makes."""
+    """Raises ValueError if an opened model doesn't take images of the size that its own image processor makes."""
     try:
         processor = load_image_processor(student)
     except (OSError, ValueError):  # no image processor, so no size to check
@@ -105,7 +105,7 @@ def _changed_processor(processor: BaseImageProcessor, wanted: dict[str, Any]) ->
 
 
 def _check(processor: BaseImageProcessor, wanted: dict[str, Any]) -> None:
-    """ValueError unless the processor has the wanted settings."""
+    """Raises ValueError unless the processor has the wanted settings."""
     got, name = read_processor(processor), type(processor).__name__
     seen = {"image_size": got.size, "image_mean": got.mean, "image_std": got.std}
     for argument, value in wanted.items():
@@ -175,7 +175,7 @@ def _check_size(student: PreTrainedModel, image_size: int) -> None:
 
 
 def _is_known(student: PreTrainedModel) -> bool:
-    """Whether a class comes with transformers or this package, so that its configuration alone builds it."""
+    """Whether a student's class comes from transformers or this package, so that its configuration alone builds it."""
     return type(student).__module__.split(".")[0] in ("transformers", "nkd_hf")
 
 

@@ -35,11 +35,11 @@ from .student_preprocessing import change_preprocessing, check_opened_size
 
 logger = logging.getLogger(__name__)
 
-# Exceptions of timm for arguments or sizes that an architecture doesn't take.
+# timm raises these exceptions for arguments or sizes that an architecture doesn't take.
 _BUILD_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError)
 # DeiT and Swin are evaluated with bicubic resizing in the paper's tables, CNNs with bilinear.
 _BICUBIC_FAMILIES = ("deit", "vit", "swin")
-# Architectures with arguments and size whose trial has passed: a recipe builds the same student several times.
+# Architectures, with arguments and size, that have passed their trial: a recipe builds the same student several times.
 _WORKING: set[str] = set()
 
 
@@ -65,11 +65,11 @@ def create_student(
             a folder (`"microsoft/resnet-18"`), which starts from its own weights, and keeps its own preprocessing where
             the arguments from `image_size` to `interpolation` are None.
         num_labels (`int`, *optional*): number of classes C; None means 1000 (ImageNet-1k) for an architecture, 100
-            (CIFAR-100) for `*_cifar`, and else the model's own. A model that has another number gets a new head.
+            (CIFAR-100) for `*_cifar`, and else the model's own number. A model with another number gets a new head.
         id2label (`dict[int, str]` or a list, *optional*): class names; they are saved with the student. Their number
-            replaces `num_labels`. Numbers may be text, as JSON has them; see [`normalize_id2label`]. Where a Hub id or a
-            folder has the same names in another order, the rows of its classifier are put in this order. Where it has as
-            many classes under other names, its classifier stays as it is, and its classes get these names.
+            replaces `num_labels`. Numbers may be text, as in JSON; see [`normalize_id2label`]. If a Hub id or a folder
+            has the same names in another order, the rows of its classifier are put in this order. If it has as many
+            classes under other names, its classifier does not change, and its classes get these names.
         model_args (`dict`, *optional*): passed to `timm.create_model`, and saved: `{"drop_path_rate": 0.1}`. For the
             three others: `stages_repeats` and `stages_out_channels`, or `layers`.
         image_size (`int`, *optional*): height and width of the input in pixels; None means the
@@ -77,8 +77,8 @@ def create_student(
         image_mean, image_std (`Sequence[float]`, *optional*): per channel, in units of [0, 1]; None means ImageNet's,
             or CIFAR-100's for `*_cifar`.
         crop_pct (`float`, *optional*): evaluation resizes the short side to `image_size / crop_pct` before the central
-            crop; None means 0.875, or 1.0 for `*_cifar`. This is the paper's preprocessing (cls_KD), not that of timm's
-            pretrained weights.
+            crop; None means 0.875, or 1.0 for `*_cifar`. This is the paper's preprocessing (cls_KD); timm's pretrained
+            weights have another one.
         interpolation (`str`, *optional*): `bilinear` or `bicubic`; None means the paper's, which is bicubic for DeiT,
             ViT and Swin and bilinear for CNNs.
         allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`); only the
@@ -90,9 +90,9 @@ def create_student(
 
     Raises:
         ValueError: `name` is neither an architecture nor a model that can be opened, or does not take one of the arguments;
-            for an `image_size` that it does not take, the message names sizes that it takes. The model's class names, or
-            those in `id2label`, do not name the classes 0..n-1. The classes must be put in another order, and their names
-            repeat or the classifier is not known.
+            for an `image_size` that it does not take, the message names sizes that it takes. The model's class names,
+            or the names in `id2label`, do not name the classes 0..n-1. The classes must be put in another order, and
+            their names repeat or the classifier is not known.
 
     Example:
 
@@ -195,7 +195,7 @@ def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int
 
 
 def _square(img_size: Any) -> int | None:
-    """The side of timm's `img_size`; None if it is not square."""
+    """Returns the side of timm's `img_size`; None if it is not square."""
     sides = list(img_size) if isinstance(img_size, (tuple, list)) else [img_size]
     return sides[0] if sides and isinstance(sides[0], int) and all(side == sides[0] for side in sides) else None
 
@@ -207,7 +207,7 @@ def check_preprocessing(
     crop_pct: float | None,
     interpolation: str | None,
 ) -> None:
-    """ValueError unless these arguments of [`create_student`] are in their range, or None."""
+    """Raises ValueError unless these arguments of [`create_student`] are in their range, or None."""
     if image_size is not None and type(image_size) is not int:
         raise ValueError(f"image_size must be one integer, the height and the width, got {image_size!r}")
     if image_size is not None and not 1 <= image_size <= 2**14:
@@ -257,7 +257,7 @@ def _create_from_config(name: str, model_args: dict[str, Any], **kwargs) -> PreT
 
 
 def check_name(name: str) -> None:
-    """ValueError for a name that is no architecture, no folder and no Hub id; the message has similar names."""
+    """Raises ValueError for a name that is no architecture, no folder and no Hub id; the message has similar names."""
     if is_architecture(name) or "/" in name or os.path.exists(name):
         return
     names = [*ARCHITECTURES, *timm.list_models()]
@@ -280,7 +280,8 @@ def _open_student(
         raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: omit them")
     labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        # In float32 whatever the file has: weights train in float32, and autocast computes in half precision.
+        # The weights are opened in float32, whatever the file has: they train in float32, and autocast computes in
+        # half precision.
         student = open_pretrained(
             name,
             new_head=True,
@@ -295,7 +296,8 @@ def _open_student(
         raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
     if id2label is None:
         names, num_classes = student.config.id2label, student.config.num_labels
-        # PVT's configuration has a number of classes beside their names, which may be missing or of another number.
+        # PVT's configuration has a number of classes beside their names. The names may be missing or of another
+        # number.
         if not names or (num_labels is not None and len(names) != num_classes):
             names = [f"LABEL_{i}" for i in range(num_classes)]
         id2label = normalize_id2label(names, num_classes, of=f"the id2label of student {name!r}")
@@ -306,7 +308,7 @@ def _open_student(
 
 
 def _put_in_order(student: PreTrainedModel, name: str, names: list[str]) -> None:
-    """Puts the rows of an opened student's classifier in the order of `names`, if it has the same names in another order."""
+    """Puts the rows of an opened student's classifier in the order of `names`, if its names have another order."""
     try:
         saved = list(normalize_id2label(student.config.id2label, len(names)).values())
     except ValueError:  # no names
@@ -341,7 +343,7 @@ def _is_close(logits: Tensor, expected: Tensor) -> bool:
 
 
 def describe_start(student: PreTrainedModel) -> str:
-    """Says what a student of [`create_student`] starts from: `random weights`, or `pretrained`, maybe with a new head."""
+    """Describes the start of a student: `random weights`, or `pretrained`, maybe with a new head."""
     if not student.name_or_path:
         return "random weights"
     if student.starts_with_new_head:

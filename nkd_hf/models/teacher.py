@@ -1,4 +1,4 @@
-"""A frozen teacher with its own preprocessing and label order."""
+"""Defines a frozen teacher with its own preprocessing and label order."""
 
 import contextlib
 import copy
@@ -17,23 +17,23 @@ from .preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
-# By the values of `teacher_dtype`.
+# The dtypes by the values of `teacher_dtype`.
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
     """A frozen classifier that takes the student's pixels and returns logits in the student's order of labels.
 
-    It always stays in eval mode, and its parameters take no gradient. It shares the memory of `model`'s weights, and nothing
-    else: `model` keeps its mode, its `requires_grad`, its dtype, its device and its hooks.
+    It always stays in eval mode, and its parameters have no gradient. It shares only the memory of `model`'s weights:
+    `model` keeps its mode, its `requires_grad`, its dtype, its device and its hooks.
     Differs from cls_KD: there the training loop's `model.train()` reaches the teacher, whose batch statistics and drop
     path then vary with the batch.
 
     Args:
         model (`nn.Module`): maps [B, 3, H, W] to logits [B, C], as a tensor or as an output with `.logits`.
-        preprocessing (`Preprocessing`, *optional*): how the model's pixels are prepared; None means as the student's.
+        preprocessing (`Preprocessing`, *optional*): the model's preprocessing; None means the student's.
         id2label (`dict[int, str]`, *optional*): the model's class names.
-        name (`str`): what messages call the teacher.
+        name (`str`): the name of the teacher in messages.
 
     Raises:
         ValueError: the model needs more than pixels, or its configuration does not describe a classifier of one class an image.
@@ -65,12 +65,12 @@ class Teacher(nn.Module):
 
     @property
     def members(self) -> list["Teacher"]:
-        """The teachers of one model each that this one consists of: itself, but for an ensemble."""
+        """The teachers of one model each in this teacher: only itself, unless it is an ensemble."""
         return [self]
 
     @property
     def weights(self) -> list[float]:
-        """The share of each member, all together 1."""
+        """The share of each member; the shares add up to 1."""
         return [1.0]
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -80,7 +80,7 @@ class Teacher(nn.Module):
         """Prepares the teacher for a student's pixels and labels.
 
         Args:
-            preprocessing: how the student's pixels are normalised; None means as the teacher's.
+            preprocessing: the student's preprocessing; None means the teacher's.
             id2label: the student's class names.
 
         Raises:
@@ -116,19 +116,20 @@ class Teacher(nn.Module):
     def for_inference(
         self, dtype: str | None = None, *, channels_last: bool = False, compile: bool = False
     ) -> "Teacher":
-        """Sets how the model computes. The module that was passed to the constructor does not change.
+        """Sets the precision and memory format of the model. The module that was passed to the constructor does not
+        change.
 
         Call it before [`Teacher.tap`].
 
         Args:
-            dtype: `float32`, `bf16` or `fp16`, of weights and computation, whatever autocast says outside. None keeps the
-                weights' dtype, and autocast decides on the computation's.
-            channels_last: whether a CNN's convolutions get their pixels and weights in this memory format, which GPUs' half
-                precision kernels want.
+            dtype: `float32`, `bf16` or `fp16`, the dtype of weights and computation, whatever autocast outside is.
+                None keeps the weights' dtype, and autocast decides the dtype of the computation.
+            channels_last: whether a CNN's convolutions get their pixels and weights in this memory format, which is
+                best for GPUs' half precision kernels.
             compile: whether `torch.compile` makes one graph of the model, when it is first called.
 
         Raises:
-            ValueError: no such dtype.
+            ValueError: there is no such dtype.
         """
         if dtype is not None:
             if dtype not in _DTYPES:
@@ -148,12 +149,12 @@ class Teacher(nn.Module):
         """Sets the features to keep, in place of earlier ones. Call it before a compiled teacher's first forward pass.
 
         Args:
-            names: of losses' inputs: `teacher_low`, `teacher_high`, `teacher_map`, and, for the classifier,
+            names: the names of losses' inputs: `teacher_low`, `teacher_high`, `teacher_map`, and, for the classifier,
                 `teacher_head_weight` and `teacher_head_bias`. Other names (`teacher_logits`) are ignored.
 
         Raises:
-            ValueError: no such feature is known for this model, or `names` has the classifier, and it does not read the
-                average of the last feature map.
+            ValueError: no such feature is known for this model, or `names` has the classifier, and the classifier does
+                not read the average of the last feature map.
         """
         for tap in self._taps.values():
             tap.remove()
@@ -177,7 +178,8 @@ class Teacher(nn.Module):
         return clone._without_preparation()
 
     def _without_preparation(self) -> "Teacher":
-        # Accelerator.prepare sets a forward that is bound to the original and computes in that accelerator's precision.
+        # Accelerator.prepare sets a forward that is bound to the original teacher and has that accelerator's
+        # precision.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.__dict__.pop(name, None)
         return self
@@ -228,14 +230,15 @@ class Teacher(nn.Module):
             return logits if self.order is None else logits[:, self.order]
 
     def combine(self, logits: Sequence[Tensor]) -> Tensor:
-        """Returns the teacher's logits from those of its members, which are its own."""
+        """Returns the teacher's logits from its members' logits; this teacher is its only member."""
         return logits[0]
 
 
 def _sharing_weights(module: nn.Module) -> nn.Module:
     """Returns a copy of the module, hooks included, that shares the weights' memory.
 
-    A module that cannot be copied so is returned itself, for example if it holds a lock or a session, or is TorchScript's.
+    A module that cannot be copied in this way is returned itself, such as a module with a lock or a session, or
+    TorchScript's.
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
@@ -246,7 +249,8 @@ def _sharing_weights(module: nn.Module) -> nn.Module:
         for buffer in part.buffers(recurse=False):
             if type(buffer) is Tensor:
                 memo[id(buffer)] = buffer.detach()
-        # deepcopy would copy a hook that is a method together with its object, and the original object would see nothing.
+        # deepcopy would copy a hook that is a method together with its object, and the original object would get no
+        # calls.
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             memo |= {id(hook): hook for hook in hooks.values()}
     try:

@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Combines several teachers into one."""
 
 import copy
 import math
@@ -16,18 +16,19 @@ from .teacher import Teacher
 class TeacherEnsemble(Teacher):
     """Several teachers as one, whose logits are the logarithm of the weighted mean of their probabilities.
 
-    Each member has its own preprocessing, precision and order of labels. An ensemble has logits alone, no features.
+    Each member has its own preprocessing, precision and order of labels. An ensemble has only logits, no features.
 
     Args:
         teachers (`Sequence[Teacher]`): the members; an ensemble among them counts as its members.
-        weights (`Sequence[float]`, *optional*): how much each teacher counts, positive; None weighs all the same.
+        weights (`Sequence[float]`, *optional*): the positive weight of each teacher; None gives all teachers the same
+        weight.
 
     Raises:
         ValueError: there is no teacher, or a weight is missing or not positive.
     """
 
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float] | None = None):
-        nn.Module.__init__(self)  # Teacher.__init__ is that of one model
+        nn.Module.__init__(self)  # Teacher.__init__ is for one model
         shares = normalize_weights(weights, len(teachers))
         self._members = nn.ModuleList(member for teacher in teachers for member in teacher.members)
         self._weights = [
@@ -76,7 +77,7 @@ class TeacherEnsemble(Teacher):
         """Classifies the student's pixels.
 
         Args:
-            pixel_values (`Tensor`): [B, 3, H, W] float, of all members, or one tensor for each of them.
+            pixel_values (`Tensor`): [B, 3, H, W] float, one tensor for all members, or one for each member.
 
         Returns:
             `Tensor`: [B, C] float32, the logarithms of the mean probabilities, without gradient.
@@ -111,9 +112,9 @@ def normalize_weights(weights: Sequence[float] | None, count: int, name: str = "
     """Returns the weights of an ensemble's teachers as shares, which add up to 1.
 
     Args:
-        weights: one for each teacher; None weighs all the same.
+        weights: one weight for each teacher; None gives all teachers the same weight.
         count: the number of teachers.
-        name: what the message calls the weights.
+        name: the name of the weights in the message.
 
     Raises:
         ValueError: there is no teacher, or there are not `count` positive numbers.
@@ -131,7 +132,7 @@ def normalize_weights(weights: Sequence[float] | None, count: int, name: str = "
         raise ValueError("an ensemble must have one teacher at least, got none. Pass a list of teachers")
     weights = [1.0] * count if weights is None else list(weights)
     total = sum(weights)
-    # 0 where a weight is too small beside the others, or the sum is infinite.
+    # A share is 0 if its weight is too small beside the others, or the sum is infinite.
     shares = [weight / total if weight > 0 else 0.0 for weight in weights]
     if len(shares) != count or not all(share > 0 for share in shares):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Opens a teacher, or several as one."""
+"""Opens a teacher, or several teachers as one."""
 
 import contextlib
 import os
@@ -29,24 +29,27 @@ def load_teacher(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """Opens a teacher, or several as one.
+    """Opens a teacher, or several teachers as one.
 
     Args:
         teacher (`str`, `nn.Module` or a list of them): a Hub id (`"timm/resnet34.tv_in1k"`), a folder, or a module: any
             `*ForImageClassification` of transformers, or a timm model, also in `DataParallel`,
             `DistributedDataParallel` or `torch.compile`, which are removed. The teacher shares a module's weights and
-            leaves its mode and `requires_grad` as they are. A list is a [`TeacherEnsemble`]: its logits are the logarithm of
-            the weighted mean of its members' probabilities, each with its own preprocessing, precision and order of labels.
-        weights (`Sequence[float]`, *optional*): how much each teacher of a list counts, positive; they are divided by their
-            sum. None weighs all the same.
+            does not change its mode and `requires_grad`. A list becomes a [`TeacherEnsemble`]: its logits are the
+            logarithm of the weighted mean of its members' probabilities, each with its own preprocessing, precision
+            and order of labels.
+        weights (`Sequence[float]`, *optional*): the positive weight of each teacher of a list; the weights are divided
+        by
+            their sum. None gives all teachers the same weight.
         prompts (`str` or a list of them, *optional*): for the Hub id or folder of a CLIP or SigLIP model, which is used
             zero-shot: texts with one `{}` each, for the name of a class (`"a photo of a {}."`). The embeddings of a
-            class's texts are averaged. They are computed here, once, and the model's text side is not kept. Of a list they
-            are for the ids and folders that are such models, and the others are opened as classifiers.
-        class_names (`Sequence[str]`, *optional*): what stands for `{}`, in the order of the logits; for `prompts` alone.
+            class's texts are averaged. They are computed here, once, and the model's text side is not kept. In a list,
+            the prompts are for the ids and folders of such models, and the others are opened as classifiers.
+        class_names (`Sequence[str]`, *optional*): the names that replace `{}`, in the order of the logits; only for
+            `prompts`.
         processing_class (`BaseImageProcessor`, *optional*): the image processor of a native transformers module, which
-            does not carry its preprocessing. None looks in the module's folder or repo; if that has none, the module
-            gets the student's pixels, with a warning.
+            does not contain its preprocessing. None reads it from the module's folder or repo; if there is none, the
+            module gets the student's pixels, with a warning.
         allow_pickle (`bool`): whether a Hub id or folder may have its weights in a pickle (`pytorch_model.bin`); only the
             pickle's tensors are read.
         trust_remote_code (`bool`): whether code that lies beside the weights may run.
@@ -57,8 +60,8 @@ def load_teacher(
     Raises:
         ValueError: the id or folder cannot be opened, or has only files that are not allowed; the model is for regression or
             for several labels an image (`problem_type`); the weights are not one positive number for each teacher; a CLIP or
-            SigLIP model comes without prompts, or prompts with anything else. It is a [`~nkd_hf.errors.NoClassifierError`] where
-            the id or folder lacks the classifier alone.
+            SigLIP model comes without prompts, or prompts come with another model. The error is a
+            [`~nkd_hf.errors.NoClassifierError`] if the id or folder lacks only the classifier.
 
     Example:
 
@@ -104,13 +107,14 @@ def load_teacher(
 
 
 def open_backbone(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Teacher:
-    """Opens a model without a classifier as a teacher, whose classifier is a new one of two classes: it must be trained first.
+    """Opens a model without a classifier as a teacher with a new classifier of two classes, which must be trained
+    first.
 
     Args:
         name, allow_pickle, trust_remote_code: see [`load_teacher`].
 
     Raises:
-        ValueError: the id or folder cannot be opened, or lacks other weights too.
+        ValueError: the id or folder cannot be opened, or lacks other weights, too.
     """
     options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     return _open_teacher(name, None, None, None, options | {"new_head": True, "num_labels": 2})
@@ -123,7 +127,7 @@ def _open_teacher(
     processing_class: BaseImageProcessor | None,
     options: dict[str, Any],
 ) -> Teacher:
-    """Opens a teacher by its Hub id or folder, with its image processor; options are of [`open_pretrained`]."""
+    """Opens a teacher by its Hub id or folder, with its image processor; `options` are for [`open_pretrained`]."""
     teacher = read_repo_id(teacher, "teacher")
     trust_remote_code = options["trust_remote_code"]
     try:
@@ -150,7 +154,7 @@ def _open_teacher(
 
 
 def takes_prompts(teacher: str | nn.Module, trust_remote_code: bool = False) -> bool:
-    """Whether [`load_teacher`] opens a teacher by `prompts`; False too where its configuration cannot be read."""
+    """Whether [`load_teacher`] opens a teacher by `prompts`; also False if its configuration cannot be read."""
     if not isinstance(teacher, str | os.PathLike):
         return False
     with contextlib.suppress(OSError, ValueError):
@@ -161,7 +165,7 @@ def takes_prompts(teacher: str | nn.Module, trust_remote_code: bool = False) -> 
 def _open_members(
     teachers: Sequence[str | nn.Module], texts: dict[str, Any], *, trust_remote_code: bool, **options: bool
 ) -> list[Teacher]:
-    """Opens each teacher of a list, with the prompts where it takes them."""
+    """Opens each teacher of a list, with the prompts if it takes prompts."""
     by_texts = [bool(texts) and takes_prompts(each, trust_remote_code) for each in teachers]
     members = [
         load_teacher(each, **texts if is_by_texts else {}, trust_remote_code=trust_remote_code, **options)
@@ -199,7 +203,7 @@ def _open_model(
 def unwrap_module(module: nn.Module) -> nn.Module:
     """Returns the module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`.
 
-    These wrappers have neither its configuration, with the names of the classes, nor its preprocessing.
+    These wrappers have neither the module's configuration, with the names of the classes, nor its preprocessing.
     """
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):

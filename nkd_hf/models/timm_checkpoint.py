@@ -20,14 +20,14 @@ def read_timm_checkpoint(path: str) -> dict[str, Tensor]:
     `timm.create_model(checkpoint_path=...)` does, and removes the prefixes of DDP and torch.compile.
 
     Args:
-        path: a `.safetensors` file, or one that `torch.save` wrote (`.pth`, `.pth.tar`, `.bin`); only its tensors are read.
+        path: a `.safetensors` file, or a file of `torch.save` (`.pth`, `.pth.tar`, `.bin`); only its tensors are read.
 
     Returns:
         `dict[str, Tensor]`: the weights by timm's names, on the CPU.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no checkpoint, or holds more than tensors and plain values.
+        ValueError: the file is no checkpoint, or has more than tensors and plain values.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
@@ -58,14 +58,14 @@ def create_timm_student(
     """Builds a student of one of timm's architectures and loads weights into it.
 
     Args:
-        weights: by timm's names; see [`read_timm_checkpoint`].
-        architecture: timm's name of the model, with or without a tag (`resnet18.a1_in1k`). The preprocessing is the one that
-            timm has for it.
+        weights: the weights by timm's names; see [`read_timm_checkpoint`].
+        architecture: timm's name of the model, with or without a tag (`resnet18.a1_in1k`). The student gets timm's
+            preprocessing for it.
         id2label: class names. None means ImageNet's if the checkpoint has as many classes as ImageNet, as in transformers
             for a timm model without names, and else `LABEL_0`, `LABEL_1`, ...
 
     Returns:
-        `PreTrainedModel`: with as many classes as the checkpoint's classifier.
+        `PreTrainedModel`: a student with as many classes as the checkpoint's classifier.
 
     Raises:
         ValueError: timm has no such architecture, or the weights belong to another one.
@@ -114,7 +114,7 @@ def create_timm_student(
 
 
 def _num_classes(weights: dict[str, Tensor], classifier: str | tuple[str, ...] | None, architecture: str) -> int:
-    """The number of classes of a checkpoint, which is the number of rows of its classifier's weight."""
+    """Returns the number of classes of a checkpoint, which is the number of rows of its classifier's weight."""
     names = (classifier,) if isinstance(classifier, str) else classifier or ()
     for key in (f"{name}.{weight}" for name in names for weight in ("weight", "linear.weight")):
         if key in weights:

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP as classifiers of images, whose classes are texts."""
+"""Opens CLIP and SigLIP models as image classifiers, whose classes are texts."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from .labels import invert_labels
 from .loading import open_pretrained
 from .model_config import read_config
 
-# Texts of a forward pass.
+# Number of texts in a forward pass.
 _BATCH = 256
 
 
@@ -29,9 +29,9 @@ class ZeroShotClassifier(nn.Module):
     """The image side of a CLIP or SigLIP model, and its embedding of each class.
 
     Args:
-        model (`CLIPModel` or `SiglipModel`): whose image side is taken; its text side is not kept.
+        model (`CLIPModel` or `SiglipModel`): the model; its image side is used, and its text side is not kept.
         class_embeddings (`Tensor`): [C, D] float, each of length 1; see [`embed_classes`].
-        class_names (`Sequence[str]`): of the C classes.
+        class_names (`Sequence[str]`): the names of the C classes.
     """
 
     def __init__(self, model: CLIPModel | SiglipModel, class_embeddings: Tensor, class_names: Sequence[str]):
@@ -44,14 +44,15 @@ class ZeroShotClassifier(nn.Module):
         self.vision_model = model.vision_model
         self.visual_projection = getattr(model, "visual_projection", nn.Identity())
         scale, bias = model.logit_scale.detach().exp(), getattr(model, "logit_bias", torch.zeros(1)).detach()
-        # Not in the state dict, whose hash a store of logits has: the last bits of what is computed are a machine's own.
+        # The buffers are not in the state dict, whose hash a store of logits contains: their last bits differ between
+        # machines.
         for name, value in {"class_embeddings": class_embeddings, "scale": scale, "bias": bias}.items():
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Returns the logits [B, C], float32, of pixels [B, 3, H, W]: the model's `logits_per_image`."""
         images = self.visual_projection(self.vision_model(pixel_values, return_dict=True).pooler_output)
-        # A scale of 100 makes steps of the logits out of the rounding of half precision, which autocast would choose.
+        # Autocast would choose half precision, whose rounding a scale of 100 would turn into steps of the logits.
         with _without_autocast(images.device.type):
             images = nn.functional.normalize(images.float(), dim=-1)
             return images @ self.class_embeddings.float().T * self.scale.float() + self.bias.float()
@@ -68,11 +69,10 @@ def open_zero_shot(
     """Opens a CLIP or SigLIP model as a classifier, and computes the embeddings of its classes.
 
     Args:
-        name: a folder or a Hub id, for which [`is_zero_shot`] holds.
+        name: a folder or a Hub id, for which [`is_zero_shot`] is true.
         prompts: see [`embed_classes`].
-        class_names: in the order of the logits.
-        allow_pickle: see [`~nkd_hf.models.loading.open_pretrained`].
-        trust_remote_code: see there.
+        class_names: the names of the classes in the order of the logits.
+        allow_pickle, trust_remote_code: see [`~nkd_hf.models.loading.open_pretrained`].
 
     Raises:
         RefusedError, ValueError, OSError: as in [`~nkd_hf.models.loading.open_pretrained`], or there is no tokenizer.
@@ -90,7 +90,7 @@ def open_zero_shot(
         raise RefusedError(
             f"its tokenizer cannot be opened: {reason(error)}. Save the model's beside it (tokenizer.save_pretrained)"
         ) from error
-    # Without the tokenizer's files, AutoTokenizer makes one of a few tokens.
+    # Without the tokenizer's files, AutoTokenizer makes a tokenizer of a few tokens.
     if 2 * len(tokenizer) < (size := model.config.text_config.vocab_size):
         raise RefusedError(
             f"its tokenizer must have the {size} tokens of its text side, got {len(tokenizer)}. Save the model's beside it "
@@ -98,7 +98,8 @@ def open_zero_shot(
         )
     classifier = ZeroShotClassifier(model.eval(), embed_classes(model, tokenizer, prompts, class_names), class_names)
     rest = {key: value for key, value in model.state_dict().items() if not key.startswith(("vision_", "visual_"))}
-    # In the state dict, so that its hash tells two models apart that differ in their text side.
+    # The hash is in the state dict, so that the state dicts of two models that differ only in their text side differ,
+    # too.
     classifier.register_buffer("text_sha256", torch.tensor(list(bytes.fromhex(hash_tensors(rest))), dtype=torch.uint8))
     return classifier
 
@@ -109,19 +110,20 @@ def embed_classes(
     prompts: Sequence[str],
     class_names: Sequence[str],
 ) -> Tensor:
-    """Computes the embedding of each class: the mean of its prompts' embeddings, each of length 1, and of length 1 again.
+    """Computes the embedding of each class: the mean of its prompts' normalised embeddings, normalised again to length
+    1.
 
     Args:
-        model: in eval mode.
-        tokenizer: the model's.
+        model: the model in eval mode.
+        tokenizer: the model's tokenizer.
         prompts: templates with one `{}` each, for the name of a class.
-        class_names: in the order of the result.
+        class_names: the names of the classes in the order of the result.
 
     Returns:
         `Tensor`: [C, D].
     """
     longest = model.config.text_config.max_position_embeddings
-    # SigLIP was trained with padding, which its text side sees.
+    # SigLIP was trained with padding, which its text side reads.
     padding = "max_length" if isinstance(model, SiglipModel) else True
     texts = [prompt.replace("{}", name) for name in class_names for prompt in prompts]
     parts = []
@@ -144,11 +146,11 @@ def check_prompts(prompts: str | Sequence[str], name: str = "prompts") -> list[s
     """Returns the prompts of a zero-shot teacher as a list.
 
     Args:
-        prompts: one, or several.
-        name: what the message calls them.
+        prompts: one prompt, or several.
+        name: the name of the prompts in the message.
 
     Raises:
-        ValueError: there is none, or one has not exactly one `{}`.
+        ValueError: there is no prompt, or a prompt has not exactly one `{}`.
 
     Example:
 
@@ -173,8 +175,7 @@ def is_zero_shot(name: str, trust_remote_code: bool = False, **where) -> bool:
 
     Args:
         name: a folder or a Hub id.
-        trust_remote_code: see [`~nkd_hf.models.model_config.read_config`].
-        where: see there.
+        trust_remote_code, where: see [`~nkd_hf.models.model_config.read_config`].
     """
     config = read_config(os.path.expanduser(name), trust_remote_code, **where) or {}
     # A fine-tuned CLIPForImageClassification has the same model_type.
