@@ -137,7 +137,7 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
 
 
 def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Casts text and plain integer labels to one `ClassLabel` for all splits; sorts names that are numbers by number."""
+    """Casts text and plain integer labels to one `ClassLabel` for all splits; sorts numbers as names by number."""
     feature = splits["train"].features["label"]
     if isinstance(feature, datasets.ClassLabel):
         return _in_order_of_numbers(splits)

@@ -1,4 +1,4 @@
-"""Explains why a request to the Hub failed, and what to do."""
+"""Explains failures of requests to the Hub, with advice."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ _TIMEOUT = 120.0
 def explain_failures(
     folder: str | os.PathLike | None, repo_id: str, revision: str | None, token: str | None, again: str | None = None
 ) -> Iterator[None]:
-    """Turns errors of the client into a PushError that says why a request failed, where the files are, and what to do."""
+    """Turns errors of the client into a PushError with the cause, the place of the files, and advice."""
 
     def message(reason: str) -> str:
         if folder is None:
@@ -55,7 +55,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None, token: str
             return f"there is no branch {revision!r}: make it on the repo's page, or omit the revision"
         if isinstance(cause, HfHubHTTPError):
             return _status(cause, repo_id, token)
-        # By name: the client uses httpx or httpx2.
+        # The kinds are compared by name, since the client uses httpx or httpx2.
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         if "TimeoutException" in kinds:
             return f"time-out: {constants.ENDPOINT} was silent for too long"

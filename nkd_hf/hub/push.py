@@ -29,7 +29,7 @@ from .student_files import CARD, SETTINGS, TEXT, check_publishable, publishable,
 
 logger = logging.getLogger(__name__)
 
-# Files that an earlier push of another student may have left: others would open them in place of the pushed ones.
+# Files that an earlier push of another student may have left. Users would open them in place of the pushed files.
 _STALE = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(pre)?processor_config\.json"
     rf"|{re.escape(ONNX_FILE)}|{re.escape(INT8_FILE)}"
@@ -38,9 +38,10 @@ COMMIT_MESSAGE = "Upload student"
 
 
 class PushApi(HfApi):
-    """The client of a push. It also pushes where the endpoint, such as a mirror of the Hub, does not check model cards.
+    """The client of a push, which also pushes to an endpoint that does not check model cards, such as a mirror of the
+    Hub.
 
-    `HfApi` and `RepoCard.validate` fail there, and `RepoCard.validate` asks without the token.
+    `HfApi` and `RepoCard.validate` fail there, and `RepoCard.validate` sends no token.
     """
 
     def __init__(self, token: str | None = None):
@@ -48,10 +49,10 @@ class PushApi(HfApi):
         self._judged: set[str] = set()
 
     def check_card(self, text: str, repo_type: str = "model") -> None:
-        """Asks the Hub whether a card is valid: it would refuse the commit, after all weights were sent.
+        """Asks the Hub whether a card is valid. The Hub would refuse the commit only after all weights were sent.
 
         Args:
-            text: of the card.
+            text: the text of the card.
             repo_type: `model` or `dataset`.
 
         Raises:
@@ -106,29 +107,31 @@ def push_student(
 
     It pushes the configuration, the weights as safetensors, the preprocessing, the modelling files that the configuration
     names, the model card, `training_curves.png`, `training_args.yaml` and `onnx/*.onnx`, and no other file of the folder. For
-    a folder without a model card, such as that of `nkd-hf export`, it writes one that says how to open the student. It deletes
-    files that an earlier push of another student left: weights, preprocessing and ONNX files that would be opened in place of
-    the new ones, training curves and arguments. Other files of the repo stay. A model card that a person has edited stays
-    too, with a warning.
+    a folder without a model card, such as a folder of `nkd-hf export`, it writes a card that shows how to open the
+    student. It
+    deletes files that an earlier push of another student left: weights, preprocessing and ONNX files that would be
+    opened in place of the new ones, training curves and arguments. Other files of the repo stay. A model card that a
+    person has edited also stays, with a warning.
 
     Args:
-        folder: of a saved student: `trainer.save_model()`, `nkd-hf export`.
-        repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; made if it does not exist.
-        private: whether a repo that is made is private; None takes the owner's default.
+        folder: the folder of a saved student: `trainer.save_model()`, `nkd-hf export`.
+        repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; the repo is made if it does
+            not exist.
+        private: whether a new repo is private; None uses the owner's default.
         revision: a branch that exists; None means `main`.
-        token: a token with the right to write; None takes `HF_TOKEN`, or the token of `hf auth login`.
+        token: a token with the right to write; None uses `HF_TOKEN`, or the token of `hf auth login`.
         commit_message: the commit's title.
         overwrite_card: whether a model card that a person has edited on the Hub is replaced.
         create_pr: whether the commit becomes a pull request to `main`, which a token without the right to write there may
-            open too.
+            open, too.
 
     Returns:
-        `CommitInfo`: of the commit, or of the last commit if nothing has changed. Its `pr_url` is the pull request.
+        `CommitInfo`: the new commit, or the last commit if nothing has changed. Its `pr_url` is the pull request.
 
     Raises:
-        ValueError: the folder holds no student; one of its files holds a token or a path of this machine; `repo_id` is the
+        ValueError: the folder has no student; one of its files has a token or a path of this machine; `repo_id` is the
             address of another kind of page; `create_pr` comes with another branch than `main`.
-        PushError: the Hub was not reached, or refused it.
+        PushError: the Hub was not reached, or refused the push.
     """
     folder = Path(folder).expanduser()
     repo_id = read_repo_id(repo_id, "repo_id")
@@ -157,7 +160,7 @@ def push_student(
                     repo_id,
                 )
                 del files[CARD]
-        if CARD in files:  # before the weights are sent; create_commit asks after them
+        if CARD in files:  # before the weights are sent; create_commit checks the card after them
             api.check_card(files[CARD].decode())
         stale = {name for name in held if _STALE.fullmatch(name) or name in (CURVES_FILE, SETTINGS)}
         return _commit(api, info, files, stale, revision, commit_message, create_pr)
@@ -173,7 +176,7 @@ def push_checkpoint(
     token: str | None = None,
     commit_message: str = "Upload checkpoint",
 ) -> CommitInfo:
-    """Puts a whole checkpoint into a folder of a repo that exists, so that training resumes from it.
+    """Puts a whole checkpoint into a folder of an existing repo, so that training can resume from it.
 
     The optimiser's, scheduler's and generators' states are PyTorch's pickles. `training_args.bin` is not pushed, and paths
     in `trainer_state.json` are shortened to their last names.
@@ -186,8 +189,8 @@ def push_checkpoint(
         revision, token, commit_message: as in [`push_student`].
 
     Raises:
-        ValueError: a file holds a token or a path of this machine.
-        PushError: the Hub was not reached, or refused it.
+        ValueError: a file has a token or a path of this machine.
+        PushError: the Hub was not reached, or refused the push.
     """
     folder = Path(folder)
     files: dict[str, Path | bytes] = {
@@ -227,7 +230,7 @@ def create_repo(
         The repo's id with its owner.
 
     Raises:
-        PushError: the Hub was not reached, or refused it; there is no such branch.
+        PushError: the Hub was not reached, or refused the repo; there is no such branch.
     """
     repo_id = read_repo_id(repo_id, "repo_id")
     again = None
@@ -279,7 +282,7 @@ def _commit(
     additions = [CommitOperationAdd(name, source) for name, source in files.items()]
     for addition in additions:
         if not addition.path_in_repo.endswith(TEXT):
-            # One file at a time, which the client sends in this thread: an interrupt need not wait for other threads.
+            # The client sends a single file in this thread, so that an interrupt need not wait for other threads.
             api.preupload_lfs_files(info.id, [addition], free_memory=False, **where)
     operations += additions
     # With parent_commit, the Hub refuses to overwrite a commit that was made after model_info was read.

@@ -21,21 +21,22 @@ CARD, SETTINGS = "README.md", "training_args.yaml"
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PREPROCESSING = "preprocessor_config.json"
 TEXT = (".json", ".yaml", ".md", ".py")
-# Not behind a letter, as in a URL or a relative path, nor behind the `<` of a closing tag.
+# A path does not begin behind a letter, as in a URL or a relative path, nor behind the `<` of a closing tag.
 _PATH = re.compile(r"(?:(?<=file://)|(?<![\w.:/~<-]))/[\w.@+-]+(?:/[\w.@+-]+)+")
 # These folders are on every machine, so that their paths reveal nothing.
 _SYSTEM = ("/bin/", "/dev/", "/etc/", "/lib/", "/proc/", "/sbin/", "/sys/", "/usr/")
 
 
 def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
-    """Returns the names of the files in a folder that make up a student.
+    """Returns the names of a student's files in a folder.
 
     Args:
-        folder: of a saved student.
-        in_checkpoint: whether it may be a training checkpoint, which holds more than the student, and no ONNX files.
+        folder: the folder of a saved student.
+        in_checkpoint: whether the folder may be a training checkpoint, which has more than the student, and no ONNX
+            files.
 
     Raises:
-        ValueError: the folder holds no student.
+        ValueError: the folder has no student.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
@@ -61,7 +62,8 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
         raise ValueError(f"{folder} holds no student, since it has no {_WEIGHTS}: weights in pickles are not pushed")
     modules = set()
     for reference in (config.get("auto_map") or {}).values():
-        # One name or several, some of them None; code of another repo (`owner/name--module`) is not pushed.
+        # A reference is one name or several, some of them None; code of another repo (`owner/name--module`) is not
+        # pushed.
         references = reference if isinstance(reference, list) else [reference]
         modules |= {f"{name.rpartition('.')[0]}.py" for name in references if name and "--" not in name}
     names += sorted(_with_imports(folder, modules))
@@ -82,15 +84,15 @@ def student_files(folder: Path, in_checkpoint: bool = False) -> list[str]:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a training checkpoint, which holds more than the student."""
+    """Whether a folder is a training checkpoint, which has more than the student."""
     return bool(re.fullmatch(r"checkpoint-\d+", folder.resolve().name)) or (folder / "optimizer.pt").exists()
 
 
 def publishable(settings: Any) -> Any:
-    """Returns settings for the public: a path is cut to its last name, a credential is masked (see [`redact`]).
+    """Returns settings for the public: paths are cut to their last names, and credentials are masked (see [`redact`]).
 
     Args:
-        settings: of JSON's types.
+        settings: a value of JSON's types.
 
     Example:
 
@@ -120,14 +122,14 @@ def publishable(settings: Any) -> Any:
 def check_publishable(files: Mapping[str, Path | bytes], token: str | None = None) -> None:
     """Searches text files for tokens and for paths of this machine.
 
-    This package writes none, so that a token or path comes from a person, or from a model that was opened.
+    This package writes no tokens or paths, so they come from a person, or from a model that was opened.
 
     Args:
         files: the files by their names in the repo.
-        token: the push's token; tokens of the environment and of `hf auth login` are searched too.
+        token: the push's token; tokens of the environment and of `hf auth login` are searched, too.
 
     Raises:
-        ValueError: a file holds a token or such a path; the message names file and line.
+        ValueError: a file has a token or such a path; the message names file and line.
     """
     tokens = {token, get_token(), os.environ.get("HF_TOKEN")} - {None, ""}
     folders = {source.parent for source in files.values() if isinstance(source, Path)}
@@ -156,7 +158,7 @@ def read_text(path: Path) -> str:
     """Reads a text file.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: the file is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Finds a store of teacher logits on the Hub, and pushes one as a dataset."""
+"""Finds a store of teacher logits on the Hub, and pushes a store as a dataset."""
 
 import os
 import shlex
@@ -19,11 +19,11 @@ _CARD = "README.md"
 
 
 def find_store(name: str, epochs: int) -> Path:
-    """Returns the folder of a store: the folder itself, or that of a Hub dataset, whose needed epochs are downloaded.
+    """Returns the folder of a store; of a Hub dataset, it downloads the needed epochs.
 
     Args:
-        name: folder, or Hub id of a dataset or the address of its page.
-        epochs: how many epochs are needed.
+        name: a folder, or the Hub id of a dataset or the address of its page.
+        epochs: number of epochs that are needed.
 
     Raises:
         ValueError: there is no such folder and no such dataset.
@@ -45,21 +45,23 @@ def find_store(name: str, epochs: int) -> Path:
 
 
 def push_store(folder: Path, repo_id: str, private: bool | None = None) -> str:
-    """Puts a finished store on the Hub, one commit per epoch, `store.json` last: until then the store cannot be opened.
+    """Puts a finished store on the Hub, one commit per epoch, `store.json` last: before it, the store cannot be
+    opened.
 
     Files that an earlier attempt uploaded are not sent again.
 
     Args:
-        folder: of the store.
-        repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; made if it does not exist.
-        private: whether a repo that is made is private; None takes the owner's default.
+        folder: the folder of the store.
+        repo_id: `owner/name`, or the address of its page, or `name` for the token's owner; the repo is made if it does
+            not exist.
+        private: whether a new repo is private; None uses the owner's default.
 
     Returns:
         The address of the dataset.
 
     Raises:
         ValueError: the store is not finished, or a shard does not match its checksum; all shards are read.
-        PushError: the Hub was not reached, or refused it.
+        PushError: the Hub was not reached, or refused the push.
     """
     repo_id = read_repo_id(repo_id, "repo_id", "dataset")
     info = StoreInfo.read(folder)
@@ -85,8 +87,8 @@ def store_card(info: StoreInfo, name: str) -> str:
     """Returns the text of the dataset's card.
 
     Args:
-        info: of the store.
-        name: of the dataset.
+        info: the content of the store's `store.json`.
+        name: the name of the dataset.
     """
     teachers = list_teachers(info.teacher)
     of_one = "teacher" if len(teachers) == 1 else "teachers, whose mean probabilities these are"

@@ -1,4 +1,4 @@
-"""Writes the model card of a student, and recognises a card that nobody has edited."""
+"""Writes the model card of a student, and recognises an unedited card."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from .text import code, hub_id, plain, plain_name
 
 
 def create_plain_card(folder: Path, repo_id: str) -> str:
-    """Returns the card of a student whose configuration alone is known."""
+    """Returns the card of a student of which only the configuration is known."""
     config = read_json(folder / "config.json")
     is_timm, has_own_code = config.get("model_type") == "timm_wrapper", bool(config.get("auto_map"))
     tags = ["image-classification", *(["timm", "transformers"] if is_timm else [])]
@@ -92,7 +92,7 @@ def write_card(
     """Writes `README.md` and the training curves that it shows into a student's folder.
 
     Args:
-        folder: of the student.
+        folder: the folder of the student.
         student, name, args, state, repo_id, teacher, losses, info: as in [`create_card`].
 
     Returns:
@@ -130,14 +130,14 @@ def create_card(
     info: CardInfo | None = None,
     curves: str | None = None,
 ) -> ModelCard:
-    """Makes the card of a student from the arguments alone. The card claims no result that they do not show.
+    """Makes the card of a student from the arguments alone. The card claims only results that the arguments show.
 
     Args:
         student: the plain student.
-        name: the model's, for the title and the `model-index`.
-        args: of the run; none of their paths and tokens is read.
-        state: `trainer.state`: the log, the step of the weights, and the step of the best ones.
-        repo_id: where the student can be pulled from, `owner/name`. With None, the examples open a folder, `name`.
+        name: the model's name, for the title and the `model-index`.
+        args: the arguments of the run; none of their paths and tokens is read.
+        state: `trainer.state`: the log, the step of the weights, and the step of the best weights.
+        repo_id: the student's repo, `owner/name`. With None, the examples open a folder, `name`.
         teacher: the model that the student was distilled from.
         losses: the distillation losses by name; none means the task loss alone.
         info: facts that the trainer does not know.
@@ -172,7 +172,7 @@ def create_card(
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card's text is that of [`create_card`], unchanged except for line endings and trailing space.
+    """Whether a card's text was made by [`create_card`] and is unchanged except for line endings and trailing space.
 
     Example:
 
@@ -191,7 +191,7 @@ def with_repo_id(text: str, repo_id: str, revision: str | None = None) -> str:
     """Returns a card whose examples open `repo_id`, for a student that was saved before it is pushed.
 
     Args:
-        text: of a card; a card that [`create_card`] has not made, or that was edited, is returned as it is.
+        text: the text of a card; a card that [`create_card`] has not made, or that was edited, is returned unchanged.
         repo_id: `owner/name`.
         revision: the branch that is pushed to; None means `main`.
     """
@@ -232,15 +232,16 @@ def _unix(text: str) -> str:
 
 
 def _metadata(run: Run) -> ModelCardData:
-    # As timm's own repositories do: the Hub then shows how to open the model in timm and in transformers.
+    # The tags are those of timm's own repositories: the Hub then shows how to open the model in timm and in
+    # transformers.
     tags = ["image-classification", *(["timm", "transformers"] if run.is_timm else [])]
     if run.losses:
         tags.append("self-distillation" if run.teacher is None else "knowledge-distillation")
     tags += dict.fromkeys(plain(name.lower()) for loss in run.losses.values() if (name := own_text(loss, "name")))
     tags += ["custom_code"] if run.has_own_code else []
-    # The relations that the Hub knows are adapter, finetune, merge and quantized (huggingface.co/docs/hub/model-cards);
-    # `distill` was asked for in huggingface_hub's issue 3985. No relation stands for a teacher, so none is claimed. Where
-    # the student was fine-tuned, `finetune` is claimed: for two models without a relation the Hub would infer a merge.
+    # The Hub knows the relations adapter, finetune, merge and quantized (huggingface.co/docs/hub/model-cards), and
+    # none for a teacher (huggingface_hub's issue 3985 asks for `distill`), so none is claimed. If the student was
+    # fine-tuned, `finetune` is claimed: for two models without a relation the Hub would infer a merge.
     start = hub_id(run.start)
     teachers = dict.fromkeys(hub_id(teacher.name) for teacher in run.teachers)
     base_models = [model for model in (start, *teachers) if model]
@@ -279,7 +280,7 @@ def _eval_results(run: Run) -> list[EvalResult]:
             # Top-5 has a type of its own, so that a search for `accuracy` does not find it.
             metric_type=metric,
             metric_name={"accuracy": "Top-1 accuracy", "top5_accuracy": "Top-5 accuracy"}[metric],
-            # A fraction, as in Trainer's own cards.
+            # The value is a fraction, as in Trainer's own cards.
             metric_value=round(value, 5),
         )
         for part, values in run.results.items()

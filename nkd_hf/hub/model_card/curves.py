@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Keys of a training entry that are neither the loss nor its components.
 _NO_LOSS = {"epoch", "step", "grad_norm", "learning_rate", "num_input_tokens_seen", "total_flos"}
-# With several evaluation datasets, the dataset's name stands between prefix and metric.
+# With several evaluation datasets, the dataset's name is between prefix and metric.
 _ACCURACY = re.compile(r"eval_(?:(?P<name>.+?)_)??(?P<metric>accuracy|top5_accuracy)", re.DOTALL)
 # The mark of an evaluation on a dataset that is not the trainer's own, such as the training images.
 OTHER_DATASET = "other_dataset"
@@ -25,8 +25,8 @@ def read_accuracies(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Returns the accuracies in an entry of the Trainer's `log_history`.
 
     Returns:
-        `accuracy` and `top5_accuracy` (fractions; those that are present and finite) by the name of the evaluation dataset,
-        which is empty for a single one. The dict is empty for an entry without an accuracy.
+        `accuracy` and `top5_accuracy` (fractions, if they are present and finite) by the name of the evaluation
+        dataset. The name is empty for a single dataset, and the dict is empty for an entry without an accuracy.
 
     Example:
 
@@ -52,7 +52,7 @@ def read_accuracies(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def publishable_log(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the log with accuracies on the trainer's own evaluation datasets alone.
 
-    Evaluations that `DistillationTrainer.evaluate` has marked as of another dataset are omitted, and accuracies that
+    It omits evaluations of another dataset, which `DistillationTrainer.evaluate` has marked, and accuracies that
     [`percentages`] returns.
 
     Example:
@@ -73,7 +73,7 @@ def publishable_log(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def percentages(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the names of accuracies in a log that are no fractions, with the first value outside of 0..1."""
+    """Returns the names of accuracies in a log that are not fractions, with the first value outside of 0..1."""
     found: dict[str, float] = {}
     for entry in log_history:
         for key in entry:
@@ -93,10 +93,10 @@ def plot_curves(
 
     Args:
         log_history: `trainer.state.log_history`.
-        path: of the PNG. A run without an evaluation gets no picture, and a picture of an earlier run is removed. The
-            same log gives the same bytes.
+        path: the file of the PNG. A run without an evaluation gets no picture, and a picture of an earlier run is
+            removed. The same log gives the same bytes.
         levels: top-1 accuracies (fractions) of other models by name, such as `baseline`: dashed lines.
-        x_axis: `epoch`, or `step` for a run whose epochs mean nothing (a stream).
+        x_axis: `epoch`, or `step` for a run without meaningful epochs (a stream).
 
     Returns:
         Whether there is a picture.

@@ -1,4 +1,4 @@
-"""The facts of a card: those that its author gives, and those of the run."""
+"""Collects the facts of a card: the author's facts, and the facts of the run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,34 +23,38 @@ class CardInfo:
     Args:
         dataset (`str` or `list[str]`, *optional*): the training datasets; the first is also the evaluation dataset.
             An id of the Hub (`owner/name`) is listed in the card's metadata; `digits`, a folder or a description in words
-            stands in the text alone.
-        dataset_config, dataset_split (`str`, *optional*): its configuration, and the evaluation split.
-        num_train_images, num_eval_images (`int`, *optional*): how many images training and evaluation had.
+            is only in the text.
+        dataset_config, dataset_split (`str`, *optional*): the dataset's configuration, and the evaluation split.
+        num_train_images, num_eval_images (`int`, *optional*): the numbers of images of training and evaluation.
         teacher (`dict[str, float]`, *optional*): `accuracy` and, where it was measured, `top5_accuracy` of the teacher on
             the same images with its own preprocessing, as fractions.
         baseline (`dict[str, float]`, *optional*): the same accuracies of the student, trained in the same way without the
             distillation loss.
-        augmentation (`str`, *optional*): in words.
-        class_weights (`str`, *optional*): of the task loss, in words: `balanced`.
-        unlabeled_dataset (`str`, *optional*): images that the teacher alone taught, named as `dataset`.
-        num_unlabeled_images (`int`, *optional*): how many there are.
+        augmentation (`str`, *optional*): the augmentation in words.
+        class_weights (`str`, *optional*): the class weights of the task loss in words: `balanced`.
+        unlabeled_dataset (`str`, *optional*): images that only the teacher taught, named as `dataset`.
+        num_unlabeled_images (`int`, *optional*): number of these images.
         trained_without_labels (`bool`): whether there were no other training images, so that `dataset` is the evaluation's.
         launch (`str`, *optional*): the command that started the run; see [`launch_line`].
-        license (`str`, *optional*): of the weights, as the Hub spells it: `apache-2.0`. None becomes the Hub's `unknown`,
-            since only the author can give a licence.
-        language (`str` or `list[str]`, *optional*): for the metadata.
-        finetuned_from (`str`, *optional*): Hub id of the weights that the student started from. None takes the id that the
+        license (`str`, *optional*): the licence of the weights, as the Hub spells it: `apache-2.0`. None becomes the
+        Hub's
+            `unknown`, since only the author can give a licence.
+        language (`str` or `list[str]`, *optional*): the language in the metadata.
+        finetuned_from (`str`, *optional*): Hub id of the weights that the student started from. None uses the id that
+        the
             student was opened from.
-        tags (`list[str]`): added to the card's own.
-        teacher_on_student_pixels (`dict[str, float]`, *optional*): the teacher's accuracies on the pixels that the student
-            gets, where these differ from the pixels of its own preprocessing.
+        tags (`list[str]`): tags that are added to the card's own.
+        teacher_on_student_pixels (`dict[str, float]`, *optional*): the teacher's accuracies on the student's pixels,
+        where these
+            differ from the pixels of the teacher's own preprocessing.
         deployment (`dict[str, dict]`, *optional*): by the names `teacher`, `baseline`, `student`, `student_onnx` and
             `student_int8`, the measured `top1` (a fraction), `size_bytes`, `latency_ms` (`p50`, `p95`) and `images_per_second`.
-        temperature (`float`, *optional*): that the student's logits are divided by for calibrated probabilities. The saved
-            weights are without it.
+        temperature (`float`, *optional*): temperature by which the student's logits are divided for calibrated
+        probabilities.
+            The saved weights do not include it.
 
     Raises:
-        ValueError: an accuracy is missing or is no fraction, or the Hub knows no such licence.
+        ValueError: an accuracy is missing or not a fraction, or the Hub knows no such licence.
     """
 
     dataset: str | list[str] | None = None
@@ -136,7 +140,7 @@ class Run:
 
     @property
     def last_evaluation(self) -> dict | None:
-        """The last entry of the log with an accuracy, for any weights."""
+        """The last entry of the log with an accuracy, of any step's weights."""
         log = publishable_log(self.state.log_history)
         return next((entry for entry in reversed(log) if read_accuracies(entry)), None)
 
@@ -152,7 +156,7 @@ class Run:
 
     @property
     def teachers(self) -> list[TeacherDescription]:
-        """The teacher, or the members of an ensemble, whether it ran during training or before; empty if there is none."""
+        """The teacher, or the members of an ensemble, which ran during training or before; empty without a teacher."""
         if self.teacher is None:
             return []
         teacher = self.teacher
@@ -181,7 +185,7 @@ def architecture(model: nn.Module) -> str:
 
 
 def describe_teacher(teacher: Teacher, names: Sequence[str | None]) -> TeacherDescription | list[TeacherDescription]:
-    """Returns a teacher's name, if it has one, its architecture and its number of parameters; of an ensemble, each member's."""
+    """Returns name (or None), architecture and number of parameters of a teacher, or of each member of an ensemble."""
     described = [
         TeacherDescription(name, architecture(member.model), sum(p.numel() for p in member.model.parameters()))
         for member, name in zip(teacher.members, names, strict=True)
@@ -192,7 +196,7 @@ def describe_teacher(teacher: Teacher, names: Sequence[str | None]) -> TeacherDe
 
 
 def _find_name(teacher: Teacher) -> str | None:
-    """The name that a teacher was opened from; None for a module that came from no repository of the Hub."""
+    """Returns the name that a teacher was opened from; None for a module that is from no repository of the Hub."""
     if teacher.name != type(teacher.model).__name__:
         return teacher.name
     # A teacher that was passed as a module has its class as name; its config may name its repository.

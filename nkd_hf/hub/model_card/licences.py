@@ -21,7 +21,7 @@ def check_license(license: str | None) -> None:
     """Refuses, before a run, a licence that the Hub would refuse when the card is pushed.
 
     Args:
-        license: as the Hub spells it; None and an empty text mean no licence.
+        license: the licence as the Hub spells it; None and an empty text mean no licence.
 
     Raises:
         ValueError: there is no such id; the message names the closest one.

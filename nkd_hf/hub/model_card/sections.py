@@ -171,7 +171,7 @@ def training(run: Run) -> str:
     global_batch = args.global_batch_size(state.train_batch_size)
     split = f" = {batch} x {accumulation} accumulated x {args.world_size} processes" if global_batch > batch else ""
     images = "" if run.info.num_train_images is None else f"{run.info.num_train_images} images"
-    # With max_steps, epochs mean nothing: a stream is one epoch.
+    # With max_steps, epochs have no meaning: a stream is one epoch.
     epochs = "" if args.max_steps > 0 else f"{state.epoch or 0:.4g} of {args.num_train_epochs:g} epochs, "
     # Below 1, warmup_steps is a fraction of the steps.
     warmup = f"{100 * args.warmup_steps:g} %" if args.warmup_steps < 1 else f"{args.warmup_steps:g} steps"
@@ -207,7 +207,7 @@ def training(run: Run) -> str:
 
 
 def limitations(run: Run) -> str:
-    """Says what was not measured, and that no licence was set."""
+    """States the properties that were not measured, and a missing licence."""
     text = (
         f"For any image, the model answers with one of its {run.student.config.num_labels} classes; its scores are no "
         "calibrated probabilities. Robustness, bias and other data were not measured."
@@ -219,13 +219,13 @@ def limitations(run: Run) -> str:
 
 
 def citation(run: Run) -> str:
-    """Quotes the BibTeX entries of the methods' papers; empty if there are none."""
+    """Returns the BibTeX entries of the methods' papers; empty if there are none."""
     citations = dict.fromkeys(filter(None, (own_text(loss, "citation") for loss in run.losses.values())))
     return "## Citation\n\n" + code_block("\n\n".join(citations), "bibtex") if citations else ""
 
 
 def _name_or_code(name: str) -> str:
-    """Returns the name, as a code span where Markdown could read it as markup."""
+    """Returns the name, as a code span if Markdown could read it as markup."""
     return name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]*", name) else code(name)
 
 
@@ -267,7 +267,7 @@ def _loss(loss: nn.Module) -> str:
 
 
 def own_text(loss: nn.Module, attribute: str) -> str:
-    """Returns `name`, `paper` or `citation` of a loss's own class: a subclass of NKDLoss is another method than NKD."""
+    """Returns `name`, `paper` or `citation` of a loss's own class, since a subclass of NKDLoss is another method."""
     text = vars(type(loss)).get(attribute)
     return text if isinstance(text, str) else ""
 

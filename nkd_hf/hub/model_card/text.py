@@ -1,4 +1,4 @@
-"""Formats names, paths and the command line for a card: on one line, without a path of the machine and without a token."""
+"""Formats names, paths and the command line for a card: on one line, without paths of the machine and tokens."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ...errors import redact
 
-# Not the slashes of a relative path or of a URL.
+# The pattern does not match the slashes of a relative path or of a URL.
 _POSIX_PATH = re.compile(r"(?:(?<![\w.~/:-])/+|(?<=:)/(?!/))[^\s\"'`,;|<>()\[\]{}/][^\s\"'`,;|<>()\[\]{}]*")
 _WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\[^\s\"'`,;|<>()\[\]{}]+")
 
@@ -38,7 +38,7 @@ def plain(text: object) -> str:
 
 
 def plain_name(value: object) -> str:
-    """Does the same as `plain` for one name or argument, which is a path as a whole even where it contains spaces.
+    """Does the same as `plain` for one name or argument, which may be a path with spaces.
 
     The text before an equals sign or a colon (`--output_dir=`, `local-dir:`) is kept.
 
@@ -109,7 +109,7 @@ def link(name: str, kind: str = "") -> str:
     """Returns an id of the Hub as a link to its page, any other name as a code span.
 
     Args:
-        name: of a model or dataset.
+        name: the name of a model or dataset.
         kind: `datasets/` for a dataset.
     """
     return code(plain_name(name)) if hub_id(name) is None else f"[{code(name)}](https://huggingface.co/{kind}{name})"
