@@ -21,8 +21,7 @@ class BadImageReport(TrainerCallback):
 
     Args:
         steps_per_epoch (`int`, *optional*): number of optimiser steps after which to report as well. Trainer counts a
-        stream
-            as one epoch, which lasts as long as the training.
+            stream as one epoch, which lasts as long as the training.
 
     Example:
 

@@ -23,8 +23,7 @@ class EpochDataset(Dataset):
 
     Attributes:
         sampling_labels (`np.ndarray`, *optional*): [N] int64 class of each row, negative for no class. If it is set,
-        the
-            trainer draws the rows of an epoch with [`balanced_order`].
+            the trainer draws the rows of an epoch with [`balanced_order`].
         needs_positions (`bool`): whether the trainer's keys must have a position.
         crops_per_image (`int`): number of samples of a row that the trainer takes in an epoch. An epoch then takes a
             `crops_per_image`-th of the rows; see [`~nkd_hf.data.orders.crop_order`].

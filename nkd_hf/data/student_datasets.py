@@ -27,8 +27,7 @@ def make_datasets(
         data_arguments ([`DataArguments`]): the dataset, its augmentation, mixup and CutMix.
         student (`PreTrainedModel`): the model that is trained on the images, such as a model of [`create_student`].
         seed (`int`, *optional*, defaults to 42): draws the validation split where it must be made, the augmentation
-        and
-            the mixing. Set it to the `seed` of the training arguments.
+            and the mixing. Set it to the `seed` of the training arguments.
 
     Returns:
         `(train_dataset, eval_dataset, data_collator)`, the arguments of [`DistillationTrainer`] of these names.

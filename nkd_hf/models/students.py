@@ -280,8 +280,7 @@ def _open_student(
         raise ValueError(f"model_args are for timm architectures, but {name!r} is opened as it is: omit them")
     labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        # The weights are opened in float32, whatever the file has: they train in float32, and autocast computes in
-        # half precision.
+        # The weights are opened in float32, since they train in it; autocast computes in half precision.
         student = open_pretrained(
             name,
             new_head=True,
@@ -296,8 +295,7 @@ def _open_student(
         raise ValueError(f"student {name!r} could not be opened as a Hub id or a folder: {error}") from error
     if id2label is None:
         names, num_classes = student.config.id2label, student.config.num_labels
-        # PVT's configuration has a number of classes beside their names. The names may be missing or of another
-        # number.
+        # PVT's configuration has a number of classes beside their names, and may lack names.
         if not names or (num_labels is not None and len(names) != num_classes):
             names = [f"LABEL_{i}" for i in range(num_classes)]
         id2label = normalize_id2label(names, num_classes, of=f"the id2label of student {name!r}")

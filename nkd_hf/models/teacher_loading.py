@@ -39,8 +39,7 @@ def load_teacher(
             logarithm of the weighted mean of its members' probabilities, each with its own preprocessing, precision
             and order of labels.
         weights (`Sequence[float]`, *optional*): the positive weight of each teacher of a list; the weights are divided
-        by
-            their sum. None gives all teachers the same weight.
+            by their sum. None gives all teachers the same weight.
         prompts (`str` or a list of them, *optional*): for the Hub id or folder of a CLIP or SigLIP model, which is used
             zero-shot: texts with one `{}` each, for the name of a class (`"a photo of a {}."`). The embeddings of a
             class's texts are averaged. They are computed here, once, and the model's text side is not kept. In a list,

@@ -1,6 +1,6 @@
 """Plans a run from its arguments alone, for `nkd-hf plan`.
 
-Models are built on torch's meta device, which has shapes and no values. The config sets the numbers of GPUs and of
+Models are built on torch's meta device, which has shapes and no values. The config sets the numbers of GPUs and
 images. The plan does not depend on this machine, on the launcher's environment variables, on the network or on the
 dataset.
 """
@@ -83,23 +83,15 @@ def make_plan(
             no store is planned.
 
     Returns:
-        `dict`, fit for JSON:
-
-        - `student` and `teacher` (None without a teacher) with `parameters` and `gmacs`, of one image's forward pass
-          (None for a teacher that is not known here). Several teachers have their sums, and each teacher is in
-          `members`.
-        - `tap`, the input of USKD's auxiliary head, with `module`, `channels` and the kind of feature it `reads`
-          (class token, mean of the patch tokens, ...), or None.
-        - `lr_by_epoch`, the rate of the first step of each epoch (None where it depends on the evaluations).
-        - `steps_per_epoch` and `global_batch_size`.
-        - `decoded_images` of an epoch, with the images without labels.
-        - `input`, the `samples`, `decoded_images` and `core_hours` of the student's training.
-        - `store` of the teacher's logits, or None.
-        - `unlabeled`, how images without labels take part, in words.
-        - `decayed_parameters` and `undecayed_parameters`, student and losses together.
-        - `disk` and `memory` in bytes, the least that is needed.
-
-        The other keys are named as the arguments.
+        `dict`, fit for JSON. Models: `student` and `teacher` (None without a teacher) with `parameters` and `gmacs` of
+        one image's forward pass, None for a teacher that is not known here. Several teachers have their sums, and each
+        teacher is in `members`. `tap` is the input of USKD's auxiliary head: `module`, `channels` and the feature that
+        it `reads` (class token, ...), or None. Steps: `lr_by_epoch`, the rate of the first step of each epoch (None
+        where it depends on the evaluations); `steps_per_epoch`; `global_batch_size`. Images: `decoded_images` of an
+        epoch, with the images without labels; `input`, the `samples`, `decoded_images` and `core_hours` of the
+        student's training; `unlabeled`, the part of images without labels, in words. Costs: `store` of the teacher's
+        logits, or None; `disk` and `memory`, the least bytes. `decayed_parameters` and `undecayed_parameters` are of
+        student and losses together. The other keys are named as the arguments.
 
     Raises:
         ValueError: the arguments do not say enough, or do not fit the models.

@@ -86,8 +86,7 @@ class Recipe:
         recipe (`RecipeArguments`): teacher, student, loss and preprocessing.
         data (`DataArguments`): the dataset and its augmentation.
         training (`DistillationTrainingArguments`): `output_dir` holds the results; each model gets a folder in it. For
-        a
-            stream, its settings in epochs are changed to steps.
+            a stream, its settings in epochs are changed to steps.
         splits, teacher: data and pretrained teacher, if they are open already.
 
     Raises:
@@ -228,8 +227,7 @@ class Recipe:
         self._is_checked = True
 
     def train_teacher(self) -> None:
-        """Trains the teacher, unless the run needs no teacher, reads stored logits, or uses a pretrained teacher as it
-        is.
+        """Trains the teacher, unless the run has none, reads stored logits, or uses a pretrained teacher as it is.
 
         An architecture starts from random weights. A pretrained teacher starts from its own weights, with a new head.
 
@@ -317,8 +315,7 @@ class Recipe:
     def measure_teacher(self) -> None:
         """Measures the teacher's top-1 with its own preprocessing, and on the student's pixels where they differ.
 
-        The accuracies show, before days of training, a wrong teacher and a teacher that the student's settings make
-        worse.
+        Before days of training, they show a wrong teacher, and a teacher that the student's settings make worse.
         """
         self.open_teacher()
         if self.teacher is None or self.results[ON_STUDENT_PIXELS] is not None:

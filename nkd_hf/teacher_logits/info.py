@@ -53,11 +53,9 @@ class StoreInfo:
         format (`int`): version of the files' format.
         teacher_own_accuracy (`float`, *optional*): the teacher's top-1 with its own preprocessing; None in older stores.
         standardized_temperatures (`list[float]`): temperatures of `rest_logsumexp_standardized`; `store.json` omits an
-        empty
-            list.
+            empty list.
         cycle (`int`, *optional*): number of epochs after which training repeats the store, equal to `epochs`; None if
-        training
-            must not repeat it. `store.json` omits None.
+            training must not repeat it. `store.json` omits None.
     """
 
     num_classes: int

@@ -30,8 +30,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     Args:
         feature_layer (`str`, *optional*): the student's submodule whose output USKD's auxiliary head reads. None uses
-        the
-            paper's layer, for the paper's architectures.
+            the paper's layer, for the paper's architectures.
         teacher_dtype (`str`, *optional*): `float32`, `bf16` or `fp16`: the precision of the teacher's weights and
             computation, whatever the student's precision. None keeps the weights as they are opened (float32 for a Hub id
             or folder), and computes in the student's mixed precision, or in float32 for a store of its logits.
@@ -44,9 +43,8 @@ class DistillationTrainingArguments(TrainingArguments):
             `constant_then_linear` (constant_steps, constant_factor), `cosine_by_epoch` (warmup_epochs, warmup_factor,
             warmup_by, min_lr); see `nkd_hf.trainer.optimization`.
         base_batch_size (`int`, *optional*): the global batch that `learning_rate` is meant for: per-device batch x
-        processes
-            x accumulation. Processes that split a batch (`split_batches` of `accelerator_config`) count once. A run
-            with another global batch scales the rate linearly, with a warning. None never scales it.
+            processes x accumulation. Processes that split a batch (`split_batches` of `accelerator_config`) count
+            once. A run with another global batch scales the rate linearly, with a warning. None never scales it.
         no_weight_decay (`list[str]`, *optional*): the parameters of student and losses without weight decay, some of `norm`
             (weights and biases of normalisation layers), `bias` (all biases) and `embedding` (class and distillation
             tokens, position embeddings, relative position biases). An empty list decays everything. None keeps the

@@ -189,8 +189,7 @@ class DistillationModel(nn.Module):
                 `teacher_logits` [B, C] float; `kd.teacher_logits` is read by the loss `kd` in its place. With a dict, even
                 an empty one, the losses are computed, which needs labels.
             num_teacher_only (`int`): number of images without a label, at the end of the batch; `labels` has the
-            labels of the
-                others. (`Trainer` takes all arguments with `label` in their names for columns.)
+                labels of the others. (`Trainer` takes all arguments with `label` in their names for columns.)
             **kwargs: arguments of the student's forward, such as `interpolate_pos_encoding` or `output_hidden_states`.
                 Other columns of a batch (`index`, `position`, `path`, ...) are ignored.
 

@@ -42,10 +42,9 @@ class DistillationTrainer(Trainer):
 
     All features of `transformers.Trainer` work as they do there; docs/trainer.md has the differences in one table.
     `trainer.model` is one module with the student and the losses' own layers. `trainer.student` is the plain student,
-    and the only part that is saved outside of `checkpoint-*`. A checkpoint is whole or absent. After SIGTERM the
-    trainer saves a checkpoint and exits. A loss that is not finite ends the run or skips the step, see
-    `on_non_finite_loss`. Pushes contain the student alone, and with the `hub_strategy` `checkpoint` or
-    `all_checkpoints` the checkpoints, too.
+    the only part that is saved outside of `checkpoint-*`. A checkpoint is whole or absent. After SIGTERM the trainer
+    saves one and exits. A loss that is not finite ends the run or skips the step, see `on_non_finite_loss`. Pushes
+    contain only the student, and with the `hub_strategy` `checkpoint` or `all_checkpoints` the checkpoints, too.
 
     Args:
         model (`PreTrainedModel`): the student, any `*ForImageClassification`; for timm's see [`create_student`].
@@ -164,8 +163,7 @@ class DistillationTrainer(Trainer):
         Args:
             model: `trainer.model`, possibly wrapped.
             inputs: `pixel_values` [B, 3, H, W] float, `labels` [B] int64 or [B, C] float, and maybe stored `teacher_logits` or
-                `unlabeled_pixel_values` [U, 3, H, W]. Columns that the student's forward names are passed to it,
-                others are ignored.
+                `unlabeled_pixel_values` [U, 3, H, W]. The student's forward gets the columns that it names, no others.
             return_outputs: whether to return a `ModelOutput` with `logits` [B, C] and, in training, `losses` by name, too.
             num_items_in_batch: read by `compute_loss_func` alone; the loss is a mean over the micro-batch.
 
@@ -299,8 +297,7 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        # Each process has its own BatchNorm statistics. All processes evaluate with the first process's, which are
-        # saved.
+        # Each process has its own BatchNorm statistics. All evaluate with the first process's, which are saved.
         for buffer in self.student.buffers():
             broadcast(buffer)
         self.image_losses = ImageLosses()

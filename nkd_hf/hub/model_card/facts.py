@@ -37,21 +37,17 @@ class CardInfo:
         trained_without_labels (`bool`): whether there were no other training images, so that `dataset` is the evaluation's.
         launch (`str`, *optional*): the command that started the run; see [`launch_line`].
         license (`str`, *optional*): the licence of the weights, as the Hub spells it: `apache-2.0`. None becomes the
-        Hub's
-            `unknown`, since only the author can give a licence.
+            Hub's `unknown`, since only the author can give a licence.
         language (`str` or `list[str]`, *optional*): the language in the metadata.
         finetuned_from (`str`, *optional*): Hub id of the weights that the student started from. None uses the id that
-        the
-            student was opened from.
+            the student was opened from.
         tags (`list[str]`): tags that are added to the card's own.
         teacher_on_student_pixels (`dict[str, float]`, *optional*): the teacher's accuracies on the student's pixels,
-        where these
-            differ from the pixels of the teacher's own preprocessing.
+            where these differ from the pixels of the teacher's own preprocessing.
         deployment (`dict[str, dict]`, *optional*): by the names `teacher`, `baseline`, `student`, `student_onnx` and
             `student_int8`, the measured `top1` (a fraction), `size_bytes`, `latency_ms` (`p50`, `p95`) and `images_per_second`.
         temperature (`float`, *optional*): temperature by which the student's logits are divided for calibrated
-        probabilities.
-            The saved weights do not include it.
+            probabilities. The saved weights do not include it.
 
     Raises:
         ValueError: an accuracy is missing or not a fraction, or the Hub knows no such licence.
