@@ -46,8 +46,7 @@ def measure_teacher(
         own: the accuracies with the teacher's own preprocessing, if they are known.
 
     Returns:
-        The accuracies by their keys in `results.json`: `teacher`, and `teacher_on_student_pixels` if the pixels
-            differ.
+        The accuracies by their keys in `results.json`: `teacher`, and `teacher_on_student_pixels` if pixels differ.
     """
     own_processors = [load_image_processor(member.model) for member in teacher.members]
     given = load_image_processor(student)
