@@ -154,17 +154,17 @@ def test_two_processes_share_the_draws_of_one(folder, tmp_path):
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
 
 
-def test_statistics_of_batch_norm_are_of_images_that_are_drawn_in_the_same_way(folder):
+def test_statistics_of_batch_norm_are_of_images_that_are_drawn_in_the_same_way(folder, tmp_path):
     train, collator = images(folder)
-    trainer = make_trainer("unused", timm_cnn(), train)
+    trainer = make_trainer(tmp_path, timm_cnn(), train)
     seen = Seen(collator)
     estimate_batch_norm(trainer.student, train, 40, trainer.accelerator, key=(0, 1), batch_size=8, collate_fn=seen)
     counts = Counter(sample[3] for batch in seen.samples for sample in batch)
     assert min(counts.values()) > 5
 
 
-def test_a_trainer_refuses_the_order_of_the_dataset(folder):
+def test_a_trainer_refuses_the_order_of_the_dataset(folder, tmp_path):
     train, collator = images(folder)
-    trainer = make_trainer("unused", timm_cnn(), train, data_collator=collator, train_sampling_strategy="sequential")
+    trainer = make_trainer(tmp_path, timm_cnn(), train, data_collator=collator, train_sampling_strategy="sequential")
     with pytest.raises(ValueError, match="train_sampling_strategy must be random with balanced_sampling"):
         trainer.get_train_dataloader()

@@ -30,6 +30,12 @@ def rows():
     return load_image_dataset(DataArguments(max_train_samples=40))["train"]
 
 
+@pytest.fixture(autouse=True)
+def in_its_own_folder(tmp_path, monkeypatch):
+    """A trainer makes its output folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def images(rows, **kwargs) -> ImageDataset:
     transform = train_transform(DataArguments(random_crop_padding=4), 32, [0.5] * 3, [0.5] * 3)
     return ImageDataset(rows, transform, **kwargs)

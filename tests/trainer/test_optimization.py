@@ -372,8 +372,8 @@ def test_the_best_model_keeps_the_statistics_that_it_was_evaluated_with(tmp_path
     assert all(torch.equal(one, two) for one, two in states)
 
 
-def test_estimating_batch_norm_changes_nothing_else():
-    model, accelerator = timm_cnn(), make_trainer("unused", timm_cnn()).accelerator
+def test_estimating_batch_norm_changes_nothing_else(tmp_path):
+    model, accelerator = timm_cnn(), make_trainer(tmp_path, timm_cnn()).accelerator
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.eval()
     collate = torch.utils.data.default_collate
