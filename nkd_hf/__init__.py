@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from .cli.options import start_recipe
     from .data.arguments import DataArguments
     from .data.bad_images import BadImageReport
     from .data.collator import ImageCollator
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from .models.preprocessing import load_image_processor
     from .models.students import create_student
     from .models.teacher_loading import load_teacher
-    from .options import start_recipe
     from .recipe.arguments import RecipeArguments
     from .recipe.distill import distill
     from .recipe.parser import parse_args
@@ -64,7 +64,6 @@ _NAMES = {
         "one_line_errors",
     ),
     "metrics": ("TopKAccuracy",),
-    "options": ("start_recipe",),
     "losses": (
         "DistillationLoss",
         "DISTLoss",
@@ -91,6 +90,7 @@ _NAMES = {
         "wsld_loss",
         "wttm_loss",
     ),
+    "cli.options": ("start_recipe",),
     "models.features": ("token_shape",),
     "models.preprocessing": ("load_image_processor",),
     "models.students": ("create_student",),

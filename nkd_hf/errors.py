@@ -1,13 +1,14 @@
 """Defines the exceptions of the package, prints errors in one line, and redacts secrets in messages."""
 
 import contextlib
+import difflib
 import errno
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -204,3 +205,22 @@ def explain_gated_repo(error: BaseException, repo_id: str, repo_type: str = "mod
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Returns a suggestion of the most similar name for a message; an empty text if no name is similar.
+
+    Example:
+
+    ```python
+    >>> suggest("gama", ["alpha", "gamma"])
+    ": did you mean 'gamma'?"
+
+    ```
+    """
+    names = list(names)
+    # For `dataset_name`, `dataset` is a better suggestion than `dataset_config_name`.
+    shorter = sorted((known for known in names if name.startswith(f"{known}_")), key=len, reverse=True)
+    near = difflib.get_close_matches
+    matches = near(name, names, n=1, cutoff=0.8) or shorter or near(name, names, n=1)
+    return f": did you mean {matches[0]!r}?" if matches else ""

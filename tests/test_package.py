@@ -20,7 +20,7 @@ MODULES = [
 ]
 # The rooms of the package, from the bottom: each may import from the lines above its own, which are the layers below it.
 LAYERS = """
-    errors files metrics losses options
+    errors files metrics losses
     models
     teacher_logits
     data hub export
@@ -32,9 +32,13 @@ LAYERS = """
 
 def imports(path: Path) -> set[str]:
     """Dotted names of the modules that a file imports, those of the package from its top."""
-    names = set()
     package = ("nkd_hf", *path.relative_to(PACKAGE).parts[:-1]) if path.is_relative_to(PACKAGE) else ()
-    tree = ast.parse(path.read_text())
+    return find_imports(path.read_text(), package)
+
+
+def find_imports(code: str, package: tuple[str, ...]) -> set[str]:
+    names = set()
+    tree = ast.parse(code)
     # What type checkers alone import is in none of these statements.
     tree.body = [
         node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
@@ -45,9 +49,27 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             parent = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (parent, node.module) if part)
-            # `from . import x` names a module, or a name of the package.
-            names |= {f"{module}.{alias.name}" for alias in node.names} if node.module is None else {module}
+            if module == "nkd_hf" and package:  # a room, or the room of a public name
+                names |= {f"{module}.{nkd_hf._MODULE_OF.get(alias.name, alias.name)}" for alias in node.names}
+            elif node.module is None:  # `from . import x` names a module, or a name of the package
+                names |= {f"{module}.{alias.name}" for alias in node.names}
+            else:
+                names.add(module)
+        elif package and isinstance(node, ast.Constant) and node.value in MODULES:  # for importlib.import_module
+            names.add(node.value)
     return names
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import nkd_hf.trainer.trainer", "from nkd_hf.trainer import trainer", "from ..trainer.trainer import Trainer",
+        "from .. import trainer", "from nkd_hf import trainer", "from nkd_hf import DistillationTrainer",
+        "def f():\n    from nkd_hf import DistillationTrainer", "importlib.import_module('nkd_hf.trainer')",
+    ],
+)  # fmt: skip
+def test_every_spelling_of_an_import_is_found(code):
+    assert any(name.startswith("nkd_hf.trainer") for name in find_imports(code, ("nkd_hf", "models")))
 
 
 def test_imports_go_down():
@@ -56,6 +78,7 @@ def test_imports_go_down():
     for file in PACKAGE.rglob("*.py"):
         room = file.relative_to(PACKAGE).with_suffix("").parts[0]
         for name in imports(file):
+            assert name != "nkd_hf" or room == "__init__", f"{file} imports nkd_hf, which may be any of its rooms"
             other = name.removeprefix("nkd_hf.").split(".")[0]
             if room != "__init__" and name.startswith("nkd_hf.") and other != room:
                 assert layer.get(other, -1) < layer[room], f"{file} imports {name}"

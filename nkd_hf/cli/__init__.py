@@ -4,8 +4,8 @@ import functools
 import sys
 
 from .. import __version__
-from ..errors import one_line_errors
-from ..options import DISTILL, PLAN, RECIPE, check_options, check_values, load, read_command, read_fields, suggest
+from ..errors import one_line_errors, suggest
+from .options import DISTILL, PLAN, RECIPE, check_options, check_values, load, read_command, read_fields
 
 # Command -> the module whose `main` runs it, and its purpose. The module is imported when the command is called.
 _COMMANDS = {

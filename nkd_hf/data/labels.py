@@ -123,17 +123,27 @@ def _warn_of_empty_classes(splits: dict[str, Dataset], args: DataArguments) -> N
         # Hidden folders, such as .git, are no classes, and `datasets` does not read them.
         entries = os.scandir(Path(path).parents[1]) if is_class else ()
         folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
-        missing = sorted({*names, *folders} - found)
-        if missing:
+        if empty := sorted(folders - {*names}):
+            logger.warning(
+                "the %s split of %r has folders without images, which become no classes: %s",
+                name,
+                redact(args.dataset_name),
+                _list_names(empty),
+            )
+        if missing := sorted({*names} - found):
             logger.warning(
                 "the %s split of %r has no images of %d of %d classes, so that %s: %s",
                 name,
                 redact(args.dataset_name),
                 len(missing),
-                len({*names, *folders}),
+                len(names),
                 "they cannot be learned" if name == "train" else "nothing is measured of them",
-                ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""),
+                _list_names(missing),
             )
+
+
+def _list_names(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _with_class_labels(splits: dict[str, Dataset]) -> dict[str, Dataset]:

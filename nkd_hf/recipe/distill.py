@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.arguments import DataArguments
-from ..options import suggest
+from ..errors import suggest
 from ..trainer.arguments import DistillationTrainingArguments
 from .announcement import describe_run
 from .arguments import RecipeArguments

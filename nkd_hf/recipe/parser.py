@@ -11,8 +11,7 @@ from typing import Any, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from ..errors import ConfigError
-from ..options import suggest
+from ..errors import ConfigError, suggest
 from .yaml_file import find_fault, read_config
 from .yaml_values import check_value
 

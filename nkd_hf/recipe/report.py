@@ -13,6 +13,7 @@ from ..data.decoding import read_sample
 from ..errors import BadSampleError, PushError, redact
 from ..hub.model_card.facts import CardInfo
 from ..hub.push import create_repo, push_student
+from ..losses.registry import find_losses
 from ..models.loading import open_classifier
 from ..models.preprocessing import load_image_processor
 from ..models.saving import hidden_progress_bars
@@ -54,7 +55,7 @@ def print_table(recipe: RecipeArguments, results: dict[str, float | None], folde
         "teacher": f"teacher ({teacher})",
         ON_STUDENT_PIXELS: "teacher, on the student's pixels",
         "baseline": f"baseline ({recipe.student})",
-        "distilled": f"distilled ({recipe.distillation_loss.upper()})",
+        "distilled": f"distilled ({'+'.join(loss.name for loss in find_losses(recipe.distillation_loss).values())})",
     }
     print(f"\n{'':<44}top-1 accuracy")
     for name, value in results.items():

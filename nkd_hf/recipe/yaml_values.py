@@ -8,8 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from ..errors import ConfigError
-from ..options import suggest
+from ..errors import ConfigError, suggest
 from .yaml_file import Loader, describe_value
 
 _YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}

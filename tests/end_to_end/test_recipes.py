@@ -249,7 +249,7 @@ NKD_VITKD = ["--distillation_loss", "nkd+vitkd", "--loss_args", '{"nkd": {"gamma
 def test_nkd_and_vitkd_from_a_teacher_that_is_trained_first_or_opened_from_a_folder(tmp_path, capsys, monkeypatch):
     first = run("distill_deit", "--output_dir", str(tmp_path / "first"), *DEIT_TEACHER, *NKD_VITKD)
     first.report()
-    assert "distilled (NKD+VITKD)" in capsys.readouterr().out
+    assert "distilled (NKD+ViTKD)" in capsys.readouterr().out
     assert not list((tmp_path / "first" / "student").glob("distillation_losses*"))
 
     opened = []

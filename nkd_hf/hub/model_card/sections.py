@@ -128,7 +128,7 @@ def deployment(run: Run) -> str:
 
 def usage(run: Run) -> str:
     """Shows code that opens the student."""
-    source = plain_name(run.repo_id or run.name)
+    source = plain_name(run.repo_id or run.args.output_dir)
     model, trust = json.dumps(source), ", trust_remote_code=True" if run.has_own_code else ""
     blocks = [
         f"""\

@@ -6,19 +6,20 @@ certain, this check passes, and the parser of the command decides.
 
 import argparse
 import ast
-import difflib
 import functools
 import gc
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_PACKAGE = Path(__file__).parent
+from ..errors import suggest
+
+_PACKAGE = Path(__file__).parents[1]
 # Dataclass -> the package and the file that define it, in the order of inheritance.
 _TRAINING = {
     "TrainingArguments": ("transformers", "training_args.py"),
@@ -215,25 +216,6 @@ def _read_literals(node: ast.expr | None) -> list[str] | None:
         return None if node is None else list(ast.literal_eval(node))
     except (TypeError, ValueError):
         return None
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """Returns a suggestion of the most similar name for a message; an empty text if no name is similar.
-
-    Example:
-
-    ```python
-    >>> suggest("gama", ["alpha", "gamma"])
-    ": did you mean 'gamma'?"
-
-    ```
-    """
-    names = list(names)
-    # For `dataset_name`, `dataset` is a better suggestion than `dataset_config_name`.
-    shorter = sorted((known for known in names if name.startswith(f"{known}_")), key=len, reverse=True)
-    near = difflib.get_close_matches
-    matches = near(name, names, n=1, cutoff=0.8) or shorter or near(name, names, n=1)
-    return f": did you mean {matches[0]!r}?" if matches else ""
 
 
 def read_fields(classes: dict[str, tuple[str, str]]) -> set[str] | None:

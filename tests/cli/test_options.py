@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 from command_runs import run
 
-from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, cli, options
-from nkd_hf.cli import _COMMANDS, _known_options, evaluate, export, teacher_logits
+from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, cli
+from nkd_hf.cli import _COMMANDS, _known_options, evaluate, export, options, teacher_logits
+from nkd_hf.cli.options import DISTILL, PLAN, RECIPE, check_options, check_values, read_command, read_fields
 from nkd_hf.cli.plan import PlanArguments
-from nkd_hf.options import DISTILL, PLAN, RECIPE, check_options, check_values, read_command, read_fields
 from nkd_hf.recipe.distill import DISTILL_ARGUMENTS
 from nkd_hf.recipe.parser import _Parser
 from nkd_hf.recipe.plan import PlannedTrainingArguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = (RecipeArguments, DataArguments, DistillationTrainingArguments)
 
 
@@ -222,7 +222,7 @@ def test_the_nearest_name_is_one_that_the_wrong_one_begins_with_or_a_similar_one
 def test_a_wrong_option_is_answered_and_a_right_one_announced_before_libraries_are_loaded():
     code = """
 import runpy, sys
-import nkd_hf.options
+import nkd_hf.cli.options
 heavy = lambda: {"torch", "transformers"} & set(sys.modules)
 sys.argv = ["distill_cnn.py", "--learning_rat", "1"]
 try:
@@ -231,12 +231,12 @@ except SystemExit as exit:
     print(exit.code, heavy())
 sys.argv[1:] = ["--learning_rate", "high"]
 try:
-    nkd_hf.options.start_recipe()
+    nkd_hf.cli.options.start_recipe()
 except SystemExit as exit:
     print(exit.code, heavy())
 sys.argv[1:] = ["--learning_rate", "1"]
 start_recipe = nkd_hf.start_recipe
-nkd_hf.options.importlib.import_module = lambda name: print(name, heavy(), file=sys.stderr)
+nkd_hf.cli.options.importlib.import_module = lambda name: print(name, heavy(), file=sys.stderr)
 start_recipe()
 """
     script = str(ROOT / "recipes" / "distill_cnn.py")
