@@ -259,7 +259,8 @@ def test_card_without_teacher_or_evaluation(tmp_path):
     assert not re.search(r"[Tt]op-1|teacher's|!\[|^\|", text, re.MULTILINE)
     # From a notebook, there is no launch line.
     assert "```bash" not in text
-    assert 'timm.create_model("local-dir:net"' in text
+    # The folder of the student, whatever the model is called.
+    assert f'timm.create_model("local-dir:{tmp_path.name}"' in text
 
 
 def test_card_of_two_losses_and_of_a_loss_of_the_user(tmp_path):
@@ -319,8 +320,8 @@ def test_native_student_and_student_with_code_of_its_own(tmp_path):
     metadata = metadata_of(text := make_card(tmp_path, student=create_student("resnet18_cifar", num_labels=10)))
     assert metadata["library_name"] == "transformers"
     assert "custom_code" in metadata["tags"]
-    assert 'AutoModelForImageClassification.from_pretrained("net", trust_remote_code=True)' in text
-    assert 'pipeline("image-classification", model="net", trust_remote_code=True)' in text
+    assert f'AutoModelForImageClassification.from_pretrained("{tmp_path.name}", trust_remote_code=True)' in text
+    assert f'pipeline("image-classification", model="{tmp_path.name}", trust_remote_code=True)' in text
     assert "import timm" not in text
 
 
@@ -797,11 +798,13 @@ def test_card_info_of_a_recipe(tmp_path):
 def test_the_code_of_the_card_runs(tmp_path, monkeypatch, capsys, make_student):
     monkeypatch.chdir(tmp_path)
     student = make_student()
-    save_student(student, "net")
+    # The student's folder within the working directory; as in a recipe, the model is called after the run's folder.
+    folder = tmp_path / "net" / "student"
+    save_student(student, str(folder))
     if make_student is native_resnet:
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("net")
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     Image.new("RGB", (48, 40), "red").save("image.png")
-    blocks = re.findall(r"```python\n(.*?)\n```", make_card(tmp_path, student=student), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)\n```", make_card(folder, student=student), re.DOTALL)
     assert len(blocks) == (3 if make_student is timm_cnn else 2)
     logits = []
     for block in blocks:
