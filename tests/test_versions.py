@@ -43,12 +43,49 @@ def test_the_wheel_has_every_file_of_the_package():
     assert others == set(config["options.package_data"]["nkd_hf"].split(", ")) == {"py.typed", "recipe/report.css"}
 
 
+def nodes_of_package() -> list[ast.AST]:
+    return [node for file in (ROOT / "nkd_hf").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+
+
+def read_tables() -> list[list[str]]:
+    """The private names in each table of the page: those of Trainer, and others."""
+    page = (ROOT / "docs" / "development.md").read_text()
+    tables = re.findall(r"^\| name \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    return [re.findall(r"^\| `(_\w+)` \|", table, re.MULTILINE) for table in tables]
+
+
 def test_private_names_of_trainer_are_listed():
-    table = re.findall(r"^\| `(_\w+)` \|", (ROOT / "docs" / "development.md").read_text(), re.MULTILINE)
-    names = private_names_of_trainer()
-    used = set()
-    for file in (ROOT / "nkd_hf").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            used.add(getattr(node, "attr", None) if isinstance(node, ast.Attribute) else getattr(node, "name", None))
-    assert table == sorted(used & names)
+    nodes = nodes_of_package()
+    used = {node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", None) for node in nodes}
+    assert read_tables()[0] == sorted(used & private_names_of_trainer())
     assert hasattr(HfApi, "_validate_yaml")
+
+
+def test_other_private_names_of_libraries_are_listed():
+    nodes, own = nodes_of_package(), {"_asdict", "_replace"}  # public, of named tuples
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            own.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg}
+    named = used | {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    (trainers, others) = read_tables()
+    assert others == sorted(others)
+    assert {name for name in used - own if re.match(r"_(?!_)", name)} <= {*trainers, *others}
+    assert set(others) <= named
+
+
+def test_each_hook_of_the_trainer_says_why_it_is_overridden():
+    path = ROOT / "nkd_hf" / "trainer" / "trainer.py"
+    code = path.read_text()
+    (trainer,) = (node for node in ast.parse(code).body if isinstance(node, ast.ClassDef))
+    methods = [node for node in trainer.body if isinstance(node, ast.FunctionDef) and hasattr(Trainer, node.name)]
+    assert len(methods) == len({method.name for method in methods}) > 20
+    for method in methods:
+        lines = ast.get_source_segment(code, method).splitlines()
+        text = " ".join(line.partition("# ")[2] for line in lines) + (ast.get_docstring(method) or "")
+        assert method.name == "__init__" or "Trainer" in text, method.name

@@ -34,7 +34,7 @@ def find_file(name: str, file: str, **where) -> str | None:
         where: `revision`, `cache_dir`, `local_files_only`.
     """
     with contextlib.suppress(OSError, ValueError):
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where)
+        return cached_file(name, file, **where)
     return None
 
 

@@ -158,7 +158,9 @@ class DistillationTrainer(Trainer):
     # ---- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Returns task loss plus distillation losses; under `torch.no_grad()`, as in evaluation, the cross-entropy alone.
+        """Returns the task loss plus the distillation losses, a float32 scalar; Trainer.compute_loss knows no teacher.
+
+        Under `torch.no_grad()`, as in evaluation, the loss is the cross-entropy alone.
 
         Args:
             model: `trainer.model`, possibly wrapped.
@@ -166,9 +168,6 @@ class DistillationTrainer(Trainer):
                 `unlabeled_pixel_values` [U, 3, H, W]. The student's forward gets the columns that it names, no others.
             return_outputs: whether to return a `ModelOutput` with `logits` [B, C] and, in training, `losses` by name, too.
             num_items_in_batch: read by `compute_loss_func` alone; the loss is a mean over the micro-batch.
-
-        Returns:
-            `Tensor`: a float32 scalar.
         """
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -188,7 +187,8 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        if not self.is_in_train:  # Outside of training there is no step to stop at or to undo.
+        # Trainer.training_step passes losses that are not finite to the optimiser. step_guard stops, or undoes the step.
+        if not self.is_in_train:
             return super().training_step(model, inputs, *args, **kwargs)
         self.step_guard.begin(functools.partial(StepState.read, self))
         step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]
@@ -218,8 +218,7 @@ class DistillationTrainer(Trainer):
             logs = {"loss": logs["loss"], **self.loss_log.means(gather), **logs}
         # Trainer divides the loss since the resume by the steps since the resume. Here both are the whole run's.
         if "train_loss" in logs:
-            num_steps = self.state.global_step - self.loss_log.skipped_steps
-            logs["train_loss"] = self._total_loss_scalar / max(num_steps, 1)
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.loss_log.skipped_steps, 1)
         super().log(logs, start_time)
 
     # ---- optimiser
@@ -245,7 +244,7 @@ class DistillationTrainer(Trainer):
     # ---- data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        # (epoch, index) pairs make the augmentation a function of both in each worker, which set_epoch would not reach.
+        # Trainer's sampler gives only indices. The workers' augmentation needs the epoch, and set_epoch does not reach them.
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(train_dataset, EpochDataset):
             return loaders.make_epoch_sampler(train_dataset, self.args, self.data_collator)
@@ -271,6 +270,7 @@ class DistillationTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        # Trainer.evaluate knows nothing of precise_bn_images, and does not mark another dataset in the log.
         update_batch_norm(self)
         start = len(self.state.log_history)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -281,11 +281,11 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # Trainer.prediction_step returns the loss of a batch. The exact mean over all processes needs the loss of each image.
         if self.has_own("compute_loss", "prediction_step") or self.compute_loss_func is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        keys = ignore_keys
-        if keys is None:
-            keys = [*getattr(self.student.config, "keys_to_ignore_at_inference", ["cache"]), "loss"]
+        default = [*getattr(self.student.config, "keys_to_ignore_at_inference", ["cache"]), "loss"]
+        keys = default if ignore_keys is None else ignore_keys
         loss, logits, labels = super().prediction_step(model, inputs, False, keys)
         if ignore_keys is None and isinstance(logits, tuple):  # several outputs, and images without labels
             logits = logits[0]
@@ -297,7 +297,7 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        # Each process has its own BatchNorm statistics. All evaluate with the first process's, which are saved.
+        # Trainer.evaluation_loop uses each process's own BatchNorm statistics. Those of the first process are saved.
         for buffer in self.student.buffers():
             broadcast(buffer)
         self.image_losses = ImageLosses()
@@ -340,8 +340,7 @@ class DistillationTrainer(Trainer):
         loaders.end_workers(self._loaders)
         # An interrupted run or an earlier attempt may have left sums.
         self.loss_log, self.batch_norm_step = LossLog(), None
-        skips = self.args.on_non_finite_loss == "skip"
-        self.step_guard = StepGuard(skips, self.args.world_size, self._resumed_from)
+        self.step_guard = StepGuard(self.args.on_non_finite_loss == "skip", self.args.world_size, self._resumed_from)
         if (sums := find_sums(self._resumed_from, self.args.world_size, self.args.process_index)) is not None:
             load_sums(self, sums)
 
@@ -350,7 +349,7 @@ class DistillationTrainer(Trainer):
         return decide_in_first(functools.partial(last_checkpoint, self.args.output_dir))
 
     def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, checkpoint, *args) -> tuple[int, int]:
-        # Trainer would train one more step from the last step, and one more epoch where EarlyStoppingCallback has ended it.
+        # Trainer (5.24) would train one more step from the last one, and one more epoch after EarlyStoppingCallback's end.
         trained = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, checkpoint, *args)
         restores = checkpoint is not None and self.args.restore_callback_states_from_checkpoint
         is_stopped = restores and checks.is_stopped_early(self.callback_handler.callbacks)
@@ -367,7 +366,7 @@ class DistillationTrainer(Trainer):
         return os.path.join(folder, UNFINISHED) if self.checkpoint_writer.is_writing else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A checkpoint of weights that are not finite would replace a good one.
+        # Trainer._save_checkpoint writes in place, also weights that are not finite: a good checkpoint would be lost.
         self.step_guard.check(wait=True)
         run_folder = self._get_output_dir(trial)
         with self.checkpoint_writer.write(run_folder, self.state, functools.partial(read_sums, self)) as checkpoint:
@@ -394,6 +393,7 @@ class DistillationTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        # As in _load_from_checkpoint, Trainer looks for the trained module's keys.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         elif not load_best_student(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint):
@@ -420,7 +420,7 @@ class DistillationTrainer(Trainer):
         overwrite_card=False, **kwargs,
     ) -> CommitInfo | Future[CommitInfo] | None:
         # fmt: on
-        """Saves the student with its card, and pushes it.
+        """Saves the student with its card, and pushes both; Trainer.push_to_hub would push all of `output_dir`.
 
         Args:
             commit_message (`str`): the commit's title.

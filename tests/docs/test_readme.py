@@ -62,13 +62,22 @@ def test_python_of_the_readme_runs_and_prints_what_it_says(tmp_path, monkeypatch
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
+# test_losses_page.py runs the blocks of losses.md, of which one is a file of its own.
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if page.stem != "losses"], ids=name_of)
 def test_python_of_a_page_runs(tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
     names = run_python(page)
     if page.stem == "quickstart":
         row = names["data"]["validation"].cast_column("image", datasets.Image())[0]
         assert {entry["label"] for entry in names["classifier"](row["image"])} <= set(names["id2label"].values())
+
+
+def test_every_block_names_its_language():
+    """As `py` or without a name, a block of Python would run in no test."""
+    for page in LINKED:
+        fences = re.findall(r"^ *```(.*)$", read(page), re.MULTILINE)
+        assert set(fences[::2]) <= {"python", "bash", "text", "yaml", "json", "bibtex", "ini"}, page
+        assert set(fences[1::2]) <= {""}, page
 
 
 def test_the_readme_is_short():
@@ -86,7 +95,8 @@ def anchors(page: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)):
+    text = re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
+    for link in re.findall(r"""(?:\]\(|(?:src|href)="|^\[[^]]+\]: +)([^)\s"]+)""", text, re.MULTILINE):
         if not re.match(r"https?://", link):
             file, _, anchor = link.partition("#")
             target = page.parent / file if file else page
