@@ -125,12 +125,12 @@ def failed_write(error: Exception, folder: str | Path) -> tuple[str, str]:
     number = re.search(r"os error (\d+)", str(error))  # safetensors' message
     code = error.errno if isinstance(error, OSError) else number and int(number[1])
     if not code and _LOST_PEER.search(str(error)):
-        return cause, "look at what another process of the run, which has ended, said last"
+        return cause, "read the last message of the process that has ended"
     existing = next((path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir()), Path("/"))
     if code in _NO_RIGHT or not (code or os.access(existing, os.W_OK)):
         return cause, "allow this user to write there"
     if code and code not in _NO_ROOM:
-        return cause, "remove the cause"
+        return cause, "check the path and the disk"
     return f"{cause}; {shutil.disk_usage(existing).free / 2**30:.1f} GiB are free there", "make room"
 
 

@@ -258,7 +258,7 @@ def _make_parser() -> argparse.ArgumentParser:
 def _print_results(args: argparse.Namespace, results: dict[str, Any], model: PreTrainedModel) -> None:
     speed = results["images_per_second"]
     measured = (
-        "reading, preprocessing and forward pass, without the first batch" if speed else "there is one batch alone"
+        "reading, preprocessing and forward pass, without the first batch" if speed else "there is only one batch"
     )
     bad = f", of which {results['bad_images']} bad ones were replaced" if results["bad_images"] else ""
     print(f"model          {args.model} ({type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters)")

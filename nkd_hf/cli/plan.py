@@ -18,11 +18,11 @@ class PlanArguments:
     top_k: str | None = field(
         default=None,
         metadata={
-            "help": "Count the bytes of a store, too, as `nkd-hf teacher-logits` has it: a number of logits or `all`."
+            "help": "Also count the bytes of a store with this --top_k of `nkd-hf teacher-logits`: a number of logits or `all`."
         },
     )
     cycle: int | None = field(
-        default=None, metadata={"help": "Count the bytes of a store of so many epochs, which training repeats."}
+        default=None, metadata={"help": "Count the bytes of a store of this many epochs, which training repeats."}
     )
 
 

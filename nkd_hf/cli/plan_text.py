@@ -129,7 +129,7 @@ def _format_disk(plan: dict[str, Any]) -> list[str]:
     )
     lines = {
         f"checkpoints: up to {disk['num_checkpoints']} at once, {one}": disk["checkpoints"],
-        "what is saved at the end": disk["models"],
+        "the saved models": disk["models"],
         "the teacher's weights": disk["teacher"],
     }
     return [f"{_format_size(size):>10}  {text}" for text, size in lines.items() if size]

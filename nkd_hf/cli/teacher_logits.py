@@ -71,14 +71,18 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nkd-hf teacher-logits",
         description="Writes the teacher's logits on the augmented images of N epochs; a recipe reads them with "
-        "--teacher_logits DIR. A second start goes on where the first one stopped.",
+        "--teacher_logits DIR. A second start continues where the first one stopped.",
         epilog="All other arguments are the recipe's: --config FILE, and what overrides it, such as --teacher_dtype bf16, "
         "--teacher_channels_last true and --teacher_compile true.",
         allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the store")
     parser.add_argument(
-        "--epochs", required=True, type=int, metavar="N", help="how many epochs; a store of more keeps them"
+        "--epochs",
+        required=True,
+        type=int,
+        metavar="N",
+        help="number of epochs; a store that has more epochs keeps them",
     )
     parser.add_argument(
         "--cycle", type=int, metavar="M",
@@ -86,12 +90,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--top_k", default="all", metavar="K",
-        help="how many logits are stored beside the target's, in float16, from which losses of logits are approximated; all "
-        "of them are float32 and exact (default: all)",
+        help="number of logits stored beside the target's, in float16, from which losses of logits are approximated; all "
+        "logits are float32 and exact (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--temperatures", type=float, nargs="+", default=[], metavar="T",
-        help="at which other losses will read a store of --top_k; 1 and the recipe's are always there",
+        help="temperatures of other losses that will read a store of --top_k; 1 and the recipe's are always stored",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=256, help="images, even (default: %(default)s)")
     parser.add_argument("--shard_size", type=int, default=32768, help="samples in a file, even (default: %(default)s)")

@@ -125,8 +125,8 @@ class DataArguments:
     crops_per_image: int = field(
         default=1,
         metadata={
-            "help": "Samples of each decoded image in an epoch, each with another augmentation; an epoch then takes as much a "
-            "smaller part of the images, and as many samples."
+            "help": "Samples of each decoded image in an epoch, each with another augmentation; an epoch then decodes "
+            "that many times fewer images, for the same number of samples."
         },
     )
     unlabeled_dataset_config_name: str | None = field(
@@ -162,7 +162,10 @@ class DataArguments:
         if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
             raise ValueError(f"random_resized_crop must be two fractions, 0 < smallest <= largest <= 1, got {crop}")
         if self.mix_pairs and self.streaming:
-            raise ValueError("mix_pairs needs streaming off: a stream has no order of which pairs could be a part")
+            raise ValueError(
+                "mix_pairs must be false with streaming, got true. A stream has no order in which images could be paired: load "
+                "the dataset without streaming"
+            )
         if self.balanced_sampling and self.streaming:
             raise ValueError(
                 "balanced_sampling must be false with streaming, got true. A stream is read in its own order: load the "

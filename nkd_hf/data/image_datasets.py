@@ -303,7 +303,7 @@ class StreamingImageDataset(torch.utils.data.IterableDataset):
             if self.on_bad_image == "error":
                 raise BadSampleError(f"{error}: {_ADVICE}") from error.__cause__
             if self._note_bad(name):
-                logger.warning("%s. The stream goes on with the next good sample.", error)
+                logger.warning("%s. The stream continues with the next good sample.", error)
             return None
         return {"pixel_values": pixels, "labels": label, "epoch": epoch, "index": key}
 

@@ -150,7 +150,7 @@ def _pick_columns(split, args: DataArguments):
             raise ValueError(
                 f"there is no label column {' or '.join(candidates)}, only {', '.join(split.column_names)}: set "
                 "label_column_name to one of these. A folder of images needs two classes at least, and all of its images "
-                "as <split>/<class>/<image>: one that lies elsewhere leaves all of them without a label"
+                "as <split>/<class>/<image>: with an image elsewhere, no image gets a label"
             )
         if not found:
             raise ValueError(

@@ -209,7 +209,7 @@ def check_pooled_head(model: nn.Module, size: tuple[int, int] | None = None, rol
     read, given = calls[-1]
     for what, wanted, got in (
         ("its classifier does not read the average of its last feature map", pooled, read),
-        ("its logits are not what its classifier gives", given, logits),
+        ("its logits differ from its classifier's output", given, logits),
     ):
         difference = _relative_difference(wanted, got)
         # Half-precision sums in another order differ in some of the last bits. `not <=` refuses NaN, too.

@@ -105,7 +105,7 @@ def check_settings(config: dict[str, Any], trust_remote_code: bool = False) -> N
     check_model_args(config.get("model_args"))
     if ":" in str(config.get("architecture")):
         raise RefusedError(
-            f"its architecture {config['architecture']!r} leads to another folder or repo: name that one itself"
+            f"its architecture {config['architecture']!r} names another folder or repo: pass that folder or repo instead"
         )
     for key in ("_attn_implementation", "attn_implementation"):
         if "/" in str(config.get(key)) and not trust_remote_code:
@@ -124,7 +124,7 @@ def check_model_args(model_args: dict[str, Any] | None) -> None:
     """Raises RefusedError if arguments of timm's architecture make `timm.create_model` open a file."""
     if isinstance(model_args, dict) and (opening := [key for key in _OPENING_ARGS if key in model_args]):
         raise RefusedError(
-            f"its model_args hold {', '.join(opening)}, by which timm would open other weights: omit that, and give "
+            f"its model_args hold {', '.join(opening)}, by which timm would open other weights: omit them, and give "
             "the id or folder of the model instead"
         )
 

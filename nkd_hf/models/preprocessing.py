@@ -329,8 +329,8 @@ def _read_size(processor: BaseImageProcessor, square: tuple[int, int], stated: t
         [kept] = _run(processor, [_picture(0, stated).copy()])
         if tuple(kept.shape[1:]) == stated:
             _warn_once(
-                f"{name} gives images of another size or shape than {stated[0]} x {stated[1]} where they come so: evaluation "
-                "needs images of that shape, as training makes them. Set do_resize, and size to a height and a width."
+                f"{name} does not make all images {stated[0]} x {stated[1]}: evaluation needs images of that shape, as "
+                "training makes them. Set do_resize, and size to a height and a width."
             )
             return stated
     raise ValueError(

@@ -317,7 +317,7 @@ def _put_in_order(student: PreTrainedModel, name: str, names: list[str]) -> None
         raise ValueError(f"the id2label for student {name!r} does not fit it: {error}") from error
     if order is None:
         if names != saved and not is_generic(names) and not is_generic(saved):
-            logger.info("The classes of student %s get other names; its classifier stays as it is.", name)
+            logger.info("The classes of student %s get other names; its classifier is unchanged.", name)
         return
     layers = classifier_layers(student)
     is_meta = student.device.type == "meta"

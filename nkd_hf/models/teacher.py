@@ -90,7 +90,7 @@ class Teacher(nn.Module):
         if (self.preprocessing is None) != (preprocessing is None):
             logger.warning(
                 "The %s's preprocessing is not known: the pixels reach %s as the student gets them. Pass the %s, so that "
-                "they are normalised and resized as each of the two wants.",
+                "both get pixels of their own normalisation and size.",
                 *(
                     ("student", self.name, "student's image processor as the trainer's processing_class")
                     if preprocessing is None

@@ -91,7 +91,8 @@ class RecipeArguments:
         metadata={"help": "Epochs of a teacher that is trained or fine-tuned. Default: num_train_epochs."},
     )
     teacher_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of a teacher that is trained or fine-tuned. Default: learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of a teacher that is trained or fine-tuned. Default: learning_rate."},
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -104,12 +105,14 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "Time for all trainings with start and report, such as 30m or 2h: their epochs are chosen from the measured "
-            "speed, in the proportion that they have."
+            "speed, in proportion to their epochs without a budget."
         },
     )
     ignore_label_names: bool = field(
         default=False,
-        metadata={"help": "Take the teacher's classes by their numbers, where it names the same ones differently."},
+        metadata={
+            "help": "Match the teacher's classes by their numbers, where it has other names for the same classes."
+        },
     )
     distillation_loss: str = field(
         default="nkd",
@@ -122,7 +125,7 @@ class RecipeArguments:
     loss_args: dict | None = field(
         default=None,
         metadata={
-            "help": "Arguments of the loss, such as {gamma: 1.0} (a wrong one is answered with those that there are); for "
+            "help": "Arguments of the loss, such as {gamma: 1.0} (the error for a wrong one lists the arguments); for "
             "several losses by their names, {nkd: {gamma: 1.0}, vitkd: {alpha: 3.0e-5}}."
         },
     )
@@ -141,8 +144,8 @@ class RecipeArguments:
     num_processes: int | None = field(
         default=None,
         metadata={
-            "help": "Processes (GPUs) that the settings are meant for: `nkd-hf plan` reckons with it; `accelerate launch` "
-            "decides how many there are."
+            "help": "Processes (GPUs) that the settings are meant for: `nkd-hf plan` uses the number; `accelerate launch` "
+            "decides how many run."
         },
     )
     image_size: int | None = field(
@@ -156,15 +159,15 @@ class RecipeArguments:
     image_mean: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar; its own for a student "
-            "that is opened."
+            "help": "Mean of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar; its own for "
+            "a student that is opened."
         },
     )
     image_std: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar; its own for a student "
-            "that is opened."
+            "help": "Standard deviation of the input, per channel in [0, 1]. Default: ImageNet's; CIFAR-100's for *_cifar; its own for "
+            "a student that is opened."
         },
     )
     crop_pct: float | None = field(

@@ -84,7 +84,7 @@ def check_classes(recipe: RecipeArguments, data: DataArguments, names: list[str]
     if data.num_classes not in (None, len(names)):
         raise ValueError(
             f"num_classes is {data.num_classes}, but {redact(data.dataset_name)!r} has {len(names)} classes: set it to "
-            "that, or omit it"
+            f"{len(names)}, or omit it"
         )
     if recipe.ignore_label_names:
         class_numbers(names, len(names))

@@ -157,8 +157,8 @@ def check_fingerprint(
         run |= _match_members(recipe, members, info)
     if differences := compare_fingerprints(info.fingerprint, run):
         raise ValueError(
-            f"the teacher logits in {folder} are not of this run: {differences}. Set what differs as it is in the store (a "
-            "recipe that names no teacher takes the store's; pixels_version is that of nkd_hf's own code), or write a store "
+            f"the teacher logits in {folder} are not of this run: {differences}. Set these fields to the store's values (a "
+            "recipe that names no teacher takes the store's; pixels_version comes from nkd_hf's own code), or write a store "
             "for this run with `nkd-hf teacher-logits`"
         )
     for library, version in read_versions().items():

@@ -178,9 +178,7 @@ def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:
             )
         info.teacher_accuracy, info.teacher_own_accuracy = earlier.teacher_accuracy, earlier.teacher_own_accuracy
         if earlier.epochs > info.epochs:
-            logger.warning(
-                "%s is a store of %d epochs, not %d, and goes on as one", folder, earlier.epochs, info.epochs
-            )
+            logger.warning("%s has %d epochs, not %d, and keeps them", folder, earlier.epochs, info.epochs)
             info.epochs = earlier.epochs
     info.write(folder)
     return info

@@ -1,8 +1,8 @@
 """Plans a run from its arguments alone, for `nkd-hf plan`.
 
-Models are built on torch's meta device, which has shapes and no values. The config sets the numbers of GPUs and
-images. The plan does not depend on this machine, on the launcher's environment variables, on the network or on the
-dataset.
+Models are built on torch's meta device, which has shapes and no values; those of folders and Hub ids have the
+configurations on this machine. The arguments set the numbers of GPUs and images. The plan does not depend on this machine's
+hardware, on the launcher's environment variables, on the network or on the dataset.
 """
 
 import math

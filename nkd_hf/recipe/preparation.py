@@ -176,7 +176,7 @@ def _check_sample(split: Any, name: str, seed: int) -> None:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(
             f"the {name} split must have images that can be read, got {len(faults)} of {len(rows)} that cannot: "
-            f"{'; '.join(faults[:3])}{more}. Mend or remove them, or set on_bad_image to skip"
+            f"{'; '.join(faults[:3])}{more}. Repair or remove them, or set on_bad_image to skip"
         )
 
 

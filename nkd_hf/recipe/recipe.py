@@ -270,7 +270,7 @@ class Recipe:
         training = self.training_args
         if training.should_save:
             if self.is_trained:
-                say(training, f"All is trained in {self.folder}: the report is left")
+                say(training, f"All models in {self.folder} are trained: only the report is unfinished")
                 results = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
                 self.results = {key: results.get(key) for key in self.results}
             else:

@@ -131,7 +131,7 @@ def check_checkpoint(checkpoint: str) -> None:
     """Raises ValueError where a checkpoint cannot be resumed."""
     fault = find_damage(checkpoint)
     if fault is None and is_model_only(checkpoint):
-        fault = "saved with save_only_model, which leaves the optimiser's state out"
+        fault = "saved with save_only_model, which omits the optimiser's state"
     if fault is not None:
         raise ValueError(
             f"the checkpoint {checkpoint} cannot be resumed: {fault}. Nothing was trained yet: name another "

@@ -171,7 +171,7 @@ def find_last_checkpoint(trainer: DistillationTrainer, has_begun: bool) -> str |
     args = trainer.args
     checkpoint = trainer.last_checkpoint()
     if checkpoint is not None:
-        say(args, f"Goes on from {checkpoint}")
+        say(args, f"Continues from {checkpoint}")
         return checkpoint
     if not has_begun:
         return None

@@ -28,7 +28,7 @@ def check_cycle(cycle: int | None, epochs: int, crops_per_image: int = 1) -> Non
         raise ValueError(f"cycle must be from 1 to {epochs}, the epochs, got {cycle}. Omit it to store each epoch")
     if cycle is not None and cycle % crops_per_image:
         raise ValueError(
-            f"cycle must be a multiple of {crops_per_image}, the crops_per_image, got {cycle}. So many epochs take each "
+            f"cycle must be a multiple of {crops_per_image}, the crops_per_image, got {cycle}. That many epochs use each "
             "image equally often"
         )
 

@@ -132,8 +132,8 @@ def say_teacher_accuracy(
             for difference in describe_differences(load_image_processor(member.model), processor)
         )
         logger.warning(
-            "The teacher's top-1 is %.2f %% on the student's pixels and %.2f %% with its own preprocessing: %s. Set these "
-            "for the student as the teacher has them, where the student should learn from the better one.",
+            "The teacher's top-1 is %.2f %% on the student's pixels and %.2f %% with its own preprocessing: %s. Set "
+            "the teacher's values for the student, too, and the teacher keeps the accuracy of its own preprocessing.",
             100 * given,
             100 * own,
             ", ".join(differences) or "their image processors differ",

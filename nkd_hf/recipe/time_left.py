@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from .duration import describe_duration
 
-# The callback prints after STEPS steps; the first WARM_UP of them warm up caches, workers and compilers.
+# The callback prints after STEPS + 1 steps, which have STEPS intervals. In the first WARM_UP intervals, caches, workers and
+# compilers warm up.
 STEPS, WARM_UP = 10, 3
 
 

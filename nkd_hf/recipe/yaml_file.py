@@ -107,7 +107,7 @@ class Loader(yaml.SafeLoader):
             if ":" in text or (isinstance(value, int) and re.match(r"[-+]?0[0-7_]", text)):
                 fault = f"{node.value} is {value} in YAML 1.1 and something else in YAML 1.2: write {value}, or put it in quotes"
             elif isinstance(value, float) and math.isinf(value) and "inf" not in text:
-                fault = f"{node.value} is larger than numbers go"
+                fault = f"{node.value} is too large for a number (at most 1.8e308)"
             if fault:
                 raise yaml.MarkedYAMLError(problem=fault, problem_mark=node.start_mark)
         return value
@@ -117,7 +117,7 @@ def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
     """Counts the values of a node, and refuses too many: a few lines of nested aliases can stand for millions."""
     if node in counts:
         if counts[node] is None:
-            raise yaml.MarkedYAMLError(problem="an alias stands in what it names", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="an alias contains itself", problem_mark=node.start_mark)
         return counts[node]
     counts[node] = None
     below = [] if isinstance(node, yaml.ScalarNode) else node.value

@@ -92,7 +92,7 @@ class TeacherLogits:
         if missing:
             raise ValueError(
                 f"{self.folder} lacks {len(missing)} of {epochs * self.info.num_shards} shards, the first of them "
-                f"{shard_path(self.folder, *missing[0])}: run `nkd-hf teacher-logits` again, which goes on where it stopped"
+                f"{shard_path(self.folder, *missing[0])}: run `nkd-hf teacher-logits` again, which continues where it stopped"
             )
 
     def verify(self) -> None:
@@ -172,11 +172,11 @@ class TeacherLogits:
         wanted = "temperature of standardised logits" if view.standardized else "temperature"
         if not known:
             return (
-                f"{wanted} must be one of those of {self.folder}, which has none, got {view.temperature}: write a store with "
-                "this loss"
+                f"{wanted} must be stored in {self.folder}, which has none, got {view.temperature}: write a store with this "
+                "loss"
             )
         return (
-            f"{wanted} must be one of {', '.join(map(str, known))}, those of {self.folder}, got "
+            f"{wanted} must be one of {', '.join(map(str, known))}, as stored in {self.folder}, got "
             f"{view.temperature}: write a store with this loss, or with --temperatures"
         )
 
@@ -221,7 +221,7 @@ def write_shard(path: Path, rows: dict[str, Tensor]) -> None:
         cause, advice = failed_write(error, path.parent)
         raise OSError(
             f"{path} of {len(content) / 2**20:.0f} MiB could not be written ({cause}). The shards before it are finished: "
-            f"{advice}, and run `nkd-hf teacher-logits` again, which goes on where it stopped"
+            f"{advice}, and run `nkd-hf teacher-logits` again, which continues where it stopped"
         ) from error
 
 

@@ -90,7 +90,9 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     base_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Global batch that learning_rate is meant for; another one scales it linearly."},
+        metadata={
+            "help": "Global batch size that learning_rate is meant for; another size scales learning_rate linearly."
+        },
     )
     no_weight_decay: list[str] | None = field(
         default=None,
@@ -153,8 +155,8 @@ class DistillationTrainingArguments(TrainingArguments):
                 )
         if "momentum" in (self.optim_args or "") and self.optim.value.startswith("adam"):
             raise ValueError(
-                f"optim={self.optim.value} does not read optim_args={self.optim_args!r}: set it too, and the "
-                "learning_rate that goes with this optimiser"
+                f"optim={self.optim.value} does not read optim_args={self.optim_args!r}. Set optim to one that reads "
+                "them, such as sgd, and its learning_rate"
             )
         if isinstance(self.no_weight_decay, str):
             raise ValueError(f"no_weight_decay must be a list, got {self.no_weight_decay!r}: write it in brackets")
@@ -176,8 +178,8 @@ class DistillationTrainingArguments(TrainingArguments):
             )
         if not self.accelerator_config.even_batches:
             raise ValueError(
-                "even_batches of accelerator_config must be true, got False. Omit it: processes with fewer batches than "
-                "others would not answer them."
+                "even_batches of accelerator_config must be true, got False. Omit it: with unequal numbers of batches, "
+                "processes would wait for each other forever."
             )
 
     def _check_ranges(self) -> None:

@@ -57,8 +57,8 @@ class KeepPace(TrainerCallback):
         if bad and state.is_world_process_zero:
             logger.warning(
                 "the evaluation after step %d is not finite (%s): the student's logits are NaN or infinite for some of "
-                "its images, or none of them has a label. Look whether their pixel values are finite; if they are, it "
-                "diverges: lower learning_rate",
+                "its images, or none of them has a label. Check whether their pixel values are finite; if they are, "
+                "the student diverges: lower learning_rate",
                 state.global_step,
                 ", ".join(bad),
             )
@@ -67,7 +67,7 @@ class KeepPace(TrainerCallback):
         if self.leaving:
             if state.is_world_process_zero:
                 logger.warning(
-                    "SIGTERM came: the run is saved as %s of %d steps, and the process ends. Resume to go on.",
+                    "SIGTERM was received: the run is saved as %s of %d steps, and the process exits. Resume to continue.",
                     os.path.join(args.output_dir, f"checkpoint-{state.global_step}"),
                     state.max_steps,
                 )

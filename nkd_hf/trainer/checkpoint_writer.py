@@ -65,7 +65,7 @@ class CheckpointWriter:
             cause, advice = failed_write(error, run_folder)
             raise CheckpointError(
                 f"the checkpoint of step {state.global_step} could not be written to {run_folder} ({cause}). The "
-                f"checkpoints before it are as they were: {advice}, and resume from the last one"
+                f"checkpoints before it are as they were: {advice}, and resume from the last checkpoint"
             ) from error
         finally:
             self.is_writing = False

@@ -61,7 +61,7 @@ def find_checkpoint(output_dir: str, wanted: str | bool | None) -> str | None:
 def _find_checkpoint(folder: str, wanted: str | bool | None) -> str | None:
     remove_leftovers(PUSH_COPY, folder)
     for name in remove_unfinished(folder):
-        logger.warning("%s in %s is half-written: it is passed over, and removed.", name, folder)
+        logger.warning("%s in %s is half-written: it is ignored, and removed.", name, folder)
     if wanted is True:
         wanted = last_checkpoint(folder)
         if wanted is None and any(map(is_model_only, checkpoints(folder))):
@@ -98,9 +98,7 @@ def last_checkpoint(output_dir: str) -> str | None:
     """
     checkpoint, faults = last_whole_checkpoint(output_dir)
     for damaged, fault in faults.items():
-        logger.warning(
-            "%s is not whole: %s. It is passed over, and now called %s.", damaged, fault, move_aside(damaged)
-        )
+        logger.warning("%s is not whole: %s. It is ignored, and renamed to %s.", damaged, fault, move_aside(damaged))
     return checkpoint
 
 

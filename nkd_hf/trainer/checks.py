@@ -44,17 +44,17 @@ def check_arguments(args: DistillationTrainingArguments) -> None:
     """Raises ValueError for arguments of another trainer, and where the started processes do not form one group."""
     if not isinstance(args, DistillationTrainingArguments):
         raise ValueError(
-            f"args must be DistillationTrainingArguments, got {type(args).__name__}: it takes the same ones"
+            f"args must be DistillationTrainingArguments, got {type(args).__name__}. It takes the same arguments"
         )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != args.world_size:
         raise ValueError(
-            f"{started} processes were started, and each would train by itself, as one of {args.world_size}: on the "
-            "CPU, set use_cpu (--use_cpu true)"
+            f"{started} processes were started, but world_size is {args.world_size}, and each would train alone. On "
+            "the CPU, set use_cpu (--use_cpu true)"
         )
     if args.neftune_noise_alpha is not None:
         raise ValueError(
-            f"neftune_noise_alpha must be None, got {args.neftune_noise_alpha}. It adds noise to the embeddings of words"
+            f"neftune_noise_alpha must be None, got {args.neftune_noise_alpha}. It adds noise to the embeddings of words: omit it"
         )
 
 

@@ -301,13 +301,13 @@ class DistillationModel(nn.Module):
             raise ValueError(f"{folder} was saved by another student: {'; '.join(wrong)}")
         saved = saved.state_dict()
         if self.average is None and os.path.isfile(os.path.join(folder, _UNAVERAGED_FILE)):
-            raise ValueError(f"{folder} was saved with ema_decay: set it as it was then")
+            raise ValueError(f"{folder} was saved with ema_decay: set the same ema_decay")
         try:
             self.evaluated_student.load_state_dict(saved)
             if self.average is not None:
                 self.student.load_state_dict(_load_tensors(folder, _UNAVERAGED_FILE, "ema_decay"))
             if self.losses.state_dict():
-                self.losses.load_state_dict(_load_tensors(folder, _LOSSES_FILE, "the losses that are set now"))
+                self.losses.load_state_dict(_load_tensors(folder, _LOSSES_FILE, "the losses of this run"))
         except RuntimeError as error:
             raise ValueError(f"{folder} was saved by another student or other losses: {error}") from error
 

@@ -106,7 +106,7 @@ def make_training_sampler(
         given = sampler.sampler if isinstance(sampler, EpochIndices) else sampler
         raise ValueError(
             "mixing in pairs, stored teacher logits and images without labels need the order of EpochSampler with positions, "
-            f"got {type(given).__name__}. Leave _get_train_sampler as it is, or omit what needs it"
+            f"got {type(given).__name__}. Do not override _get_train_sampler, or omit these features"
         )
     trainer.pop_callback(SetEpoch)
     if isinstance(sampler, EpochSampler | EpochIndices):

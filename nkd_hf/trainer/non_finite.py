@@ -49,7 +49,7 @@ class LossWatch:
     >>> watch.close_step(grad_norm=float("nan"), scaled=False)
     >>> print(watch.fault())
     the loss of step 7 is not finite (task=nan, learning_rate=0.1, grad_norm=nan). The student's logits are not finite \
-for 1 of 2 samples (2): it diverges; lower learning_rate, warm up for longer, or clip with max_grad_norm. \
+for 1 of 2 samples (2): the student diverges: lower learning_rate, warm up for longer, or clip with max_grad_norm. \
 Samples of the batch, by their index in the data: 4, 2
 
     ```
@@ -218,7 +218,8 @@ class StepGuard:
     def _stop(self, fault: str) -> None:
         saved = self.last_good_checkpoint
         kept = f"The last good checkpoint is {saved}" if saved else "No checkpoint was saved before"
-        raise NonFiniteLossError(f"{fault}. {kept}; on_non_finite_loss=skip leaves such steps out")
+        advice = "" if self._skips else ". on_non_finite_loss=skip skips such steps"
+        raise NonFiniteLossError(f"{fault}. {kept}{advice}")
 
 
 class StepState(NamedTuple):
@@ -260,7 +261,10 @@ def _message(batches: list[_MicroBatch], world_size: int) -> str:
     if bad:
         parts.append(_cause(batch))
     elif world_size > 1:
-        parts.append("The losses of this process are finite: another process says why, if one has another")
+        parts.append(
+            "The losses of this process are finite: read the messages of the other processes. If their losses are finite, "
+            "too, the gradient overflows"
+        )
     else:
         parts.append(
             "The loss is finite, so that its gradient overflows: look for a root, a logarithm or a division near 0 in it"
@@ -272,13 +276,13 @@ def _message(batches: list[_MicroBatch], world_size: int) -> str:
 
 def _cause(batch: _MicroBatch) -> str:
     if batch.student_rows is None:
-        return "compute_loss gave it, and of what, it does not tell"
+        return "The loss came from an overridden compute_loss or compute_loss_func, so its components are unknown"
     student = ~batch.student_rows.isfinite()
     teacher = torch.zeros_like(student) if batch.teacher_rows is None else ~batch.teacher_rows.isfinite()
     if teacher.any() and student.any():
         return (
             f"Neither the teacher's logits nor the student's are finite, for {_count(teacher, batch)} and "
-            f"{_count(student, batch)}: look at these images, and whether their pixel values are finite"
+            f"{_count(student, batch)}: check these images, and whether their pixel values are finite"
         )
     if teacher.any():
         return (
@@ -288,7 +292,7 @@ def _cause(batch: _MicroBatch) -> str:
     if student.any():
         of_teacher = "" if batch.teacher_rows is None else ", while the teacher's are"
         return (
-            f"The student's logits are not finite for {_count(student, batch)}{of_teacher}: it diverges; lower "
+            f"The student's logits are not finite for {_count(student, batch)}{of_teacher}: the student diverges: lower "
             "learning_rate, warm up for longer, or clip with max_grad_norm"
         )
     return "The logits are finite, so that the loss itself overflows: lower its weight or its temperature"

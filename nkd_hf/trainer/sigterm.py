@@ -80,7 +80,7 @@ class Sigterm:
         """Exits at the end of training if a process has noted a SIGTERM."""
         # was_received is called twice, since with several processes the answer comes one call late.
         if any([self.was_received(), self.was_received()]):
-            logger.warning("SIGTERM came: training had just ended, and the process ends. Start it again to go on.")
+            logger.warning("SIGTERM was received at the end of training: the process exits. Restart it to continue.")
             raise SystemExit(EXIT_CODE)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

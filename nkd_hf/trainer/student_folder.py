@@ -44,7 +44,7 @@ def write_student(
             processing_class.save_pretrained(folder)
         elif not in_checkpoint:
             logger.warning(
-                "%s holds no preprocessing, so that pipeline() cannot open it: hand the student's image processor to "
+                "%s holds no preprocessing, so that pipeline() cannot open it: pass the student's image processor to "
                 "DistillationTrainer(processing_class=...).",
                 folder,
             )

@@ -161,8 +161,9 @@ def describe_approximation(stored: StoredLogits, model: DistillationModel) -> st
     info, names = stored.store.info, [type(model.losses[name]).__name__ for name in stored.approximates]
     return (
         f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} approximated: of {info.num_classes} classes, "
-        f"{stored.store.folder} has the {info.top_k} largest logits but the target's, and the others share what is left"
-        + (", which is far from all logits above temperature 1" if stored.max_temperature > 1 else "")
+        f"{stored.store.folder} has the {info.top_k} largest logits but the target's, and the remaining probability is spread "
+        "evenly over the other classes"
+        + (". Above temperature 1, this is far from the exact logits" if stored.max_temperature > 1 else "")
     )
 
 

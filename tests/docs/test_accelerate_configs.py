@@ -96,7 +96,7 @@ def test_processes_that_would_each_train_by_themselves_say_so(tmp_path, monkeypa
     args = DistillationTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     # As from `accelerate launch` with the CPU's file, and without --use_cpu true on a machine that has no GPU.
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, and each would train by itself"):
+    with pytest.raises(ValueError, match="2 processes were started, but world_size is 1, and each would train alone"):
         DistillationTrainer(timm_cnn(), args)
 
 

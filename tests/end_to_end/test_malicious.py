@@ -86,8 +86,8 @@ def test_configurations_that_lead_elsewhere(folder, tmp_path, marker):
         ({"model_args": {"checkpoint_path": str(weights)}}, "hold checkpoint_path, by which timm would open other weights"),
         ({"model_args": {"pretrained_cfg_overlay": {"file": str(weights)}}}, "hold pretrained_cfg_overlay"),
         ({"model_args": {"pretrained": True}}, "hold pretrained"),
-        ({"architecture": f"local-dir:{tmp_path}"}, "architecture 'local-dir:.*leads to another folder or repo"),
-        ({"architecture": "hf-hub:them/evil"}, "architecture 'hf-hub:them/evil' leads to another"),
+        ({"architecture": f"local-dir:{tmp_path}"}, "architecture 'local-dir:.*names another folder or repo"),
+        ({"architecture": "hf-hub:them/evil"}, "architecture 'hf-hub:them/evil' names another"),
         ({"_attn_implementation": "them/kernel"}, "'them/kernel' is code of a repo: remove it .* or set trust_remote_code"),
         ({"attn_implementation": "them/kernel"}, "'them/kernel' is code of a repo"),
     ):  # fmt: skip

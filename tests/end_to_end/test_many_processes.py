@@ -149,7 +149,7 @@ def test_a_peer_that_dies_in_a_save_is_no_full_disk(tmp_path):
     assert in_processes(2, lambda: die_in_a_save(tmp_path / "run"), log) == [1, -signal.SIGKILL]
     said = log.read_text()
     assert "CheckpointError: the checkpoint of step 2 could not be written" in said
-    assert "as they were: look at what another process of the run, which has ended, said last, and resume" in said
+    assert "as they were: read the last message of the process that has ended, and resume" in said
     assert "GiB" not in said
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -168,11 +168,11 @@ def test_a_peer_that_dies_in_a_save_is_no_full_disk(tmp_path):
         (RuntimeError("I/O error: Permission denied (os error 13)"), r"[^;]*", "allow this user to write there"),
         (PermissionError(13, "Permission denied"), r"[^;]*", "allow this user to write there"),
         (OSError(30, "Read-only file system"), r"[^;]*", "allow this user to write there"),
-        (OSError(5, "Input/output error"), r"[^;]*", "remove the cause"),
+        (OSError(5, "Input/output error"), r"[^;]*", "check the path and the disk"),
         (
             RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"),
             r"[^;]*",
-            "look at what another process of the run, which has ended, said last",
+            "read the last message of the process that has ended",
         ),
     ],
 )

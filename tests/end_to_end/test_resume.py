@@ -184,9 +184,9 @@ def test_killed_and_started_again(tmp_path, whole, what, nth, goes_on_from):
     log.unlink()
     assert in_a_process(lambda: train(folder), log) == 0, log.read_text()[-3000:]
     if goes_on_from:
-        assert f"Goes on from {folder / goes_on_from}\n" in log.read_text()
+        assert f"Continues from {folder / goes_on_from}\n" in log.read_text()
     if what == "save":
-        assert "is half-written: it is passed over" in log.read_text()
+        assert "is half-written: it is ignored" in log.read_text()
     assert_same(outcome(folder), whole)
 
 
@@ -200,9 +200,12 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(tmp_path, whole):
 
     assert in_a_process(work, log) == 128 + signal.SIGTERM
     # The 37th half step is of the student's 7th.
-    assert f"SIGTERM came: the run is saved as {folder / 'student' / 'checkpoint-7'} of 12 steps" in log.read_text()
+    assert (
+        f"SIGTERM was received: the run is saved as {folder / 'student' / 'checkpoint-7'} of 12 steps"
+        in log.read_text()
+    )
     assert in_a_process(lambda: train(folder), log) == 0
-    assert f"Goes on from {folder / 'student' / 'checkpoint-7'}\n" in log.read_text()
+    assert f"Continues from {folder / 'student' / 'checkpoint-7'}\n" in log.read_text()
     assert_same(outcome(folder), whole)
 
 
@@ -212,7 +215,7 @@ def test_a_finished_run_starts_afresh(tmp_path, whole_run, whole):
     shutil.copytree(whole_run, folder)
     (folder / "teacher" / "model.safetensors").write_bytes(b"")  # it would not open
     assert in_a_process(lambda: train(folder), log) == 0
-    assert "Goes on from" not in log.read_text()
+    assert "Continues from" not in log.read_text()
     assert_same(outcome(folder), whole)
 
 

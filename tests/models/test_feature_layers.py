@@ -256,7 +256,7 @@ def test_srrl_needs_a_classifier_of_the_averaged_map(tmp_path):
     with pytest.raises(ValueError, match=r"got RegNet \(regnetx_002\): its classifier does not read the average"):
         make_trainer(tmp_path, timm_cnn(), teacher=regnet, distillation_loss=SRRLLoss(64, 368))
     with pytest.raises(
-        ValueError, match=r"got Sharpened: its logits are not what its classifier gives \(they differ by"
+        ValueError, match=r"got Sharpened: its logits differ from its classifier's output \(they differ by"
     ):
         make_trainer(
             tmp_path, timm_cnn(), teacher=Sharpened(native_resnet().config), distillation_loss=SRRLLoss(64, 64)

@@ -224,7 +224,7 @@ def test_a_recipe_that_was_killed_in_its_report_trains_nothing_again(tmp_path, m
     table = shown[shown.index("top-1 accuracy") :].splitlines()[:2]
     run(tmp_path)
     shown = capsys.readouterr().out
-    assert f"All is trained in {tmp_path}: the report is left" in shown
+    assert f"All models in {tmp_path} are trained: only the report is unfinished" in shown
     assert shown[shown.index("top-1 accuracy") :].splitlines()[:2] == table
     assert ">>> classifier(" in shown
     assert weights.stat().st_mtime_ns == written
@@ -306,7 +306,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as error:
             recipe_in(folder)
         assert error.value.code.startswith(f"error: the folder {folder} cannot be written to (")
-        assert error.value.code.endswith("): remove the cause, or choose another --output_dir")
+        assert error.value.code.endswith("): check the path and the disk, or choose another --output_dir")
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -335,7 +335,7 @@ def test_a_named_checkpoint_is_looked_at_before_anything_is_trained(tmp_path):
     for checkpoint, fault in (
         (tmp_path / "checkpoint-0", "there is no such folder"),
         (damaged, "it has no optimizer.pt"),
-        (model_only, "saved with save_only_model, which leaves the optimiser's state out"),
+        (model_only, "saved with save_only_model, which omits the optimiser's state"),
     ):
         with pytest.raises(SystemExit) as error:
             recipe_in(tmp_path / "run", resume_from_checkpoint=str(checkpoint))

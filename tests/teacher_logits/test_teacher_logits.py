@@ -117,7 +117,7 @@ def test_a_torn_pair_is_an_error():
         collator([dataset[(0, 1)], dataset[(0, 2)]])
     # Without mixing there is nothing to tear.
     assert ImageCollator(5, mix_pairs=True)([dataset[keys[0]]])["labels"].ndim == 1
-    with pytest.raises(ValueError, match="mix_pairs needs streaming off"):
+    with pytest.raises(ValueError, match="mix_pairs must be false with streaming"):
         DataArguments(mix_pairs=True, streaming=True)
 
 
@@ -244,7 +244,7 @@ def test_a_damaged_or_missing_shard_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         store.read(1, [16])
     TeacherLogits(tmp_path).check_complete(1)
-    with pytest.raises(ValueError, match=r"lacks 1 of 6 shards.*goes on where it stopped"):
+    with pytest.raises(ValueError, match=r"lacks 1 of 6 shards.*continues where it stopped"):
         store.check_complete(2)
     with pytest.raises(ValueError, match=r"logits of 2 epochs, and the run takes 3: .*--epochs 3"):
         store.check_complete(3)
@@ -310,7 +310,7 @@ def test_a_full_disk_is_told_with_what_to_do(tmp_path):
     message = (tmp_path / "message").read_text()
     assert re.fullmatch(
         rf"{path} of 0 MiB could not be written \(OSError: .*GiB are free there\). The shards before it are finished: make "
-        "room, and run `nkd-hf teacher-logits` again, which goes on where it stopped",
+        "room, and run `nkd-hf teacher-logits` again, which continues where it stopped",
         message,
     )
     assert list(path.parent.iterdir()) == []

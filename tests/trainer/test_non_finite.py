@@ -62,7 +62,7 @@ def test_a_diverging_student_is_named_and_the_good_checkpoint_kept(tmp_path):
         f"the loss of step {step} is not finite (task=nan, loss=nan, learning_rate=1e+30, grad_norm=nan)."
     )
     assert "The student's logits are not finite for 8 of 8 samples" in message
-    assert "it diverges; lower learning_rate" in message
+    assert "the student diverges: lower learning_rate" in message
     sampler = trainer._get_train_sampler()
     order = [index for _, index in sampler][8 * (step - 1) : 8 * step]
     assert f"by their index in the data: {', '.join(map(str, order))}." in message

@@ -55,7 +55,7 @@ def test_a_group_of_processes_saves_one_checkpoint_and_ends(tmp_path):
     log = tmp_path / "log"
     assert in_processes(2, lambda: train_in_a_group(tmp_path), log) == [143, 143], log.read_text()[-3000:]
     said = log.read_text()
-    assert said.count("SIGTERM came: the run is saved as") == 1, said[-4000:]
+    assert said.count("SIGTERM was received: the run is saved as") == 1, said[-4000:]
     assert "DataLoader worker" not in said
     assert said.count("is not finite") == 2  # one process knows why, the other that there is a reason
     [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
