@@ -23,8 +23,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument(
         "--architecture",
         required=True,
-        help=f"the student's. With --mmcls, one of {', '.join(OFFICIAL_ARCHITECTURES)}. With --timm, one of timm's, whose "
-        "preprocessing is taken; the number of classes is the checkpoint's",
+        help=f"the student's. With --mmcls, one of {', '.join(OFFICIAL_ARCHITECTURES)}. With --timm, one of timm's: its "
+        "preprocessing is saved, and the number of classes is the checkpoint's",
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
     parser.add_argument(

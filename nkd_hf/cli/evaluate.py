@@ -260,7 +260,7 @@ def _print_results(args: argparse.Namespace, results: dict[str, Any], model: Pre
     measured = (
         "reading, preprocessing and forward pass, without the first batch" if speed else "there is only one batch"
     )
-    bad = f", of which {results['bad_images']} bad ones were replaced" if results["bad_images"] else ""
+    bad = f", {results['bad_images']} of them bad and replaced" if results["bad_images"] else ""
     print(f"model          {args.model} ({type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters)")
     print(f"dataset        {args.dataset}, split {results['split']}, {results['images']} images{bad}")
     print("preprocessing  " + ", ".join(f"{key} {value}" for key, value in results["preprocessing"].items()))

@@ -50,7 +50,7 @@ def _reason(error: BaseException, repo_id: str, revision: str | None, token: str
         errors.append(errors[-1].__cause__)
     for cause in errors:
         if isinstance(cause, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set, which keeps off the network: unset it"
+            return "HF_HUB_OFFLINE is set, which forbids the network: unset it"
         if isinstance(cause, RevisionNotFoundError):
             return f"there is no branch {revision!r}: make it on the repo's page, or omit the revision"
         if isinstance(cause, HfHubHTTPError):

@@ -142,11 +142,11 @@ def check_publishable(files: Mapping[str, Path | bytes], token: str | None = Non
             where = f"line {number} of {name if isinstance(source, bytes) else source}"
             if redact(line) != line or any(token in line for token in tokens):
                 raise ValueError(
-                    f"{where} holds an access token or another credential, which everybody could use: take it out, then push"
+                    f"{where} holds an access token or another credential, which everybody could use: remove it, then push"
                 )
             found = own_path.search(line) or next(filter(_exists, _PATH.finditer(line)), None)
             if found:
-                raise ValueError(f"{where} holds a path of this machine, {found[0]}: take it out, then push")
+                raise ValueError(f"{where} holds a path of this machine, {found[0]}: remove it, then push")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> None:
         mend = "1.0 leaves the logits as they are" if positive else "0 switches its term off"
         raise ValueError(
             f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!s:.60} "
-            f"({type(value).__name__}): {mend}, and float32 reaches as far as the squares of 1e-18 and 1e18"
+            f"({type(value).__name__}): {mend}, and float32 holds squares of values from 1e-18 to 1e18"
         )
 
 

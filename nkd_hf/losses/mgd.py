@@ -60,7 +60,9 @@ class MGDLoss(DistillationLoss):
         check_scalar("alpha", alpha)
         check_scalar("mask_ratio", mask_ratio)
         if mask_ratio >= 1:
-            raise ValueError(f"mask_ratio must be below 1, got {mask_ratio}: something must be left to generate from")
+            raise ValueError(
+                f"mask_ratio must be below 1, got {mask_ratio}: a map that is masked everywhere has nothing to generate from"
+            )
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.alpha = alpha

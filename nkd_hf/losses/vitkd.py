@@ -174,8 +174,8 @@ class ViTKDLoss(DistillationLoss):
         batch_size, num_tokens = shape[:2]
         if token_grid is None and math.isqrt(num_tokens) ** 2 != num_tokens:
             raise ValueError(
-                f"student_high must hold a square grid of patch tokens, got {num_tokens}, which is no square: leave class "
-                "tokens out, and give token_grid for images that are not square"
+                f"student_high must hold a square grid of patch tokens, got {num_tokens}, which is no square: omit class "
+                "tokens, and pass token_grid for images that are not square"
             )
         if token_grid is not None and math.prod(token_grid) != num_tokens:
             raise ValueError(

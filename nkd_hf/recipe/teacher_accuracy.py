@@ -117,12 +117,12 @@ def say_teacher_accuracy(
             100 / num_classes,
         )
     if ON_STUDENT_PIXELS not in accuracies:
-        say(training, f"The teacher's top-1: {own:.2%}, on pixels that are the student's as well")
+        say(training, f"The teacher's top-1: {own:.2%}, with the same pixels as the student")
         return
     say(
         training,
-        f"The teacher's top-1: {own:.2%} with its own preprocessing, {given:.2%} on the student's pixels, which it is "
-        "distilled on",
+        f"The teacher's top-1: {own:.2%} with its own preprocessing, {given:.2%} on the student's pixels, which "
+        "distillation uses",
     )
     if abs(own - given) > _MOST_LOST and is_first:
         processor = load_image_processor(student)

@@ -38,7 +38,7 @@ def check_zero_shot(recipe: "RecipeArguments") -> None:
         )
     if recipe.needs_teacher_layers:
         raise ValueError(
-            f"distillation_loss={recipe.distillation_loss} reads layers of the teacher, and one with teacher_prompts has "
+            f"distillation_loss={recipe.distillation_loss} reads layers of the teacher, and a teacher with teacher_prompts has "
             "its logits alone. Name a loss of logits alone such as nkd"
         )
     if recipe.finetune_teacher == "always":

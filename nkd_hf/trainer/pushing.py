@@ -144,7 +144,7 @@ def _warned(push: Callable) -> Callable:
         try:
             push(*args, **kwargs)
         except (PushError, ValueError, OSError) as error:
-            logger.warning("%s\nTraining goes on, and the next save is pushed again.", error)
+            logger.warning("%s\nTraining continues, and the next save pushes again.", error)
 
     return warned
 

@@ -309,7 +309,7 @@ def test_a_dataset_of_one_split_and_bad_images(tmp_path, student, capsys):
     assert "cannot be decoded" in error
     assert "Traceback" not in error
     code, out, _ = run(capsys, *args, "--on_bad_image", "skip")
-    assert "20 images, of which 1 bad ones were replaced" in out
+    assert "20 images, 1 of them bad and replaced" in out
 
 
 def test_models_that_do_not_open(tmp_path, student, capsys):

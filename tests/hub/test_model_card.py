@@ -713,7 +713,7 @@ class TestEditedByAPerson:
         path.write_text("# Mine")
         assert not write()
         assert path.read_text() == "# Mine"
-        assert "is left as it is" in caplog.text
+        assert "is kept, since a person" in caplog.text
 
 
 def test_the_arguments_of_create_model_card():

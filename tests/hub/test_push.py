@@ -328,7 +328,7 @@ def test_no_network(hub, student, monkeypatch):
     ):
         push_student(student, "me/student")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PushError, match="HF_HUB_OFFLINE is set, which keeps off the network: unset it"):
+    with pytest.raises(PushError, match="HF_HUB_OFFLINE is set, which forbids the network: unset it"):
         push_student(student, "me/student")
 
 

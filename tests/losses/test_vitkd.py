@@ -148,7 +148,7 @@ def test_compiles_whole():
         ({"student_high": (3, 9)}, r"student_high must be \[B, P, 6\], got \[3, 9\]: pass the patch tokens"),
         (
             {"student_high": (3, 10, 6)},
-            r"a square grid of patch tokens, got 10, which is no square: leave class tokens",
+            r"a square grid of patch tokens, got 10, which is no square: omit class tokens",
         ),
         ({"student_high": (3, 9, 7)}, r"student_high must be \[3, 9, 6\].*got \[3, 9, 7\]: .*student_dim=7"),
         ({"student_low": (3, 2, 9, 7)}, r"student_low must be \[3, 2, 9, 6\].*: make ViTKDLoss with student_dim=7"),

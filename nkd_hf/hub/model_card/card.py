@@ -111,7 +111,7 @@ def write_card(
         x_axis="step" if args.max_steps > 0 else "epoch",
     )
     if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
-        logger.warning("%s is left as it is, since a person wrote or edited it: remove it to have a new one.", path)
+        logger.warning("%s is kept, since a person wrote or edited it: remove it to get a new one.", path)
         return False
     run = Run(student, name, args, state, repo_id, teacher, losses or {}, info, CURVES_FILE if curves else None)
     _render(run).save(path)
