@@ -43,7 +43,6 @@ def training_checkpoint(student: dict) -> dict:
     return {"meta": {"epoch": 300, "cfg": "model = dict()"}, "state_dict": weights, "optimizer": {"state": {}}}
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize("architecture", LOGITS)
 def test_converted_folder_gives_the_official_logits(tmp_path, architecture):
     file = save(training_checkpoint(official_state_dict(architecture)), tmp_path / "epoch_300.pth")

@@ -36,7 +36,6 @@ def student(tmp_path_factory):
     return folder
 
 
-@pytest.mark.runs
 def test_onnx_and_int8_of_a_saved_classifier(student, capsys):
     arguments = ["--int8", "--calibration_data", "digits", "--num_workers", "0"]
     code, out, error = run(capsys, "export", "--model", str(student), "--format", "onnx", *arguments)

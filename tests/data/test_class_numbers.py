@@ -193,7 +193,6 @@ def recipe(folder, on_non_finite_loss="error", **arguments) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize("answer", [10, None])
 @pytest.mark.parametrize("ignore_label_names", [False, True])
 def test_a_teacher_without_names_knows_the_classes_by_their_numbers(tmp_path, ignore_label_names, answer, caplog):

@@ -252,7 +252,6 @@ def store(tmp_path_factory, teacher) -> TeacherLogits:
     return write(tmp_path_factory.mktemp("store"), teacher, *CROPS, "--epochs", "4", "--cycle", "2")
 
 
-@pytest.mark.runs
 def test_a_store_of_crops_is_the_live_teacher(store, teacher, tmp_path):
     """An odd number of images, mixed in pairs; the card names the crops, and a run without them is refused."""
     assert store.info.fingerprint["crops_per_image"] == 2

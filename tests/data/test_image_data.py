@@ -101,7 +101,6 @@ def load(name, seed=42, **arguments):
     return load_image_dataset(DataArguments(dataset_name=str(name), **arguments), seed=seed)
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize("load_it", [load_image_dataset, load_evaluation_split])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_number_their_classes_alike(parquet, tmp_path, load_it, streaming):

@@ -381,7 +381,6 @@ def quiet(monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.training_args.logger.warning", lambda *args: None)
 
 
-@pytest.mark.runs
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' fields that are deprecated
 @short(250)
 @EVERY_VALUE

@@ -55,7 +55,6 @@ class GradientNorms(TrainerCallback):
         self.auxiliary = norm([p for p in model.losses.parameters() if id(p) not in theirs])
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize("row", STEPS)
 def test_one_step_is_the_official_one(tmp_path, row):
     expected = STEPS[row]

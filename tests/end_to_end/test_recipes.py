@@ -375,7 +375,6 @@ def test_where_a_store_lies_is_no_setting_but_whether_there_is_one_is():
     assert {name for name in live if live[name] != here[name]} == {"teacher", "teacher_logits"}
 
 
-@pytest.mark.runs
 def test_settings_of_a_teacher_are_for_a_loss_that_has_one(tmp_path):
     with pytest.raises(
         ValueError, match="teacher_dtype set how a teacher computes, and distillation_loss=uskd has none"

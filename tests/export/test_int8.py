@@ -92,7 +92,6 @@ def test_an_accurate_file_is_kept(trained):
         assert np.abs(onnx.numpy_helper.to_array(tensor)).max() <= 64
 
 
-@pytest.mark.runs
 def test_sensitive_nodes_stay_in_float(trained, tmp_path):
     path = tmp_path / "model.onnx"
     convolutions = with_outliers(trained[1], path, 1)
@@ -108,7 +107,6 @@ def test_sensitive_nodes_stay_in_float(trained, tmp_path):
             assert in_float == (node.name in report.float_nodes)
 
 
-@pytest.mark.runs
 def test_a_file_that_loses_too_much_is_not_kept(trained, tmp_path):
     path = tmp_path / "model.onnx"
     assert len(with_outliers(trained[1], path, 100)) == 16
@@ -121,7 +119,6 @@ def test_a_file_that_loses_too_much_is_not_kept(trained, tmp_path):
     assert report.drop > 0.1
 
 
-@pytest.mark.runs
 def test_wrong_input(trained, tmp_path):
     _, path = trained
     with pytest.raises(ValueError, match=r"^labelled must be a list or a DataLoader, .* got a generator\. Pass list"):

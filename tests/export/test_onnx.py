@@ -195,7 +195,6 @@ class Unstable(Branching):
         return ImageClassifierOutput(logits=torch.sin(self.classifier(pixel_values.flatten(1)) * 1e9))
 
 
-@pytest.mark.runs
 def test_what_cannot_be_exported_is_said_in_a_line(tmp_path):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     path = tmp_path / "model.onnx"

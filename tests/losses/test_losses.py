@@ -22,7 +22,7 @@ from loss_checks import FIXTURES, GOLDEN, HARD, MIXUP, TOLERANCE, assert_close, 
 from losses_reference import nkd_reference, uskd_reference
 from safetensors.torch import load_file
 
-from nkd_hf.losses import NKDLoss, USKDLoss, nkd_loss, uskd_loss
+from nkd_hf.losses import MGDLoss, NKDLoss, SRRLLoss, USKDLoss, nkd_loss, uskd_loss
 from nkd_hf.losses.normalized import normalized_loss
 from nkd_hf.losses.uskd import _descending_order, _sortable_bits
 
@@ -461,6 +461,8 @@ def test_uskd_module_takes_half_precision_features():
 def test_modules_show_their_scalars():
     assert repr(NKDLoss(gamma=1.0, temperature=2.0)) == "NKDLoss(gamma=1.0, temperature=2.0)"
     assert "alpha=0.5, beta=0.2, mu=0.1" in repr(USKDLoss(3, 4, 0.5, 0.2, 0.1))
+    assert "alpha=0.3, mask_ratio=0.5" in repr(MGDLoss(3, 4, alpha=0.3, mask_ratio=0.5))
+    assert "alpha=0.4, beta=1.2" in repr(SRRLLoss(3, 4, alpha=0.4, beta=1.2))
     assert not list(NKDLoss().parameters())
 
 

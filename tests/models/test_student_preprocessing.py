@@ -36,7 +36,6 @@ def preprocessing(student) -> tuple[Preprocessing, float]:
     return read_preprocessing(student, processor), read_crop_pct(processor)
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -146,7 +145,6 @@ def test_without_an_image_processor_there_is_nothing_to_change(tmp_path):
         create_student(str(tmp_path), image_size=64, crop_pct=1.0)
 
 
-@pytest.mark.runs
 def test_weights_of_a_size_that_timm_does_not_resample(tmp_path):
     save_student(create_student("levit_128s", num_labels=5), str(tmp_path))
     with pytest.raises(ValueError, match="the weights of levit_128s are for its own size"):

@@ -237,7 +237,6 @@ def test_settings_change_rounding_alone_and_not_the_module_that_was_handed_in(bu
         load_teacher(model).for_inference("half")
 
 
-@pytest.mark.runs
 def test_the_trainers_arguments_set_the_teacher(tmp_path, monkeypatch):
     # The same graphs without their C++, which takes half a minute.
     compile = torch.nn.Module.compile

@@ -55,7 +55,6 @@ def test_what_is_pushed_is_what_was_measured(hub, tmp_path, inputs, capsys):
         assert accuracies == pytest.approx({key: row[name] for key, row in results["per_class"].items()}, abs=1e-4)
 
 
-@pytest.mark.runs
 def test_a_store_takes_the_place_of_the_teacher(tmp_path, inputs, capsys):
     without = {name: value for name, value in inputs.items() if name != "teacher"}
     config = tmp_path / "store.yaml"
@@ -71,7 +70,6 @@ def test_a_store_takes_the_place_of_the_teacher(tmp_path, inputs, capsys):
     assert "does not run: its logits come from" in capsys.readouterr().out
 
 
-@pytest.mark.runs
 def test_a_signal_and_a_full_disk_in_the_export_and_an_int8_file_that_loses_too_much(
     tmp_path, inputs, capsys, monkeypatch
 ):

@@ -260,7 +260,6 @@ def test_which_pixels_a_student_takes_from_its_teacher(tmp_path, inputs, changes
     assert recipe.image_size == 32
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize(
     ("changes", "given", "recorded", "expected"),
     [

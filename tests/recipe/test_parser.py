@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 import nkd_hf.metrics
 import nkd_hf.recipe.parser
-from nkd_hf.recipe.parser import parse_args
+from nkd_hf.recipe.parser import parse_args, parse_with_defaults
 
 
 class Interpolation(Enum):
@@ -406,3 +406,19 @@ def test_examples_of_the_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_key_of_the_config_counts_as_set(tmp_path):
+    """Defaults of a command are for the fields that neither the YAML nor the command line has."""
+    config = tmp_path / "own.yaml"
+    config.write_text("gamma: 1.0\n")
+    asked = []
+
+    def choose(given: set[str]) -> dict[str, object]:
+        asked.append(given)
+        return {"gamma": 9.0, "image_size": 9, "teacher": "resnet50"}
+
+    args = ["--config", str(config), "--image_size", "40"]
+    (model,), given = parse_with_defaults([ModelArguments], choose, required=("gamma",), args=args)
+    assert asked == [given] == [{"gamma", "image_size"}]
+    assert (model.gamma, model.image_size, model.teacher) == (1.0, 40, "resnet50")

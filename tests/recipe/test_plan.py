@@ -378,7 +378,6 @@ def test_settings_of_other_machines(plan, monkeypatch):
     assert plan(optim="adamw_8bit")["memory"]["optimizer_state"] is None
 
 
-@pytest.mark.runs
 def test_teachers(plan, tmp_path):
     def teacher(name, **overrides):
         figures = plan(distillation_loss="nkd", teacher=str(name), **overrides)
@@ -516,7 +515,6 @@ def test_the_input_of_a_training(plan, capsys):
     assert "128,116,700 samples of 32,029,200 decoded images: 66.7 core-hours for JPEGs of 500 x 375\n" in text
 
 
-@pytest.mark.runs
 def test_a_store_of_the_teachers_logits(plan, error):
     assert plan(IMAGENET)["store"] is None
     stores = {

@@ -304,7 +304,6 @@ def test_a_teacher_that_gives_nan_is_refused_before_the_baseline_is_trained(tmp_
     )
 
 
-@pytest.mark.runs
 def test_a_teacher_that_guesses_held_out_images_and_a_run_that_is_replaced_are_said(tmp_path, capsys, caplog):
     """Of a folder with a training split alone."""
     rng = np.random.default_rng(0)

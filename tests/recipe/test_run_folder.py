@@ -369,7 +369,6 @@ def test_a_model_without_a_whole_log_is_not_trained_yet(tmp_path, content):
     assert read_history(tmp_path) is None
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize(
     ("module", "function", "limit", "said"),
     [
@@ -425,7 +424,6 @@ def test_a_full_disk_at_a_checkpoint_of_a_recipe_is_a_message(tmp_path, monkeypa
         recipe.train_baseline()
 
 
-@pytest.mark.runs
 def test_a_stage_whose_checkpoints_hold_the_model_only_starts_from_the_beginning(tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": "1", "save_only_model": "true"}
     recipe_in(tmp_path, **settings).train_baseline()

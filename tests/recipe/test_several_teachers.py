@@ -248,7 +248,6 @@ def test_training_from_a_store_is_live_training_bit_for_bit(train, store, teache
     )
 
 
-@pytest.mark.runs
 def test_a_store_of_the_largest_logits_is_of_the_mean(train, store, teachers):
     """Its rows are those of the logits of the mean, and several losses train from it."""
     largest, full = TeacherLogits(store.parent / "top2"), TeacherLogits(store)

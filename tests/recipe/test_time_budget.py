@@ -111,7 +111,6 @@ def test_durations_are_written_for_readers():
     assert [describe_duration(seconds) for seconds in (59.6, 600, 7200)] == ["1 min", "10 min", "2 h"]
 
 
-@pytest.mark.runs
 def test_a_budget_that_is_too_short_leaves_the_results_of_an_earlier_run(tmp_path):
     images = digit_folder(tmp_path / "images", ["zero", "one"], train=8, validation=2)
     folder = tmp_path / "run"

@@ -65,7 +65,6 @@ def make_recipe(folder: Path, values: dict) -> Recipe:
     return Recipe(*parse_args(types, args=["--config", str(config)]))
 
 
-@pytest.mark.runs
 def test_the_student_alone_sees_them_beside_the_labelled_images_of_a_recipe(tmp_path, quick, inputs, capsys):
     values = {
         "teacher": inputs["clip"],
@@ -98,7 +97,6 @@ def test_the_student_alone_sees_them_beside_the_labelled_images_of_a_recipe(tmp_
     capsys.readouterr()
 
 
-@pytest.mark.runs
 def test_distill_without_any_label_under_two_teachers(tmp_path, quick, inputs, capsys, monkeypatch):
     calibration = []
 
@@ -158,7 +156,6 @@ def train(folder: Path, values: dict) -> tuple[list[dict], dict]:
     ], load_file(run.folder / "student" / "model.safetensors")
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_a_store_of_images_without_labels_is_the_live_teacher(top_k, stored, live, inputs, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))

@@ -106,7 +106,6 @@ def classifier(tmp_path_factory) -> str:
     return folder
 
 
-@pytest.mark.runs
 def test_distill_under_a_zero_shot_teacher_among_several(tmp_path, quick, teachers, classifier, images, capsys):
     pair, out = [classifier, teachers["clip"]], tmp_path / "out"
     results = distill(**quick, teacher=pair, teacher_prompts=PROMPTS, teacher_weights=[1.0, 3.0], output_dir=out)
@@ -185,7 +184,6 @@ def test_training_from_a_store_is_live_training_bit_for_bit(train, store, teache
         assert all(torch.equal(value, live_weights[name]) for name, value in weights.items())
 
 
-@pytest.mark.runs
 def test_the_store_of_a_zero_shot_teacher_among_several(tmp_path, quick, train, teachers, classifier):
     values = {**quick, "per_device_train_batch_size": 8, "mixup_alpha": 0.8, "report_to": "none"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | {"finetune_teacher": "auto"}))

@@ -207,7 +207,6 @@ def test_a_training_repeats_the_samples_of_an_epoch_in_another_order(stores, tmp
     assert not torch.equal(first, second)
 
 
-@pytest.mark.runs
 def test_a_run_longer_than_the_cycle_trains_from_it(stores, tmp_path, capsys):
     """Its first cycle is, bit for bit, a run from a store of all epochs; the run, the card and the plan name the cycle."""
     given = [*MIXING, "--num_train_epochs", "3", "--lr_scheduler_type", "constant"]

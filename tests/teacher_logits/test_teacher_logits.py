@@ -394,7 +394,6 @@ def test_a_store_of_images_that_leave_one_for_the_last_batch(teacher, tmp_path):
     train(tmp_path / "run", *arguments(None, *more, *images))
 
 
-@pytest.mark.runs
 def test_an_interrupted_run_goes_on_where_it_stopped(stores, teacher, tmp_path, monkeypatch):
     replace, calls = __import__("os").replace, []
 

@@ -277,7 +277,6 @@ def live(settings, tmp_path_factory) -> list[dict]:
     return train(tmp_path_factory.mktemp("live"), *settings, "--mix_pairs", "true")
 
 
-@pytest.mark.runs
 @pytest.mark.parametrize(("top_k", "tolerance"), [("3", 0.2), ("9", 1e-3)])
 def test_training_from_a_store_is_near_to_live_training(settings, live, tmp_path, top_k, tolerance):
     folder = tmp_path / "store"

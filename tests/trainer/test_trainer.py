@@ -390,7 +390,6 @@ def test_model_init_starts_the_losses_anew(tmp_path, train):
     assert (trainer.train() and losses(trainer)) == first
 
 
-@pytest.mark.runs
 def test_a_trial_of_a_search_trains_with_its_own_values(tmp_path, train):
     """Trainer makes the model of a trial before it sets the trial's values, some of which the model reads."""
     pytest.importorskip("optuna")
