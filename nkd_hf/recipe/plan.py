@@ -10,23 +10,18 @@ import os
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from torch import nn
-from torch.utils.data import BatchSampler
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
-from ..data.arguments import DataArguments, streaming_max_steps
-from ..models.meta_device import OnlyShapes
+from ..data.arguments import DataArguments
 from ..models.preprocessing import Preprocessing
 from ..models.teacher_ensemble import normalize_weights
 from ..models.zero_shot import ZeroShotClassifier
 from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
-from ..trainer.optimization import SCHEDULES, lr_factor
 from .arguments import RecipeArguments
 from .class_sizes import check_class_balance
 from .crops import describe_uneven_crops
-from .loss_shapes import loss_shapes
 from .plan_costs import (
     count_disk_bytes,
     count_input,
@@ -36,7 +31,8 @@ from .plan_costs import (
     forward_gmacs,
     list_optimizer_groups,
 )
-from .plan_models import open_student, open_teachers
+from .plan_models import PlannedModels, open_models
+from .plan_steps import count_steps, plan_learning_rates
 from .store_size import plan_store, read_top_k
 from .unlabeled import check_unlabeled, describe_unlabeled, refuse_training_of_teacher
 
@@ -64,6 +60,11 @@ class PlannedTrainingArguments(DistillationTrainingArguments):
         finally:
             if launched is not None:
                 os.environ["ACCELERATE_USE_DEEPSPEED"] = launched
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass recomputes activations."""
+        return self.activation_checkpointing or self.is_compiled
 
 
 def make_plan(
@@ -96,132 +97,70 @@ def make_plan(
     Raises:
         ValueError: the arguments do not say enough, or do not fit the models.
     """
+    _check_arguments(recipe, data)
+    notes: list[str] = []
+    steps = count_steps(recipe, data, training)
+    models = open_models(recipe, data, training, notes)
+    student, taps = _describe_student(recipe, models)
+    teachers = _describe_teachers(recipe, models)
+    runs = _list_runs(recipe, data, models, teachers, notes)
+    notes += describe_uneven_crops(recipe, data, training, runs if recipe.time_budget is None else ())
+    states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
+    notes += _note_settings(training, steps)
+    store = None
+    if top_k is not None or cycle is not None:
+        of_epochs = steps["num_train_images"], math.ceil(steps["epochs"] - 1e-9)
+        store = plan_store(recipe, data, student["num_classes"], *of_epochs, read_top_k(top_k or "all"), cycle)
+    return {
+        "student": student,
+        "teacher": _join(teachers, recipe.teacher_weights),
+        "distillation_loss": recipe.distillation_loss,
+        "loss_args": recipe.loss_args or {},
+        "loss_parameters": count_parameters(models.trained.losses.parameters()),
+        "tap": taps.get("mid_feature"),
+        "taps": taps,
+        "runs": list(runs),
+        **steps,
+        **_plan_input(data, steps),
+        "store": store,
+        "unlabeled": describe_unlabeled(data),
+        **_plan_optimization(models.trained, training, steps, notes),
+        "augmentation": _describe_augmentation(recipe, data, training, models.pixels),
+        **_count_bytes(models, runs, states, steps, data, training),
+        "notes": notes,
+    }
+
+
+def _check_arguments(recipe: RecipeArguments, data: DataArguments) -> None:
     for name, value in (("num_processes", recipe.num_processes), ("num_train_images", data.num_train_images)):
         if value is None or value < 1:
             raise ValueError(f"the plan needs {name}, got {value}: set it in the config, or give --{name}")
     check_class_balance(recipe, data)
     check_unlabeled(recipe, data)
-    notes: list[str] = []
-    steps = _count_steps(recipe, data, training)
-    with torch.device("meta"), OnlyShapes():
-        student, pixels = open_student(recipe, data)
-        opened = open_teachers(recipe, data, student, pixels, notes)
-        # Only a loss with one teacher reads its layers.
-        teacher, teacher_pixels = opened[0] if len(opened) == 1 else (None, None)
-        if recipe.needs_teacher_layers and teacher is None:
-            raise ValueError(f"{recipe.distillation_loss}'s parameters depend on the teacher: {notes[-1]}")
-        teacher_size = teacher_pixels and teacher_pixels.size
-        shapes = loss_shapes(
-            recipe.losses.values(), student, pixels.size, teacher, training.feature_layer, teacher_size
-        )
-        losses = recipe.build_loss(**shapes) or {}
-        losses = losses if isinstance(losses, dict) else {"distillation": losses}
-        # The model has no moving average here: count_memory_bytes counts it as a copy of the student.
-        model = DistillationModel(student, losses, training.feature_layer, training.label_smoothing_factor)
-    for tap in model.taps.values():
+
+
+def _describe_student(recipe: RecipeArguments, models: PlannedModels) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Describes the student, and the taps that its losses read."""
+    taps = models.trained.taps
+    for tap in taps.values():
         tap.listen()
-    student_plan = _describe(recipe.student, student, pixels)
-    names = recipe.teachers if opened else []
-    teacher_plans = [_describe(name, *each) for name, each in zip(names, opened, strict=True)]
-    finetunes = False
-    if teacher is not None and not recipe.names_new_teacher:
-        differ = teacher_plans[0]["num_classes"] != student_plan["num_classes"]
-        new_head = differ or getattr(teacher, "starts_with_new_head", False)
-        finetunes = recipe.finetune_teacher == "always" or (new_head and recipe.finetune_teacher == "auto")
-    if finetunes and data.trains_without_labels:
-        refuse_training_of_teacher(recipe)
-    if finetunes:
-        head = f"gets a new head of {student_plan['num_classes']} classes, and " if new_head else ""
-        notes.append(f"the teacher {head}is fine-tuned on the data first (finetune_teacher)")
-    else:
-        notes += _note_classes(teacher_plans, student_plan["num_classes"])
-    taps = {
+    student = _describe(recipe.student, models.trained.student, models.pixels)  # its forward pass fills the taps
+    features = {
         name: {
             "module": tap.layer,
             "channels": tap.take().shape[1 if name == "student_map" else -1],
             "reads": tap.text,
         }
-        for name, tap in model.taps.items()
+        for name, tap in taps.items()
     }
-    for tap in model.taps.values():
+    for tap in taps.values():
         tap.listen(False)
+    return student, features
 
-    trains_teacher = bool(opened) and (recipe.names_new_teacher or finetunes)
-    runs = {"teacher": DistillationModel(teacher, {})} if trains_teacher else {}
-    if recipe.compare_with_baseline or not losses:
-        runs["baseline"] = DistillationModel(student, {})
-    if losses:
-        runs["student"] = model
-    notes += describe_uneven_crops(recipe, data, training, runs if recipe.time_budget is None else ())
-    teachers = nn.ModuleList(model for model, _ in opened if model is not None)
-    states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
 
-    joins = data.unlabeled_dataset is not None and not data.trains_without_labels
-    unlabeled = math.ceil(data.unlabeled_ratio * steps["per_device_train_batch_size"]) if joins else 0
-    learning_rate = training.scaled_learning_rate(steps["global_batch_size"])
-    if learning_rate != training.learning_rate:
-        notes.append(
-            f"learning_rate {training.learning_rate:g} is meant for a global batch of {training.base_batch_size} "
-            f"(base_batch_size), and this run's is {steps['global_batch_size']}: it is scaled to {learning_rate:g}"
-        )
-    if training.is_sharded:
-        notes.append("the memory is that of a run without FSDP or DeepSpeed, which divide the weights among the GPUs")
-    recomputes = training.activation_checkpointing or training.is_compiled
-    if recomputes:
-        notes.append(
-            "activation checkpointing and torch.compile keep some activations and recompute others: they are not counted"
-        )
-    groups = list_optimizer_groups(model, training)
-    images = steps["num_train_images"]
-    added = math.ceil(data.unlabeled_ratio * images) if joins else 0
-    decoded = steps["decoded_images"] + added
-    store = None
-    if top_k is not None or cycle is not None:
-        of_epochs = images, math.ceil(steps["epochs"] - 1e-9)
-        store = plan_store(recipe, data, student_plan["num_classes"], *of_epochs, read_top_k(top_k or "all"), cycle)
-    return {
-        "student": student_plan,
-        "teacher": _join(teacher_plans, recipe.teacher_weights),
-        "distillation_loss": recipe.distillation_loss,
-        "loss_args": recipe.loss_args or {},
-        "loss_parameters": count_parameters(model.losses.parameters()),
-        "tap": taps.get("mid_feature"),
-        "taps": taps,
-        "runs": list(runs),
-        **steps,
-        "decoded_images": decoded,
-        "input": count_input(
-            steps["epochs"] * (images + added), steps["epochs"] * decoded, data.auto_augment is not None
-        ),
-        "store": store,
-        "unlabeled": describe_unlabeled(data),
-        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
-        "teacher_dtype": training.teacher_dtype or "float32",
-        "optimizer": training.optim.value,
-        "optimizer_args": training.optim_args,
-        "optimizer_groups": groups,
-        "decayed_parameters": groups[0]["parameters"],
-        "undecayed_parameters": groups[1]["parameters"],
-        "max_grad_norm": training.max_grad_norm,
-        "ema_decay": training.ema_decay,
-        "precise_bn_images": training.precise_bn_images,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": training.lr_scheduler_type.value,
-        "lr_scheduler_kwargs": training.lr_scheduler_kwargs or {},
-        "lr_by_epoch": _plan_learning_rates(steps, training, learning_rate, notes),
-        "augmentation": _describe_augmentation(recipe, data, training, pixels),
-        "disk": count_disk_bytes(runs, states, steps, training, None if trains_teacher else teachers),
-        "memory": count_memory_bytes(
-            model,
-            pixels.size,
-            teachers,
-            states[[*runs][-1]],
-            steps["per_device_train_batch_size"] + unlabeled,
-            training,
-            not recomputes,
-        ),
-        "notes": notes,
-    }
+def _describe_teachers(recipe: RecipeArguments, models: PlannedModels) -> list[dict[str, Any]]:
+    names = recipe.teachers if models.teachers else []
+    return [_describe(name, *opened) for name, opened in zip(names, models.teachers, strict=True)]
 
 
 def _describe(name: str, model: nn.Module | None, pixels: Preprocessing | None) -> dict[str, Any]:
@@ -264,64 +203,93 @@ def _note_classes(teachers: list[dict[str, Any]], num_classes: int) -> list[str]
     return notes
 
 
-def _count_steps(recipe: RecipeArguments, data: DataArguments, training: PlannedTrainingArguments) -> dict[str, Any]:
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    global_batch_size = training.global_batch_size(batch, recipe.num_processes)
-    images = min(data.num_train_images, data.max_train_samples or data.num_train_images)
-    epochs = training.num_train_epochs
-    if epochs <= 0:
-        raise ValueError(f"num_train_epochs must be positive, got {epochs}")
-    if data.streaming:
-        num_steps = streaming_max_steps(images, epochs, global_batch_size)
-        steps_per_epoch = num_steps / epochs
-    else:
-        # Trainer's data loader counts the batches in this way: it fills the last ones up, or drops them.
-        batches = BatchSampler(range(images), batch, training.dataloader_drop_last)
-        split = training.accelerator_config.split_batches
-        batches = BatchSamplerShard(batches, recipe.num_processes, 0, split_batches=split)
-        steps_per_epoch = max(1, math.ceil(len(batches) / accumulation))
-        num_steps = math.ceil(epochs * steps_per_epoch)
-    if training.max_steps > 0:
-        num_steps = training.max_steps
-        epochs = num_steps / steps_per_epoch
+def _list_runs(
+    recipe: RecipeArguments, data: DataArguments, models: PlannedModels, teachers: list[dict], notes: list[str]
+) -> dict[str, DistillationModel]:
+    """Lists the trainings by name, in their order; the last one is the result."""
+    finetunes = _plan_finetuning(recipe, data, models, teachers, notes)
+    trains_teacher = bool(teachers) and (recipe.names_new_teacher or finetunes)
+    runs = {"teacher": DistillationModel(models.teacher, {})} if trains_teacher else {}
+    if recipe.compare_with_baseline or not models.trained.losses:
+        runs["baseline"] = DistillationModel(models.trained.student, {})
+    if models.trained.losses:
+        runs["student"] = models.trained
+    return runs
+
+
+def _plan_finetuning(
+    recipe: RecipeArguments, data: DataArguments, models: PlannedModels, teachers: list[dict], notes: list[str]
+) -> bool:
+    """Decides whether a pretrained teacher is trained first, and notes it, or the classes that do not fit."""
+    num_classes = models.trained.student.config.num_labels
+    finetunes = False
+    if models.teacher is not None and not recipe.names_new_teacher:
+        differ = teachers[0]["num_classes"] != num_classes
+        new_head = differ or getattr(models.teacher, "starts_with_new_head", False)
+        finetunes = recipe.finetune_teacher == "always" or (new_head and recipe.finetune_teacher == "auto")
+    if not finetunes:
+        notes += _note_classes(teachers, num_classes)
+        return False
+    if data.trains_without_labels:
+        refuse_training_of_teacher(recipe)
+    head = f"gets a new head of {num_classes} classes, and " if new_head else ""
+    notes.append(f"the teacher {head}is fine-tuned on the data first (finetune_teacher)")
+    return True
+
+
+def _note_settings(training: PlannedTrainingArguments, steps: dict[str, Any]) -> list[str]:
+    """Notes a scaled learning rate, and the settings that the counted memory leaves out."""
+    notes = []
+    learning_rate = training.scaled_learning_rate(steps["global_batch_size"])
+    if learning_rate != training.learning_rate:
+        notes.append(
+            f"learning_rate {training.learning_rate:g} is meant for a global batch of {training.base_batch_size} "
+            f"(base_batch_size), and this run's is {steps['global_batch_size']}: it is scaled to {learning_rate:g}"
+        )
+    if training.is_sharded:
+        notes.append("the memory is that of a run without FSDP or DeepSpeed, which divide the weights among the GPUs")
+    if training.recomputes:
+        notes.append(
+            "activation checkpointing and torch.compile keep some activations and recompute others: they are not counted"
+        )
+    return notes
+
+
+def _plan_input(data: DataArguments, steps: dict[str, Any]) -> dict[str, Any]:
+    epochs, images = steps["epochs"], steps["num_train_images"]
+    unlabeled = _count_unlabeled(data, images)
+    decoded = steps["decoded_images"] + unlabeled
+    cost = count_input(epochs * (images + unlabeled), epochs * decoded, data.auto_augment is not None)
+    return {"decoded_images": decoded, "input": cost}
+
+
+def _count_unlabeled(data: DataArguments, num_labelled: int) -> int:
+    """Counts the images without labels that join so many labelled images."""
+    joins = data.unlabeled_dataset is not None and not data.trains_without_labels
+    return math.ceil(data.unlabeled_ratio * num_labelled) if joins else 0
+
+
+def _plan_optimization(
+    model: DistillationModel, training: PlannedTrainingArguments, steps: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    groups = list_optimizer_groups(model, training)
+    learning_rate = training.scaled_learning_rate(steps["global_batch_size"])
     return {
-        "num_processes": recipe.num_processes,
-        "per_device_train_batch_size": training.process_batch_size(batch, recipe.num_processes),
-        "gradient_accumulation_steps": accumulation,
-        "global_batch_size": global_batch_size,
-        "num_train_images": images,
-        "decoded_images": math.ceil(images / data.crops_per_image),
-        "epochs": epochs,
-        "steps_per_epoch": steps_per_epoch,
-        "num_steps": num_steps,
+        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
+        "teacher_dtype": training.teacher_dtype or "float32",
+        "optimizer": training.optim.value,
+        "optimizer_args": training.optim_args,
+        "optimizer_groups": groups,
+        "decayed_parameters": groups[0]["parameters"],
+        "undecayed_parameters": groups[1]["parameters"],
+        "max_grad_norm": training.max_grad_norm,
+        "ema_decay": training.ema_decay,
+        "precise_bn_images": training.precise_bn_images,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type.value,
+        "lr_scheduler_kwargs": training.lr_scheduler_kwargs or {},
+        "lr_by_epoch": plan_learning_rates(steps, training, learning_rate, notes),
     }
-
-
-def _plan_learning_rates(
-    steps: dict[str, Any], training: PlannedTrainingArguments, learning_rate: float, notes: list[str]
-) -> list[float] | None:
-    """Computes the rate of the first step of each epoch; None where it depends on the evaluations."""
-    name, num_steps, kwargs = training.lr_scheduler_type.value, steps["num_steps"], training.lr_scheduler_kwargs
-    if name in SCHEDULES:
-        # For a stream, the recipe sets max_steps.
-        is_set = training.max_steps > 0 or steps["num_steps"] == steps["steps_per_epoch"] * training.num_train_epochs
-        epochs, rate = training.num_train_epochs, training.learning_rate
-        factor = lr_factor(name, num_steps, epochs, rate, kwargs, max_steps=num_steps if is_set else -1)
-    else:
-        # Trainer's optimiser has the scaled rate in its groups, and learning_rate in its defaults.
-        optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        warmup_steps = training.get_warmup_steps(num_steps)
-        try:
-            scheduler = get_scheduler(name, optimizer, warmup_steps, num_steps, scheduler_specific_kwargs=kwargs)
-        except TypeError as error:
-            raise ValueError(f"lr_scheduler_kwargs={kwargs} do not fit lr_scheduler_type={name}: {error}") from error
-        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            notes.append(f"lr_scheduler_type={name} follows the evaluations: its learning rates cannot be planned")
-            return None
-        factor = scheduler.lr_lambdas[0]
-    first_steps = [math.ceil(i * steps["steps_per_epoch"] - 1e-9) for i in range(math.ceil(steps["epochs"] - 1e-9))]
-    return [learning_rate * factor(step) for step in first_steps if step < num_steps]
 
 
 def _describe_augmentation(
@@ -348,3 +316,21 @@ def _describe_augmentation(
         f"label smoothing {training.label_smoothing_factor:g}": training.label_smoothing_factor,
     }
     return [line for line, is_on in lines.items() if is_on]
+
+
+def _count_bytes(
+    models: PlannedModels,
+    runs: dict[str, DistillationModel],
+    states: dict[str, int | None],
+    steps: dict[str, Any],
+    data: DataArguments,
+    training: PlannedTrainingArguments,
+) -> dict[str, Any]:
+    """Counts the bytes on disk and on a GPU; `states` are the bytes of each run's optimiser state."""
+    teachers = nn.ModuleList(model for model, _ in models.teachers if model is not None)
+    state, size = states[[*runs][-1]], models.pixels.size
+    batch_size = steps["per_device_train_batch_size"]
+    batch_size += _count_unlabeled(data, batch_size)
+    disk = count_disk_bytes(runs, states, steps, training, None if "teacher" in runs else teachers)
+    memory = count_memory_bytes(models.trained, size, teachers, state, batch_size, training, not training.recomputes)
+    return {"disk": disk, "memory": memory}

@@ -1,6 +1,7 @@
-"""Opens the shapes of student and teacher without a network. The functions are called under `torch.device("meta")`."""
+"""Opens the shapes of student and teacher without a network, on torch's meta device."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,50 @@ from ..files import path_fault
 from ..models.architectures import is_architecture
 from ..models.build_limit import build_limit
 from ..models.loading import open_image_processor
+from ..models.meta_device import OnlyShapes
 from ..models.model_config import is_timm_config, read_config
 from ..models.preprocessing import Preprocessing, load_image_processor, read_preprocessing
 from ..models.student_preprocessing import change_preprocessing
 from ..models.zero_shot import ZeroShotClassifier, is_zero_shot
 from ..teacher_logits.info import STORE, StoreInfo
+from ..trainer.arguments import DistillationTrainingArguments
+from ..trainer.distillation_model import DistillationModel
 from .arguments import RecipeArguments
+from .loss_shapes import loss_shapes
+
+
+@dataclass
+class PlannedModels:
+    """The models of a run on the meta device."""
+
+    trained: DistillationModel  # the student with its losses
+    pixels: Preprocessing  # the student's
+    teachers: list[tuple[nn.Module | None, Preprocessing | None]]  # see open_teachers
+    teacher: nn.Module | None  # the teacher if there is one alone, and it is known
+
+
+def open_models(
+    recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, notes: list[str]
+) -> PlannedModels:
+    """Opens student and teachers, and builds the losses on their shapes.
+
+    Raises:
+        ValueError: as [`open_student`]; or a loss reads layers of a teacher that is not on this machine.
+    """
+    with torch.device("meta"), OnlyShapes():
+        student, pixels = open_student(recipe, data)
+        teachers = open_teachers(recipe, data, student, pixels, notes)
+        # Only a loss with one teacher reads its layers.
+        teacher, teacher_pixels = teachers[0] if len(teachers) == 1 else (None, None)
+        if recipe.needs_teacher_layers and teacher is None:
+            raise ValueError(f"{recipe.distillation_loss}'s parameters depend on the teacher: {notes[-1]}")
+        size = teacher_pixels and teacher_pixels.size
+        shapes = loss_shapes(recipe.losses.values(), student, pixels.size, teacher, training.feature_layer, size)
+        losses = recipe.build_loss(**shapes) or {}
+        losses = losses if isinstance(losses, dict) else {"distillation": losses}
+        # The model has no moving average here: count_memory_bytes counts it as a copy of the student.
+        trained = DistillationModel(student, losses, training.feature_layer, training.label_smoothing_factor)
+    return PlannedModels(trained, pixels, teachers, teacher)
 
 
 def open_student(recipe: RecipeArguments, data: DataArguments) -> tuple[nn.Module, Preprocessing]:
