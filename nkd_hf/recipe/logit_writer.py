@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..data.arguments import DataArguments
 from ..data.collator import ImageCollator
@@ -80,20 +81,13 @@ def write_teacher_logits(
     check_storable(recipe, data, top_k)
     _check_processes(training)
     run = Recipe(dataclasses.replace(recipe, teacher_logits=None), data, training)
-    if run.trains_teacher and not recipe.names_new_teacher:
-        if recipe.finetune_teacher == "always":
-            fault = "finetune_teacher must not be always for a store of logits, which a teacher writes as it is. Omit it, or fine-tune"
-        else:
-            fault = f"the teacher {recipe.teacher} must have a classifier of the data's classes for a store of logits. Fine-tune"
-        raise ValueError(
-            f"{fault} the teacher first with nkd-hf distill, and name the folder of the fine-tuned teacher"
-        )
+    _refuse_finetuning(run)
     run.check(trains_student=False)
     # Beside the target there are no more classes.
     top_k = None if top_k is None else min(top_k, len(run.id2label) - 1)
-    kept = choose_temperatures(recipe, top_k, temperatures)
-    epochs = epochs if cycle is None else cycle
-    store_bytes = _count_missing_bytes(run, epochs, shard_size, top_k, **kept)
+    shape = {"epochs": epochs if cycle is None else cycle, "shard_size": shard_size, "top_k": top_k}
+    shape |= choose_temperatures(recipe, top_k, temperatures)
+    store_bytes = _count_missing_bytes(run, **shape)
     check_disk(run, [name for name in run.stages if name == "teacher"], decide_in_first(lambda: store_bytes))
     check_own_disk(run.folder, store_bytes)
     run.train_teacher()
@@ -101,33 +95,8 @@ def write_teacher_logits(
     student = run.create(recipe.student, recipe.student_args)
     teacher = load_teacher(run.teacher)
     teacher.align(read_preprocessing(student, load_image_processor(student)), run.id2label)
-    info = StoreInfo(
-        num_classes=len(run.id2label),
-        num_samples=len(run.data["train"]),
-        epochs=epochs,
-        top_k=top_k,
-        **kept,
-        shard_size=shard_size,
-        # The fingerprint is of the weights before for_inference rounds them.
-        fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher, training.teacher_dtype),
-        teacher=describe_teacher(
-            teacher, [None if recipe.names_new_teacher else hide_path(name) for name in recipe.teachers]
-        ),
-        versions=read_versions(),
-        cycle=cycle,
-    )
-    teacher.for_inference(
-        training.teacher_dtype, channels_last=training.teacher_channels_last, compile=training.teacher_compile
-    )
-    teacher.to(training.device)
-
-    try:
-        info = decide_in_first(functools.partial(_open_store, run.folder, info))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    images, _ = run.datasets(student)
-    collator = make_collator(data, info.num_classes, training.seed, mix_pairs=True)
-    _write_shards(run.folder, info, teacher, training, images, collator, batch_size)
+    info = _describe_store(run, student, teacher, cycle=cycle, **shape)
+    info = _run_teacher(run, student, teacher, info, batch_size)
     if info.teacher_accuracy is None or info.teacher_own_accuracy is None:
         run.measure_teacher()
         info.teacher_accuracy, info.teacher_own_accuracy = run.results[ON_STUDENT_PIXELS], run.results["teacher"]
@@ -145,6 +114,17 @@ def _check_processes(training: DistillationTrainingArguments) -> None:
         )
 
 
+def _refuse_finetuning(run: Recipe) -> None:
+    """Raises ValueError if the run would fine-tune its pretrained teacher first."""
+    if run.args.names_new_teacher or not run.trains_teacher:
+        return
+    if run.args.finetune_teacher == "always":
+        fault = "finetune_teacher must not be always for a store of logits, which a teacher writes as it is. Omit it, or fine-tune"
+    else:
+        fault = f"the teacher {run.args.teacher} must have a classifier of the data's classes for a store of logits. Fine-tune"
+    raise ValueError(f"{fault} the teacher first with nkd-hf distill, and name the folder of the fine-tuned teacher")
+
+
 def _count_missing_bytes(
     run: Recipe, epochs: int, shard_size: int, top_k: int | None, **temperatures: list[float]
 ) -> int:
@@ -160,6 +140,39 @@ def _count_missing_bytes(
             size = min(shard_size, len(run.data["train"]) - starts[shard]) * sample_bytes
             missing += max(0, size - written.get(shard_path(run.folder, epoch, shard), 0))
     return missing
+
+
+def _describe_store(run: Recipe, student: PreTrainedModel, teacher: Teacher, **shape) -> StoreInfo:
+    """Describes a store whose shards are to be written, by a teacher before for_inference rounds its weights."""
+    recipe = run.args
+    names = [None if recipe.names_new_teacher else hide_path(name) for name in recipe.teachers]
+    return StoreInfo(
+        num_classes=len(run.id2label),
+        num_samples=len(run.data["train"]),
+        fingerprint=run.fingerprint(student) | fingerprint_teacher(recipe, teacher, run.training_args.teacher_dtype),
+        teacher=describe_teacher(teacher, names),
+        versions=read_versions(),
+        **shape,
+    )
+
+
+def _run_teacher(
+    run: Recipe, student: PreTrainedModel, teacher: Teacher, info: StoreInfo, batch_size: int
+) -> StoreInfo:
+    """Makes or continues the store, and returns its content; the teacher changes to its dtype for inference."""
+    training = run.training_args
+    teacher.for_inference(
+        training.teacher_dtype, channels_last=training.teacher_channels_last, compile=training.teacher_compile
+    )
+    teacher.to(training.device)
+    try:
+        info = decide_in_first(functools.partial(_open_store, run.folder, info))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    images, _ = run.datasets(student)
+    collator = make_collator(run.data_args, info.num_classes, training.seed, mix_pairs=True)
+    _write_shards(run.folder, info, teacher, training, images, collator, batch_size)
+    return info
 
 
 def _open_store(folder: Path, info: StoreInfo) -> StoreInfo:
