@@ -4,9 +4,8 @@ import contextlib
 import logging
 import os
 import pickle
-import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
     TimmWrapperConfig,
-    TimmWrapperForImageClassification,
 )
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -29,20 +27,16 @@ from transformers.utils import (
     has_file,
 )
 
-from ..errors import NoClassifierError, RefusedError, explain_gated_repo, reason
+from ..errors import RefusedError, explain_gated_repo, reason
 from ..files import path_fault
 from .build_limit import build_limit, measure_weights
 from .model_config import check_image_processor, find_file, is_timm_config, read_config, read_json
 from .outputs import check_inputs
 from .repo_ids import read_repo_id
+from .weight_checks import check_weights, has_random_weights
 
 # Endings of the names of files of weights.
 _TIMM_FILES = (".pth.tar", ".pth", ".pt", ".safetensors")
-# Weights without effect on the logits: counters, tables that models compute themselves, auxiliary heads for training.
-_WITHOUT_EFFECT = re.compile(
-    r"(.*\.)?(num_batches_tracked|relative_position_index|attn_mask|position_ids|mask_token)"
-    r"|(timm_model\.)?(AuxLogits|aux_classifier|aux_head|aux[12])\..*"
-)
 
 
 def open_classifier(name: str, **kwargs) -> PreTrainedModel:
@@ -95,27 +89,17 @@ def open_pretrained(
         OSError: there is no such model, or it is not in the cache and the Hub cannot be reached.
     """
     name = os.path.expanduser(read_repo_id(name, "the model"))
-    _check_no_checkpoint(name)
-    if fault := path_fault(name):
-        raise RefusedError(fault)
     where = {key: kwargs[key] for key in ("revision", "cache_dir") if key in kwargs}
-    if find_file(name, ADAPTER_CONFIG_NAME, **where):
-        raise RefusedError(
-            f"it has an {ADAPTER_CONFIG_NAME}, so its weights are an adapter of another model that the file names. Merge "
-            "the adapter into its model (merge_and_unload of peft), save that, and open the folder"
-        )
+    _check_files(name, where)
     config = read_config(name, trust_remote_code, **where) or {}
     num_new_classes = kwargs.get("num_labels", 0)
     if _has_classes(config, kwargs.get("num_labels")):
         # TimmWrapperConfig.from_dict ignores the model's class names if it gets num_labels.
         kwargs.pop("num_labels", None)
-    try:
+    with _explain_failures(name, allow_pickle):
         size = measure_weights(_find_weights(name, config, allow_pickle, where))
         if is_timm_config(config):
-            if config.get("num_classes") == 0 and not new_head:
-                kwargs.setdefault("num_labels", 2)  # check_weights names the missing classifier
-            labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
-            kwargs["config"] = TimmWrapperConfig.from_dict(config, **labels)
+            _add_timm_config(kwargs, config, new_head)
         with _without_conversion(), _without_report(), build_limit(size, num_new_classes):
             model, loaded = model_class.from_pretrained(
                 name,
@@ -126,26 +110,8 @@ def open_pretrained(
                 output_loading_info=True,
                 **kwargs,
             )
-    except SafetensorError as error:
-        raise RefusedError(f"its safetensors cannot be read, they are damaged or cut short: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise RefusedError(f"its pickle holds more than tensors, and is not opened: {reason(error)}") from error
-    except (OSError, ValueError) as error:
-        if how := explain_gated_repo(error, name):
-            raise RefusedError(how) from error
-        if isinstance(error, OSError) and not allow_pickle and (file := _pickle_of(name)):
-            raise RefusedError(
-                f"its weights are a pickle ({file}), which can run code when it is opened, and there are none as "
-                "safetensors: take another model, or set allow_pickle, which reads the pickle's tensors alone"
-            ) from error
-        raise
-    except Exception as error:  # transformers raises nearly anything on an odd configuration
-        raise RefusedError(
-            f"its configuration and weights are not of a model that can be built ({type(error).__name__}: {reason(error)})"
-        ) from error
     check_weights(model, loaded, new_head)
-    random = [key for keys in ("missing_keys", "mismatched_keys") for key in map(str, loaded[keys])]
-    model.starts_with_new_head = any(not _WITHOUT_EFFECT.fullmatch(key) for key in random)
+    model.starts_with_new_head = has_random_weights(loaded)
     model.config.return_dict = True  # A file with False makes forward return tuples.
     try:
         if model_class is AutoModelForImageClassification:
@@ -159,6 +125,26 @@ def _has_classes(config: dict[str, Any], num_labels: int | None) -> bool:
     """Whether a model of timm has `num_labels` classes, and a name for each class or no names."""
     num_names = len(config.get("label_names") or ())
     return "architecture" in config and config.get("num_classes") == num_labels and num_names in (0, num_labels)
+
+
+def _add_timm_config(kwargs: dict[str, Any], config: dict[str, Any], new_head: bool) -> None:
+    """Replaces `num_labels` in arguments of `from_pretrained` with the configuration of a model of timm."""
+    if config.get("num_classes") == 0 and not new_head:
+        kwargs.setdefault("num_labels", 2)  # check_weights names the missing classifier
+    labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
+    kwargs["config"] = TimmWrapperConfig.from_dict(config, **labels)
+
+
+def _check_files(name: str, where: dict[str, Any]) -> None:
+    """Raises RefusedError for a checkpoint, a path that cannot be opened, or an adapter."""
+    _check_no_checkpoint(name)
+    if fault := path_fault(name):
+        raise RefusedError(fault)
+    if find_file(name, ADAPTER_CONFIG_NAME, **where):
+        raise RefusedError(
+            f"it has an {ADAPTER_CONFIG_NAME}, so its weights are an adapter of another model that the file names. Merge "
+            "the adapter into its model (merge_and_unload of peft), save that, and open the folder"
+        )
 
 
 def _check_no_checkpoint(name: str) -> None:
@@ -201,69 +187,6 @@ def open_image_processor(name: str, *, trust_remote_code: bool = False, **kwargs
     return processor
 
 
-def check_weights(model: PreTrainedModel, loaded: dict[str, Any], new_head: bool = False) -> None:
-    """Checks that a file has the weights of the model that was built from its configuration.
-
-    Args:
-        model: the model.
-        loaded: `from_pretrained`'s loading info.
-        new_head: whether the classifier's weights may differ, and the file may have more weights than the model.
-
-    Raises:
-        NoClassifierError: only the classifier's weights are missing.
-        RefusedError: weights are missing, have another shape, or are unknown to the model.
-    """
-    # Old files have tables that the model computes itself, such as LeViT's attention_bias_idxs.
-    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
-    faults = {}
-    for fault in ("missing keys", "mismatched keys", "unexpected keys"):
-        keys = (key if isinstance(key, str) else key[0] for key in loaded[fault.replace(" ", "_")])
-        faults[fault] = sorted(key for key in keys if not _WITHOUT_EFFECT.fullmatch(key) and key not in computed)
-    is_head = _head_of(model)
-    of_others = {fault: [key for key in faults[fault] if not is_head(key)] for fault in list(faults)[:2]}
-    lacks_head = not new_head and not any((*of_others.values(), faults["mismatched keys"]))
-    for fault, keys in (of_others if new_head else faults).items():
-        if keys:
-            expected = "the weights of all layers but the classifier" if new_head else "a whole image classifier"
-            first = min(keys, key=is_head)  # a layer of the backbone, if there is one
-            kind = NoClassifierError if lacks_head and fault == "missing keys" else RefusedError
-            raise kind(
-                f"its weights must be {expected}, got {len(keys)} {fault} of {len(model.state_dict())}, {first} first. "
-                f"{_advice(loaded['unexpected_keys'], new_head)}"
-            )
-
-
-def _advice(unexpected: Iterable[str], new_head: bool) -> str:
-    wrapped = sorted(
-        {key.removeprefix("timm_model.").split(".")[0] for key in unexpected}
-        & {"module", "backbone", "model", "_orig_mod"}
-    )
-    if wrapped:
-        return f"Remove the prefix {wrapped[0] + '.'!r} from the keys of its weights."
-    if new_head:
-        return "Open another folder, or name an architecture to start from random weights."
-    return "Open another folder; a student (create_student) may lack its classifier."
-
-
-def _head_of(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Returns a function that decides by a weight's name if it is of the classifier, which `new_head` may replace."""
-    if isinstance(model, TimmWrapperForImageClassification):
-        names = model.timm_model.pretrained_cfg.get("classifier") or ()
-        names = (names,) if isinstance(names, str) else names
-        tops = {f"timm_model.{name.split('.')[0]}" for name in (*names, "fc_norm")}
-        return lambda key: ".".join(key.split(".")[:2]) in tops
-    prefix, shapes = model.base_model_prefix, {key: value.shape for key, value in model.state_dict().items()}
-    has_base = bool(prefix) and hasattr(model, prefix)
-
-    def is_head(key: str) -> bool:
-        # A pooler is trained with the classifier: self-supervised weights (BEiT's, MAE's) have no pooler.
-        if has_base and (not key.startswith(f"{prefix}.") or "pooler" in key.split(".")):
-            return True
-        return shapes.get(key, ())[:1] == (model.config.num_labels,)
-
-    return is_head
-
-
 def _read_index(file: str, path: str) -> list[str]:
     """Returns the shards that an index names, which must be beside it."""
     try:
@@ -304,6 +227,30 @@ def _find_weights(name: str, config: dict[str, Any], allow_pickle: bool, where: 
 def comes_with_code(model: PreTrainedModel) -> bool:
     """Whether a model's class comes from code beside its weights, with `trust_remote_code`."""
     return type(model).__module__.startswith("transformers_modules.")
+
+
+@contextlib.contextmanager
+def _explain_failures(name: str, allow_pickle: bool) -> Iterator[None]:
+    """Raises RefusedError in place of an error of the files or the configuration, and says what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise RefusedError(f"its safetensors cannot be read, they are damaged or cut short: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise RefusedError(f"its pickle holds more than tensors, and is not opened: {reason(error)}") from error
+    except (OSError, ValueError) as error:
+        if how := explain_gated_repo(error, name):
+            raise RefusedError(how) from error
+        if isinstance(error, OSError) and not allow_pickle and (file := _pickle_of(name)):
+            raise RefusedError(
+                f"its weights are a pickle ({file}), which can run code when it is opened, and there are none as "
+                "safetensors: take another model, or set allow_pickle, which reads the pickle's tensors alone"
+            ) from error
+        raise
+    except Exception as error:  # transformers raises nearly anything on an odd configuration
+        raise RefusedError(
+            f"its configuration and weights are not of a model that can be built ({type(error).__name__}: {reason(error)})"
+        ) from error
 
 
 def _pickle_of(name: str) -> str | None:
