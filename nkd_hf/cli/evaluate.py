@@ -71,11 +71,39 @@ def evaluate(
     split_name, split = load_evaluation_split(data)
     images = make_evaluation_images(split, data, processor)
     order, numbers = match_classes(split.features["label"], model, match_names)
-    model = model.to(device).eval()
+    loader = DataLoader(images, batch_size, num_workers=num_workers, pin_memory=torch.device(device).type == "cuda")
+    predictions, labels, images_per_second = _predict(model, loader, device, order)
+    if not labels:
+        raise ValueError(f"the split {split_name!r} has no images that can be read: name another one")
+    labels = torch.cat(labels) if numbers is None else numbers[torch.cat(labels)]
+    if labels.max() >= model.config.num_labels:
+        raise ValueError(f"the labels go up to {labels.max()}, but the model has {model.config.num_labels} classes")
+    predictions = torch.cat(predictions)
+    results = {
+        "model": model.name_or_path,
+        "dataset": redact(data.dataset_name),
+        "split": split_name,
+        "images": len(labels),
+        "bad_images": images.num_bad_images,
+        **_score(predictions, labels),
+        "images_per_second": images_per_second,
+        "device": str(device),
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "preprocessing": _read_settings(processor),
+    }
+    if per_class:
+        results["per_class"] = _measure_classes(model, order, predictions[:, 0], labels)
+    return results
 
+
+def _predict(
+    model: PreTrainedModel, loader: DataLoader, device: str, order: list[int] | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor], float | None]:
+    """Returns each batch's five best classes and its labels, and the images per second without the first batch."""
+    model.to(device).eval()
     predictions, labels = [], []
     start, before = None, 0
-    loader = DataLoader(images, batch_size, num_workers=num_workers, pin_memory=torch.device(device).type == "cuda")
     with torch.inference_mode():
         for batch in tqdm(loader, desc="Evaluating", disable=None):
             output = model(batch["pixel_values"].to(device, non_blocking=True))
@@ -85,37 +113,21 @@ def evaluate(
             labels.append(batch["labels"])
             if start is None:
                 start, before = time.perf_counter(), len(batch["labels"])
-    if not labels:
-        raise ValueError(f"the split {split_name!r} has no images that can be read: name another one")
-    seconds = time.perf_counter() - start
-    labels = torch.cat(labels) if numbers is None else numbers[torch.cat(labels)]
-    if labels.max() >= logits.shape[1]:
-        raise ValueError(f"the labels go up to {labels.max()}, but the model has {logits.shape[1]} classes")
-    predictions = torch.cat(predictions)
+    timed = sum(map(len, labels)) - before
+    return predictions, labels, timed / (time.perf_counter() - start) if timed else None
+
+
+def _score(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     metrics = compute_metrics(EvalPrediction(predictions.numpy(), labels.numpy()))
-    results = {
-        "model": model.name_or_path,
-        "dataset": redact(data.dataset_name),
-        "split": split_name,
-        "images": len(labels),
-        "bad_images": images.num_bad_images,
-        "top1": metrics["accuracy"],
-        "top5": metrics["top5_accuracy"],
-        "no_predictions": (predictions[:, 0] < 0).sum().item(),
-        "images_per_second": (len(labels) - before) / seconds if len(labels) > before else None,
-        "device": str(device),
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "preprocessing": _read_settings(processor),
-    }
-    if per_class:
-        id2label = normalize_id2label(model.config.id2label)
-        names = [id2label[number] for number in order or id2label]
-        results["per_class"] = _measure_classes(predictions[:, 0], labels, names)
-    return results
+    no_predictions = (predictions[:, 0] < 0).sum().item()
+    return {"top1": metrics["accuracy"], "top5": metrics["top5_accuracy"], "no_predictions": no_predictions}
 
 
-def _measure_classes(predictions: torch.Tensor, labels: torch.Tensor, names: list[str]) -> list[dict[str, Any]]:
+def _measure_classes(
+    model: PreTrainedModel, order: list[int] | None, predictions: torch.Tensor, labels: torch.Tensor
+) -> list[dict[str, Any]]:
+    id2label = normalize_id2label(model.config.id2label)
+    names = [id2label[number] for number in order or id2label]
     images = labels.bincount(minlength=len(names)).tolist()
     hits = labels[predictions == labels].bincount(minlength=len(names)).tolist()
     rows = zip(unique_names(names), images, hits, strict=True)
