@@ -1,6 +1,7 @@
-"""Changes the input size, normalisation, crop or interpolation of an opened student; the changes are saved with it."""
+"""Checks a student's input size, normalisation, crop and interpolation, and changes an opened student's."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,37 @@ def change_preprocessing(
     _check(load_image_processor(student), wanted)
     if image_size is not None:
         _resize(student, image_size)
+
+
+def check_preprocessing(
+    image_size: int | None,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> None:
+    """Raises ValueError unless these arguments of [`create_student`] are in their range, or None."""
+    if image_size is not None and type(image_size) is not int:
+        raise ValueError(f"image_size must be one integer, the height and the width, got {image_size!r}")
+    if image_size is not None and not 1 <= image_size <= 2**14:
+        raise ValueError(
+            f"image_size must be from 1 to {2**14} pixels, got {image_size}: omit it for the architecture's own"
+        )
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if values is not None and not (
+            isinstance(values, Sequence) and len(values) == 3 and all(map(math.isfinite, values))
+        ):
+            raise ValueError(f"{name} must be three finite numbers, one per channel, got {values}")
+    if image_mean is not None and max(image_mean) > 1:
+        raise ValueError(
+            f"image_mean must be in units of [0, 1], got {list(image_mean)}. Divide image_mean and image_std by 255"
+        )
+    if image_std is not None and min(image_std) <= 0:
+        raise ValueError(f"image_std must be above 0, since pixels are divided by it, got {list(image_std)}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"expected 0 < crop_pct <= 1, got {crop_pct}")
+    if interpolation not in (None, "bilinear", "bicubic"):
+        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
 
 
 def check_opened_size(student: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import logging
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from .labels import invert_labels, is_generic, normalize_id2label, reorder
 from .loading import open_pretrained
 from .model_config import check_model_args
 from .repo_ids import read_repo_id
-from .student_preprocessing import change_preprocessing, check_opened_size
+from .student_preprocessing import change_preprocessing, check_opened_size, check_preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -115,44 +114,48 @@ def create_student(
             f"{name!r} names pretrained weights by its tag: write 'timm/{name}' for those, or "
             f"{name.partition('.')[0]!r} for the architecture with random weights"
         )
-    if not is_architecture(name):
-        student = _open_student(name, num_labels, id2label, model_args, allow_pickle, trust_remote_code)
-        check_preprocessing(image_size, image_mean, image_std, crop_pct, interpolation)
-        if any(value is not None for value in (image_size, image_mean, image_std, crop_pct, interpolation)):
-            change_preprocessing(
-                student,
-                image_size=image_size,
-                image_mean=image_mean,
-                image_std=image_std,
-                crop_pct=crop_pct,
-                interpolation=interpolation,
-            )
-        else:
-            check_opened_size(student)
-        return student
-    model_args = dict(model_args or {})
+    preprocessing = {"image_size": image_size, "image_mean": image_mean, "image_std": image_std}
+    preprocessing |= {"crop_pct": crop_pct, "interpolation": interpolation}
+    if is_architecture(name):
+        return _create_from_scratch(name, num_labels, id2label, dict(model_args or {}), preprocessing)
+    student = _open_student(name, num_labels, id2label, model_args, allow_pickle, trust_remote_code)
+    check_preprocessing(**preprocessing)
+    if any(value is not None for value in preprocessing.values()):
+        change_preprocessing(student, **preprocessing)
+    else:
+        check_opened_size(student)
+    return student
+
+
+def _create_from_scratch(
+    name: str,
+    num_labels: int | None,
+    id2label: dict[int, str] | None,
+    model_args: dict[str, Any],
+    preprocessing: dict[str, Any],
+) -> PreTrainedModel:
+    """Builds an architecture with random weights; the preprocessing's settings that are None are its own."""
     check_model_args(model_args)
-    default = _default_preprocessing(name)
-    if image_size is None:
-        image_size = _square(model_args.get("img_size")) or default["input_size"][-1]
-    image_mean = default["mean"] if image_mean is None else image_mean
-    image_std = default["std"] if image_std is None else image_std
-    crop_pct = default["crop_pct"] if crop_pct is None else crop_pct
-    interpolation = default["interpolation"] if interpolation is None else interpolation
-    check_preprocessing(image_size, image_mean, image_std, crop_pct, interpolation)
+    own = _default_preprocessing(name)
+    own_size = own["input_size"][-1]
+    size = _square(model_args.get("img_size")) or own_size
+    default = own | {"image_size": size, "image_mean": own["mean"], "image_std": own["std"]}
+    settings = {key: default[key] if value is None else value for key, value in preprocessing.items()}
+    check_preprocessing(**settings)
+    image_size = settings["image_size"]
     pretrained_cfg = {
         "input_size": [3, image_size, image_size],
-        "mean": list(image_mean),
-        "std": list(image_std),
-        "crop_pct": crop_pct,
-        "interpolation": interpolation,
+        "mean": list(settings["image_mean"]),
+        "std": list(settings["image_std"]),
+        "crop_pct": settings["crop_pct"],
+        "interpolation": settings["interpolation"],
     }
     if num_labels is None:
         num_labels = ARCHITECTURES[name].num_labels if name in ARCHITECTURES else 1000
     labels = {"num_labels": num_labels}
     if id2label is not None:
         labels |= {"id2label": id2label, "label2id": invert_labels(id2label)}
-    return _build(name, model_args, image_size, default["input_size"][-1], pretrained_cfg=pretrained_cfg, **labels)
+    return _build(name, model_args, image_size, own_size, pretrained_cfg=pretrained_cfg, **labels)
 
 
 def _build(name: str, model_args: dict[str, Any], image_size: int, own_size: int, **config) -> PreTrainedModel:
@@ -198,37 +201,6 @@ def _square(img_size: Any) -> int | None:
     """Returns the side of timm's `img_size`; None if it is not square."""
     sides = list(img_size) if isinstance(img_size, (tuple, list)) else [img_size]
     return sides[0] if sides and isinstance(sides[0], int) and all(side == sides[0] for side in sides) else None
-
-
-def check_preprocessing(
-    image_size: int | None,
-    image_mean: Sequence[float] | None,
-    image_std: Sequence[float] | None,
-    crop_pct: float | None,
-    interpolation: str | None,
-) -> None:
-    """Raises ValueError unless these arguments of [`create_student`] are in their range, or None."""
-    if image_size is not None and type(image_size) is not int:
-        raise ValueError(f"image_size must be one integer, the height and the width, got {image_size!r}")
-    if image_size is not None and not 1 <= image_size <= 2**14:
-        raise ValueError(
-            f"image_size must be from 1 to {2**14} pixels, got {image_size}: omit it for the architecture's own"
-        )
-    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-        if values is not None and not (
-            isinstance(values, Sequence) and len(values) == 3 and all(map(math.isfinite, values))
-        ):
-            raise ValueError(f"{name} must be three finite numbers, one per channel, got {values}")
-    if image_mean is not None and max(image_mean) > 1:
-        raise ValueError(
-            f"image_mean must be in units of [0, 1], got {list(image_mean)}. Divide image_mean and image_std by 255"
-        )
-    if image_std is not None and min(image_std) <= 0:
-        raise ValueError(f"image_std must be above 0, since pixels are divided by it, got {list(image_std)}")
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise ValueError(f"expected 0 < crop_pct <= 1, got {crop_pct}")
-    if interpolation not in (None, "bilinear", "bicubic"):
-        raise ValueError(f"interpolation must be bilinear or bicubic, got {interpolation!r}")
 
 
 def _default_preprocessing(name: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ..losses.registry import LOSSES, build_losses, find_losses
 from ..losses.top_k import TopKView, read_top_k_view
 from ..models.architectures import is_architecture, with_start
 from ..models.repo_ids import read_repo_id
-from ..models.students import check_preprocessing, create_student
+from ..models.student_preprocessing import check_preprocessing
+from ..models.students import create_student
 from ..models.zero_shot import check_prompts
 from .duration import parse_duration
 from .teacher_checks import check_ensemble, check_zero_shot

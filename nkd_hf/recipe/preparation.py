@@ -16,7 +16,8 @@ from ..errors import BadSampleError
 from ..models.architectures import is_architecture
 from ..models.image_sizes import takes_img_size
 from ..models.preprocessing import load_image_processor, read_preprocessing
-from ..models.students import check_preprocessing, create_student
+from ..models.student_preprocessing import check_preprocessing
+from ..models.students import create_student
 from ..models.teacher import Teacher
 from ..trainer.agreement import decide_in_first
 from ..trainer.arguments import DistillationTrainingArguments
