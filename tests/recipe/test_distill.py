@@ -198,7 +198,7 @@ def test_a_run_whose_report_is_left_needs_no_model_but_its_own(tmp_path, out, in
     monkeypatch.setattr(preparation, "create_model", None)
     monkeypatch.setattr("nkd_hf.models.teacher_loading.open_pretrained", None)
     results = distill(**inputs, **QUICK, output_dir=folder)
-    assert "All is trained in" in capsys.readouterr().out
+    assert "are trained: only the report is unfinished" in capsys.readouterr().out
     assert results == json.loads((out / "results.json").read_text())
     assert not (folder / ".unreported").exists()
     assert (folder / "run.yaml").read_bytes() == before
