@@ -51,11 +51,13 @@ def say_held_out(data: DataArguments, splits: DatasetDict, training: Distillatio
 def print_table(recipe: RecipeArguments, results: dict[str, float | None], folder: Path) -> None:
     """Prints the accuracies of a run."""
     teacher = ", ".join(recipe.teachers) or (recipe.teacher_logits and f"of {recipe.teacher_logits}")
+    # As in the card: the name of a built-in loss is not that of its subclass.
+    losses = [vars(loss).get("name") or loss.__name__ for loss in find_losses(recipe.distillation_loss).values()]
     names = {
         "teacher": f"teacher ({teacher})",
         ON_STUDENT_PIXELS: "teacher, on the student's pixels",
         "baseline": f"baseline ({recipe.student})",
-        "distilled": f"distilled ({'+'.join(loss.name for loss in find_losses(recipe.distillation_loss).values())})",
+        "distilled": f"distilled ({'+'.join(losses)})",
     }
     print(f"\n{'':<44}top-1 accuracy")
     for name, value in results.items():

@@ -56,8 +56,8 @@ class DistillationTrainingArguments(TrainingArguments):
         on_non_finite_loss (`str`, defaults to `"error"`): the reaction to a step whose loss or gradient norm is NaN or
             infinite. `error` stops the run and names the step. `skip` skips the step, names it, and stops after 10
             skipped steps in a row. With `skip`, the host waits for the device in each step.
-        remove_unused_columns (`bool`, defaults to `False`): image transforms read columns that the model does not
-        take. ddp_find_unused_parameters (`bool`, defaults to `False`): every parameter has a gradient in each step.
+        remove_unused_columns (`bool`, defaults to `False`): image transforms read columns that the model does not take.
+        ddp_find_unused_parameters (`bool`, defaults to `False`): every parameter has a gradient in each step.
         logging_nan_inf_filter (`bool`, defaults to `False`): the filter hides a loss that is not finite, and waits for
             the GPU in each step.
 

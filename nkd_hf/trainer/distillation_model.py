@@ -75,8 +75,8 @@ class DistillationModel(nn.Module):
         losses (`dict[str, nn.Module]`): losses by name; [`DistillationLoss`] describes their forward.
         feature_layer (`str`, *optional*): the layer of `mid_feature`; see [`FeatureTap`].
         label_smoothing (`float`, defaults to 0.0): label smoothing of the task loss.
-        ema_decay (`float`, *optional*): decay of a moving average of the student's weights, which is evaluated and
-        saved. class_weights (`Tensor`, *optional*): [C] float, weights of the task loss; see [`cross_entropy`].
+        ema_decay (`float`, *optional*): decay of a moving average of the student's weights, evaluated and saved.
+        class_weights (`Tensor`, *optional*): [C] float, weights of the task loss; see [`cross_entropy`].
 
     Raises:
         ValueError: a loss reads an unknown input, or a feature that is not known for this student; or there is not one

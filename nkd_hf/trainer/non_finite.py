@@ -128,7 +128,7 @@ class StepGuard:
     """Stops the run at a step that is not finite, or skips the step, as `on_non_finite_loss` says.
 
     With `error` the host does not wait for the device in each step: on a GPU some more steps may run, but none of them
-        is saved.
+    is saved.
 
     Args:
         skips: whether such a step is skipped.

@@ -95,7 +95,7 @@ def cosine_by_epoch(
     return floor + (1 - floor) * cosine
 
 
-# nkd_hf/options.py reads the names from this source.
+# nkd_hf/cli/options.py reads the names from this source.
 SCHEDULES = {
     "multistep": multistep,
     "exponential_by_epoch": exponential_by_epoch,

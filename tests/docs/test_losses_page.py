@@ -12,8 +12,10 @@ import pytest
 from processes import in_a_process
 from recipe_runs import FEW, IN_PROCESS
 
+from nkd_hf import RecipeArguments
 from nkd_hf.losses.base import loss_inputs, teacher_inputs
 from nkd_hf.losses.registry import LOSSES
+from nkd_hf.recipe.report import print_table
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "losses.md").read_text()
@@ -92,6 +94,19 @@ def test_recipe(folder):
     assert "[NKD](https://arxiv.org/abs/2303.13005) (`gamma=1.0, temperature=1.0`)" in card
     assert "[Mimic](https://arxiv.org/abs/1312.6184) (`weight=0.1`)" in card
     assert "@inproceedings{ba2014do" in card
+
+
+def test_the_table_of_a_recipe_calls_losses_by_their_own_names(tmp_path, capsys):
+    own = {"one": "class One(NKDLoss):\n    name = 'One'\n", "other": "class Other(NKDLoss):\n    pass\n"}
+    for name, code in own.items():
+        (tmp_path / f"loss_{name}.py").write_text("from nkd_hf import NKDLoss\n\n\n" + code)
+    for name, shown in {
+        "nkd+vitkd": "NKD+ViTKD", "sdnkd": "SD-NKD", "loss_one.One": "One", "kd+loss_other.Other": "KD+Other"
+    }.items():  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(tmp_path)
+            print_table(RecipeArguments("resnet18", distillation_loss=name), {"distilled": 0.5}, tmp_path)
+        assert f"distilled ({shown}) " in capsys.readouterr().out
 
 
 def test_each_loss_has_its_form_without_labels():

@@ -259,8 +259,7 @@ def test_card_without_teacher_or_evaluation(tmp_path):
     assert not re.search(r"[Tt]op-1|teacher's|!\[|^\|", text, re.MULTILINE)
     # From a notebook, there is no launch line.
     assert "```bash" not in text
-    # The folder of the student, whatever the model is called.
-    assert f'timm.create_model("local-dir:{tmp_path.name}"' in text
+    assert 'timm.create_model("local-dir:net"' in text
 
 
 def test_card_of_two_losses_and_of_a_loss_of_the_user(tmp_path):
@@ -320,8 +319,8 @@ def test_native_student_and_student_with_code_of_its_own(tmp_path):
     metadata = metadata_of(text := make_card(tmp_path, student=create_student("resnet18_cifar", num_labels=10)))
     assert metadata["library_name"] == "transformers"
     assert "custom_code" in metadata["tags"]
-    assert f'AutoModelForImageClassification.from_pretrained("{tmp_path.name}", trust_remote_code=True)' in text
-    assert f'pipeline("image-classification", model="{tmp_path.name}", trust_remote_code=True)' in text
+    assert 'AutoModelForImageClassification.from_pretrained("net", trust_remote_code=True)' in text
+    assert 'pipeline("image-classification", model="net", trust_remote_code=True)' in text
     assert "import timm" not in text
 
 
@@ -798,13 +797,11 @@ def test_card_info_of_a_recipe(tmp_path):
 def test_the_code_of_the_card_runs(tmp_path, monkeypatch, capsys, make_student):
     monkeypatch.chdir(tmp_path)
     student = make_student()
-    # The student's folder within the working directory; as in a recipe, the model is called after the run's folder.
-    folder = tmp_path / "net" / "student"
-    save_student(student, str(folder))
+    save_student(student, "net")
     if make_student is native_resnet:
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("net")
     Image.new("RGB", (48, 40), "red").save("image.png")
-    blocks = re.findall(r"```python\n(.*?)\n```", make_card(folder, student=student), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)\n```", make_card(tmp_path, student=student), re.DOTALL)
     assert len(blocks) == (3 if make_student is timm_cnn else 2)
     logits = []
     for block in blocks:
@@ -844,3 +841,21 @@ def test_card_of_an_ensemble(tmp_path):
     # A store of their logits has the same text.
     described = describe_teacher(teacher, ["timm/resnet34.tv_in1k", "mine"])
     assert make_card(tmp_path, teacher=described, losses={"nkd": NKDLoss()}, info=info) == text
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_card_in_a_folder_opens_that_folder(tmp_path, monkeypatch, is_here):
+    """As a recipe does, whose student lies in its run's folder; the card does not show other folders of this machine."""
+    monkeypatch.chdir(tmp_path if is_here else "/")
+    folder = tmp_path / "out" / "student"
+    folder.mkdir(parents=True)
+    state = trained(training_log())
+    assert write_card(folder, timm_cnn(), name="out", args=make_args(folder), state=state)
+    text = (folder / "README.md").read_text()
+    source = "out/student" if is_here else "path/to/student"
+    assert f'pipeline("image-classification", model="{source}")' in text
+    assert f'timm.create_model("local-dir:{source}"' in text
+    assert text.count("# out") == 1
+    monkeypatch.chdir(folder)
+    assert write_card(folder, timm_cnn(), name="out", args=make_args(folder), state=state)
+    assert 'pipeline("image-classification", model=".")' in (folder / "README.md").read_text()

@@ -113,8 +113,8 @@ def write_card(
     if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
         logger.warning("%s is kept, since a person wrote or edited it: remove it to get a new one.", path)
         return False
-    run = Run(student, name, args, state, repo_id, teacher, losses or {}, info, CURVES_FILE if curves else None)
-    _render(run).save(path)
+    picture, own = CURVES_FILE if curves else None, None if repo_id else str(folder)
+    _render(Run(student, name, args, state, repo_id, teacher, losses or {}, info, picture, own)).save(path)
     return True
 
 

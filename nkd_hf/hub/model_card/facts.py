@@ -119,6 +119,8 @@ class Run:
     losses: Mapping[str, nn.Module]
     info: CardInfo
     curves: str | None
+    # The student's folder, which the examples open; None where they open a repository, or a folder with the model's name.
+    folder: str | None = None
 
     @property
     def results(self) -> dict[str, dict[str, float]]:

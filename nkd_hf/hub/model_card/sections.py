@@ -12,7 +12,7 @@ from torch import nn
 from ...teacher_logits.info import TeacherDescription
 from .curves import read_accuracies
 from .facts import Run, architecture
-from .text import code, code_block, link, plain, plain_name
+from .text import code, code_block, link, plain, plain_folder, plain_name
 
 _FILES = {
     "student": "**this model**",
@@ -128,7 +128,7 @@ def deployment(run: Run) -> str:
 
 def usage(run: Run) -> str:
     """Shows code that opens the student."""
-    source = plain_name(run.repo_id or run.args.output_dir)
+    source = plain_name(run.repo_id or run.name) if run.folder is None else plain_folder(run.folder)
     model, trust = json.dumps(source), ", trust_remote_code=True" if run.has_own_code else ""
     blocks = [
         f"""\

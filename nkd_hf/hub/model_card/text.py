@@ -60,6 +60,23 @@ def plain_name(value: object) -> str:
     return plain(prefix + path)
 
 
+def plain_folder(folder: str) -> str:
+    """Does the same as `plain_name` for a folder that code opens. The part outside the working directory is `path/to`.
+
+    Example:
+
+    ```python
+    >>> from nkd_hf.hub.model_card.text import plain_folder
+    >>> plain_folder("out/student"), plain_folder("/home/john/out/student")
+    ('out/student', 'path/to/student')
+
+    ```
+    """
+    path = os.path.expanduser(folder)
+    is_here = not os.path.isabs(path) or f"{path}/".startswith(f"{os.getcwd()}/")  # nothing is below "/"
+    return plain_name(folder) if is_here else f"path/to/{plain_name(folder)}"
+
+
 def code(text: object) -> str:
     """Returns the text as a code span, in which Markdown and HTML are not interpreted.
 
@@ -117,6 +134,8 @@ def link(name: str, kind: str = "") -> str:
 
 def relative_path(path: str) -> str:
     here = os.getcwd()
+    if path.rstrip("/") == here:
+        return "."
     if here != "/" and path.startswith(here + "/"):
         return path[len(here) + 1 :].rstrip("/") or "."
     return path.rstrip("/").rpartition("/")[2] or "/"
