@@ -105,7 +105,9 @@ def test_the_table_of_a_recipe_calls_losses_by_their_own_names(tmp_path, capsys)
     }.items():  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(tmp_path)
-            print_table(RecipeArguments("resnet18", distillation_loss=name), {"distilled": 0.5}, tmp_path)
+            print_table(
+                RecipeArguments("resnet18", teacher="resnet34", distillation_loss=name), {"distilled": 0.5}, tmp_path
+            )
         assert f"distilled ({shown}) " in capsys.readouterr().out
 
 
