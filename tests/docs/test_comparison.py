@@ -468,16 +468,32 @@ def test_a_method_s_settings_are_those_of_its_loss():
     assert bench.epochs_of("fashion") == 40
 
 
-def test_the_gains_of_which_loss_are_those_of_the_evidence():
+def test_the_gains_of_which_loss_are_those_of_the_measurements():
+    """The CNN's of COMPARISON.md, the DeiT's of EVIDENCE.md."""
     root = Path(__file__).parents[2]
-    page = (root / "docs" / "which-loss.md").read_text(encoding="utf-8")
-    evidence_page = (root / "benchmarks" / "EVIDENCE.md").read_text(encoding="utf-8")
-    tables = [
-        evidence_page.partition(f"fashion, {student}\n")[2].partition("<!-- end -->")[0] for student in ("cnn", "deit")
-    ]
-    rows = re.findall(r"^\| `(\w+)`[^|]*\|.*\| ([+-].*?) \| ([+-].*?) \|$", page, flags=re.MULTILINE)
-    assert [name for name, *_ in rows] == ["kd", "dkd", "dist", "wttm", "nkd", "uskd"]
-    for name, *gains in rows:
-        for table, gain in zip(tables, gains, strict=True):
-            row = next(line for line in table.splitlines() if line.startswith(f"| {name.upper()} |"))
-            assert f" | {gain} | " in row, (name, row)
+    comparison_text, evidence_text, page = (
+        (root / name).read_text(encoding="utf-8")
+        for name in ("benchmarks/COMPARISON.md", "benchmarks/EVIDENCE.md", "docs/which-loss.md")
+    )
+    cnn = comparison_text.partition("\nfashion/cnn\n")[2].lstrip().partition("\n\n")[0]
+    deit = evidence_text.partition("fashion, deit\n")[2].partition("<!-- end -->")[0]
+    rows = re.findall(
+        r"^\| (`\w+`[^|]*|none|label smoothing) \|.*\| (.*?) \| (.*?) \|$",
+        page.partition("## Cost")[0],
+        flags=re.MULTILINE,
+    )
+    rows = {name.replace("`", "").removesuffix(", no teacher"): gains for name, *gains in rows}
+    names = {comparison.METHODS[method].text: method for method in comparison_page.MAIN}
+    names = {"baseline": "none", "KD, standardised": "kd, standardize", "Tf-KD": "tfkd", "label smoothing": "label smoothing"} | {
+        text: text.lower() for text in names if text in ("KD", "DKD", "DIST", "WTTM", "RLD", "NKD", "USKD")
+    }  # fmt: skip
+    assert len(names) == len(comparison_page.MAIN)
+    for line in cnn.splitlines():
+        text, top1, gain = (cell.strip() for cell in line.strip("|").split("|")[:3])
+        if text in names:
+            expected = top1.partition(" ")[0] if text == "baseline" else gain
+            assert rows[names.pop(text)][0] == expected, text
+    assert not names
+    for name in ("kd", "dkd", "dist", "wttm", "nkd", "uskd"):
+        row = next(line for line in deit.splitlines() if line.startswith(f"| {name.upper()} |"))
+        assert f" | {rows[name][1]} | " in row, name
