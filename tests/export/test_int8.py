@@ -18,7 +18,7 @@ CALIBRATION, VALIDATION = digit_batches(0, 256), digit_batches(1200, 1797)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
-    model = train(timm_cnn(), digit_batches(0, 1152))
+    model = train(timm_cnn(), digit_batches(0, 1152), epochs=6)
     return model, export_onnx(model, folder / "model.onnx", VALIDATION[0]["pixel_values"]).path
 
 
@@ -81,7 +81,7 @@ def test_an_accurate_file_is_kept(trained):
             hits[name] += (logits[name].argmax(1) == batch["labels"].numpy()).sum()
     assert hits["torch"] == hits["float"]
     assert (report.accuracy_float, report.accuracy_int8) == (hits["float"] / 597, hits["int8"] / 597)
-    assert report.accuracy_float > 0.6  # 0.72 to 0.8 by the kind of CPU: it has learned something that int8 could lose
+    assert report.accuracy_float > 0.75
     assert report.drop <= 1
     proto = onnx.load(report.path)
     assert {entry.key for entry in proto.metadata_props} == {"id2label", "preprocessing", "nkd_hf_version"}
