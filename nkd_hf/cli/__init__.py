@@ -63,8 +63,8 @@ def _run(args: list[str]) -> None:
     check_options(f"nkd-hf {command}", args, _known_options(command))
     if command in _FIELDS:
         check_values(f"nkd-hf {command}", args, _FIELDS[command])
-    elif command == _STORE and (own := read_command(f"{_COMMANDS[command][0]}.py")):
-        check_values(f"nkd-hf {command}", args, RECIPE, own)
+    elif _known_options(command) is not None:
+        check_values(f"nkd-hf {command}", args, RECIPE if command == _STORE else {}, f"{_COMMANDS[command][0]}.py")
     load(f"nkd-hf {command}", f"nkd_hf.cli.{_COMMANDS[command][0]}").main(args)
 
 

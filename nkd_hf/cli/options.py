@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,10 +107,8 @@ def check_options(prog: str, args: Sequence[str], known: set[str] | None) -> Non
             sys.exit(2)
 
 
-def check_values(
-    prog: str, args: Sequence[str], classes: dict[str, tuple[str, str]], own: Collection[str] = ()
-) -> None:
-    """Ends the process if an option for a number, a bool or a choice has a value of another kind.
+def check_values(prog: str, args: Sequence[str], classes: dict[str, tuple[str, str]], file: str | None = None) -> None:
+    """Ends the process if an option for a number, a bool or a choice has a value of another kind, or a required one is missing.
 
     The full parser checks options of other types, and options whose definition cannot be read for certain.
 
@@ -118,8 +116,7 @@ def check_values(
         prog: the command, for the message.
         args: the command line, whose options are known.
         classes: dataclass -> the package and the file that define it.
-        own: the options that the command defines itself. They are not checked: a field of the same name is another
-            option.
+        file: of `nkd_hf/cli`, whose options are checked, too. A field of the same name is another option, and ignored.
 
     Raises:
         SystemExit: with code 2, after the message of the full parser on stderr.
@@ -127,16 +124,34 @@ def check_values(
     if not {"-h", "--help"}.isdisjoint(args):
         return
     parser = _ValueParser(prog=prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
+    for call in _find_options(_parse("nkd_hf", f"cli/{file}") if file else None):
+        _add_option(parser, call)
+    own = (read_command(file) if file else None) or ()
     for node, tree in _read_definitions(classes) or ():
         if f"--{node.target.id}" not in own:
             _add_field(parser, node, tree)
+    if classes:
+        parser.add_argument("--config")
     parser.parse_known_args(args)
 
 
 class _ValueParser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+
+def _add_option(parser: argparse.ArgumentParser, call: ast.Call) -> None:
+    """Adds the option of a call of `add_argument`; with any values, if a setting of the call is no literal."""
+    settings: dict[str, Any] = {}
+    try:
+        for word in call.keywords:
+            if word.arg == "type":
+                settings["type"] = _TYPES[ast.unparse(word.value)]
+            elif word.arg not in ("help", "default"):
+                settings[word.arg] = ast.literal_eval(word.value)
+        parser.add_argument(*map(ast.literal_eval, call.args), **settings)
+    except (KeyError, TypeError, ValueError):
+        parser.add_argument(*map(ast.literal_eval, call.args), nargs="*")
 
 
 def _add_field(parser: argparse.ArgumentParser, node: ast.AnnAssign, tree: ast.Module) -> None:
@@ -258,12 +273,17 @@ def _read_definitions(classes: dict[str, tuple[str, str]]) -> list[tuple[ast.Ann
 def read_command(file: str) -> set[str] | None:
     """Reads the options that a file of `nkd_hf/cli` passes to argparse; None if one of them is no literal."""
     tree, options = _parse("nkd_hf", f"cli/{file}"), {"-h", "--help"}
-    for node in ast.walk(tree) if tree else []:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
-            if not all(isinstance(argument, ast.Constant) for argument in node.args):
-                return None
-            options |= {argument.value for argument in node.args}
+    for call in _find_options(tree):
+        if not all(isinstance(argument, ast.Constant) for argument in call.args):
+            return None
+        options |= {argument.value for argument in call.args}
     return options if tree else None
+
+
+def _find_options(tree: ast.Module | None) -> list[ast.Call]:
+    """Finds the calls of `add_argument` in a file."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree else []
+    return [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
 
 
 def _read_default(value: ast.expr | None) -> str:

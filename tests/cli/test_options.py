@@ -1,5 +1,6 @@
 """The names of options, which are checked before PyTorch and transformers are imported."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,77 @@ def test_a_store_of_logits_has_a_wrong_value_of_the_recipe_answered_before_libra
     monkeypatch.setattr(cli, "load", lambda *names: started.append(names) or SimpleNamespace(main=started.append))
     cli.main(["teacher-logits", *own, "--seed", "1"])
     assert started == [("nkd-hf teacher-logits", "nkd_hf.cli.teacher_logits"), [*own, "--seed", "1"]]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["evaluate", "--model", "m", "--dataset", "d", "--batch_size", "x"],
+        ["evaluate", "--model", "m", "--dataset", "d", "--on_bad_image", "ignore"],
+        ["evaluate", "--model", "m"],
+        ["export", "--model", "m", "--format", "tflite"],
+        ["export", "--model", "m", "--format", "onnx", "--max_int8_drop", "1%"],
+        ["convert", "--timm", "f", "--output", "d"],
+        ["push", "folder"],
+        ["teacher-logits", "--output", "d", "--epochs", "x"],
+        ["teacher-logits", "--output", "d"],
+        ["teacher-logits", "--output", "d", "--epochs", "2", "--temperatures", "1", "hot"],
+    ],
+)
+def test_a_wrong_or_missing_value_of_a_command_has_the_message_of_its_parser_before_libraries_are_loaded(
+    args, capsys, monkeypatch
+):
+    name = args[0]
+    with pytest.raises(SystemExit) as full:
+        importlib.import_module(f"nkd_hf.cli.{name.replace('-', '_')}").main(args[1:])
+    expected = capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("libraries are loaded"))
+    code, out, error = run(capsys, *args)
+    assert (code, out) == (full.value.code, "")
+    assert error == f"{expected} (--help lists the arguments)\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [
+            "evaluate",
+            "--model",
+            "m",
+            "--dataset",
+            "d",
+            "--batch_size",
+            "8",
+            "--per_class",
+            "--json",
+            "false",
+            "--streaming",
+        ],
+        ["export", "--checkpoint", "c", "--output", "d"],
+        ["convert", "--mmcls", "f", "--architecture", "a", "--output", "d", "--overwrite"],
+        ["push", "folder", "--private", "owner/name"],
+        [
+            "teacher-logits",
+            "--output",
+            "d",
+            "--epochs",
+            "2",
+            "--top_k",
+            "all",
+            "--temperatures",
+            "1",
+            "4",
+            "--config",
+            "f",
+        ],
+        ["teacher-logits", "--help"],
+    ],
+)
+def test_right_values_of_a_command_reach_it(args, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "load", lambda *_: SimpleNamespace(main=started.append))
+    cli.main(args)
+    assert started == [args[1:]]
 
 
 def test_right_values_and_those_of_other_types_are_left_to_the_parser():
