@@ -56,7 +56,7 @@ def run_seed(bench: Bench, cell: str, seed: int, more: list[str]) -> float:
         ]
         for arguments in (train, evaluate):
             subprocess.run([str(part) for part in command + arguments], check=True)
-    return json.loads(measured.read_text(encoding="utf-8"))["accuracy"]
+    return json.loads(measured.read_text(encoding="utf-8"))["top1"]
 
 
 def main() -> None:

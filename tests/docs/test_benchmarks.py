@@ -121,3 +121,13 @@ def test_the_plain_command_is_judged_against_the_tuned_recipe(monkeypatch):
     # EVIDENCE.md has 98.19 for NKD.
     assert within["value"] == pytest.approx(98.19 - 98.5, abs=0.01)
     assert within["spread"][0] < within["value"] < within["spread"][1]
+
+
+@pytest.mark.runs
+def test_the_plain_command_trains_and_measures_a_student(tmp_path):
+    bench = plain_command.Bench(tmp_path, images=40, fashion=plain_command.FASHION_FOLDER)
+    bench.write_data("digits")
+    epoch = ["--teacher_epochs", "1", "--num_train_epochs", "1"]
+    top1 = plain_command.run_seed(bench, "digits/cnn", 0, epoch)
+    assert top1 * 40 == pytest.approx(round(top1 * 40), abs=1e-6)
+    assert plain_command.run_seed(bench, "digits/cnn", 0, ["--no_such_option"]) == top1  # it is not run again
