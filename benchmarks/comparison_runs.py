@@ -85,6 +85,24 @@ METHODS = {
     ),
 }
 MAIN = [name for name, method in METHODS.items() if method.in_families]
+# By student: the methods in the order in which they are run, and how many of them a cell must have to count.
+ORDERS = {
+    "cnn": MAIN,
+    "deit": [
+        "baseline",
+        "nkd",
+        "dist",
+        "kd",
+        "uskd",
+        "label_smoothing",
+        "wttm",
+        "dkd",
+        "rld",
+        "kd_standardized",
+        "tfkd",
+    ],
+}
+NEEDED = {"cnn": len(MAIN), "deit": 4}
 
 
 class SearchTrainer(DistillationTrainer):

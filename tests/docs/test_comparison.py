@@ -396,6 +396,18 @@ class TestTemperature:
             "nkd_temperature_1": base, "nkd_confidence": base + gain + noise
         }  # fmt: skip
 
+    def test_a_cell_with_a_deit_counts_from_its_fourth_method_on(self):
+        base = np.arange(5.0)
+        first = {"baseline": base, "nkd": base + 1, "dist": base + 2}
+        absent = "USKD, label smoothing, WTTM, DKD, RLD, KD, standardised, Tf-KD"
+        text = comparison_page.cell_text("numbers/deit", self.cell(**first))
+        assert f"The cell is not done: KD, {absent} are not run yet, and nothing below counts." in text
+        text = comparison_page.cell_text("numbers/deit", self.cell(**first, kd=base))
+        assert f"Not run, by the protocol's order: {absent}." in text
+        assert "is not done" not in text
+        text = comparison_page.cell_text("numbers/cnn", self.cell(**first, kd=base))
+        assert "The cell is not done: label smoothing" in text
+
     def test_the_arms_leave_the_families_as_they_are(self):
         arms = self.arms(1)
         main = {method: tops for method, tops in arms.items() if method in comparison_page.MAIN}
@@ -458,6 +470,7 @@ def test_a_method_s_settings_are_those_of_its_loss():
             for name, (low, high) in method.searched.items():
                 assert low <= getattr(loss, name) <= high, (method.text, name)
     assert len(comparison_page.MAIN) == 11
+    assert all(set(order) == set(comparison_page.MAIN) for order in comparison.ORDERS.values())
     assert set(comparison_page.MAIN) == set(comparison.METHODS) - {"nkd_temperature_1", "nkd_confidence"}
     bench = comparison.ComparisonBench(Path("out"), suite=comparison.SUITE)
     job = Job("fashion", "deit", "kd_standardized", 0, 0.1, {"alpha": 0.3})
