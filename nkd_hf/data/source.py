@@ -40,6 +40,8 @@ def open_dataset(args: DataArguments, argument: str = "dataset_name") -> Dataset
     source = {"path": name, "name": args.dataset_config_name}
     if args._is_parquet:
         source = {"path": "parquet", "data_files": name}
+    elif os.path.normpath(name) == os.curdir:
+        source["path"] = os.path.abspath(name)  # datasets names the dataset by its folder, and "." has no name
     try:
         if not args._is_parquet:
             check_data_files(name)

@@ -314,6 +314,12 @@ def test_max_samples_draws_from_all_classes(folder, parquet):
     assert {name: len(list(split)) for name, split in stream.items()} == {"train": 12, "validation": 5}
 
 
+@pytest.mark.parametrize("name", [".", "./"])
+def test_the_folder_of_the_images_may_be_the_current_one(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    assert len(load(name)["train"]) == len(load(folder)["train"])
+
+
 def test_what_cannot_be_loaded_is_said(tmp_path, folder):
     with pytest.raises(ValueError, match=r"dataset_name='nobody/nothing' .*gated.*hf auth login.*no network"):
         load("nobody/nothing")
