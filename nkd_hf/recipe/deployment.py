@@ -217,6 +217,8 @@ def _collect(
     settings = vars(run.args) | vars(run.data_args) | run.training_args.to_dict()
     if run.data_args.unlabeled_dataset is None:
         del settings["unlabeled_ratio"]  # nothing reads it
+    if not run.trains_teacher:
+        settings |= {"teacher_epochs": None, "teacher_learning_rate": None}
     if run.data_args.crops_per_image == 1:
         del settings["crops_per_image"]
     torch_models = ("teacher", "baseline", "student")

@@ -44,6 +44,7 @@ def test_what_is_pushed_is_what_was_measured(hub, tmp_path, inputs, capsys):
     assert "onnx/model.onnx" in files
     assert ("onnx/model_int8.onnx" in files) == ("student_int8" in results["models"])
     assert "| `onnx/model.onnx` |" in files["README.md"].decode()
+    assert "teacher_epochs" not in results["settings"]  # the teacher was used as it is
     capsys.readouterr()
     for name, model in {"student": "me/digits", "teacher": inputs["teacher"]}.items():
         dataset = ["--dataset", inputs["dataset_name"]]
