@@ -141,12 +141,22 @@ def set_defaults(
         set_default(recipe, "teacher_learning_rate", rate)
         if num_images is not None and training.max_steps <= 0:
             set_default(recipe, "teacher_epochs", _count_epochs(start, num_images, training, data.crops_per_image))
-    if training.load_best_model_at_end and training.max_steps <= 0:
-        set_default(recipe, "early_stopping_patience", max(5, math.ceil(training.num_train_epochs / 3)))
+    set_patience(recipe, training, given)
     if data.random_crop_padding is None:
         set_default(data, "random_resized_crop", [0.5, 1.0] if image_size <= _SMALL_PIXELS else [0.25, 1.0])
     if image_size > _SMALL_PIXELS:
         set_default(data, "auto_augment", "rand-m6-mstd0.5-inc1")
+
+
+def set_patience(recipe: RecipeArguments, training: DistillationTrainingArguments, given: set[str]) -> None:
+    """Sets `early_stopping_patience` by the epochs of the student, if the user has not set it.
+
+    Args:
+        recipe, training: the arguments of the run; the patience is changed.
+        given: the names of the arguments that the user has set.
+    """
+    if "early_stopping_patience" not in given and training.load_best_model_at_end and training.max_steps <= 0:
+        recipe.early_stopping_patience = max(5, math.ceil(training.num_train_epochs / 3))
 
 
 def _count_epochs(start: str, num_images: int, training: DistillationTrainingArguments, multiple: int) -> int:

@@ -13,7 +13,7 @@ from ..errors import suggest
 from ..trainer.arguments import DistillationTrainingArguments
 from .announcement import describe_run
 from .arguments import RecipeArguments
-from .defaults import fixed_defaults, set_workers
+from .defaults import fixed_defaults, set_patience, set_workers
 from .deployment import deploy, write_card
 from .preparation import prepare
 from .recipe import Recipe
@@ -131,6 +131,7 @@ def run_distillation(
     run = Recipe(recipe, data, training, prepared.splits, prepared.teacher)
     if not run.is_trained:
         run.check()
+        set_patience(recipe, training, given)  # time_budget has chosen other epochs
         say(training, "\n".join(describe_run(run, prepared.inherited)))
     run.train_teacher()
     run.train_baseline()

@@ -42,11 +42,12 @@ from nkd_hf.data import load_image_dataset
 from nkd_hf.models import teacher_loading
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
-from nkd_hf.recipe import preparation
+from nkd_hf.recipe import preparation, time_budget
 from nkd_hf.recipe import recipe as recipe_module
 from nkd_hf.recipe.crops import describe_uneven_crops
-from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
+from nkd_hf.recipe.defaults import fixed_defaults, set_defaults, set_patience
 from nkd_hf.recipe.deployment import _image_reader
+from nkd_hf.recipe.time_budget import Speed
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 NAMES = ["one", "three", "two", "zero"]
@@ -391,6 +392,36 @@ def test_defaults_follow_the_start_and_the_number_of_images(student, images, giv
     assert {name: getattr(training, name) for name in expected} == expected
     assert (recipe.teacher_learning_rate, data.auto_augment) == (1e-4, "rand-m6-mstd0.5-inc1")
     assert training.metric_for_best_model == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "given", "expected"), [(9, set(), 5), (2005, set(), 669), (9, {"early_stopping_patience"}, 40)]
+)
+def test_the_patience_follows_the_epochs_that_a_time_budget_has_chosen(epochs, given, expected):
+    training = DistillationTrainingArguments(
+        "unused", num_train_epochs=epochs, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        use_cpu=True, report_to="none",
+    )  # fmt: skip
+    recipe = RecipeArguments(student="resnet18", teacher="resnet34", time_budget="10m", early_stopping_patience=40)
+    set_patience(recipe, training, given)
+    assert recipe.early_stopping_patience == expected
+
+
+def test_the_plan_of_a_time_budget_has_the_patience_of_its_epochs(tmp_path, monkeypatch):
+    speed = Speed("student", epochs=60, step=0.01, steps_per_epoch=2, evaluation=0.1)
+    monkeypatch.setattr(time_budget, "measure_speed", lambda trainer, name: speed)
+
+    def stop(run, inherited):
+        raise KeyboardInterrupt((run.training_args.num_train_epochs, run.args.early_stopping_patience))
+
+    monkeypatch.setattr(distill_module, "describe_run", stop)
+    changes = {"max_train_samples": 40, "max_eval_samples": 8, "image_size": 32, "use_cpu": True, "report_to": "none"}
+    with pytest.raises(KeyboardInterrupt) as chosen:
+        distill(
+            "digits", student="resnet18", distillation_loss="tfkd", output_dir=tmp_path, time_budget="1000s", **changes
+        )
+    epochs, patience = chosen.value.args[0]
+    assert patience == -(-epochs // 3) > 1000
 
 
 @pytest.mark.parametrize(("images", "epochs", "teacher_epochs"), [(1437, 92, 36), (10**6, 20, 12), (100, 120, 60)])
