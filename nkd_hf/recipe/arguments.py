@@ -219,6 +219,9 @@ class RecipeArguments:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} has no teacher, got teacher={self.teacher!r}: omit it"
             )
+        # The parser of the command line checks these, but Python's callers may pass any value.
+        _check_choice("finetune_teacher", self.finetune_teacher, ("auto", "always", "never"))
+        _check_choice("teacher_init", self.teacher_init, ("pretrained", "random"))
         self.student = _read_name(self.student, "student")
         names = [_read_name(name, "teacher") for name in self.teachers]
         self.teacher_logits = read_repo_id(self.teacher_logits, "teacher_logits", "dataset")
@@ -320,6 +323,12 @@ class RecipeArguments:
         """
         losses = build_losses(self.losses, self.loss_args or {}, shape)
         return losses if len(losses) > 1 else next(iter(losses.values()), None)
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        *others, last = choices
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}: omit it for its default")
 
 
 def _read_name(name: str, argument: str) -> str:

@@ -16,7 +16,7 @@ def parse_duration(text: str) -> float:
         >>> parse_duration("30m"), parse_duration("1h30m"), parse_duration("0.5h")
         (1800.0, 5400.0, 1800.0)
     """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text) if isinstance(text, str) else []
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < math.inf:
         raise ValueError(

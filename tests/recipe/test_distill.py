@@ -366,6 +366,19 @@ def test_images_that_cannot_be_read_are_named_before_training(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"finetune_teacher": "yes"}, "finetune_teacher must be auto, always or never, got 'yes'"),
+        ({"teacher_init": "rand"}, "teacher_init must be pretrained or random, got 'rand'"),
+        ({"time_budget": 30}, "time_budget must be a time such as 30m, 2h or 1h30m, got 30"),
+    ],
+)
+def test_a_value_that_is_none_of_the_choices_is_refused_in_python_too(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        distill("digits", teacher="resnet18", student="resnet18", output_dir=tmp_path / "run", **wrong)
+
+
 def test_the_command_needs_data_and_a_folder(capsys):
     code, _, error = run(capsys, "distill", "--student", "resnet18", "--teacher", "resnet34")
     assert code == 2
