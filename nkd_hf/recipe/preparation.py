@@ -1,5 +1,6 @@
 """Prepares `nkd-hf distill`: opens data and models once, reads a sample of the images, and sets the defaults."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from ..data.arguments import DataArguments
 from ..data.decoding import read_image, read_sample
 from ..data.labels import label_names
-from ..errors import BadSampleError
+from ..errors import BadSampleError, redact
 from ..models.architectures import is_architecture
 from ..models.image_sizes import takes_img_size
 from ..models.preprocessing import load_image_processor, read_preprocessing
@@ -31,6 +32,8 @@ from .teacher_start import open_named_teacher
 
 # Images of each split that are opened before the first step.
 _SAMPLE = 64
+# Names by which `datasets` knows a split's folder.
+_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 
 @dataclass
@@ -72,6 +75,7 @@ def prepare(
                 setattr(arguments, name, record[name])
         return Prepared()
     check_names(recipe)
+    _check_output_folder(data, training)
     splits = open_data(data, training)
     if not data.streaming and data.on_bad_image == "error":
         for name, split in splits.items():
@@ -99,6 +103,25 @@ def prepare(
     num_images = None if data.streaming else len(splits["train"])
     set_defaults(recipe, data, training, given, num_images, size, with_batch_norm)
     return Prepared(splits, teacher, inherited)
+
+
+def _check_output_folder(data: DataArguments, training: DistillationTrainingArguments) -> None:
+    """Raises ValueError where the pictures of the run would be read as images of the data by the next start."""
+    name = os.path.expanduser(data.dataset_name)
+    if not os.path.isdir(name):
+        return
+    root, output = Path(name).resolve(), Path(training.output_dir).resolve()
+    if not output.is_relative_to(root):
+        return
+    place = output.relative_to(root).parts[:1]
+    # `datasets` reads nothing else beside the folders of the splits, and nothing that is hidden.
+    splits = {entry.name for entry in root.iterdir() if entry.name in _SPLITS and entry.is_dir()}
+    if (splits and splits.isdisjoint(place)) or (place and place[0].startswith(".")):
+        return
+    raise ValueError(
+        f"output_dir must be outside of the data's folder, got {training.output_dir} in {redact(data.dataset_name)}: the "
+        "pictures of the run would be read as images of the data. Set another output_dir"
+    )
 
 
 def _find_smaller_size(recipe: RecipeArguments, teacher: Teacher, size: int) -> int | None:

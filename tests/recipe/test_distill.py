@@ -379,6 +379,26 @@ def test_a_value_that_is_none_of_the_choices_is_refused_in_python_too(tmp_path, 
         distill("digits", teacher="resnet18", student="resnet18", output_dir=tmp_path / "run", **wrong)
 
 
+@pytest.mark.parametrize(
+    ("with_splits", "output", "is_refused"),
+    [
+        (False, "out", True),
+        (False, ".", True),
+        (False, ".out", False),
+        (True, "out", False),
+        (True, "train/out", True),
+    ],
+)
+def test_an_output_folder_whose_pictures_would_be_read_as_data_is_refused(tmp_path, with_splits, output, is_refused):
+    root = tmp_path / "images"
+    (root / ("train/zero" if with_splits else "zero")).mkdir(parents=True)
+    training = DistillationTrainingArguments(str(root / output), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="output_dir must be outside of") if is_refused else contextlib.nullcontext():
+        preparation._check_output_folder(DataArguments(str(root)), training)
+    training.output_dir = str(tmp_path / "images-out")
+    preparation._check_output_folder(DataArguments(str(root)), training)
+
+
 def test_the_command_needs_data_and_a_folder(capsys):
     code, _, error = run(capsys, "distill", "--student", "resnet18", "--teacher", "resnet34")
     assert code == 2
