@@ -13,6 +13,7 @@ from ..errors import suggest
 from ..trainer.arguments import DistillationTrainingArguments
 from .announcement import describe_run
 from .arguments import RecipeArguments
+from .build import runs_teacher
 from .defaults import fixed_defaults, set_patience, set_workers
 from .deployment import deploy, write_card
 from .preparation import prepare
@@ -125,6 +126,10 @@ def run_distillation(
     if recipe.distillation_loss == "none":
         raise ValueError(
             "distillation_loss must be a loss, got 'none'. Set compare_with_baseline to true for the same training without one"
+        )
+    if recipe.teacher_args and runs_teacher(recipe) and not recipe.names_new_teacher:
+        raise ValueError(
+            f"teacher_args are for an architecture of timm, but {', '.join(recipe.teachers)} is opened as it is: omit them"
         )
     set_workers(training, given)
     prepared = prepare(recipe, data, training, given)

@@ -336,6 +336,7 @@ def test_the_command_says_its_plan_and_continues_after_a_stop(starts, results):
         ({"max_int8_drop": -1}, "max_int8_drop must be 0 points or more, got -1"),
         ({"distillation_loss": "none"}, "distillation_loss must be a loss, got 'none'"),
         ({"time_budget": "soon"}, "time_budget must be a time such as 30m"),
+        ({"teacher_args": {"drop_path_rate": 0.1}}, "teacher_args are for an architecture of timm"),
         ({"finetune_teacher": "never"}, "set finetune_teacher to auto"),
         ({"early_stopping_patience": 2, "load_best_model_at_end": False}, "needs load_best_model_at_end"),
         (
