@@ -59,7 +59,10 @@ def check_names(recipe: RecipeArguments) -> None:
     for role, name in names:
         if is_architecture(name):
             continue
-        check_name(name)
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"{role} {error}") from None
         if fault := path_fault(name):
             raise ValueError(f"{role} {name!r} is not opened: {fault}")
 

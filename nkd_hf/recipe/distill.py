@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 from accelerate import PartialState
 
 from ..data.arguments import DataArguments
@@ -20,6 +22,7 @@ from .preparation import prepare
 from .recipe import Recipe
 from .report import say
 from .run_folder import RESULTS
+from .yaml_values import check_value
 
 
 @dataclass
@@ -44,8 +47,12 @@ class ExportArguments:
 DISTILL_ARGUMENTS = (RecipeArguments, DataArguments, DistillationTrainingArguments, ExportArguments)
 
 
+# The types of the arguments whose values `distill` checks, as a YAML file's values are.
+_PLAIN_TYPES = {bool, int, float, str, list, dict, NoneType}
+
+
 def distill(
-    dataset_name: str,
+    dataset_name: str | os.PathLike,
     *,
     student: str,
     output_dir: str | os.PathLike,
@@ -69,7 +76,8 @@ def distill(
         `dict`: the content of `results.json`.
 
     Raises:
-        ValueError: an argument is unknown, or arguments, data and models do not fit each other. Nothing was trained.
+        ValueError: an argument is unknown or has a value of another type, or arguments, data and models do not fit each
+            other. Nothing was trained.
         SystemExit: with a message, when a file cannot be written.
 
     Example:
@@ -83,12 +91,14 @@ def distill(
         "dataset_name": dataset_name,
         "student": student,
         "teacher": teacher,
-        "output_dir": str(output_dir),
+        "output_dir": output_dir,
         **arguments,
     }
     names = {field.name for cls in DISTILL_ARGUMENTS for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(given.keys() - names):
         raise ValueError(f"distill has no argument {unknown[0]!r}{suggest(unknown[0], names)}")
+    hints = {name: hint for cls in DISTILL_ARGUMENTS for name, hint in get_type_hints(cls).items()}
+    given = {name: _check_type(name, value, hints[name]) for name, value in given.items()}
     values = fixed_defaults(set(given)) | given
     parts = [
         cls(
@@ -101,6 +111,29 @@ def distill(
         for cls in DISTILL_ARGUMENTS
     ]
     return run_distillation(*parts, given=set(given))
+
+
+def _check_type(name: str, value: Any, hint: Any) -> Any:
+    """Returns the value of an argument as a YAML file has it.
+
+    Raises:
+        ValueError: the value has another type than the argument.
+    """
+    value = _plain(value)
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    members = {get_origin(member) or member for member in members}
+    return value if value is None or not members <= _PLAIN_TYPES else check_value(value, hint, None, name)
+
+
+def _plain(value: Any) -> Any:
+    """Converts paths to text, tuples to lists and the numbers of NumPy to those of Python."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def run_distillation(

@@ -28,6 +28,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+from transformers.training_args import OptimizerNames
 
 from nkd_hf import (
     DataArguments,
@@ -372,12 +373,30 @@ def test_images_that_cannot_be_read_are_named_before_training(tmp_path, capsys):
     [
         ({"finetune_teacher": "yes"}, "finetune_teacher must be auto, always or never, got 'yes'"),
         ({"teacher_init": "rand"}, "teacher_init must be pretrained or random, got 'rand'"),
-        ({"time_budget": 30}, "time_budget must be a time such as 30m, 2h or 1h30m, got 30"),
+        ({"time_budget": 30}, "time_budget: expected a string or null, got the number 30"),
+        ({"time_budget": "30"}, "time_budget must be a time such as 30m, 2h or 1h30m, got '30'"),
+        ({"num_train_epochs": "3"}, "num_train_epochs: expected a number, got the string '3': remove the quotes"),
+        ({"seed": 1.5}, "seed: expected an integer, got the number 1.5"),
+        ({"student_args": "layers"}, "student_args: expected a mapping or null, got the string 'layers'"),
     ],
 )
-def test_a_value_that_is_none_of_the_choices_is_refused_in_python_too(tmp_path, wrong, message):
+def test_a_wrong_value_is_refused_in_python_too(tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setattr("nkd_hf.recipe.distill.prepare", lambda *_: pytest.fail("the run begins"))
     with pytest.raises(ValueError, match=message):
         distill("digits", teacher="resnet18", student="resnet18", output_dir=tmp_path / "run", **wrong)
+
+
+def test_python_s_values_are_those_of_the_command(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nkd_hf.recipe.distill.run_distillation", lambda *parts, given: seen.append(parts))
+    distill(
+        tmp_path, teacher=[tmp_path / "a", tmp_path / "b"], student="resnet18", output_dir=tmp_path / "run",
+        image_mean=(0.1, 0.2, 0.3), learning_rate=np.float32(0.5), optim=OptimizerNames.SGD, student_args={"layers": (1, 1)},
+    )  # fmt: skip
+    recipe, data, training, _ = seen[0]
+    assert recipe.student_args == {"layers": [1, 1]}
+    assert (recipe.teacher, data.dataset_name) == ([f"{tmp_path}/a", f"{tmp_path}/b"], str(tmp_path))
+    assert (training.output_dir, type(training.learning_rate), training.optim) == (f"{tmp_path}/run", float, "sgd")
 
 
 @pytest.mark.parametrize(
