@@ -209,11 +209,13 @@ def calibration_card(images: ReportImages) -> ET.Element:
         reliability_chart(bins[0], f"as trained: error {percent(before, 1)}"),
         reliability_chart(bins[1], f"scaled: error {percent(after, 1)}"),
     ]
-    side = "too sure of its answers" if temperature > 1 else "not sure enough of its answers"
+    counts, confidence, accuracy = bins[0]
+    sure, right = (float(counts @ values / counts.sum()) for values in (confidence, accuracy))
     text = (
-        f"The student is {side}. Temperature scaling, which divides its logits by {temperature:.3g}, changes its calibration error "
-        f"from {percent(before)} to {percent(after)}, and no answer. The temperature is fitted to these images, and is applied only "
-        "where you ask for it. Bars are how often the student is right, red lines are how sure it is."
+        f"On average the student is {percent(sure)} sure of its answers, and {percent(right)} of them are right. Temperature "
+        f"scaling, which divides its logits by {temperature:.3g}, changes its calibration error from {percent(before)} to "
+        f"{percent(after)}, and no answer. The temperature is fitted to these images, and is applied only where you ask for it. "
+        "Bars are how often the student is right, red lines are how sure it is."
     )
     note = element("p", text, class_="note")
     row = element("div", *charts, class_="pair")

@@ -163,7 +163,13 @@ def test_figures_on_the_page_are_those_of_the_results(browser, pages, digits):
         "return [...document.querySelectorAll('.count')].map(cell => Number(cell.textContent))"
     )
     assert sum(cells) == len(digits["labels"])
-    assert "divides its logits by 0." in text(browser, "#calibration")
+    calibration = text(browser, "#calibration")
+    assert "divides its logits by 0." in calibration
+    sure, right = re.search(
+        r"student is ([\d.]+)% sure of its answers, and ([\d.]+)% of them are right", calibration
+    ).groups()
+    assert float(right) == pytest.approx(100 * student, abs=0.01)
+    assert float(sure) < float(right)
     suspects = re.findall(r"image (\d+)(?!\d)", text(browser, "#labels"))
     assert {str(number) for number in SWAPPED_LABELS} <= set(suspects)
     settings = text(browser, "#settings")
