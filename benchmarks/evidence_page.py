@@ -59,8 +59,8 @@ def paired_difference(values: list[float], others: list[float]) -> Difference:
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
-    return f"{np.mean(values):.2f} +- {deviation:.2f}"
+    deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}"
 
 
 class Result:

@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the data and the runs")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="(default: all)")
     parser.add_argument("--fashion", type=Path, default=FASHION_FOLDER, metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--result", type=Path, default=RESULT, help="of evidence.py (default: %(default)s)")
     parser.add_argument("--images", type=int, help="at most so many of each part, for a trial")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of nkd-hf distill, for a trial"
@@ -78,13 +77,13 @@ def main() -> None:
     plain = {
         cell: [100 * run_seed(bench, cell, seed, more) for seed in range(options.rounds)] for cell in options.cells
     }
-    tabulate(report, plain, read_tuned(options.result))
+    tabulate(report, plain, read_tuned())
     report.write()
 
 
-def read_tuned(result: Path) -> dict[str, list[float]]:
+def read_tuned() -> dict[str, list[float]]:
     """NKD's top-1 on the test part in evidence.py, by cell and in the order of the seeds."""
-    runs = json.loads(result.read_text(encoding="utf-8"))["runs"]
+    runs = json.loads(RESULT.read_text(encoding="utf-8"))["runs"]
     nkd = sorted((run for run in runs if run["method"] == "nkd"), key=lambda run: run["seed"])
     return {cell: [100 * run["test"] for run in nkd if f"{run['data']}/{run['student']}" == cell] for cell in CELLS}
 
@@ -95,7 +94,7 @@ def tabulate(report: common.Report, plain: dict[str, list[float]], tuned: dict[s
     for cell, top1 in plain.items():
         seeds = ", ".join(f"{value:.2f}" for value in top1)
         rows.append([cell, seeds, mean_and_deviation(top1), mean_and_deviation(tuned[cell])])
-    title = f"Top-1 on the test part: {len(top1)} seeds of the plain command, {len(tuned[cell])} of the tuned recipe"
+    title = "Top-1 on the test part, and its standard deviation over the seeds"
     report.table(title, ["", "plain, seed by seed", "plain", "tuned"], rows)
     for cell, top1 in plain.items():
         value, spread = statistics.mean(tuned[cell]) - statistics.mean(top1), None

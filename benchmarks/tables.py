@@ -130,7 +130,7 @@ FIGURES = {
     "crops_accuracy.py": "{rounds} seeds",
     "top_k.py": "{images} images of each teacher",
     "deploy.py": "{rounds} seeds",
-    "plain_command.py": "{rounds} seeds of the plain command",
+    "plain_command.py": "seeds of the plain command: {rounds}",
     "throughput.py": "{clock}, {rounds} steps",
     "streams.py": "wall clock and CPU time, medians of {rounds} rounds",
     "memory.py": "bytes allocated, one step of each",

@@ -113,7 +113,7 @@ def test_the_aims_of_deployment_are_judged_seed_by_seed(monkeypatch):
 def test_the_plain_command_is_judged_against_the_tuned_recipe(monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks/plain_command.py"])
     report = common.Report(common.make_parser("", rounds=2).parse_args([]))
-    tuned = plain_command.read_tuned(plain_command.RESULT)
+    tuned = plain_command.read_tuned()
     assert {cell: len(top1) for cell, top1 in tuned.items()} == dict.fromkeys(plain_command.CELLS, 10)
     plain_command.tabulate(report, {"digits/cnn": [99.0, 98.0], "digits/deit": [70.0, 70.5]}, tuned)
     within, behind = report.result["aims"]
