@@ -190,15 +190,18 @@ def _join(teachers: list[dict[str, Any]], weights: list[float] | None) -> dict[s
     return {"name": ", ".join(teacher["name"] for teacher in teachers), **sums, "members": members}
 
 
-def _note_classes(teachers: list[dict[str, Any]], num_classes: int) -> list[str]:
+def _note_classes(teachers: list[dict[str, Any]], num_classes: int, by_name: bool) -> list[str]:
     """Notes the teachers that have another number of classes than the student."""
     notes = []
     for teacher in teachers:
         which = f"the teacher {teacher['name']}" if len(teachers) > 1 else "the teacher"
         if teacher["num_classes"] not in (None, num_classes):
+            # A teacher with more classes selects the data's, whose names a plan does not know.
+            may_select = by_name and teacher["num_classes"] > num_classes
             notes.append(
                 f"{which} has {teacher['num_classes']} classes and the student is planned with {num_classes}: the run stops "
                 "unless the dataset has as many as the teacher (set num_classes)"
+                + (", or the teacher's include the dataset's by name" if may_select else "")
             )
     return notes
 
@@ -228,7 +231,7 @@ def _plan_finetuning(
         new_head = differ or getattr(models.teacher, "starts_with_new_head", False)
         finetunes = recipe.finetune_teacher == "always" or (new_head and recipe.finetune_teacher == "auto")
     if not finetunes:
-        notes += _note_classes(teachers, num_classes)
+        notes += _note_classes(teachers, num_classes, by_name=not recipe.ignore_label_names)
         return False
     if data.trains_without_labels:
         refuse_training_of_teacher(recipe)

@@ -378,8 +378,11 @@ def test_the_plan_counts_all_teachers(quick, teachers, tmp_path, capsys):
         assert both[part]["teacher"] == sum(each[part]["teacher"] for each in alone)
     assert [note for note in both["notes"] if "classes" in note] == [
         f"the teacher {teachers['b']} has 6 classes and the student is planned with 4: the run stops unless the dataset has as "
-        "many as the teacher (set num_classes)"
+        "many as the teacher (set num_classes), or the teacher's include the dataset's by name"
     ]
+    # Only a teacher with more classes, which are matched by name, selects the data's.
+    for options in ({"ignore_label_names": ["true"]}, {"num_classes": ["8"]}):
+        assert plan(teachers["b"], **options)["notes"][-1].endswith("as many as the teacher (set num_classes)")
     unknown = plan(teachers["a"], "them/unknown")
     assert unknown["teacher"]["parameters"] is None
     assert "teacher 'them/unknown' is not on this machine" in unknown["notes"][0]
