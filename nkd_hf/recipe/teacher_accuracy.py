@@ -16,6 +16,7 @@ from ..data.transforms import processor_transform
 from ..metrics import compute_metrics, top5_indices
 from ..models.preprocessing import Preprocessing, load_image_processor, read_preprocessing, read_processor
 from ..models.teacher import Teacher
+from ..models.zero_shot import ZeroShotClassifier
 from ..trainer.arguments import DistillationTrainingArguments
 from .report import ON_STUDENT_PIXELS, say
 
@@ -110,11 +111,15 @@ def say_teacher_accuracy(
     own = accuracies["teacher"]["accuracy"]
     given = accuracies.get(ON_STUDENT_PIXELS, accuracies["teacher"])["accuracy"]
     if given <= 1.5 / num_classes and is_first:
+        if any(isinstance(member.model, ZeroShotClassifier) for member in teacher.members):
+            advice = "Set other teacher_prompts, or name another teacher."
+        else:
+            advice = "Train it for longer or at another learning_rate, or name a pretrained teacher."
         logger.warning(
-            "The teacher's top-1 is %.2f %%, where guessing gives %.2f %%: a student learns nothing good from it. Train "
-            "it for longer or at another learning_rate, or name a pretrained teacher.",
+            "The teacher's top-1 is %.2f %%, where guessing gives %.2f %%: a student learns nothing good from it. %s",
             100 * given,
             100 / num_classes,
+            advice,
         )
     if ON_STUDENT_PIXELS not in accuracies:
         say(training, f"The teacher's top-1: {own:.2%}, with the same pixels as the student")

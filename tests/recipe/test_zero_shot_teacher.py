@@ -29,6 +29,7 @@ from nkd_hf.data.student_datasets import make_evaluation_images
 from nkd_hf.models.saving import save_student
 from nkd_hf.recipe.fingerprint import check_fingerprint
 from nkd_hf.recipe.run_folder import read_history
+from nkd_hf.recipe.teacher_accuracy import say_teacher_accuracy
 from nkd_hf.teacher_logits.info import StoreInfo
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -93,6 +94,13 @@ def test_distill_under_a_zero_shot_teacher(tmp_path, quick, teachers, images, ca
     assert yaml.safe_load((out / "run.yaml").read_text())["teacher_prompts"] == PROMPTS
     assert "distilled from `siglip` (10 k parameters)" in (out / "student" / "README.md").read_text()
     assert str(tmp_path) not in (out / "report.html").read_text()
+
+
+def test_a_zero_shot_teacher_that_guesses_is_no_teacher_to_be_trained(teachers, tmp_path, caplog):
+    training = DistillationTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    teacher = load_teacher(teachers["clip"], prompts=PROMPTS, class_names=NAMES)
+    say_teacher_accuracy({"teacher": {"accuracy": 0.1}}, teacher, timm_cnn(), training)
+    assert "a student learns nothing good from it. Set other teacher_prompts, or name another teacher." in caplog.text
 
 
 @pytest.fixture(scope="module")
