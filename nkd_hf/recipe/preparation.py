@@ -107,21 +107,25 @@ def prepare(
 
 def _check_output_folder(data: DataArguments, training: DistillationTrainingArguments) -> None:
     """Raises ValueError where the pictures of the run would be read as images of the data by the next start."""
-    name = os.path.expanduser(data.dataset_name)
+    for name in filter(None, (data.dataset_name, data.unlabeled_dataset)):
+        if _would_be_read(training.output_dir, os.path.expanduser(name)):
+            raise ValueError(
+                f"output_dir must be outside of the data's folder, got {training.output_dir} in {redact(name)}: the pictures "
+                "of the run would be read as images of the data. Set another output_dir"
+            )
+
+
+def _would_be_read(output_dir: str, name: str) -> bool:
+    """Whether the images of a dataset that is a folder would include those of an output folder."""
     if not os.path.isdir(name):
-        return
-    root, output = Path(name).resolve(), Path(training.output_dir).resolve()
+        return False
+    root, output = Path(name).resolve(), Path(output_dir).resolve()
     if not output.is_relative_to(root):
-        return
+        return False
     place = output.relative_to(root).parts[:1]
     # `datasets` reads nothing else beside the folders of the splits, and nothing that is hidden.
     splits = {entry.name for entry in root.iterdir() if entry.name in _SPLITS and entry.is_dir()}
-    if (splits and splits.isdisjoint(place)) or (place and place[0].startswith(".")):
-        return
-    raise ValueError(
-        f"output_dir must be outside of the data's folder, got {training.output_dir} in {redact(data.dataset_name)}: the "
-        "pictures of the run would be read as images of the data. Set another output_dir"
-    )
+    return not ((splits and splits.isdisjoint(place)) or (place and place[0].startswith(".")))
 
 
 def _find_smaller_size(recipe: RecipeArguments, teacher: Teacher, size: int) -> int | None:

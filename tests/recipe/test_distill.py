@@ -413,10 +413,12 @@ def test_an_output_folder_whose_pictures_would_be_read_as_data_is_refused(tmp_pa
     root = tmp_path / "images"
     (root / ("train/zero" if with_splits else "zero")).mkdir(parents=True)
     training = DistillationTrainingArguments(str(root / output), use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="output_dir must be outside of") if is_refused else contextlib.nullcontext():
-        preparation._check_output_folder(DataArguments(str(root)), training)
-    training.output_dir = str(tmp_path / "images-out")
-    preparation._check_output_folder(DataArguments(str(root)), training)
+    for data in (DataArguments(str(root)), DataArguments("photos", unlabeled_dataset=str(root))):
+        training.output_dir = str(root / output)
+        with pytest.raises(ValueError, match="must be outside of") if is_refused else contextlib.nullcontext():
+            preparation._check_output_folder(data, training)
+        training.output_dir = str(tmp_path / "images-out")
+        preparation._check_output_folder(data, training)
 
 
 def test_the_command_needs_data_and_a_folder(capsys):
