@@ -306,6 +306,7 @@ def _describe_augmentation(
     mixing = [
         f"{name} {alpha:g}" for name, alpha in (("mixup", data.mixup_alpha), ("cutmix", data.cutmix_alpha)) if alpha
     ]
+    smoothing = 0 if data.trains_without_labels else training.label_smoothing_factor  # only the task loss reads it
     lines = {
         crop: True,
         f"horizontal flip {data.horizontal_flip:g}": data.horizontal_flip,
@@ -316,7 +317,7 @@ def _describe_augmentation(
         "balanced sampling": data.balanced_sampling,
         f"{data.crops_per_image} crops of each decoded image": data.crops_per_image > 1,
         f"class weights {recipe.class_weights}": recipe.class_weights,
-        f"label smoothing {training.label_smoothing_factor:g}": training.label_smoothing_factor,
+        f"label smoothing {smoothing:g}": smoothing,
     }
     return [line for line, is_on in lines.items() if is_on]
 

@@ -199,9 +199,12 @@ def test_the_plan_knows_them(quick, inputs, capsys):
         cli.main(["plan", *words, *args, "--json"])
         return json.loads(capsys.readouterr().out), text
 
-    joined, text = plan("--unlabeled_ratio", "1.5")
+    smoothing = ["--label_smoothing_factor", "0.1"]
+    joined, text = plan("--unlabeled_ratio", "1.5", *smoothing)
+    assert "label smoothing 0.1" in joined["augmentation"]
     assert f"without labels  1.5 of {inputs['many']} for each labelled image of the student's batches" in text
-    alone, text = plan("--train_split", "none")
+    alone, text = plan("--train_split", "none", *smoothing)
+    assert not any("smoothing" in line for line in alone["augmentation"])
     assert f"without labels  all training images, those of {inputs['many']}" in text
     assert joined["steps_per_epoch"] == alone["steps_per_epoch"] == 4
     assert (joined["decoded_images"], alone["decoded_images"]) == (160, 64)
