@@ -2,7 +2,7 @@
 
 The images are those of input.py: JPEGs of 500 x 375, cropped at random, flipped, resized to 224. Decoding, augmentation,
 batch, forward and backward pass and the optimiser's step all count. The trainers take turns, a step of each, on one thread
-without workers, with CPU time as the clock:
+without workers, with CPU time as the clock; a round is an epoch, since its first steps decode all of its images:
 
 - plain: the student alone with cross-entropy.
 - live: with a teacher and NKD.
@@ -87,15 +87,15 @@ def read_store(data: ImageDataset, folder: Path) -> ImageCollator:
     return ImageCollator(NUM_CLASSES, teacher_logits=store)
 
 
-def make_sampler(data: ImageDataset) -> EpochSampler:
-    return EpochSampler(len(data), SEED, positions=True, crops=data.crops_per_image, cycle=1)
+def make_sampler(data: ImageDataset, batch: int | None = None) -> EpochSampler:
+    return EpochSampler(len(data), SEED, positions=True, crops=data.crops_per_image, cycle=1, batch=batch)
 
 
 def make_input_loop(data: ImageDataset, collator: ImageCollator, batch: int, steps: int) -> Loop:
     """A loop of batches that no model takes."""
 
     def run(over: Callable[[], None]) -> None:
-        loader = DataLoader(data, batch, sampler=make_sampler(data), collate_fn=collator)
+        loader = DataLoader(data, batch, sampler=make_sampler(data, batch), collate_fn=collator)
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
         for _ in itertools.islice(epochs, steps):
             over()
@@ -104,14 +104,16 @@ def make_input_loop(data: ImageDataset, collator: ImageCollator, batch: int, ste
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__, rounds=15)
-    parser.add_argument("--images", type=int, default=160, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="a multiple of twice the crops (default: %(default)s)")
+    parser = common.make_parser(__doc__, rounds=9)
+    parser.add_argument(
+        "--images", type=int, default=64, help="a multiple of --batch times --crops (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--crops", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="(default: all)")
     options = common.parse(parser)
-    if options.batch % (2 * options.crops) or options.images % options.batch:
-        parser.error("--batch must be a multiple of twice --crops, and --images one of --batch")
+    if options.images % (options.batch * options.crops):
+        parser.error("--images must be a multiple of --batch times --crops")
 
     report = common.Report(options)
     datasets.disable_progress_bars()
@@ -119,15 +121,19 @@ def main() -> None:
         datasets.config.HF_DATASETS_CACHE = Path(root) / "cache"
         write_images(Path(root), options.images)
         for name in options.models:
-            turns = Turns(options.rounds)
-            measure(name, turns.run(make_loops(name, options, turns.steps, Path(root))), options, report)
+            steps = options.images // options.batch
+            turns = Turns(options.rounds * steps, warmup=steps)
+            times = turns.run(make_loops(name, options, turns.steps, Path(root)))
+            starts = range(0, options.rounds * steps, steps)
+            epochs = {side: [sum(values[at : at + steps]) for at in starts] for side, values in times.items()}
+            measure(name, epochs, options, report)
     report.write()
 
 
 def measure(name: str, times: dict[str, list[float]], options: argparse.Namespace, report: common.Report) -> None:
     plain = times[PLAIN]
     rows = [
-        [side, f"{median(values) / options.batch:.2f}", f"{common.ratio(values, plain)[0]:.3f}"]
+        [side, f"{median(values) / options.images:.2f}", f"{common.ratio(values, plain)[0]:.3f}"]
         for side, values in times.items()
     ]
     report.table(

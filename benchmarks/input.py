@@ -138,7 +138,7 @@ def our_dataset(name: str, augment: dict, interpolation: str, crops: int = 1) ->
 
 
 def our_loader(dataset: ImageDataset, batch_size: int) -> DataLoader:
-    sampler = EpochSampler(len(dataset), seed=0, positions=True, crops=dataset.crops_per_image)
+    sampler = EpochSampler(len(dataset), seed=0, positions=True, crops=dataset.crops_per_image, batch=batch_size)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=ImageCollator(len(CLASSES)))
 
 

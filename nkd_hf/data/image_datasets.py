@@ -98,7 +98,7 @@ class ImageDataset(EpochDataset):
         self.training = training
         self.sampling_labels = read_labels(dataset) if balanced_sampling else None
         self.crops_per_image = crops_per_image
-        self._kept = KeptRows() if crops_per_image > 1 else None
+        self._kept = KeptRows(crops_per_image) if crops_per_image > 1 else None
         # One flag per row, in memory that workers share. It needs no lock, since setting a flag twice is harmless.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._requests = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
@@ -157,7 +157,9 @@ class ImageDataset(EpochDataset):
         for row in itertools.chain(range(index, len(self)), range(index)):
             if self._bad[row]:
                 continue
-            sample = self.dataset[row] if self._kept is None else self._kept.read(self.dataset, row)
+            sample = self._kept.take(epoch, row) if self._kept is not None else None
+            if sample is None:
+                sample = self.dataset[row]
             key = (self.seed, epoch, row, draw) if draw else (self.seed, epoch, row)
             try:
                 result = self._read(sample, self.describe_row(row, sample), key)
@@ -167,6 +169,8 @@ class ImageDataset(EpochDataset):
                 self._bad[row] = True
                 logger.warning("%s. The next good row takes its place.", error)
                 continue
+            if self._kept is not None:
+                self._kept.put(row, sample, draw)
             if self.training:
                 result |= {"epoch": epoch, "index": row, "draw": draw}
             return result

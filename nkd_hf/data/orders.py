@@ -1,10 +1,14 @@
 """Draws the order of the samples of an epoch, as pure functions of the arguments."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .seeding import derived_seeds
+
+# Batches between two crops of a row. On the digits four were enough, and two were not.
+_BATCHES_APART = 8
 
 
 def permutation(length: int, seed: int, epoch: int) -> list[int]:
@@ -35,12 +39,12 @@ def shuffled_runs(length: int, run: int, seed: int, epoch: int) -> list[int]:
 def crop_order(
     num_samples: int, crops: int, seed: int, epoch: int, shuffle: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Returns the row of each sample of an epoch with several crops of each row, and the number of each sample's crop.
+    """Returns the row of each position of an epoch with several crops of each row, and the number of each position's crop.
 
     The epochs `crops` k to `crops` k + `crops` - 1 share one order of the rows. Each epoch takes the next part of this
     order, so that together they take all rows. The crops of two rows alternate: a, b, a, b, ... Two neighbours, which
-    are mixed, are then of different rows, and a batch of a multiple of 2 `crops` samples has all crops of its rows. At
-    the end of a part, the crops of three rows may alternate.
+    are mixed, are then of different rows. At the end of a part, the crops of three rows may alternate. The trainer takes
+    the positions in the order of [`spread_crops`].
 
     Args:
         num_samples: number of the dataset's rows, and of an epoch's samples. If it is no multiple of `crops`, two
@@ -65,3 +69,33 @@ def crop_order(
         rows += members * crops
         numbers += [crop for crop in range(crops) for _ in members]
     return rows[:num_samples], numbers[:num_samples]
+
+
+def spread_crops(
+    num_samples: int, crops: int, batch: int, shuffle: Callable[[int], Sequence[int]] = range
+) -> list[int]:
+    """Returns the positions of [`crop_order`] in an order in which the crops of a row are eight batches apart.
+
+    Crops of one row in a batch, or in the next ones, cost accuracy. The rows are divided into blocks of eight batches of
+    rows, and the last block has fewer. A block comes with the first crop of all its rows, then with the second, and so on.
+    A process has the same rows in each of them, and so has each of its workers, if their number divides 8: an image needs
+    no second decoding there. Two neighbours, which are mixed, stay together.
+
+    Args:
+        num_samples: number of positions. Those of three rows at the end of a part stay at the end.
+        crops: number of samples of a row.
+        batch: number of samples of a batch of all processes.
+        shuffle: returns an order of so many pairs of rows.
+
+    Example:
+        >>> spread_crops(16, 4, batch=8)
+        [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    """
+    num_rows, run = math.ceil(num_samples / crops), 2 * crops
+    num_pairs = min(num_samples // run, num_rows // 2 - num_rows % 2)
+    starts = run * torch.tensor(shuffle(max(num_pairs, 0)), dtype=torch.long)
+    positions = []
+    for block in starts.split(max(1, _BATCHES_APART * batch // 2)):
+        places = block[:, None] + torch.arange(run)  # [pairs, 2 crops]
+        positions += places.view(-1, crops, 2).transpose(0, 1).flatten().tolist()
+    return positions + list(range(len(positions), num_samples))

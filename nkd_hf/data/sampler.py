@@ -1,16 +1,17 @@
 """Defines samplers that pass the epoch to a dataset beside the index."""
 
+import functools
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from .orders import crop_order, permutation, shuffled_runs
+from .orders import crop_order, permutation, shuffled_runs, spread_crops
 from .seeding import derived_seeds, seeded
 
 
@@ -118,7 +119,9 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         crops: number of samples of a row in an epoch, which takes a `crops`-th of the rows: see
             [`~nkd_hf.data.orders.crop_order`].
         cycle: number of epochs after which the samples come again, with the same keys. They are shuffled, but pairs
-            and the crops of a row stay together. None repeats no epoch.
+            stay together, and the crops of a row as far apart as they were. None repeats no epoch.
+        batch: number of samples of a batch of all processes, by which the crops of a row are spread: see
+            [`~nkd_hf.data.orders.spread_crops`]. None keeps the order of the positions.
 
     Raises:
         ValueError: `num_samples`, `crops` or `cycle` is not positive, or `labels` are passed without `shuffle` or with
@@ -141,6 +144,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         labels: np.ndarray | None = None,
         crops: int = 1,
         cycle: int | None = None,
+        batch: int | None = None,
     ):
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}: the dataset is empty")
@@ -158,6 +162,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.labels = labels
         self.crops = crops
         self.cycle = cycle
+        self.batch = batch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -170,12 +175,20 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         epoch = self.epoch if self.cycle is None else self.epoch % self.cycle
         order, draws = self._draw_rows(epoch)
-        positions = range(len(self))
-        if epoch != self.epoch and self.shuffle:
-            run = 2 * self.crops if self.pairs or self.crops > 1 else 1
-            positions = shuffled_runs(len(self), run, self.seed, self.epoch)
+        positions = self._order_positions(is_repeated=epoch != self.epoch)
         positions = [min(position, self.num_samples - 1) for position in positions]
         return (_key(epoch, order[at], at if self.positions else None, draws[at]) for at in positions)
+
+    def _order_positions(self, is_repeated: bool) -> Sequence[int]:
+        is_shuffled = is_repeated and self.shuffle
+        if self.crops > 1 and self.batch is not None:
+            shuffle = functools.partial(permutation, seed=self.seed, epoch=self.epoch) if is_shuffled else range
+            positions = spread_crops(self.num_samples, self.crops, self.batch, shuffle)
+            return [*positions, *range(self.num_samples, len(self))]
+        if is_shuffled:
+            run = 2 * self.crops if self.pairs or self.crops > 1 else 1
+            return shuffled_runs(len(self), run, self.seed, self.epoch)
+        return range(len(self))
 
     def _draw_rows(self, epoch: int) -> tuple[list[int], list[int]]:
         """Returns the rows of an epoch, and for each the number of times that it came before in this epoch."""

@@ -64,6 +64,7 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
         labels=dataset.sampling_labels,
         crops=dataset.crops_per_image,
         cycle=None if store is None else store.info.cycle,
+        batch=args.train_batch_size * args.world_size,
     )
 
 

@@ -22,7 +22,7 @@ from nkd_hf import (
     load_image_dataset,
     train_transform,
 )
-from nkd_hf.data import decoding
+from nkd_hf.data import decoding, kept_rows
 from nkd_hf.data.orders import crop_order
 from nkd_hf.data.sampler import EpochSampler
 from nkd_hf.models.saving import save_student
@@ -76,7 +76,7 @@ def test_so_many_epochs_take_each_row_and_an_epoch_takes_its_part(size, crops):
     assert parts != [crop_order(size, crops, seed=0, epoch=part) for part in range(crops)]
 
 
-def test_two_rows_lie_together_so_that_whole_batches_have_whole_images():
+def test_the_positions_of_two_rows_alternate():
     rows, numbers = crop_order(64, 4, seed=0, epoch=1)
     for start in range(0, 64, 8):
         first, second = rows[start : start + 2]
@@ -94,7 +94,36 @@ def test_one_crop_is_the_order_without_crops():
         keys(0, labels=torch.zeros(26).numpy())
 
 
-def test_a_repeated_epoch_keeps_the_crops_of_a_row_together():
+@pytest.mark.parametrize("cycle", [None, 4])
+def test_the_crops_of_a_row_are_eight_batches_apart(cycle):
+    """In the first and in a repeated epoch; the last block has fewer rows."""
+    ordered = keys(5, 352, positions=True, pairs=True, cycle=cycle, batch=4)  # 88 rows: blocks of 32, 32 and 24
+    start = 0
+    for size in (32, 32, 24):
+        rows = [key[1] for key in ordered[start : start + 4 * size]]
+        assert len(set(rows[:size])) == size
+        assert rows == rows[:size] * 4
+        start += 4 * size
+    crops = [(*key, 0, 0)[3] if len(key) > 3 else 0 for key in ordered]
+    assert crops[:128] == [crop for crop in range(4) for _ in range(32)]
+
+
+@pytest.mark.parametrize("size", [24, 25, 26, 27, 30, 88])
+@pytest.mark.parametrize("crops", [2, 3, 4])
+def test_spread_samples_are_those_of_the_positions(size, crops):
+    """Of an epoch and of a repeated one; pairs stay together."""
+    plain, spread, again = (
+        keys(epoch, size, crops, positions=True, pairs=True, cycle=crops, batch=batch)
+        for epoch, batch in ((1, None), (1, 2), (1 + crops, 2))
+    )
+    assert Counter(plain) == Counter(spread) == Counter(again)
+    pairs = [plain[at : at + 2] for at in range(0, len(plain), 2)]
+    for order in (spread, again):
+        assert sorted(map(str, pairs)) == sorted(str(order[at : at + 2]) for at in range(0, len(order), 2))
+    assert spread != again or size < 88
+
+
+def test_a_repeated_epoch_of_positions_keeps_the_crops_of_a_row_together():
     first, again = (keys(epoch, 64, positions=True, pairs=True, cycle=4) for epoch in (1, 5))
     assert Counter(first) == Counter(again)
     assert first != again
@@ -111,14 +140,32 @@ def test_the_first_crop_is_the_sample_without_crops(rows):
         assert torch.equal(several[3, row]["pixel_values"], single[3, row]["pixel_values"])
 
 
-def test_an_image_is_decoded_once_for_its_crops(rows, decoded):
+def test_kept_images_have_a_limit_and_are_gone_in_the_next_epoch(rows, decoded, monkeypatch):
     dataset = images(rows)
-    samples = [dataset[key] for key in keys(2)]
+    for key in keys(2, batch=8)[:8]:
+        dataset[key]
+    assert len(dataset._kept._rows) == 4 == len(decoded)
+    width, height = dataset._kept.take(2, keys(2, batch=8)[0][1])["decoded"][0].size
+    dataset[3, 0]
+    assert len(dataset._kept._rows) == 1
+    monkeypatch.setattr(kept_rows, "_MAX_BYTES", 3 * 3 * width * height)
+    decoded.clear()
+    dataset = images(rows)
+    for key in keys(2, batch=8):
+        dataset[key]
+        assert len(dataset._kept._rows) <= 3
+    assert 7 < len(decoded) < 26  # some are found
+
+
+@pytest.mark.parametrize("batch", [None, 2, 8])
+def test_an_image_is_decoded_once_for_its_crops(rows, decoded, batch):
+    dataset = images(rows)
+    samples = [dataset[key] for key in keys(2, batch=batch)]
     assert len(decoded) == len(set(decoded)) == 7
     views = {tuple(sample["pixel_values"].flatten().tolist()) for sample in samples}
     assert len(views) == 26  # each crop is another view
     # The same crops, in any order and without anything kept.
-    for key, sample in zip(keys(2), samples, strict=True):
+    for key, sample in zip(keys(2, batch=batch), samples, strict=True):
         assert torch.equal(images(rows)[key]["pixel_values"], sample["pixel_values"])
     decoded.clear()
     dataset = images(rows, crops=1)
