@@ -8,7 +8,7 @@ import torch
 from .seeding import derived_seeds
 
 # Batches between two crops of a row. On the digits four were enough, and two were not.
-_BATCHES_APART = 8
+BATCHES_APART = 8
 
 
 def permutation(length: int, seed: int, epoch: int) -> list[int]:
@@ -95,7 +95,7 @@ def spread_crops(
     num_pairs = min(num_samples // run, num_rows // 2 - num_rows % 2)
     starts = run * torch.tensor(shuffle(max(num_pairs, 0)), dtype=torch.long)
     positions = []
-    for block in starts.split(max(1, _BATCHES_APART * batch // 2)):
+    for block in starts.split(max(1, BATCHES_APART * batch // 2)):
         places = block[:, None] + torch.arange(run)  # [pairs, 2 crops]
         positions += places.view(-1, crops, 2).transpose(0, 1).flatten().tolist()
     return positions + list(range(len(positions), num_samples))

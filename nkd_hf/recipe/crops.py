@@ -1,17 +1,19 @@
-"""Describes the trainings of a run in which `crops_per_image` makes some images more frequent than others."""
+"""Describes the settings of a run that do not fit its `crops_per_image`."""
 
 import math
 from collections.abc import Collection
 
 from ..data.arguments import DataArguments
+from ..data.orders import BATCHES_APART
 from ..trainer.arguments import DistillationTrainingArguments
 from .arguments import RecipeArguments
 
 
-def describe_uneven_crops(
+def note_crops(
     recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments, stages: Collection[str]
 ) -> list[str]:
-    """Returns one sentence for each argument whose number of epochs is no multiple of `crops_per_image`.
+    """Returns one sentence for each number of epochs that is no multiple of `crops_per_image`, and one for a number of
+    workers with which images are decoded again.
 
     Args:
         recipe, data, training: of the run. `max_steps` replaces `num_train_epochs`, and `teacher_epochs` replaces both
@@ -26,7 +28,14 @@ def describe_uneven_crops(
         "teacher_epochs": recipe.teacher_epochs if "teacher" in stages else None,
         "num_train_epochs": training.num_train_epochs if sets_epochs else None,
     }
-    return [_describe(name, value, crops) for name, value in epochs.items() if value is not None and value % crops]
+    notes = [_describe(name, value, crops) for name, value in epochs.items() if value is not None and value % crops]
+    workers = training.dataloader_num_workers
+    if workers and BATCHES_APART % workers:
+        notes.append(
+            f"dataloader_num_workers should be 1, 2, 4 or 8 with crops_per_image, got {workers}: most crops of an image then reach "
+            "other workers than its first one, and each of them decodes it again. Set dataloader_num_workers to one of them"
+        )
+    return notes
 
 
 def _describe(name: str, epochs: float, crops: int) -> str:

@@ -21,7 +21,7 @@ from ..trainer.arguments import DistillationTrainingArguments
 from ..trainer.distillation_model import DistillationModel
 from .arguments import RecipeArguments
 from .class_sizes import check_class_balance
-from .crops import describe_uneven_crops
+from .crops import note_crops
 from .plan_costs import (
     count_disk_bytes,
     count_input,
@@ -104,7 +104,7 @@ def make_plan(
     student, taps = _describe_student(recipe, models)
     teachers = _describe_teachers(recipe, models)
     runs = _list_runs(recipe, data, models, teachers, notes)
-    notes += describe_uneven_crops(recipe, data, training, runs if recipe.time_budget is None else ())
+    notes += note_crops(recipe, data, training, runs if recipe.time_budget is None else ())
     states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
     notes += _note_settings(training, steps)
     store = None

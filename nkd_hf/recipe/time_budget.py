@@ -20,7 +20,7 @@ from ..files import write_whole
 from ..trainer.agreement import decide_in_first
 from ..trainer.trainer import DistillationTrainer
 from .build import count_epochs
-from .crops import describe_uneven_crops
+from .crops import note_crops
 from .duration import describe_duration, parse_duration
 from .progress import TrainingProgress
 from .report import say
@@ -156,7 +156,7 @@ def settle_epochs(run: "Recipe") -> None:
     """
     if run.args.time_budget is not None:
         fit_time_budget(run)
-    for fault in describe_uneven_crops(run.args, run.data_args, run.training_args, run.stages):
+    for fault in note_crops(run.args, run.data_args, run.training_args, run.stages):
         if run.training_args.should_save:
             logger.warning("%s.", fault)
 

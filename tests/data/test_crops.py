@@ -174,6 +174,18 @@ def test_an_image_is_decoded_once_for_its_crops(rows, decoded, batch):
     assert len(decoded) == 26
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_each_worker_of_each_process_decodes_its_own_images_once(num_processes, monkeypatch):
+    data = load_image_dataset(DataArguments(max_train_samples=512), 0)["train"]
+    dataset, count, read = images(data), torch.zeros(1, dtype=torch.int64).share_memory_(), decoding.read_sample
+    monkeypatch.setattr(decoding, "read_sample", lambda *args: (count.add_(1), read(*args))[1])
+    for rank in range(num_processes):
+        sampler = EpochSampler(512, seed=0, crops=4, batch=4 * num_processes)
+        batches = BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), num_processes, rank)
+        list(DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=2))
+    assert count.item() == 128
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_processes_and_workers_share_the_samples_of_an_epoch(rows, workers, drop_last):
@@ -273,6 +285,15 @@ def test_the_plan_names_epochs_that_take_some_images_more_often(arguments, expec
     cli.main(["plan", *given, "--teacher", "resnet18", "--crops_per_image", "4", *arguments])
     said = [line for line in capsys.readouterr().out.splitlines() if "should be a multiple" in line]
     assert said == [f"Note: {uneven(*each)}" for each in expected]
+
+
+@pytest.mark.parametrize(("workers", "is_noted"), [(0, False), (4, False), (3, True), (16, True)])
+def test_the_plan_names_a_number_of_workers_that_decode_images_again(workers, is_noted, capsys):
+    given = ["--num_processes", "1", "--num_train_images", "100", "--student", "resnet18", "--image_size", "32"]
+    given += ["--distillation_loss", "none", "--num_train_epochs", "8", "--dataloader_num_workers", str(workers)]
+    cli.main(["plan", *given, "--crops_per_image", "4"])
+    said = "dataloader_num_workers should be 1, 2, 4 or 8 with crops_per_image" in capsys.readouterr().out
+    assert said == is_noted
 
 
 def test_a_run_warns_of_epochs_that_take_some_images_more_often(tmp_path, caplog):
