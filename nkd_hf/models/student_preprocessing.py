@@ -1,5 +1,6 @@
 """Checks a student's input size, normalisation, crop and interpolation, and changes an opened student's."""
 
+import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -7,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImageClassification
+from timm.layers import resample_abs_pos_embed
+from transformers import (
+    BaseImageProcessor,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedModel,
+    TimmWrapperForImageClassification,
+    ViTForImageClassification,
+)
 from transformers.image_utils import PILImageResampling
 
 from .image_sizes import (
@@ -20,6 +29,9 @@ from .image_sizes import (
     try_image_size,
 )
 from .preprocessing import IMAGE_PROCESSOR, load_image_processor, read_crop_pct, read_processor
+
+# The models of transformers whose position embeddings are resampled for another size.
+_WITH_POSITIONS = (ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
 
 
 def change_preprocessing(
@@ -103,7 +115,7 @@ def check_opened_size(student: PreTrainedModel) -> None:
         return
     size = read_processor(processor).size
     if size[0] == size[1]:
-        _check_size(student, size[0])
+        _check_size(student, size[0], resamples=False)
 
 
 def _own_processor(student: PreTrainedModel, names: list[str]) -> BaseImageProcessor:
@@ -164,6 +176,8 @@ def _resize(student: PreTrainedModel, image_size: int) -> None:
         config.model_args = (before or {}) | {"img_size": image_size}
         _check_size(student, image_size)  # builds a model for the size
         _resize_timm(student, image_size)
+    elif isinstance(student, _WITH_POSITIONS) and image_size % student.config.patch_size == 0:
+        _resize_positions(student, image_size)
     fault = run_fault(student, image_size)
     if fault is not None and not is_of_the_meta_device(fault):
         _check_size(student, image_size)  # raises with advice on other sizes
@@ -188,11 +202,33 @@ def _resize_timm(student: TimmWrapperForImageClassification, image_size: int) ->
         )
 
 
-def _check_size(student: PreTrainedModel, image_size: int) -> None:
+def _resize_positions(student: PreTrainedModel, image_size: int) -> None:
+    """Resamples the position embeddings of a ViT or DeiT, as timm does for its own."""
+    config, own = student.config, student.base_model.embeddings
+    config.image_size = image_size
+    with torch.device("meta"):
+        fresh = type(own)(config)
+    state, side = own.state_dict(), image_size // config.patch_size
+    positions = state["position_embeddings"]  # [1, other tokens and patches, D]
+    num_others = positions.shape[1] - own.patch_embeddings.num_patches
+    state["position_embeddings"] = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=num_others)
+    fresh.load_state_dict(state, assign=True)
+    student.base_model.embeddings = fresh.train(own.training)
+
+
+def _check_size(student: PreTrainedModel, image_size: int, resamples: bool = True) -> None:
+    """Raises ValueError if a student doesn't take a size, or would not if its position embeddings were resampled."""
+
     def build(size: int) -> PreTrainedModel:
         if isinstance(student, TimmWrapperForImageClassification) and takes_img_size(student.config.architecture):
             config = type(student.config).from_dict(student.config.to_dict())
             config.model_args = (config.model_args or {}) | {"img_size": size}
+            return type(student)(config)
+        if resamples and isinstance(student, _WITH_POSITIONS):
+            config = copy.deepcopy(student.config)
+            config.image_size = size
+            if size % config.patch_size:
+                raise ValueError(f"its patches have {config.patch_size} pixels")
             return type(student)(config)
         return type(student)(student.config)
 

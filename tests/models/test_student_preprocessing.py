@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -123,7 +124,7 @@ def test_what_a_native_student_is_trained_with_is_saved_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("build", "processor", "arguments", "message"),
     [
-        (native_vit, ViTImageProcessor(size=32), {"image_size": 64}, r"ViTForImageClassification takes, got 64 .*to 32"),
+        (native_vit, ViTImageProcessor(size=32), {"image_size": 60}, r"ViTForImageClassification takes, got 60 .*to 32 or"),
         (native_vit, ViTImageProcessor(size=32), {"crop_pct": 0.9}, r"crop_pct must be None, since ViTImageProcessor of"),
         (native_resnet, transformers.EfficientNetImageProcessor(size=32), {"image_std": [0.2] * 3}, "image_std must be None"),
         (native_resnet, transformers.MobileViTImageProcessor(crop_size=32), {"image_mean": [0.5] * 3}, "image_mean must be"),
@@ -135,6 +136,32 @@ def test_what_a_native_student_is_trained_with_is_saved_with_it(tmp_path):
 def test_what_a_student_cannot_have_is_refused(tmp_path, build, processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         create_student(saved(tmp_path, build(), processor), **arguments)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT"])
+@pytest.mark.parametrize("image_size", [16, 48])
+def test_position_embeddings_are_resampled_for_another_size(tmp_path, name, image_size):
+    config = getattr(transformers, f"{name}Config")(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    own = getattr(transformers, f"{name}ForImageClassification")(config)
+    positions = own.base_model.embeddings.position_embeddings
+    positions.data.normal_()
+    folder = saved(tmp_path / "own", own, ViTImageProcessor(size=32))
+    student = create_student(folder, num_labels=3, image_size=image_size)
+    assert student.base_model.embeddings.position_embeddings.requires_grad
+    others = positions.shape[1] - 16
+    found, side = student.base_model.embeddings.position_embeddings, image_size // 8
+    assert torch.equal(found[:, :others], positions[:, :others])
+    grid = positions[:, others:].view(1, 4, 4, 32).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    assert torch.allclose(found[:, others:], expected.flatten(2).transpose(1, 2), atol=1e-6)
+    pixels = torch.randn(2, 3, image_size, image_size)
+    save_student(student, str(tmp_path / "new"))
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "new")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(pixels).logits, student.eval()(pixels).logits)
+    assert preprocessing(student)[0].size == (image_size, image_size)
 
 
 def test_without_an_image_processor_there_is_nothing_to_change(tmp_path):
