@@ -176,7 +176,7 @@ def _resize(student: PreTrainedModel, image_size: int) -> None:
         config.model_args = (before or {}) | {"img_size": image_size}
         _check_size(student, image_size)  # builds a model for the size
         _resize_timm(student, image_size)
-    elif isinstance(student, _WITH_POSITIONS) and image_size % student.config.patch_size == 0:
+    elif _has_positions(student) and image_size % student.config.patch_size == 0:
         _resize_positions(student, image_size)
     fault = run_fault(student, image_size)
     if fault is not None and not is_of_the_meta_device(fault):
@@ -202,6 +202,11 @@ def _resize_timm(student: TimmWrapperForImageClassification, image_size: int) ->
         )
 
 
+def _has_positions(student: PreTrainedModel) -> bool:
+    """Whether a student is a ViT or DeiT of transformers with square patches."""
+    return isinstance(student, _WITH_POSITIONS) and isinstance(student.config.patch_size, int)
+
+
 def _resize_positions(student: PreTrainedModel, image_size: int) -> None:
     """Resamples the position embeddings of a ViT or DeiT, as timm does for its own."""
     config, own = student.config, student.base_model.embeddings
@@ -210,8 +215,9 @@ def _resize_positions(student: PreTrainedModel, image_size: int) -> None:
         fresh = type(own)(config)
     state, side = own.state_dict(), image_size // config.patch_size
     positions = state["position_embeddings"]  # [1, other tokens and patches, D]
+    before = [length // config.patch_size for length in own.patch_embeddings.image_size]
     num_others = positions.shape[1] - own.patch_embeddings.num_patches
-    state["position_embeddings"] = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=num_others)
+    state["position_embeddings"] = resample_abs_pos_embed(positions, [side, side], before, num_others)
     fresh.load_state_dict(state, assign=True)
     student.base_model.embeddings = fresh.train(own.training)
 
@@ -224,7 +230,7 @@ def _check_size(student: PreTrainedModel, image_size: int, resamples: bool = Tru
             config = type(student.config).from_dict(student.config.to_dict())
             config.model_args = (config.model_args or {}) | {"img_size": size}
             return type(student)(config)
-        if resamples and isinstance(student, _WITH_POSITIONS):
+        if resamples and _has_positions(student):
             config = copy.deepcopy(student.config)
             config.image_size = size
             if size % config.patch_size:

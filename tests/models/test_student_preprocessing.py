@@ -138,6 +138,19 @@ def test_what_a_student_cannot_have_is_refused(tmp_path, build, processor, argum
         create_student(saved(tmp_path, build(), processor), **arguments)
 
 
+def test_position_embeddings_of_another_shape_are_resampled_or_refused(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    wide = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=[16, 32], patch_size=8, **sizes))
+    positions = wide.base_model.embeddings.position_embeddings
+    student = create_student(saved(tmp_path / "wide", wide, ViTImageProcessor(size=32)), image_size=32)
+    grid = positions[:, 1:].view(1, 2, 4, 32).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    assert torch.allclose(student.base_model.embeddings.position_embeddings[:, 1:], expected, atol=1e-6)
+    flat = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=[8, 16], **sizes))
+    with pytest.raises(ValueError, match="image_size must be a size that ViTForImageClassification takes, got 48"):
+        create_student(saved(tmp_path / "flat", flat, ViTImageProcessor(size=32)), image_size=48)
+
+
 @pytest.mark.parametrize("name", ["ViT", "DeiT"])
 @pytest.mark.parametrize("image_size", [16, 48])
 def test_position_embeddings_are_resampled_for_another_size(tmp_path, name, image_size):
