@@ -144,6 +144,11 @@ class ImageDataset(EpochDataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def without_crops(self) -> "ImageDataset":
+        dataset = copy.copy(self)
+        dataset._kept = None
+        return dataset
+
     def plain_key(self, index: int) -> tuple[int, int]:
         if not self.training:
             return 0, 0

@@ -59,4 +59,5 @@ class KeptRows:
 
 def _count_bytes(sample: dict) -> int:
     image: PIL.Image.Image | torch.Tensor = sample["decoded"][0]
-    return image.nbytes if isinstance(image, torch.Tensor) else image.width * image.height * len(image.getbands())
+    # Pillow has four bytes for a pixel of RGB.
+    return image.nbytes if isinstance(image, torch.Tensor) else 4 * image.width * image.height

@@ -1,5 +1,6 @@
 """Draws the order of the samples of an epoch, as pure functions of the arguments."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -77,14 +78,14 @@ def spread_crops(
     """Returns the positions of [`crop_order`] in an order in which the crops of a row are eight batches apart.
 
     Crops of one row in a batch, or in the next ones, cost accuracy. The rows are divided into blocks of eight batches of
-    rows, and the last block has fewer. A block comes with the first crop of all its rows, then with the second, and so on.
+    rows, and the last block has the rest, too. A block comes with the first crop of all its rows, then with the second, and so on.
     A process has the same rows in each of them, and so has each of its workers, if their number divides 8: an image needs
     no second decoding there. Two neighbours, which are mixed, stay together.
 
     Args:
         num_samples: number of positions. Those of three rows at the end of a part stay at the end.
         crops: number of samples of a row.
-        batch: number of samples of a batch of all processes.
+        batch: number of samples of an optimiser step, of all processes.
         shuffle: returns an order of so many pairs of rows.
 
     Example:
@@ -94,8 +95,10 @@ def spread_crops(
     num_rows, run = math.ceil(num_samples / crops), 2 * crops
     num_pairs = min(num_samples // run, num_rows // 2 - num_rows % 2)
     starts = run * torch.tensor(shuffle(max(num_pairs, 0)), dtype=torch.long)
-    positions = []
-    for block in starts.split(max(1, BATCHES_APART * batch // 2)):
+    size, positions = max(1, BATCHES_APART * batch // 2), []
+    edges = [size * block for block in range(max(1, len(starts) // size))]
+    for start, stop in itertools.pairwise([*edges, len(starts)]):
+        block = starts[start:stop]
         places = block[:, None] + torch.arange(run)  # [pairs, 2 crops]
         positions += places.view(-1, crops, 2).transpose(0, 1).flatten().tolist()
     return positions + list(range(len(positions), num_samples))

@@ -41,6 +41,10 @@ class EpochDataset(Dataset):
         """Returns the sample at `index` (0 <= index < len(self)) in `epoch`."""
         raise NotImplementedError
 
+    def without_crops(self) -> "EpochDataset":
+        """Returns the dataset for a reader that takes one sample of a row."""
+        return self
+
     def plain_key(self, index: int) -> tuple[int, int]:
         """Returns the epoch and the draw of the sample for a plain index (0 <= index < len(self))."""
         return 0, 0
@@ -120,7 +124,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
             [`~nkd_hf.data.orders.crop_order`].
         cycle: number of epochs after which the samples come again, with the same keys. They are shuffled, but pairs
             stay together, and the crops of a row as far apart as they were. None repeats no epoch.
-        batch: number of samples of a batch of all processes, by which the crops of a row are spread: see
+        batch: number of samples of an optimiser step, of all processes, by which the crops of a row are spread: see
             [`~nkd_hf.data.orders.spread_crops`]. None keeps the order of the positions.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..errors import suggest
@@ -47,8 +48,10 @@ class ExportArguments:
 DISTILL_ARGUMENTS = (RecipeArguments, DataArguments, DistillationTrainingArguments, ExportArguments)
 
 
-# The types of the arguments whose values `distill` checks, as a YAML file's values are.
+# The types of the arguments whose values `distill` checks, as a YAML file's values are. Some of TrainingArguments' own
+# take more than they declare.
 _PLAIN_TYPES = {bool, int, float, str, list, dict, NoneType}
+_PLAIN_TYPES_OF_TRAINER = {bool, int, float, NoneType}
 
 
 def distill(
@@ -122,7 +125,10 @@ def _check_type(name: str, value: Any, hint: Any) -> Any:
     value = _plain(value)
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
     members = {get_origin(member) or member for member in members}
-    return value if value is None or not members <= _PLAIN_TYPES else check_value(value, hint, None, name)
+    is_trainers = name in TrainingArguments.__dataclass_fields__
+    if not members <= (_PLAIN_TYPES_OF_TRAINER if is_trainers else _PLAIN_TYPES):
+        return value
+    return check_value(value, hint, None, name)
 
 
 def _plain(value: Any) -> Any:
@@ -162,7 +168,7 @@ def run_distillation(
         )
     if recipe.teacher_args and runs_teacher(recipe) and not recipe.names_new_teacher:
         raise ValueError(
-            f"teacher_args are for an architecture of timm, but {', '.join(recipe.teachers)} is opened as it is: omit them"
+            f"teacher_args are for an architecture of timm, which {', '.join(recipe.teachers)} is not: omit them"
         )
     set_workers(training, given)
     prepared = prepare(recipe, data, training, given)

@@ -1,6 +1,7 @@
 """Prepares `nkd-hf distill`: opens data and models once, reads a sample of the images, and sets the defaults."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from .teacher_start import open_named_teacher
 
 # Images of each split that are opened before the first step.
 _SAMPLE = 64
-# Names by which `datasets` knows a split's folder.
+# Words in the names of folders by which `datasets` knows a split.
 _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 
@@ -122,10 +123,16 @@ def _would_be_read(output_dir: str, name: str) -> bool:
     root, output = Path(name).resolve(), Path(output_dir).resolve()
     if not output.is_relative_to(root):
         return False
-    place = output.relative_to(root).parts[:1]
-    # `datasets` reads nothing else beside the folders of the splits, and nothing that is hidden.
-    splits = {entry.name for entry in root.iterdir() if entry.name in _SPLITS and entry.is_dir()}
-    return not ((splits and splits.isdisjoint(place)) or (place and place[0].startswith(".")))
+    parts = output.relative_to(root).parts
+    if any(part.startswith(".") for part in parts):
+        return False
+    # Beside the folders of splits, `datasets` reads nothing else.
+    folders = [entry.name for entry in (*root.iterdir(), *root.glob("data/*")) if entry.is_dir()]
+    return not any(map(_names_split, folders)) or any(map(_names_split, parts))
+
+
+def _names_split(name: str) -> bool:
+    return not _SPLITS.isdisjoint(re.split(r"[-._ 0-9]+", name))
 
 
 def _find_smaller_size(recipe: RecipeArguments, teacher: Teacher, size: int) -> int | None:

@@ -32,7 +32,7 @@ def check_value(value: Any, type_hint: Any, choices: Iterable[str] | None, where
 def _advise(value: Any, type_hint: Any) -> str:
     """Returns advice to write a value so that it has the type of its field; an empty text where nothing helps."""
     if value is None:
-        return ": remove the line to keep the default"
+        return ": omit it to keep the default"
     with contextlib.suppress(TypeError):
         if not isinstance(value, list | dict):
             _convert(str(value), type_hint)

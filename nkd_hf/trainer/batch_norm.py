@@ -66,6 +66,7 @@ def estimate_batch_norm(
         order.set_epoch(key[1])
         keys = itertools.islice(order, rank, None, world_size)
         sampler = list(keys) if is_own else [index for _, index in keys]
+        dataset = dataset.without_crops() if is_own else dataset
     loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers)
     num_batches = max(1, num_images // (batch_size * world_size))
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []

@@ -64,7 +64,8 @@ def make_epoch_sampler(dataset: EpochDataset, args: DistillationTrainingArgument
         labels=dataset.sampling_labels,
         crops=dataset.crops_per_image,
         cycle=None if store is None else store.info.cycle,
-        batch=args.train_batch_size * args.world_size,
+        # Between two crops lie steps of the optimiser, of which each may have several batches.
+        batch=args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
     )
 
 

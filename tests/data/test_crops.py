@@ -27,6 +27,7 @@ from nkd_hf.data.orders import crop_order
 from nkd_hf.data.sampler import EpochSampler
 from nkd_hf.models.saving import save_student
 from nkd_hf.teacher_logits.store import TeacherLogits
+from nkd_hf.trainer.loaders import make_epoch_sampler
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -96,10 +97,10 @@ def test_one_crop_is_the_order_without_crops():
 
 @pytest.mark.parametrize("cycle", [None, 4])
 def test_the_crops_of_a_row_are_eight_batches_apart(cycle):
-    """In the first and in a repeated epoch; the last block has fewer rows."""
-    ordered = keys(5, 352, positions=True, pairs=True, cycle=cycle, batch=4)  # 88 rows: blocks of 32, 32 and 24
+    """In the first and in a repeated epoch; the last block has the rest of the rows, too."""
+    ordered = keys(5, 352, positions=True, pairs=True, cycle=cycle, batch=4)  # 88 rows: blocks of 32 and of 56
     start = 0
-    for size in (32, 32, 24):
+    for size in (32, 56):
         rows = [key[1] for key in ordered[start : start + 4 * size]]
         assert len(set(rows[:size])) == size
         assert rows == rows[:size] * 4
@@ -131,6 +132,13 @@ def test_a_repeated_epoch_of_positions_keeps_the_crops_of_a_row_together():
         assert again[start : start + 8] in [first[place : place + 8] for place in range(0, 64, 8)]
 
 
+def test_the_batches_of_an_optimiser_step_count_as_one(rows):
+    args = DistillationTrainingArguments(
+        "unused", per_device_train_batch_size=4, gradient_accumulation_steps=2, use_cpu=True, report_to="none"
+    )
+    assert make_epoch_sampler(images(rows), args, list).batch == 8
+
+
 # --- the samples ---
 
 
@@ -148,12 +156,14 @@ def test_kept_images_have_a_limit_and_are_gone_in_the_next_epoch(rows, decoded, 
     width, height = dataset._kept.take(2, keys(2, batch=8)[0][1])["decoded"][0].size
     dataset[3, 0]
     assert len(dataset._kept._rows) == 1
-    monkeypatch.setattr(kept_rows, "_MAX_BYTES", 3 * 3 * width * height)
+    monkeypatch.setattr(kept_rows, "_MAX_BYTES", 3 * 4 * width * height)
     decoded.clear()
     dataset = images(rows)
+    alone = dataset.without_crops()
     for key in keys(2, batch=8):
         dataset[key]
         assert len(dataset._kept._rows) <= 3
+    assert alone._kept is None
     assert 7 < len(decoded) < 26  # some are found
 
 

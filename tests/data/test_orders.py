@@ -6,4 +6,4 @@ import nkd_hf.data.orders
 
 
 def test_docstring_examples():
-    assert doctest.testmod(nkd_hf.data.orders) == (0, 3)
+    assert doctest.testmod(nkd_hf.data.orders) == (0, 4)

@@ -45,7 +45,7 @@ from nkd_hf.models.saving import save_student
 from nkd_hf.recipe import distill as distill_module
 from nkd_hf.recipe import preparation, time_budget
 from nkd_hf.recipe import recipe as recipe_module
-from nkd_hf.recipe.crops import describe_uneven_crops
+from nkd_hf.recipe.crops import note_crops
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults, set_patience
 from nkd_hf.recipe.deployment import _image_reader
 from nkd_hf.recipe.time_budget import Speed
@@ -375,6 +375,7 @@ def test_images_that_cannot_be_read_are_named_before_training(tmp_path, capsys):
         ({"teacher_init": "rand"}, "teacher_init must be pretrained or random, got 'rand'"),
         ({"time_budget": 30}, "time_budget: expected a string or null, got the number 30"),
         ({"time_budget": "30"}, "time_budget must be a time such as 30m, 2h or 1h30m, got '30'"),
+        ({"max_int8_drop": None}, "max_int8_drop: expected a number, got null: omit it to keep the default"),
         ({"num_train_epochs": "3"}, "num_train_epochs: expected a number, got the string '3': remove the quotes"),
         ({"seed": 1.5}, "seed: expected an integer, got the number 1.5"),
         ({"student_args": "layers"}, "student_args: expected a mapping or null, got the string 'layers'"),
@@ -407,11 +408,14 @@ def test_python_s_values_are_those_of_the_command(tmp_path, monkeypatch):
         (False, ".out", False),
         (True, "out", False),
         (True, "train/out", True),
+        (True, "my_val-run", True),
+        (True, "runs/test", True),
     ],
 )
 def test_an_output_folder_whose_pictures_would_be_read_as_data_is_refused(tmp_path, with_splits, output, is_refused):
     root = tmp_path / "images"
-    (root / ("train/zero" if with_splits else "zero")).mkdir(parents=True)
+    for folder in ("data/train_set/zero", "data/val/zero") if with_splits else ("zero",):
+        (root / folder).mkdir(parents=True)
     training = DistillationTrainingArguments(str(root / output), use_cpu=True, report_to="none")
     for data in (DataArguments(str(root)), DataArguments("photos", unlabeled_dataset=str(root))):
         training.output_dir = str(root / output)
@@ -486,7 +490,7 @@ def test_default_epochs_are_a_multiple_of_the_crops(images, epochs, teacher_epoc
     data = DataArguments("somewhere", crops_per_image=4)
     set_defaults(recipe, data, training, {"per_device_train_batch_size"}, images, image_size=224)
     assert (training.num_train_epochs, recipe.teacher_epochs) == (epochs, teacher_epochs)
-    assert describe_uneven_crops(recipe, data, training, ["teacher", "student"]) == []
+    assert note_crops(recipe, data, training, ["teacher", "student"]) == []
 
 
 @pytest.mark.parametrize("with_batch_norm", [[], ["student"], ["teacher"], ["student", "teacher"]])
