@@ -166,7 +166,7 @@ def test_a_dumped_yaml_gives_the_same_values(tmp_path_factory, values):
         ("gamma: [1, 2]", "a number", r"the list \[1, 2\]"),
         ("gamma: {a: 1}", "a number", "the mapping {'a': 1}"),
         ("gamma: true", "a number", "the boolean true"),
-        ("gamma:", "a number", "null: remove the line"),
+        ("gamma:", "a number", "null: omit it"),
         ("image_size: 1.5", "an integer or null", "the number 1.5"),
         ("image_size: 32.0", "an integer or null", "the number 32.0"),
         ("image_size: true", "an integer or null", "the boolean true"),
