@@ -19,7 +19,7 @@ from ..models.preprocessing import load_image_processor
 from ..models.teacher import Teacher
 from ..trainer.agreement import first_fault
 from ..trainer.arguments import DistillationTrainingArguments
-from ..trainer.checkpoints import checkpoints
+from ..trainer.checkpoints import checkpoints, remove_old
 from ..trainer.trainer import DistillationTrainer
 from .progress import show_progress
 from .report import say
@@ -99,7 +99,11 @@ def train_model(trainer: DistillationTrainer, name: str, checkpoint: str | None,
     Raises:
         SystemExit: with a message, when a checkpoint or the model cannot be written.
     """
-    args, folder = trainer.args, Path(trainer.args.output_dir)
+    args, folder, limit = trainer.args, Path(trainer.args.output_dir), trainer.args.save_total_limit
+    if limit == 1 and args.load_best_model_at_end:
+        # Trainer deletes the last checkpoint, beside the best one, before the model is saved and evaluated. A run that is
+        # killed then would repeat the epochs after the best one.
+        args.save_total_limit = 2
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except CheckpointError as error:
@@ -114,6 +118,9 @@ def train_model(trainer: DistillationTrainer, name: str, checkpoint: str | None,
         trainer.save_state()
         if with_card:
             _write_card(trainer)
+    if args.save_total_limit != limit and args.should_save:
+        remove_old(str(folder), -1, limit, trainer.state.best_model_checkpoint)
+    args.save_total_limit = limit
 
 
 def restore_trained(trainer: DistillationTrainer) -> None:
