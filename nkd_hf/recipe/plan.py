@@ -104,7 +104,8 @@ def make_plan(
     student, taps = _describe_student(recipe, models)
     teachers = _describe_teachers(recipe, models)
     runs = _list_runs(recipe, data, models, teachers, notes)
-    notes += note_crops(recipe, data, training, runs if recipe.time_budget is None else ())
+    stages = runs if recipe.time_budget is None else ()
+    notes += note_crops(recipe, data, training, stages, steps["num_train_images"], steps["global_batch_size"])
     states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
     notes += _note_settings(training, steps)
     store = None

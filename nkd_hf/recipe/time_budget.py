@@ -156,8 +156,9 @@ def settle_epochs(run: "Recipe") -> None:
     """
     if run.args.time_budget is not None:
         fit_time_budget(run)
-    for fault in note_crops(run.args, run.data_args, run.training_args, run.stages):
-        if run.training_args.should_save:
+    training, num_images = run.training_args, None if run.data_args.streaming else len(run.data["train"])
+    for fault in note_crops(run.args, run.data_args, training, run.stages, num_images, training.global_batch_size()):
+        if training.should_save:
             logger.warning("%s.", fault)
 
 

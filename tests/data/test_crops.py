@@ -306,6 +306,17 @@ def test_the_plan_names_a_number_of_workers_that_decode_images_again(workers, is
     assert said == is_noted
 
 
+@pytest.mark.parametrize(("images", "most"), [(512, None), (511, 3), (100, 1)])
+def test_the_plan_names_crops_that_come_close_together(images, most, capsys):
+    given = ["--num_processes", "2", "--num_train_images", str(images), "--student", "resnet18", "--image_size", "32"]
+    given += ["--distillation_loss", "none", "--num_train_epochs", "8", "--per_device_train_batch_size", "8"]
+    cli.main(["plan", *given, "--gradient_accumulation_steps", "2", "--crops_per_image", "4"])
+    out = capsys.readouterr().out
+    said = f"crops_per_image should be at most {most} with {images} images in steps of 32, got 4" in out
+    assert said == (most is not None)
+    assert ("crops_per_image should be" in out) == said
+
+
 def test_a_run_warns_of_epochs_that_take_some_images_more_often(tmp_path, caplog):
     recipe = RecipeArguments("resnet18", distillation_loss="tfkd", image_size=32)
     data = DataArguments("digits", crops_per_image=4, max_train_samples=40, max_eval_samples=8)

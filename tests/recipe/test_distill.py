@@ -490,7 +490,7 @@ def test_default_epochs_are_a_multiple_of_the_crops(images, epochs, teacher_epoc
     data = DataArguments("somewhere", crops_per_image=4)
     set_defaults(recipe, data, training, {"per_device_train_batch_size"}, images, image_size=224)
     assert (training.num_train_epochs, recipe.teacher_epochs) == (epochs, teacher_epochs)
-    assert note_crops(recipe, data, training, ["teacher", "student"]) == []
+    assert note_crops(recipe, data, training, ["teacher", "student"], 10**6, 32) == []
 
 
 @pytest.mark.parametrize("with_batch_norm", [[], ["student"], ["teacher"], ["student", "teacher"]])
