@@ -78,9 +78,9 @@ def spread_crops(
     """Returns the positions of [`crop_order`] in an order in which the crops of a row are eight batches apart.
 
     Crops of one row in a batch, or in the next ones, cost accuracy. The rows are divided into blocks of eight batches of
-    rows, and the last block has the rest, too. A block comes with the first crop of all its rows, then with the second, and so on.
-    A process has the same rows in each of them, and so has each of its workers, if their number divides 8: an image needs
-    no second decoding there. Two neighbours, which are mixed, stay together.
+    rows, and the last block has the rest, too. A block comes with the first crop of all its rows, then with the second, and
+    so on. A process has the same rows in each of them, and so has each of its workers, if their number divides 8: an image
+    needs no second decoding there. Two neighbours, which are mixed, stay together.
 
     Args:
         num_samples: number of positions. Those of three rows at the end of a part stay at the end.

@@ -110,7 +110,8 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     """Yields the keys `(epoch, index)` of an [`EpochDataset`], each index once an epoch, or classes equally often.
 
     The order is a pure function of `(seed, epoch)`, and with several crops of `batch`: it is the same in all processes and
-    in a resumed epoch, and reads no global generator. If a row comes again in an epoch, its key has its draw, so that it gets another augmentation.
+    in a resumed epoch, and reads no global generator. If a row comes again in an epoch, its key has its draw, so that it gets
+    another augmentation.
 
     Args:
         num_samples: length of the dataset.

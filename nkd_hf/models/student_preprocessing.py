@@ -219,8 +219,6 @@ def _resize_positions(student: PreTrainedModel, image_size: int) -> None:
     num_others = positions.shape[1] - own.patch_embeddings.num_patches
     state["position_embeddings"] = resample_abs_pos_embed(positions, [side, side], before, num_others)
     fresh.load_state_dict(state, assign=True)
-    for name, parameter in fresh.named_parameters():
-        parameter.requires_grad = own.get_parameter(name).requires_grad
     student.base_model.embeddings = fresh.train(own.training)
 
 

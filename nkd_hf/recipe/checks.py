@@ -1,5 +1,8 @@
 """Checks a run before anything is trained: names, classes, and the loss of one image."""
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 from ..data.arguments import DataArguments
@@ -20,15 +23,19 @@ from .build import runs_teacher
 from .class_sizes import check_class_balance
 from .unlabeled import check_unlabeled
 
+# Words in the names of folders by which `datasets` knows a split.
+_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+
 
 def check_arguments(recipe: RecipeArguments, data: DataArguments, training: DistillationTrainingArguments) -> None:
     """Checks the arguments against each other, without data or models.
 
     Raises:
-        ValueError: the Hub knows no such licence, an argument is for a teacher and the loss has none, or the arguments
+        ValueError: the Hub knows no such licence, the data's folder would contain the run's pictures, an argument is for a teacher and the loss has none, or the arguments
             for classes of different sizes or for images without labels do not fit.
     """
     check_license(recipe.license)
+    _check_output_folder(data, training)
     check_class_balance(recipe, data)
     check_unlabeled(recipe, data)
     if data.balanced_sampling:
@@ -45,6 +52,35 @@ def check_arguments(recipe: RecipeArguments, data: DataArguments, training: Dist
             f"{', '.join(training.teacher_settings)} set how a teacher computes, and distillation_loss="
             f"{recipe.distillation_loss} has none: omit them"
         )
+
+
+def _check_output_folder(data: DataArguments, training: DistillationTrainingArguments) -> None:
+    """Raises ValueError where the pictures of the run would be read as images of the data by the next start."""
+    for name in filter(None, (data.dataset_name, data.unlabeled_dataset)):
+        if _would_be_read(training.output_dir, os.path.expanduser(name)):
+            raise ValueError(
+                f"output_dir must be outside of the data's folder, got {training.output_dir} in {redact(name)}: the pictures "
+                "of the run would be read as images of the data. Set another output_dir"
+            )
+
+
+def _would_be_read(output_dir: str, name: str) -> bool:
+    """Whether the images of a dataset that is a folder would include those of an output folder."""
+    if not os.path.isdir(name):
+        return False
+    root, output = Path(name).resolve(), Path(output_dir).resolve()
+    if not output.is_relative_to(root):
+        return False
+    parts = output.relative_to(root).parts
+    if any(part.startswith(".") for part in parts):
+        return False
+    # Beside the folders of splits, `datasets` reads nothing else.
+    folders = [entry.name for entry in (*root.iterdir(), *root.glob("data/*")) if entry.is_dir()]
+    return not any(map(_names_split, folders)) or any(map(_names_split, parts))
+
+
+def _names_split(name: str) -> bool:
+    return not _SPLITS.isdisjoint(re.split(r"[-._ 0-9]+", name))
 
 
 def check_names(recipe: RecipeArguments) -> None:

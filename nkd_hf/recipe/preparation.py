@@ -1,7 +1,5 @@
 """Prepares `nkd-hf distill`: opens data and models once, reads a sample of the images, and sets the defaults."""
 
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import nn
 from ..data.arguments import DataArguments
 from ..data.decoding import read_image, read_sample
 from ..data.labels import label_names
-from ..errors import BadSampleError, redact
+from ..errors import BadSampleError
 from ..models.architectures import is_architecture
 from ..models.image_sizes import takes_img_size
 from ..models.preprocessing import load_image_processor, read_preprocessing
@@ -33,8 +31,6 @@ from .teacher_start import open_named_teacher
 
 # Images of each split that are opened before the first step.
 _SAMPLE = 64
-# Words in the names of folders by which `datasets` knows a split.
-_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 
 @dataclass
@@ -76,7 +72,6 @@ def prepare(
                 setattr(arguments, name, record[name])
         return Prepared()
     check_names(recipe)
-    _check_output_folder(data, training)
     splits = open_data(data, training)
     if not data.streaming and data.on_bad_image == "error":
         for name, split in splits.items():
@@ -104,35 +99,6 @@ def prepare(
     num_images = None if data.streaming else len(splits["train"])
     set_defaults(recipe, data, training, given, num_images, size, with_batch_norm)
     return Prepared(splits, teacher, inherited)
-
-
-def _check_output_folder(data: DataArguments, training: DistillationTrainingArguments) -> None:
-    """Raises ValueError where the pictures of the run would be read as images of the data by the next start."""
-    for name in filter(None, (data.dataset_name, data.unlabeled_dataset)):
-        if _would_be_read(training.output_dir, os.path.expanduser(name)):
-            raise ValueError(
-                f"output_dir must be outside of the data's folder, got {training.output_dir} in {redact(name)}: the pictures "
-                "of the run would be read as images of the data. Set another output_dir"
-            )
-
-
-def _would_be_read(output_dir: str, name: str) -> bool:
-    """Whether the images of a dataset that is a folder would include those of an output folder."""
-    if not os.path.isdir(name):
-        return False
-    root, output = Path(name).resolve(), Path(output_dir).resolve()
-    if not output.is_relative_to(root):
-        return False
-    parts = output.relative_to(root).parts
-    if any(part.startswith(".") for part in parts):
-        return False
-    # Beside the folders of splits, `datasets` reads nothing else.
-    folders = [entry.name for entry in (*root.iterdir(), *root.glob("data/*")) if entry.is_dir()]
-    return not any(map(_names_split, folders)) or any(map(_names_split, parts))
-
-
-def _names_split(name: str) -> bool:
-    return not _SPLITS.isdisjoint(re.split(r"[-._ 0-9]+", name))
 
 
 def _find_smaller_size(recipe: RecipeArguments, teacher: Teacher, size: int) -> int | None:

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from store_runs import MIXING, NUM_TRAIN, arguments, train, write
 from tiny import make_trainer, timm_cnn
@@ -27,6 +28,7 @@ from nkd_hf.data.orders import crop_order
 from nkd_hf.data.sampler import EpochSampler
 from nkd_hf.models.saving import save_student
 from nkd_hf.teacher_logits.store import TeacherLogits
+from nkd_hf.trainer.batch_norm import estimate_batch_norm
 from nkd_hf.trainer.loaders import make_epoch_sampler
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -148,6 +150,16 @@ def test_the_first_crop_is_the_sample_without_crops(rows):
         assert torch.equal(several[3, row]["pixel_values"], single[3, row]["pixel_values"])
 
 
+def test_statistics_of_batch_norm_keep_no_images(rows):
+    """They read one sample of each row, which no other crop follows."""
+    dataset = images(rows)
+    dataset[0, 3]
+    estimate_batch_norm(
+        timm_cnn(), dataset, 16, Accelerator(cpu=True), key=(0, 7), batch_size=8, collate_fn=ImageCollator(10)
+    )
+    assert list(dataset._kept._rows) == [3]
+
+
 def test_kept_images_have_a_limit_and_are_gone_in_the_next_epoch(rows, decoded, monkeypatch):
     dataset = images(rows)
     for key in keys(2, batch=8)[:8]:
@@ -159,11 +171,9 @@ def test_kept_images_have_a_limit_and_are_gone_in_the_next_epoch(rows, decoded, 
     monkeypatch.setattr(kept_rows, "_MAX_BYTES", 3 * 4 * width * height)
     decoded.clear()
     dataset = images(rows)
-    alone = dataset.without_crops()
     for key in keys(2, batch=8):
         dataset[key]
         assert len(dataset._kept._rows) <= 3
-    assert alone._kept is None
     assert 7 < len(decoded) < 26  # some are found
 
 

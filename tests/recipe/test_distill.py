@@ -42,8 +42,8 @@ from nkd_hf import (
 from nkd_hf.data import load_image_dataset
 from nkd_hf.models import teacher_loading
 from nkd_hf.models.saving import save_student
+from nkd_hf.recipe import checks, preparation, time_budget
 from nkd_hf.recipe import distill as distill_module
-from nkd_hf.recipe import preparation, time_budget
 from nkd_hf.recipe import recipe as recipe_module
 from nkd_hf.recipe.crops import note_crops
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults, set_patience
@@ -420,9 +420,9 @@ def test_an_output_folder_whose_pictures_would_be_read_as_data_is_refused(tmp_pa
     for data in (DataArguments(str(root)), DataArguments("photos", unlabeled_dataset=str(root))):
         training.output_dir = str(root / output)
         with pytest.raises(ValueError, match="must be outside of") if is_refused else contextlib.nullcontext():
-            preparation._check_output_folder(data, training)
+            checks._check_output_folder(data, training)
         training.output_dir = str(tmp_path / "images-out")
-        preparation._check_output_folder(data, training)
+        checks._check_output_folder(data, training)
 
 
 def test_the_command_needs_data_and_a_folder(capsys):

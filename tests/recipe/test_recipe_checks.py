@@ -49,6 +49,11 @@ def refused(folder: Path, message: str, *arguments: str, recipe: str = "distill_
 # Errors come first
 
 
+def test_an_output_folder_among_the_images_is_refused(tmp_path):
+    (tmp_path / "zero").mkdir()
+    refused(tmp_path, "output_dir must be outside of the data's folder", "--dataset_name", str(tmp_path))
+
+
 def test_a_mistyped_teacher_is_refused_before_the_data_are_loaded(tmp_path, monkeypatch):
     save(tmp_path / "teacher")
     monkeypatch.setattr(recipe_module, "open_data", lambda *args: pytest.fail("the data come later"))
