@@ -58,8 +58,8 @@ def run_cell(
         raise SystemExit(f"{name}: {options.json} has it with other settings: name another --json")
     keep(bench, data, known)
     seeds = [*options.search_seeds, *options.seeds]
-    in_parallel([(bench.prepare, data, seed) for seed in seeds], options.jobs, "images and logits")
-    in_parallel([(bench.measure_confidence, data, seeds[0])], options.jobs, "confidence")
+    in_parallel([(bench.prepare, data, student, seed) for seed in seeds], options.jobs, "images and logits")
+    in_parallel([(bench.measure_confidence, data, student, seeds[0])], options.jobs, "confidence")
     # The known ones first, so that none is ever missing in the result.
     methods = [method for method in METHODS if known and method in known["chosen"]]
     new = [method for method in options.methods or ORDERS[student] if method not in methods]
@@ -90,7 +90,7 @@ def collect(
     machine = {name: value for name, value in common.describe_machine().items() if name != "load_average"}
     others = [each for each in (known["machines"] if known else []) if each != machine]
     return {
-        "teacher": bench.teacher_accuracies(data, options.search_seeds[0]) | {"sha256": hash_teacher(bench, data)},
+        "teacher": bench.teacher_accuracies(data, student, options.search_seeds[0]) | {"sha256": hash_teacher(bench, data)},
         "confidence": bench.read_confidence(data), "machines": [*others, machine], "settings": bench.settings([data]),
         "trials": options.trials, "chosen": chosen, "searches": [json.loads(path.read_text()) for path in paths],
         "runs": [bench.read(job) for job in jobs],

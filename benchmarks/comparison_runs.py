@@ -140,11 +140,11 @@ class ComparisonBench(Bench):
     def read_confidence(self, data: str) -> dict[str, float]:
         return json.loads(self.confidence_path(data).read_text())
 
-    def measure_confidence(self, data: str, seed: int) -> str:
+    def measure_confidence(self, data: str, student: str, seed: int) -> str:
         """Measures the teacher's confidence on the training images of a seed's first epoch, if that is not done."""
         path = self.confidence_path(data)
         if not path.is_file():
-            store = TeacherLogits(self.store_folder(data, seed))
+            store = TeacherLogits(self.store_folder(data, student, seed))
             rows = store.read(0, range(store.info.num_samples))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(describe_confidence(store.dense(rows), rows["target"].long())))

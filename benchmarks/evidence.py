@@ -145,11 +145,15 @@ def run_all(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     methods = [method for method in WEIGHTS if method in options.methods]
     in_parallel([(bench.write_teacher, data) for data in options.data], options.jobs, "teachers")
     in_parallel(
-        [(bench.prepare, data, seed) for data in options.data for seed in (SELECTION_SEED, *seeds)],
+        [
+            (bench.prepare, data, options.students[0], seed)
+            for data in options.data
+            for seed in (SELECTION_SEED, *seeds)
+        ],
         options.jobs,
         "images and logits",
     )
-    teachers = {data: bench.teacher_accuracies(data, SELECTION_SEED) for data in options.data}
+    teachers = {data: bench.teacher_accuracies(data, options.students[0], SELECTION_SEED) for data in options.data}
     if known and any(known["teachers"].get(data) != own for data, own in teachers.items()):
         raise SystemExit(f"the teachers are others: {teachers}, and of {options.result} {known['teachers']}")
     cells = [(data, student, method) for data in options.data for student in options.students for method in methods]
@@ -199,7 +203,7 @@ def take_over(bench: Bench, result: dict[str, Any]) -> None:
 
 def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jobs: int) -> bool:
     """Trains one cell again, teachers and all, with what was chosen; whether its figures are those of the result."""
-    data, _, method = cell
+    data, student, method = cell
     trainings = jobs_of(cell, result["chosen"], result["seeds"])
     known = {
         run["seed"]: (run["test"], run["test_loss"])
@@ -211,7 +215,9 @@ def rebuild(bench: Bench, cell: tuple[str, str, str], result: dict[str, Any], jo
     has_teacher = method not in ("baseline", "uskd")
     if has_teacher:
         in_parallel([(bench.write_teacher, data)], jobs, "teachers")
-    in_parallel([(bench.prepare, data, job.seed, has_teacher) for job in trainings], jobs, "images and logits")
+    in_parallel(
+        [(bench.prepare, data, student, job.seed, has_teacher) for job in trainings], jobs, "images and logits"
+    )
     in_parallel([(bench.train, job, True) for job in trainings], jobs, "trainings")
     done = [bench.read(job) for job in trainings]
     again = {run["seed"]: (run["test"], run["test_loss"]) for run in done}

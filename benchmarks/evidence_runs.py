@@ -139,8 +139,9 @@ class Bench(NamedTuple):
     def teacher_folder(self, data: str) -> Path:
         return self.output / "teachers" / data
 
-    def store_folder(self, data: str, seed: int) -> Path:
-        return self.output / "stores" / f"{data}-seed{seed}"
+    def store_folder(self, data: str, student: str, seed: int) -> Path:
+        """The students that train for equally many epochs share a store, and the images."""
+        return self.output / "stores" / f"{data}-{self.epochs_of(data, student)}epochs-seed{seed}"
 
     def recipe_args(self, data: str, seed: int, folder: Path, **settings: Any) -> list[str]:
         """The command line of a recipe, whose configuration is written to the folder."""
@@ -182,13 +183,13 @@ class Bench(NamedTuple):
             record.write_text(json.dumps(self.images_of(data)))
         return f"{data}: {', '.join(f'{number} {name}' for name, number in self.images_of(data).items())}"
 
-    def prepare(self, data: str, seed: int, with_teacher: bool = True) -> str:
+    def prepare(self, data: str, student: str, seed: int, with_teacher: bool = True) -> str:
         """Makes what all trainings of a seed share: their images, and the teacher's logits on them."""
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            job = Job(data, "cnn", "baseline", seed, 0.1, {})
+            job = Job(data, student, "baseline", seed, 0.1, {})
             recipe = self._recipe(job, Path(folder))
             self._training_images(job, recipe, recipe.create(recipe.args.student, recipe.args.student_args))
-        return self.write_store(data, seed) if with_teacher else f"images of {data}, seed {seed}"
+        return self.write_store(data, student, seed) if with_teacher else f"images of {data}, seed {seed}"
 
     def write_teacher(self, data: str) -> str:
         """Trains the teacher of a data set."""
@@ -204,20 +205,23 @@ class Bench(NamedTuple):
             (folder / "done.json").write_text(json.dumps({"accuracy": recipe.results["teacher"]}))
         return f"teacher of {data}"
 
-    def teacher_accuracies(self, data: str, seed: int) -> dict[str, float]:
+    def teacher_accuracies(self, data: str, student: str, seed: int) -> dict[str, float]:
         """Top-1 of the teacher on the test part, and, from the store of a seed, on the validation part."""
         test = json.loads((self.teacher_folder(data) / "done.json").read_text())["accuracy"]
-        return {"test": test, "validation": TeacherLogits(self.store_folder(data, seed)).info.teacher_accuracy}
+        return {
+            "test": test,
+            "validation": TeacherLogits(self.store_folder(data, student, seed)).info.teacher_accuracy,
+        }
 
-    def write_store(self, data: str, seed: int) -> str:
+    def write_store(self, data: str, student: str, seed: int) -> str:
         """Stores the teacher's logits on the images of all epochs of a seed."""
-        folder = self.store_folder(data, seed)
+        folder = self.store_folder(data, student, seed)
         if not (folder / "done").is_file():
             args = self.recipe_args(
                 data, seed, folder, validation_split="validation", eval_strategy="no", distillation_loss="nkd",
                 teacher=str(self.teacher_folder(data) / "run" / "teacher"), **STUDENTS["cnn"],
             )  # fmt: skip
-            epochs = str(self.epochs_of(data))
+            epochs = str(self.epochs_of(data, student))
             command = ["teacher-logits", *args, "--output", str(folder), "--epochs", epochs, "--batch_size", "64"]
             with contextlib.redirect_stdout(io.StringIO()):
                 cli.main(command)
@@ -258,7 +262,9 @@ class Bench(NamedTuple):
             measured = trainer.evaluate(self._pixels(job.data, "test", trainer.processing_class))
             result |= {"test": measured["eval_accuracy"], "test_loss": measured["eval_loss"]}
         if with_labels:
-            result["soft_labels"] = soft_labels(trainer, TeacherLogits(self.store_folder(job.data, job.seed)))
+            result["soft_labels"] = soft_labels(
+                trainer, TeacherLogits(self.store_folder(job.data, job.student, job.seed))
+            )
         return result
 
     def make_trainer(
@@ -295,7 +301,7 @@ class Bench(NamedTuple):
     def _recipe(self, job: Job, folder: Path) -> Recipe:
         method = self.method_settings(job)
         alone = method["distillation_loss"] in ALONE
-        store = {} if alone else {"teacher_logits": str(self.store_folder(job.data, job.seed))}
+        store = {} if alone else {"teacher_logits": str(self.store_folder(job.data, job.student, job.seed))}
         args = self.recipe_args(
             job.data, job.seed, folder, validation_split="validation", eval_strategy="epoch", **method,
             **self.suite.students[job.student] | store,
@@ -304,8 +310,8 @@ class Bench(NamedTuple):
         return _open_recipe([*args, "--output_dir", str(folder / "run")])
 
     def _training_images(self, job: Job, recipe: Recipe, student: nn.Module) -> KeptImages:
-        path = self.output / "images" / f"{job.data}-seed{job.seed}.npy"
-        return KeptImages(recipe.datasets(student)[0], path, self.epochs_of(job.data))
+        path = self.output / "images" / f"{self.store_folder(job.data, job.student, job.seed).name}.npy"
+        return KeptImages(recipe.datasets(student)[0], path, self.epochs_of(job.data, job.student))
 
     def _pixels(self, data: str, part: str, processor: Any) -> list[dict]:
         # Kept for all trainings of this process, whose students have the preprocessing of SHARED: otherwise each
