@@ -10,10 +10,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from comparison_teacher import FINETUNING, PACKAGE, finetune
+from comparison_teacher import FINETUNING, PACKAGE, finetune, train_rounded
 from comparison_temperature import describe_confidence
 from evidence_runs import STUDENTS, TEACHER_SEED, Bench, Job, Suite
+from scipy import stats
 from torch import nn
+from transformers import IntervalStrategy
 
 from nkd_hf import DistillationTrainer, NonFiniteLossError
 from nkd_hf.files import write_whole
@@ -22,28 +24,47 @@ from nkd_hf.teacher_logits.store import TeacherLogits
 PRETRAINED = "pretrained"
 DATA = {
     "fashion": {
-        "images": {"train": 4000, "validation": 1000, "test": 10000},
+        "classes": 10, "images": {"train": 4000, "validation": 1000, "test": 10000},
         "epochs": {"cnn": 15, "deit": 40}, "random_crop_padding": 2, "horizontal_flip": 0.5,
     },
     "numbers": {
-        "images": {"train": 4000, "validation": 1000, "test": 5000},
+        "classes": 100, "images": {"train": 4000, "validation": 1000, "test": 5000},
         "epochs": {"cnn": 15, "deit": 40}, "random_resized_crop": [0.9, 1.0], "horizontal_flip": 0.0,
     },
     # The images of `fashion`, and a teacher with ImageNet weights.
     PRETRAINED: {
-        "images": {"train": 4000, "validation": 1000, "test": 10000},
+        "classes": 10, "images": {"train": 4000, "validation": 1000, "test": 10000},
         "epochs": {"cnn": 15}, "random_crop_padding": 2, "horizontal_flip": 0.5, "image_size": 32,
     },
 }  # fmt: skip
-SUITE = Suite(DATA, STUDENTS)
+# A ResNet of twice the student's width, so that its weights can lie beside the results.
+TEACHER = {
+    "teacher": "resnet18",
+    "teacher_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8},
+    "optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4, "learning_rate": 0.1,
+}  # fmt: skip
+SUITE = Suite(DATA, STUDENTS, TEACHER)
 CELLS = [f"{data}/{student}" for data in DATA for student in DATA[data]["epochs"]]
 
 
 class Range(NamedTuple):
-    """Bounds of a setting, drawn from on a logarithmic scale."""
+    """Bounds of a setting; `place`, from 0 to 1, is on a logarithmic scale."""
 
     low: float
     high: float
+
+    def at(self, place: float) -> float:
+        return self.low * (self.high / self.low) ** place
+
+
+class Rest(NamedTuple):
+    """Bounds of a share of which the loss takes the rest: KD's `alpha` is what the task loss leaves."""
+
+    low: float
+    high: float
+
+    def at(self, place: float) -> float:
+        return 1 - Range(*self).at(place)
 
 
 RATES = {"cnn": Range(0.003, 0.3), "deit": Range(5e-4, 1e-2)}
@@ -54,17 +75,18 @@ class Method(NamedTuple):
 
     text: str
     loss: str = "none"
-    searched: dict[str, Range] = {}  # noqa: RUF012 (they are not changed)
+    searched: dict[str, Range | Rest] = {}  # noqa: RUF012 (they are not changed)
     fixed: dict[str, Any] = {}  # noqa: RUF012
     # Whether it is in the families of the comparison. Else it is an arm of the test of NKD's temperature, a family of its own.
     in_families: bool = True
 
 
-_SHARE, _WEIGHT, _TEMPERATURE = Range(0.01, 0.9), Range(0.25, 4.0), Range(1.0, 8.0)
+_SHARE, _WEIGHT, _TEMPERATURE = Rest(0.01, 0.9), Range(0.25, 4.0), Range(1.0, 8.0)
 GAMMA = Range(0.25, 4.0)
 TEMPERATURE_1, CONFIDENCE = "nkd_temperature_1", "nkd_confidence"
-BY_CONFIDENCE = "by the teacher's confidence"
-# Of each method its weight and its temperature, where it has them. KD's alpha is the share of the task loss.
+BY_CONFIDENCE, BY_CLASSES = "by the teacher's confidence", "the number of classes"
+# Of each method its weight and its temperature, where it has them. Tf-KD's strength is alpha * multiplier / classes: with this
+# multiplier it is alpha, as in the official code, which is for 100 classes.
 METHODS = {
     "baseline": Method("baseline"),
     "label_smoothing": Method("label smoothing", searched={"label_smoothing_factor": Range(0.02, 0.4)}),
@@ -78,7 +100,9 @@ METHODS = {
     "rld": Method("RLD", "rld", {"beta": _WEIGHT, "temperature": _TEMPERATURE}),
     "nkd": Method("NKD", "nkd", {"gamma": GAMMA, "temperature": _TEMPERATURE}),
     "uskd": Method("USKD", "uskd", {"alpha": Range(0.1, 1.0), "beta": Range(0.02, 0.5)}),
-    "tfkd": Method("Tf-KD", "tfkd", {"alpha": Range(0.05, 0.9), "temperature": Range(4.0, 40.0)}),
+    "tfkd": Method(
+        "Tf-KD", "tfkd", {"alpha": Range(0.01, 0.9), "temperature": Range(4.0, 40.0)}, {"multiplier": BY_CLASSES}
+    ),
     TEMPERATURE_1: Method("NKD, temperature 1", "nkd", {"gamma": GAMMA}, {"temperature": 1.0}, in_families=False),
     CONFIDENCE: Method(
         "NKD, temperature by confidence", "nkd", {"gamma": GAMMA}, {"temperature": BY_CONFIDENCE}, in_families=False
@@ -103,6 +127,16 @@ ORDERS = {
     ],
 }
 NEEDED = {"cnn": len(MAIN), "deit": 4}
+
+
+def draw_points(ranges: dict[str, Range | Rest], trials: int) -> list[dict[str, float]]:
+    """Draws the settings of the trials of a method, from the Latin hypercube with seed 0 that all methods share.
+
+    So each setting has one value in each of `trials` equal parts of its range, all methods of a student have the same
+    learning rates, and two methods with the same settings have the same points.
+    """
+    places = stats.qmc.LatinHypercube(3, optimization="random-cd", rng=0).random(trials).tolist()
+    return [{name: bounds.at(at) for (name, bounds), at in zip(ranges.items(), row, strict=False)} for row in places]
 
 
 class SearchTrainer(DistillationTrainer):
@@ -132,6 +166,8 @@ class ComparisonBench(Bench):
         loss_args = method.fixed | job.loss_args
         if loss_args.get("temperature") == BY_CONFIDENCE:
             loss_args["temperature"] = self.read_confidence(job.data)["temperature"]
+        if loss_args.get("multiplier") == BY_CLASSES:
+            loss_args["multiplier"] = float(self.suite.data[job.data]["classes"])
         return {"distillation_loss": method.loss, "loss_args": loss_args or None}
 
     def confidence_path(self, data: str) -> Path:
@@ -154,10 +190,14 @@ class ComparisonBench(Bench):
         settings = super().settings(names)
         if names == [PRETRAINED]:
             settings["teacher"] = FINETUNING | {"teacher": PACKAGE, "seed": TEACHER_SEED}
-        return settings
+        else:
+            settings["teacher"] |= {"weights": "rounded to half precision"}
+        # As JSON has it.
+        searched = {name: [method.searched, method.fixed] for name, method in METHODS.items()}
+        return settings | {"search": json.loads(json.dumps({"learning_rate": RATES, "methods": searched}))}
 
     def write_teacher(self, data: str) -> str:
-        return finetune(self, data) if data == PRETRAINED else super().write_teacher(data)
+        return finetune(self, data) if data == PRETRAINED else train_rounded(self, data, super().write_teacher)
 
     def search_path(self, data: str, student: str, method: str, seed: int) -> Path:
         return self.output / "search" / f"{data}-{student}-{method}-seed{seed}.json"
@@ -181,26 +221,25 @@ class ComparisonBench(Bench):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        ranges = {"learning_rate": RATES[job.student], **METHODS[job.method].searched}
-        done = []
-
-        def draw(trial: optuna.Trial) -> dict[str, float]:
-            params = {name: trial.suggest_float(name, *bounds, log=True) for name, bounds in ranges.items()}
-            if len(done) == trial.number:  # Trainer draws more than once in a trial, and gets the same each time.
-                done.append({"params": params, "validation": 0.0})
-            return params
+        points = draw_points({"learning_rate": RATES[job.student], **METHODS[job.method].searched}, trials)
+        done = [{"params": point, "validation": 0.0} for point in points]
 
         def read(metrics: dict[str, float]) -> float:
-            # Of each epoch; the last one stays.
-            done[-1] |= {"validation": metrics["eval_accuracy"], "validation_loss": metrics["eval_loss"]}
+            done[number] |= {"validation": metrics["eval_accuracy"], "validation_loss": metrics["eval_loss"]}
             return metrics["eval_accuracy"]
 
-        # The points do not depend on the accuracies: each seed gets the same ones. None is cut short. A training whose loss
-        # is not finite ends with the accuracy that it had.
-        self.make_trainer(job, folder, SearchTrainer).hyperparameter_search(
-            draw, read, trials, "maximize", "optuna", sampler=optuna.samplers.RandomSampler(seed=0),
-            pruner=optuna.pruners.NopPruner(), catch=NonFiniteLossError,
-        )  # fmt: skip
+        def draw(trial: optuna.Trial) -> dict[str, float]:
+            nonlocal number
+            number = trial.number
+            return points[number]
+
+        number = 0
+        trainer = self.make_trainer(job, folder, SearchTrainer)
+        trainer.args.eval_strategy = IntervalStrategy.NO  # hyperparameter_search evaluates the end of each training.
+        # A training whose loss is not finite counts as an accuracy of 0.
+        trainer.hyperparameter_search(
+            draw, read, trials, "maximize", "optuna", pruner=optuna.pruners.NopPruner(), catch=NonFiniteLossError
+        )
         return done
 
     def choose(self, data: str, student: str, method: str, seeds: list[int]) -> dict[str, Any]:

