@@ -14,7 +14,9 @@ from tables import markdown
 
 FOLDER = Path(__file__).parent
 PAGE, RESULT = FOLDER / "COMPARISON.md", FOLDER / "results" / "comparison.json"
+FIRST = FOLDER / "results" / "comparison-first.json"  # by the first protocol
 LEVEL, EQUAL = 0.05, 0.5  # of the test; in points
+FLAT, LAST = 0.5, 0.2  # points; share of the epochs
 ARMS = (TEMPERATURE_1, "nkd", CONFIDENCE)
 DECIDING = tuple(
     name for name in CELLS if name.endswith("/cnn")
@@ -140,7 +142,26 @@ def decision_text(cells: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def cell_text(name: str, cell: dict[str, Any]) -> str:
+def length_text(cell: dict[str, Any]) -> str:
+    """Whether the trainings of a cell were long enough, by the protocol's rule."""
+    curves: dict[str, list[list[float]]] = {}
+    for run in cell["runs"]:
+        curves.setdefault(run["method"], []).append(run["curve"])
+    rises = {}
+    for method, of_seeds in curves.items():
+        mean = 100 * np.mean(of_seeds, axis=0)
+        rises[method] = mean[-1] - mean[-1 - max(1, round(LAST * len(mean)))] if len(mean) > 1 else np.inf
+    rising = [METHODS[method].text for method in METHODS if rises.get(method, 0) >= FLAT]
+    text = (
+        f"In the last fifth of the epochs the accuracy on the validation part rises by {min(rises.values()):.2f} to "
+        f"{max(rises.values()):.2f} points. "
+    )
+    return text + (
+        f"Too short by the protocol: {', '.join(rising)}." if rising else "Long enough, by the protocol, for all."
+    )
+
+
+def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
     """The part of the page about a cell."""
     every = read_accuracies(cell)
     values = {method: tops for method, tops in every.items() if method in MAIN}
@@ -164,16 +185,17 @@ def cell_text(name: str, cell: dict[str, Any]) -> str:
     machines = "; ".join(f"{each['cpu']}, torch {each['torch']}, timm {each['timm']}" for each in cell["machines"])
     commits = sorted({record["commit"][:12] + record["commit"][40:] for record in [*cell["searches"], *cell["runs"]]})
     lines = [
-        f"### {name}",
+        f"### {title or name}",
         f"`{cell['command']}`: {len(cell['runs'])} trainings on {len(seeds)} seeds in {hours[0]:.1f} hours of CPU time, "
         f"and {trials} for the choice of the settings in {hours[1]:.1f}; at commit {', '.join(commits)}; "
         f"{machines}. The teacher's top-1 is {100 * teacher['validation']:.2f} on the validation part and "
         f"{100 * teacher['test']:.2f} on the test part. On the training images it gives the target {confidence['target']:.2f} on "
         f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
         f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's.",
+        length_text(cell),
         *([_describe_absent(absent, is_done)] if absent else []),
-        markdown(name, columns, rows),
-        *temperature_text(name, cell, every),
+        markdown(title or name, columns, rows),
+        *temperature_text(title or name, cell, every),
         *reason_text(cell, every),
     ]
     return "\n\n".join(lines)
@@ -185,19 +207,24 @@ def _describe_absent(texts: list[str], is_done: bool) -> str:
     return f"The cell is not done: {', '.join(texts)} are not run yet, and nothing below counts."
 
 
-def make_page(page: str, result: dict[str, Any]) -> str:
-    """The page with the results in their place."""
+def make_page(page: str, result: dict[str, Any], first: dict[str, Any]) -> str:
+    """The page with the results in their places, those by the first protocol last."""
     cells = result["cells"]
     texts = [*(cell_text(name, cell) for name, cell in cells.items()), *decision_text(cells)]
-    text = "\n\n".join(texts) or "No cell has been run yet."
-    return re.sub(
-        r"(<!-- results -->\n\n).*(\n\n<!-- end -->)", lambda match: match[1] + text + match[2], page, flags=re.S
-    )
+    earlier = [cell_text(name, cell, f"{name}, first protocol") for name, cell in first["cells"].items()]
+    page = _replace(page, "results", "\n\n".join(texts) or "No cell has been run yet.")
+    return _replace(page, "first results", "\n\n".join(earlier))
+
+
+def _replace(page: str, mark: str, text: str) -> str:
+    pattern = rf"(<!-- {mark} -->\n\n).*?(\n\n<!-- end -->)"
+    return re.sub(pattern, lambda match: match[1] + text + match[2], page, flags=re.DOTALL)
 
 
 def main() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"cells": {}}
-    page = make_page(PAGE.read_text(encoding="utf-8"), result)
+    first = json.loads(FIRST.read_text(encoding="utf-8"))
+    page = make_page(PAGE.read_text(encoding="utf-8"), result, first)
     if "--check" in sys.argv[1:]:
         sys.exit(0 if page == PAGE.read_text(encoding="utf-8") else f"{PAGE} is not what {RESULT} gives")
     PAGE.write_text(page, encoding="utf-8")

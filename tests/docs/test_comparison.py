@@ -23,6 +23,7 @@ import comparison
 import comparison_page
 import comparison_teacher
 import evidence
+from comparison_runs import RATES, draw_points
 from comparison_temperature import choose_temperature, describe_confidence
 from evidence_data import write_numbers
 from evidence_runs import SHARED, Job
@@ -151,7 +152,7 @@ class TestRun:
 
     def test_the_page_has_a_row_for_each_method(self, folder, cell):
         page = comparison_page.PAGE.read_text(encoding="utf-8")
-        text = comparison_page.make_page(page, json.loads((folder / "comparison.json").read_text()))
+        text = comparison_page.make_page(page, json.loads((folder / "comparison.json").read_text()), {"cells": {}})
         for method in self.METHODS:
             assert f"| {comparison.METHODS[method].text} | " in text
         assert "The cell is not done: KD, DKD, DIST, WTTM, RLD, NKD, USKD, Tf-KD are not run yet" in text
@@ -161,6 +162,7 @@ class TestRun:
         )
         assert str(folder) not in text
         assert "No cell has been run yet" not in text
+        assert "first protocol\n\n|" not in text
 
     def test_what_is_done_is_in_the_result_when_a_later_method_fails(self, folder, cell, tmp_path, monkeypatch):
         run_methods = comparison.run_methods
@@ -214,6 +216,25 @@ class TestRun:
         with pytest.raises(SystemExit, match=r"of another teacher than the one in .* Name another --output"):
             comparison.main(args)
 
+    def test_a_kept_teacher_is_taken_and_none_is_trained(self, folder, cell, tmp_path, monkeypatch):
+        """In half precision it lies beside the results; with other settings it is another one."""
+        own = folder / "out" / "teachers" / "fashion"
+        shutil.copytree(own / "half", tmp_path / "kept" / "fashion")
+        assert {path.name for path in (own / "half").iterdir()} == {"config.json", "model.safetensors", "done.json"}
+        half, used = (load_file(path / "model.safetensors") for path in (own / "half", own / "run" / "teacher"))
+        for name, weight in half.items():
+            assert not weight.is_floating_point() or weight.dtype == torch.float16
+            assert torch.equal(weight.to(used[name].dtype), used[name])
+        monkeypatch.setattr(comparison_teacher, "KEPT", tmp_path / "kept")
+        bench = comparison.ComparisonBench(tmp_path / "out", 2, 40, folder, "test", comparison.SUITE)
+        monkeypatch.setattr(evidence.Bench, "write_teacher", None)
+        bench.write_teacher("fashion")
+        for name in ("half/model.safetensors", "run/teacher/model.safetensors", "done.json"):
+            assert (tmp_path / "out" / "teachers" / "fashion" / name).read_bytes() == (own / name).read_bytes()
+        assert comparison.hash_teacher(bench, "fashion") == cell["teacher"]["sha256"]
+        with pytest.raises(TypeError):
+            bench._replace(output=tmp_path / "other", epochs=3).write_teacher("fashion")
+
     def test_another_teacher_or_other_settings_are_refused(self, folder, cell, tmp_path):
         for change, message in (
             ({"teacher": {"sha256": "0"}}, "is not the result's"),
@@ -261,7 +282,7 @@ class TestPretrainedTeacher:
         assert "`python benchmarks/comparison.py --cells pretrained/cnn --methods baseline nkd uskd" in text
 
     def test_the_arms_train_with_their_temperatures(self, folder, cell):
-        store = TeacherLogits(folder / "out" / "stores" / "pretrained-seed100")
+        store = TeacherLogits(folder / "out" / "stores" / "pretrained-1epochs-seed100")
         rows = store.read(0, range(20))
         expected = describe_confidence(store.dense(rows), rows["target"].long())
         assert cell["confidence"] == expected
@@ -295,9 +316,9 @@ class TestPretrainedTeacher:
         pixels = [read_preprocessing(model, load_image_processor(model)) for model in (teacher, student)]
         assert pixels[0] == pixels[1]
         assert (pixels[0].mean, pixels[0].size, pixels[0].interpolation) == ((0.5,) * 3, (32, 32), "bilinear")
-        store = json.loads((folder / "out" / "stores" / "pretrained-seed0" / "store.json").read_text())
+        store = json.loads((folder / "out" / "stores" / "pretrained-1epochs-seed0" / "store.json").read_text())
         assert store["teacher_accuracy"] == store["teacher_own_accuracy"] == cell["teacher"]["validation"]
-        images = np.load(folder / "out" / "images" / "pretrained-seed0.npy")
+        images = np.load(folder / "out" / "images" / "pretrained-1epochs-seed0.npy")
         assert images.shape == (1, 20, 32, 32)
 
     def test_it_starts_from_the_weights_and_gets_a_head_of_the_data(self, folder):
@@ -377,7 +398,7 @@ class TestTemperature:
     def cell(self, **tops):
         """A cell of the result with these accuracies in percent."""
         runs = [
-            {"method": method, "seed": seed, "test": top / 100, "cpu": 1.0, "commit": "0" * 40}
+            {"method": method, "seed": seed, "test": top / 100, "curve": [0.7, 0.7], "cpu": 1.0, "commit": "0" * 40}
             for method, values in tops.items()
             for seed, top in enumerate(values)
         ]
@@ -458,17 +479,31 @@ class TestTemperature:
         assert comparison_page.decision_text(cells) == [], "not before the last of its cells"
 
 
+# Settings of the papers' codes that are not the library's defaults, by method: KD's with standardised logits for CIFAR-100, those for
+# ImageNet of KD and DKD (mdistiller), NKD's temperature for CIFAR-100, and Tf-KD's strength for 100 classes.
+OF_PAPERS = {
+    "kd": {"alpha": 0.5, "temperature": 1.0},
+    "kd_standardized": {"alpha": 9 * 4 / (9 * 4 + 0.1 * 4), "temperature": 2.0},
+    "dkd": {"beta": 0.5, "temperature": 1.0},
+    "nkd": {"temperature": 3.0},
+    "uskd": {"alpha": 0.1},
+    "tfkd": {"alpha": 0.1},
+}
+
+
 def test_a_method_s_settings_are_those_of_its_loss():
     """Each searched and fixed setting exists, and its bounds hold the loss's default or its paper's value."""
     from nkd_hf.losses.registry import LOSSES
 
-    for method in comparison.METHODS.values():
+    for key, method in comparison.METHODS.items():
         if method.loss != "none":
             loss = LOSSES[method.loss](**({"in_features": 4, "num_classes": 3} if method.loss == "uskd" else {}))
             for name in (*method.searched, *method.fixed):
                 assert hasattr(loss, name), (method.text, name)
-            for name, (low, high) in method.searched.items():
-                assert low <= getattr(loss, name) <= high, (method.text, name)
+            for name, bounds in method.searched.items():
+                low, high = sorted((bounds.at(0), bounds.at(1)))
+                for value in (getattr(loss, name), OF_PAPERS.get(key, {}).get(name, low)):
+                    assert low <= value <= high, (method.text, name)
     assert len(comparison_page.MAIN) == 11
     assert all(set(order) == set(comparison_page.MAIN) for order in comparison.ORDERS.values())
     assert set(comparison_page.MAIN) == set(comparison.METHODS) - {"nkd_temperature_1", "nkd_confidence"}
@@ -481,6 +516,49 @@ def test_a_method_s_settings_are_those_of_its_loss():
     assert bench.epochs_of("fashion") == 40
 
 
+def test_all_methods_are_searched_at_the_same_places():
+    points = {
+        (student, name): draw_points({"learning_rate": RATES[student], **method.searched}, 8)
+        for student in RATES
+        for name, method in comparison.METHODS.items()
+    }
+    for (student, name), of_method in points.items():
+        assert [point["learning_rate"] for point in of_method] == [
+            point["learning_rate"] for point in points[student, "baseline"]
+        ], name
+        for setting, bounds in {"learning_rate": RATES[student], **comparison.METHODS[name].searched}.items():
+            # One in each eighth of the range.
+            edges = sorted(bounds.at(place / 8) for place in range(9))
+            counts, _ = np.histogram([point[setting] for point in of_method], edges)
+            assert counts.tolist() == [1] * 8, (name, setting)
+    kd, standardized = points["cnn", "kd"], points["cnn", "kd_standardized"]
+    assert kd == standardized
+    assert all(0.1 <= point["alpha"] <= 0.99 for point in kd)
+    for arm in ("nkd_temperature_1", "nkd_confidence"):
+        for point, of_nkd in zip(points["cnn", arm], points["cnn", "nkd"], strict=True):
+            assert point.items() <= of_nkd.items()
+
+
+def test_tf_kd_has_the_strength_alpha_whatever_the_number_of_classes():
+    bench = comparison.ComparisonBench(Path("out"), suite=comparison.SUITE)
+    for data, classes in (("fashion", 10), ("numbers", 100), ("pretrained", 10)):
+        settings = bench.method_settings(Job(data, "cnn", "tfkd", 0, 0.1, {"alpha": 0.2}))
+        assert settings["loss_args"] == {"multiplier": classes, "alpha": 0.2}
+
+
+def test_the_page_names_trainings_that_are_too_short():
+    def run(method, *curve):
+        return {"method": method, "curve": [0.5, 0.6, *curve]}
+
+    cell = {"runs": [run("kd", 0.7, 0.7, 0.701), run("kd", 0.7, 0.7, 0.705), run("nkd", 0.7, 0.7, 0.706)]}
+    assert comparison_page.length_text(cell) == (
+        "In the last fifth of the epochs the accuracy on the validation part rises by 0.30 to 0.60 points. "
+        "Too short by the protocol: NKD."
+    )
+    del cell["runs"][2]
+    assert comparison_page.length_text(cell).endswith("0.30 to 0.30 points. Long enough, by the protocol, for all.")
+
+
 def test_the_gains_of_which_loss_are_those_of_the_measurements():
     """The CNN's of COMPARISON.md, the DeiT's of EVIDENCE.md."""
     root = Path(__file__).parents[2]
@@ -488,7 +566,7 @@ def test_the_gains_of_which_loss_are_those_of_the_measurements():
         (root / name).read_text(encoding="utf-8")
         for name in ("benchmarks/COMPARISON.md", "benchmarks/EVIDENCE.md", "docs/which-loss.md")
     )
-    cnn = comparison_text.partition("\nfashion/cnn\n")[2].lstrip().partition("\n\n")[0]
+    cnn = comparison_text.partition("\nfashion/cnn, first protocol\n")[2].lstrip().partition("\n\n")[0]
     deit = evidence_text.partition("fashion, deit\n")[2].partition("<!-- end -->")[0]
     rows = re.findall(
         r"^\| (`\w+`[^|]*|none|label smoothing) \|.*\| (.*?) \| (.*?) \|$",
