@@ -213,7 +213,7 @@ class RecipeArguments:
         if self.needs_teacher and self.teacher is None and self.teacher_logits is None:
             raise ValueError(
                 f"distillation_loss={self.distillation_loss} needs a teacher: set teacher to a Hub id, a folder or an "
-                "architecture, or distillation_loss to uskd, which has none"
+                "architecture, or distillation_loss to uskd or tfkd, which have none"
             )
         if self.losses and not self.needs_teacher and self.teacher is not None:
             raise ValueError(

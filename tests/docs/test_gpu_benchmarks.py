@@ -21,7 +21,7 @@ import tables  # noqa: E402
 BENCH = runpy.run_path(str(BENCHMARKS / "gpu" / "bench.py"))
 CHECK = runpy.run_path(str(BENCHMARKS / "gpu" / "check.py"))
 # Of each script one part.
-PARTS = ["step", "throughput", "losses", "memory", "scale", "teacher", "teacher_store"]
+PARTS = ["step", "throughput", "losses", "loss_costs", "memory", "scale", "teacher", "teacher_store"]
 
 
 class Parsed(Exception):

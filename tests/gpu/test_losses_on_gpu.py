@@ -17,6 +17,9 @@ FEATURES = {
 }  # fmt: skip
 # Arguments with which the masks of these losses do not depend on what is drawn.
 LOSS_ARGS = {"mgd": {"mask_ratio": 0.0}, "vitkd": {"mask_ratio": 1.0}}
+# Each loss, and those that standardise logits with that, too: the loss's name and its arguments.
+VARIANTS = {name: (name, LOSS_ARGS.get(name, {})) for name in LOSSES}
+VARIANTS |= {f"{name}, standardize": (name, {"standardize": True}) for name in ("kd", "dkd", "rld")}
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,6 +33,10 @@ def make_inputs(dtype: torch.dtype, batch: int, classes: int) -> dict:
         tensors[f"{side}_head_bias"] = torch.zeros(classes)
     labels = torch.randint(classes, (batch,), generator=generator)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()} | {"labels": labels}
+
+
+def build(name: str, loss_args: dict, shapes: dict) -> nn.Module:
+    return build_losses({name: LOSSES[name]}, loss_args, shapes)[name]
 
 
 def evaluate(
@@ -56,12 +63,11 @@ def evaluate(
 # The losses compute in float32 whatever the logits' precision is, so that one graph says enough of compiled ones.
 @pytest.mark.parametrize(("precision", "compiled"), [(name, False) for name in PRECISIONS] + [("float32", True)])
 def test_losses_are_those_of_float64(device, precision, compiled):
-    batch, classes, names = (8, 10, ["nkd", "uskd"]) if device == "cpu" else (256, 1000, LOSSES)
+    batch, classes, names = (8, 10, ["nkd", "uskd"]) if device == "cpu" else (256, 1000, VARIANTS)
     torch.manual_seed(0)
     shapes = SHAPES | {"num_classes": classes}
     # On the CPU, tests/losses compiles each of them.
-    names = names if compiled else LOSSES
-    built = {name: build_losses({name: LOSSES[name]}, LOSS_ARGS.get(name, {}), shapes)[name] for name in names}
+    built = {name: build(*VARIANTS[name], shapes) for name in (names if compiled else VARIANTS)}
     losses, inputs = nn.ModuleDict(built), make_inputs(PRECISIONS[precision], batch, classes)
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     expected = evaluate(copy.deepcopy(losses).double(), exact, 1.0, None)
@@ -85,9 +91,9 @@ def test_losses_are_those_of_float64(device, precision, compiled):
 
 
 @pytest.mark.parametrize("labels", ["class indices", "mixup"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_no_loss_looks_at_a_value(meta, name, labels):
-    loss = build_losses({name: LOSSES[name]}, {}, SHAPES | {"num_classes": 10})[name].to(meta)
+    loss = build(*VARIANTS[name], SHAPES | {"num_classes": 10}).to(meta)
     inputs = {key: tensor.to(meta) for key, tensor in make_inputs(torch.float16, 8, 10).items()}
     if labels == "mixup":
         inputs["labels"] = torch.empty(8, 10, device=meta)
