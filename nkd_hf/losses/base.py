@@ -92,6 +92,10 @@ class DistillationLoss(nn.Module):
     def check_map_sizes(student_size: tuple[int, int], teacher_size: tuple[int, int]) -> None:
         """Raises ValueError where the loss cannot compare maps of these heights and widths; a recipe calls it first."""
 
+    def describe_misfit(self, num_classes: int) -> str | None:
+        """Says which settings of the loss do not suit so many classes, or None; the trainer warns of it, a plan notes it."""
+        return None
+
 
 def loss_inputs(loss: nn.Module | type[nn.Module]) -> list[str]:
     """The names of the arguments of a loss's forward: what it asks for."""

@@ -9,6 +9,8 @@ from .checks import check_labels, check_scalar, check_share, check_student_logit
 
 # The virtual teacher's probability of the label: the official code's.
 _CORRECT = 0.99
+# A label smoothing that is stronger costs accuracy.
+_STRONG = 0.3
 
 
 def tfkd_loss(
@@ -122,6 +124,16 @@ class TfKDLoss(DistillationLoss):
             student_logits, labels, alpha=self.alpha, temperature=self.temperature, multiplier=self.multiplier
         )
         return {"tfkd": loss}
+
+    def describe_misfit(self, num_classes: int) -> str | None:
+        strength = self.alpha * self.multiplier / num_classes
+        if strength <= _STRONG:
+            return None
+        return (
+            f"alpha * multiplier / classes of tfkd should be about 0.1, as the official code has it for 100 classes, got {self.alpha:g} * "
+            f"{self.multiplier:g} / {num_classes} = {strength:.2g}, which smooths the labels away. Set loss_args multiplier to the number of "
+            f"classes, {num_classes}"
+        )
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, temperature={self.temperature}, multiplier={self.multiplier}"

@@ -108,6 +108,7 @@ def make_plan(
     notes += note_crops(recipe, data, training, stages, steps["num_train_images"], steps["global_batch_size"])
     states = {name: count_state_bytes(trained, training, notes) for name, trained in runs.items()}
     notes += _note_settings(training, steps)
+    notes += filter(None, (loss.describe_misfit(student["num_classes"]) for loss in models.trained.losses.values()))
     store = None
     if top_k is not None or cycle is not None:
         of_epochs = steps["num_train_images"], math.ceil(steps["epochs"] - 1e-9)

@@ -1,6 +1,5 @@
 """Checks a DistillationTrainer before the first step: arguments, pixels, weights, metrics, batches."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel, SchedulerType, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, has_length
+from transformers.utils import logging
 
 from ..data.collator import ImageCollator
 from ..data.dataset_classes import check_dataset_classes
 from ..data.sampler import EpochDataset, EpochSampler
 from ..data.seeding import seeded
 from ..data.transforms import read_transform
+from ..losses.base import DistillationLoss
 from ..metrics import compute_balanced_metrics, compute_metrics
 from ..models.labels import check_classifier
 from ..models.preprocessing import read_preprocessing
@@ -31,7 +32,7 @@ from .unlabeled_checks import check_unlabeled
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 _ACCURACIES = ["accuracy", "top5_accuracy"]
 # The metrics of the package's own functions.
@@ -107,6 +108,10 @@ def check_trainer(trainer: "DistillationTrainer") -> None:
     check_label_names(trainer)
     check_pixels(datasets, model.student, trainer.processing_class)
     check_dataset_classes(model.config.id2label, datasets)
+    for loss in model.losses.values():
+        if isinstance(loss, DistillationLoss) and (misfit := loss.describe_misfit(model.config.num_labels)):
+            # A run makes several trainers of its student, and the warning should come once.
+            logger.warning_once("%s.", misfit)
     if trainer.optimizer is not None:
         check_no_group_is_empty(trainer.optimizer)
 

@@ -143,3 +143,16 @@ def test_trains_without_a_teacher_and_weighs_the_task_loss(tmp_path, labels):
 def test_weights_of_two_losses_multiply():
     model = DistillationModel(timm_cnn(), {"kd": KDLoss(alpha=0.5), "tfkd": TfKDLoss(alpha=0.2)})
     assert model.task_weight == pytest.approx(0.4)
+
+
+def test_a_strength_that_smooths_the_labels_away_is_warned_of(tmp_path, caplog):
+    """The default multiplier is the official one for 100 classes; with 10 classes it is ten times too strong."""
+    assert TfKDLoss().describe_misfit(100) is None
+    assert TfKDLoss().describe_misfit(1000) is None
+    assert TfKDLoss(alpha=0.2, multiplier=10).describe_misfit(10) is None
+    make_trainer(tmp_path, timm_cnn(), digits(0, 32), distillation_loss=TfKDLoss(alpha=0.123), max_steps=1)
+    [said] = [record.getMessage() for record in caplog.records if record.name == "nkd_hf.trainer.checks"]
+    assert said == (
+        "alpha * multiplier / classes of tfkd should be about 0.1, as the official code has it for 100 classes, got 0.123 * 100 / 10 "
+        "= 1.2, which smooths the labels away. Set loss_args multiplier to the number of classes, 10."
+    )

@@ -284,6 +284,14 @@ def test_a_schedule_that_follows_the_evaluations(plan):
     assert "cannot be planned" in figures["notes"][0]
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "multiplier", "noted"), [(10, 100, True), (10, 10, False), (1000, 100, False)]
+)
+def test_a_loss_whose_settings_do_not_suit_the_classes(plan, num_classes, multiplier, noted):
+    figures = plan(distillation_loss="tfkd", loss_args={"multiplier": multiplier}, num_classes=num_classes)
+    assert any("Set loss_args multiplier to the number of classes, 10" in note for note in figures["notes"]) == noted
+
+
 def test_disk_and_memory(plan):
     parameters, head = 11_689_512, 257_000
     student = 4 * (parameters + 2 * 4800) + 20 * 8  # with BatchNorm's running statistics and counters
