@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -48,17 +49,18 @@ CELLS = [f"{data}/{student}" for data in DATA for student in DATA[data]["epochs"
 
 
 class Range(NamedTuple):
-    """Bounds of a setting; `place`, from 0 to 1, is on a logarithmic scale."""
+    """Bounds of a setting."""
 
     low: float
     high: float
 
     def at(self, place: float) -> float:
+        """The value at a place from 0 to 1 of the logarithmic scale between the bounds."""
         return self.low * (self.high / self.low) ** place
 
 
 class Rest(NamedTuple):
-    """Bounds of a share of which the loss takes the rest: KD's `alpha` is what the task loss leaves."""
+    """Bounds of the task loss's share, which is 1 minus the setting: KD's `alpha`."""
 
     low: float
     high: float
@@ -97,7 +99,7 @@ METHODS = {
     "dkd": Method("DKD", "dkd", {"beta": Range(0.5, 16.0), "temperature": _TEMPERATURE}),
     "dist": Method("DIST", "dist", {"beta": _WEIGHT, "gamma": _WEIGHT}),
     "wttm": Method("WTTM", "wttm", {"beta": _WEIGHT, "exponent": Range(0.1, 0.8)}),
-    "rld": Method("RLD", "rld", {"beta": _WEIGHT, "temperature": _TEMPERATURE}),
+    "rld": Method("RLD", "rld", {"beta": Range(0.5, 16.0), "temperature": _TEMPERATURE}),
     "nkd": Method("NKD", "nkd", {"gamma": GAMMA, "temperature": _TEMPERATURE}),
     "uskd": Method("USKD", "uskd", {"alpha": Range(0.1, 1.0), "beta": Range(0.02, 0.5)}),
     "tfkd": Method(
@@ -136,7 +138,26 @@ def draw_points(ranges: dict[str, Range | Rest], trials: int) -> list[dict[str, 
     learning rates, and two methods with the same settings have the same points.
     """
     places = stats.qmc.LatinHypercube(3, optimization="random-cd", rng=0).random(trials).tolist()
+    assert len(ranges) <= len(places[0]), "the hypercube needs a dimension more"
     return [{name: bounds.at(at) for (name, bounds), at in zip(ranges.items(), row, strict=False)} for row in places]
+
+
+def points_of(student: str, method: str, trials: int) -> list[dict[str, float]]:
+    """The settings of the trials of a method, in their order."""
+    return draw_points({"learning_rate": RATES[student], **METHODS[method].searched}, trials)
+
+
+def are_near(points: list[dict[str, float]], others: list[dict[str, float]]) -> bool:
+    """Whether two lists of settings are equal but for the rounding of another processor."""
+    return len(points) == len(others) and all(
+        point.keys() == other.keys() and all(math.isclose(point[name], other[name], rel_tol=1e-9) for name in point)
+        for point, other in zip(points, others, strict=True)
+    )
+
+
+def describe(method: str) -> dict[str, Any]:
+    """What a search records of its method, beside the points."""
+    return {"loss": METHODS[method].loss, "fixed": METHODS[method].fixed}
 
 
 class SearchTrainer(DistillationTrainer):
@@ -192,9 +213,7 @@ class ComparisonBench(Bench):
             settings["teacher"] = FINETUNING | {"teacher": PACKAGE, "seed": TEACHER_SEED}
         else:
             settings["teacher"] |= {"weights": "rounded to half precision"}
-        # As JSON has it.
-        searched = {name: [method.searched, method.fixed] for name, method in METHODS.items()}
-        return settings | {"search": json.loads(json.dumps({"learning_rate": RATES, "methods": searched}))}
+        return settings
 
     def write_teacher(self, data: str) -> str:
         return finetune(self, data) if data == PRETRAINED else train_rounded(self, data, super().write_teacher)
@@ -211,7 +230,9 @@ class ComparisonBench(Bench):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             done = self._search(job, Path(folder), trials)
         best = max(trial["validation"] for trial in done)
-        record = {"data": data, "student": student, "method": method, "seed": seed, "trials": done}
+        record = (
+            {"data": data, "student": student, "method": method, "seed": seed} | describe(method) | {"trials": done}
+        )
         record |= {"cpu": round(time.process_time() - start, 1), "commit": self.commit}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -221,7 +242,7 @@ class ComparisonBench(Bench):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        points = draw_points({"learning_rate": RATES[job.student], **METHODS[job.method].searched}, trials)
+        points = points_of(job.student, job.method, trials)
         done = [{"params": point, "validation": 0.0} for point in points]
 
         def read(metrics: dict[str, float]) -> float:
@@ -243,11 +264,21 @@ class ComparisonBench(Bench):
         return done
 
     def choose(self, data: str, student: str, method: str, seeds: list[int]) -> dict[str, Any]:
-        """The settings with the best mean accuracy over the seeds of the search; the first of equals."""
+        """The settings with the best mean accuracy over the seeds of the search; the first of equals.
+
+        Raises:
+            SystemExit: a search had other points than this code's, or another loss.
+        """
         searches = [json.loads(self.search_path(data, student, method, seed).read_text()) for seed in seeds]
         points = [[trial["params"] for trial in search["trials"]] for search in searches]
-        if any(other != points[0] for other in points):
-            raise SystemExit(f"{data}/{student}/{method}: the searches have other points: delete {self.output}/search")
+        own = points_of(student, method, len(points[0]))
+        for search, others in zip(searches, points, strict=True):
+            if not are_near(others, own) or {name: search[name] for name in describe(method)} != describe(method):
+                raise SystemExit(
+                    f"{data}/{student}/{method}: the search of seed {search['seed']} had other settings than this code draws. "
+                    "Remove the method from the --json and its files from search and runs of --output, or check out the code "
+                    f"of its commit, {search['commit']}"
+                )
         means = [
             mean(trial["validation"] for trial in trials)
             for trials in zip(*(search["trials"] for search in searches), strict=True)
