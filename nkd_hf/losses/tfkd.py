@@ -9,7 +9,7 @@ from .checks import check_labels, check_scalar, check_share, check_student_logit
 
 # The virtual teacher's probability of the label: the official code's.
 _CORRECT = 0.99
-# A label smoothing that is stronger costs accuracy.
+# Above this strength the trainer warns. The official code has 0.1 and 0.01.
 _STRONG = 0.3
 
 
@@ -127,12 +127,12 @@ class TfKDLoss(DistillationLoss):
 
     def describe_misfit(self, num_classes: int) -> str | None:
         strength = self.alpha * self.multiplier / num_classes
-        if strength <= _STRONG:
+        if strength <= _STRONG or self.multiplier <= num_classes:
             return None
         return (
-            f"alpha * multiplier / classes of tfkd should be about 0.1, as the official code has it for 100 classes, got {self.alpha:g} * "
-            f"{self.multiplier:g} / {num_classes} = {strength:.2g}, which smooths the labels away. Set loss_args multiplier to the number of "
-            f"classes, {num_classes}"
+            "alpha * multiplier / classes of tfkd should be about 0.1, as the official code has it for 100 classes, got "
+            f"{self.alpha:g} * {self.multiplier:g} / {num_classes} = {strength:.2g}. The labels then count for little. Set loss_args "
+            f"multiplier to the number of classes, {num_classes}"
         )
 
     def extra_repr(self) -> str:

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import comparison
 import comparison_page
+import comparison_runs
 import comparison_teacher
 import evidence
-from comparison_runs import RATES, draw_points
+from comparison_runs import RATES, Range, draw_points
 from comparison_temperature import choose_temperature, describe_confidence
 from evidence_data import write_numbers
 from evidence_runs import SHARED, Job
@@ -140,6 +141,28 @@ class TestRun:
             trial[name] for name in ("validation", "validation_loss")
         ]
 
+    def test_a_trial_that_diverges_counts_as_0(self, folder, tmp_path, monkeypatch):
+        bench = comparison.ComparisonBench(folder / "out", 2, 40, folder, "test", comparison.SUITE)
+        points = [{"learning_rate": rate} for rate in (1e25, 0.01)]
+        monkeypatch.setattr(comparison_runs, "points_of", lambda *_: points)
+        monkeypatch.setattr(comparison.ComparisonBench, "search_path", lambda *_: tmp_path / "search.json")
+        bench.search("fashion", "cnn", "baseline", 100, 2)
+        diverged, trained = json.loads((tmp_path / "search.json").read_text())["trials"]
+        assert diverged == {"params": points[0], "validation": 0.0}
+        assert trained["validation"] > 0
+
+    def test_another_code_s_searches_are_refused(self, folder, monkeypatch):
+        bench = comparison.ComparisonBench(folder / "out", 2, 40, folder, "test", comparison.SUITE)
+        assert bench.choose("fashion", "cnn", "label_smoothing", [100, 101])
+        for attribute, value in (
+            ("fixed", {"standardize": True}),
+            ("searched", {"label_smoothing_factor": Range(0.1, 0.2)}),
+        ):
+            method = comparison.METHODS["label_smoothing"]._replace(**{attribute: value})
+            monkeypatch.setitem(comparison.METHODS, "label_smoothing", method)
+            with pytest.raises(SystemExit, match="seed 100 had other settings than this code draws"):
+                bench.choose("fashion", "cnn", "label_smoothing", [100, 101])
+
     def test_the_runs_train_with_what_was_chosen(self, cell):
         for method in self.METHODS:
             params = dict(cell["chosen"][method]["params"])
@@ -191,10 +214,10 @@ class TestRun:
         args[args.index("--output") + 1] = str(tmp_path)
         own, teacher = folder / "out" / "teachers" / "fashion", tmp_path / "teachers" / "fashion"
         shutil.copytree(own, teacher)
-        weights = load_file(teacher / "run" / "teacher" / "model.safetensors")
+        weights = load_file(teacher / "half" / "model.safetensors")
         name = next(name for name in weights if name.endswith("weight"))
-        weights[name] = weights[name] * (1 + 2**-20)
-        save_file(weights, teacher / "run" / "teacher" / "model.safetensors")
+        weights[name] = weights[name] * (1 + 2**-8)
+        save_file(weights, teacher / "half" / "model.safetensors")
         with pytest.raises(SystemExit, match="is not the result's") as refused:
             comparison.main(args)
         assert (
@@ -211,7 +234,7 @@ class TestRun:
         after, known = (json.loads(text)["cells"]["fashion/cnn"] for text in (result.read_text(), before))
         assert after == known
 
-        save_file(weights, teacher / "run" / "teacher" / "model.safetensors")
+        save_file(weights, teacher / "half" / "model.safetensors")
         args[-1] = str(tmp_path / "new.json")
         with pytest.raises(SystemExit, match=r"of another teacher than the one in .* Name another --output"):
             comparison.main(args)
@@ -480,12 +503,13 @@ class TestTemperature:
 
 
 # Settings of the papers' codes that are not the library's defaults, by method: KD's with standardised logits for CIFAR-100, those for
-# ImageNet of KD and DKD (mdistiller), NKD's temperature for CIFAR-100, and Tf-KD's strength for 100 classes.
+# ImageNet of KD and DKD (mdistiller), those for CIFAR-100 of RLD and of NKD's temperature, and Tf-KD's strength for 100 classes.
 OF_PAPERS = {
     "kd": {"alpha": 0.5, "temperature": 1.0},
     "kd_standardized": {"alpha": 9 * 4 / (9 * 4 + 0.1 * 4), "temperature": 2.0},
     "dkd": {"beta": 0.5, "temperature": 1.0},
     "nkd": {"temperature": 3.0},
+    "rld": {"beta": 8.0, "temperature": 4.0},
     "uskd": {"alpha": 0.1},
     "tfkd": {"alpha": 0.1},
 }
@@ -553,10 +577,10 @@ def test_the_page_names_trainings_that_are_too_short():
     cell = {"runs": [run("kd", 0.7, 0.7, 0.701), run("kd", 0.7, 0.7, 0.705), run("nkd", 0.7, 0.7, 0.706)]}
     assert comparison_page.length_text(cell) == (
         "In the last fifth of the epochs the accuracy on the validation part rises by 0.30 to 0.60 points. "
-        "Too short by the protocol: NKD."
+        "Half a point or more, and so too short: NKD."
     )
     del cell["runs"][2]
-    assert comparison_page.length_text(cell).endswith("0.30 to 0.30 points. Long enough, by the protocol, for all.")
+    assert comparison_page.length_text(cell).endswith("0.30 to 0.30 points. All trained long enough.")
 
 
 def test_the_gains_of_which_loss_are_those_of_the_measurements():

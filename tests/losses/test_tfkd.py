@@ -149,10 +149,10 @@ def test_a_strength_that_smooths_the_labels_away_is_warned_of(tmp_path, caplog):
     """The default multiplier is the official one for 100 classes; with 10 classes it is ten times too strong."""
     assert TfKDLoss().describe_misfit(100) is None
     assert TfKDLoss().describe_misfit(1000) is None
-    assert TfKDLoss(alpha=0.2, multiplier=10).describe_misfit(10) is None
+    assert TfKDLoss(alpha=0.5, multiplier=10).describe_misfit(10) is None, "alpha is what the user wants"
     make_trainer(tmp_path, timm_cnn(), digits(0, 32), distillation_loss=TfKDLoss(alpha=0.123), max_steps=1)
     [said] = [record.getMessage() for record in caplog.records if record.name == "nkd_hf.trainer.checks"]
     assert said == (
         "alpha * multiplier / classes of tfkd should be about 0.1, as the official code has it for 100 classes, got 0.123 * 100 / 10 "
-        "= 1.2, which smooths the labels away. Set loss_args multiplier to the number of classes, 10."
+        "= 1.2. The labels then count for little. Set loss_args multiplier to the number of classes, 10."
     )
