@@ -60,7 +60,7 @@ def _slow_unless_fixed(name: str):
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("name", map(_slow_unless_fixed, FAMILIES))
+@pytest.mark.parametrize("name", [*map(_slow_unless_fixed, FAMILIES)])
 def test_64_pixels_or_an_error_that_names_other_sizes(name):
     with torch.device("meta"):
         if name in NOT_AT_64 or name == NO_CLASSIFIER:
