@@ -69,7 +69,7 @@ def train_rounded(bench: Bench, data: str, train: Callable[[str], str]) -> str:
     another kind of processor would give others. The folder `half` is the one to keep.
     """
     folder = bench.teacher_folder(data)
-    half, used, end = folder / "half", folder / "run" / "teacher", folder / "rounded"
+    half, used, end, weights = folder / "half", folder / "run" / "teacher", folder / "rounded", "model.safetensors"
     if end.is_file():
         return f"teacher of {data}: there already"
     if not (half / DONE).is_file():
@@ -88,6 +88,8 @@ def train_rounded(bench: Bench, data: str, train: Callable[[str], str]) -> str:
     _save(half, used, torch.float32)
     shutil.copy(half / DONE, folder)
     end.touch()
+    if (KEPT / data / weights).is_file() and (KEPT / data / weights).read_bytes() == (half / weights).read_bytes():
+        return f"teacher of {data}: {KEPT / data}"
     return f"teacher of {data}: to continue its cells on another machine, copy {half} to {KEPT / data}"
 
 

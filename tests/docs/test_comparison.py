@@ -251,7 +251,7 @@ class TestRun:
         monkeypatch.setattr(comparison_teacher, "KEPT", tmp_path / "kept")
         bench = comparison.ComparisonBench(tmp_path / "out", 2, 40, folder, "test", comparison.SUITE)
         monkeypatch.setattr(evidence.Bench, "write_teacher", None)
-        bench.write_teacher("fashion")
+        assert bench.write_teacher("fashion") == f"teacher of fashion: {tmp_path / 'kept' / 'fashion'}"
         for name in ("half/model.safetensors", "run/teacher/model.safetensors", "done.json"):
             assert (tmp_path / "out" / "teachers" / "fashion" / name).read_bytes() == (own / name).read_bytes()
         assert comparison.hash_teacher(bench, "fashion") == cell["teacher"]["sha256"]
