@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from fashion_files import write_fashion_files
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -538,6 +539,22 @@ def test_a_method_s_settings_are_those_of_its_loss():
     }  # fmt: skip
     assert bench.epochs_of("fashion", "deit") == 40
     assert bench.epochs_of("fashion") == 40
+
+
+def test_the_bounds_hold_the_settings_of_the_papers_rows():
+    """But for the row of KD alone, without a task loss."""
+    searched = {method.loss: method.searched for method in comparison.METHODS.values() if not method.fixed}
+    seen = set()
+    for path in sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml")):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        losses, given = config["distillation_loss"].split("+"), config.get("loss_args") or {}
+        for loss in losses:
+            for name, value in (given if len(losses) == 1 else given[loss]).items():
+                if name in searched.get(loss, {}) and (loss, name, value) != ("kd", "alpha", 1.0):
+                    low, high = sorted((searched[loss][name].at(0), searched[loss][name].at(1)))
+                    assert low * (1 - 1e-9) <= value <= high * (1 + 1e-9), (path.name, name)
+                    seen.add(loss)
+    assert seen == {"nkd", "uskd", "dist", "wttm", "kd"}
 
 
 def test_all_methods_are_searched_at_the_same_places():
