@@ -58,13 +58,16 @@ def run_cell(
     wanted = (bench.settings([data]), options.trials, set(options.search_seeds), set(options.seeds))
     if known and read_extent(known) != wanted:
         raise SystemExit(f"{name}: {options.json} has it with other settings: name another --json")
+    # The known ones first, so that none is ever missing in the result.
+    methods = [method for method in METHODS if known and method in known["chosen"]]
+    new = [method for method in options.methods or ORDERS[student] if method not in methods]
+    if not new:
+        print(f"{name}: {options.json} has all that was asked for")
+        return
     keep(bench, data, known)
     seeds = [*options.search_seeds, *options.seeds]
     in_parallel([(bench.prepare, data, student, seed) for seed in seeds], options.jobs, "images and logits")
     in_parallel([(bench.measure_confidence, data, student, seeds[0])], options.jobs, "confidence")
-    # The known ones first, so that none is ever missing in the result.
-    methods = [method for method in METHODS if known and method in known["chosen"]]
-    new = [method for method in options.methods or ORDERS[student] if method not in methods]
     groups = [new[start : start + options.jobs] for start in range(0, len(new), options.jobs)]
     for group in [methods, *groups] if methods else groups:
         run_methods(bench, name, group, options)

@@ -96,13 +96,6 @@ class TestRun:
             patch.setitem(SHARED, "per_device_train_batch_size", 10)
             patch.setattr(evidence, "_set_up_worker", lambda: None)
             comparison.main(cls.arguments(folder))
-            before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.json")}
-            (folder / "out" / "runs").rename(folder / "runs")  # The result has them, too.
-            comparison.main(
-                ["--cells", "fashion/cnn", "--methods", "baseline", *cls.arguments(folder)[3 + len(cls.METHODS) :]]
-            )
-            after = {path.name for path in (folder / "out").rglob("*.json")}
-            assert after == {path.name for path in before}
             yield folder
 
     @classmethod
@@ -230,10 +223,31 @@ class TestRun:
 
         shutil.rmtree(teacher)
         shutil.copytree(own, teacher)
-        monkeypatch.setattr(comparison.ComparisonBench, "make_trainer", None)  # nothing is trained again
+        args[-1] = str(tmp_path / "result.json")
+        (tmp_path / "result.json").write_bytes(before)
+        args.insert(2 + args.index("baseline"), "tfkd")
+        trained, make_trainer = [], comparison.ComparisonBench.make_trainer
+
+        def count(bench, job, *rest):
+            trained.append(job.method)
+            return make_trainer(bench, job, *rest)
+
+        monkeypatch.setattr(comparison.ComparisonBench, "make_trainer", count)
         comparison.main(args)
-        after, known = (json.loads(text)["cells"]["fashion/cnn"] for text in (result.read_text(), before))
-        assert after == known
+        after, known = (
+            json.loads(text)["cells"]["fashion/cnn"] for text in ((tmp_path / "result.json").read_text(), before)
+        )
+        assert set(trained) == {"tfkd"}, "nothing is trained again"
+        assert set(after["chosen"]) == {*self.METHODS, "tfkd"}
+        for key in ("searches", "runs"):
+            assert [record for record in after[key] if record["method"] != "tfkd"] == known[key]
+        assert {name: after[name] for name in ("teacher", "confidence", "settings")} == {
+            name: known[name] for name in ("teacher", "confidence", "settings")
+        }
+
+        monkeypatch.setattr(comparison.ComparisonBench, "prepare", None)  # A cell that is done makes no images.
+        comparison.main(args)
+        assert json.loads((tmp_path / "result.json").read_text())["cells"]["fashion/cnn"] == after
 
         save_file(weights, teacher / "half" / "model.safetensors")
         args[-1] = str(tmp_path / "new.json")
