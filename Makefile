@@ -10,7 +10,7 @@ help:  ## list the targets
 demo: .venv/installed  ## install into .venv, then distil a DeiT on the digits
 	.venv/bin/accelerate launch recipes/distill_deit.py
 
-test: .venv/installed-test  ## run the quick tests: 5 minutes on two cores
+test: .venv/installed-test  ## run the quick tests: 4 to 9 minutes on two cores
 	.venv/bin/python -m pytest -m "not runs and not slow and not rows and not gpu" --numprocesses auto --dist worksteal
 
 test-runs: .venv/installed-test .venv/installed-space  ## run the longer tests: whole recipes, kills, processes, the notebook, the Space
