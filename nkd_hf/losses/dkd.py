@@ -174,7 +174,10 @@ def _components(
 def binary_log_probs(logits: Tensor, rest_logits: Tensor, target: Tensor) -> Tensor:
     """Log-probabilities [B, 2] of the target [B, 1] and of all the rest, whose logits have -inf at the target."""
     # from the log-odds, so that a rest of small probability keeps its digits
-    log_odds = logits.gather(-1, target) - rest_logits.logsumexp(-1, keepdim=True)
+    target_logits = logits.gather(-1, target)
+    log_odds = target_logits - rest_logits.logsumexp(-1, keepdim=True)
+    # nan where the target's logit has overflowed to inf, as in a softmax: its sigmoid would be a perfect 1
+    log_odds = log_odds + 0 * target_logits.relu()
     return torch.cat([F.logsigmoid(log_odds), F.logsigmoid(-log_odds)], dim=-1)
 
 

@@ -272,6 +272,18 @@ def test_confident_logits_and_classes_that_the_teacher_masks(dtype):
         assert gradient.isfinite().all(), name
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize("place", [0, 1], ids=["target", "other"])
+def test_a_logit_that_overflowed_is_no_finite_loss(value, side, place):
+    """Else a teacher in float16 whose logit is infinite would count as one that is certain."""
+    for name, (make_module, *_) in OF_LOGITS.items():
+        *logits, labels = make_batch(4, 6)
+        logits = [each.detach().clone() for each in logits]
+        logits[side][2, (labels[2] + place) % 6] = value
+        assert not sum(make_module()(*call_of(name, *logits, labels)).values()).isfinite(), name
+
+
 def test_dist_of_one_image_and_of_equal_probabilities_is_finite():
     for student_logits in (torch.randn(1, 5), torch.zeros(3, 5)):
         student_logits.requires_grad_()
