@@ -1,71 +1,24 @@
-"""Writes the results of comparison.py into COMPARISON.md: `python benchmarks/comparison_page.py [--check]`."""
+"""Writes the results of comparison.py into COMPARISON.md and which-loss.md: `python benchmarks/comparison_page.py [--check]`."""
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import comparison_gains
 import numpy as np
-from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, NEEDED, ORDERS, TEMPERATURE_1
-from evidence_page import Difference, mean_and_deviation, paired_difference
-from scipy import stats
+from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, ORDERS, TEMPERATURE_1
+from comparison_verdicts import FIRST, RESULT, judge, lacks_methods, read_accuracies
+from evidence_page import mean_and_deviation, paired_difference
 from tables import markdown
 
-FOLDER = Path(__file__).parent
-PAGE, RESULT = FOLDER / "COMPARISON.md", FOLDER / "results" / "comparison.json"
-FIRST = FOLDER / "results" / "comparison-first.json"  # by the first protocol
-LEVEL, EQUAL = 0.05, 0.5  # of the test; in points
+PAGE = Path(__file__).parent / "COMPARISON.md"
 FLAT, LAST = 0.5, 0.2  # points; share of the epochs
 ARMS = (TEMPERATURE_1, "nkd", CONFIDENCE)
 DECIDING = tuple(
     name for name in CELLS if name.endswith("/cnn")
 )  # whether the rule for NKD's temperature becomes an option
-
-
-class Verdict(NamedTuple):
-    """A method against a reference: the difference, Holm's adjusted p, and what it counts as."""
-
-    difference: Difference
-    p: float
-    text: str
-
-
-def adjust_by_holm(p_values: list[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order of the given ones."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted, highest = np.empty(len(p_values)), 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted.tolist()
-
-
-def judge(values: dict[str, list[float]], reference: str) -> dict[str, Verdict]:
-    """Compares all methods of a cell with one of them: top-1 in percent, seed by seed."""
-    others = [name for name in values if name != reference]
-    p_values = []
-    for name in others:
-        same = np.ptp(np.subtract(values[name], values[reference])) == 0
-        p_values.append(1.0 if same else float(stats.ttest_rel(values[name], values[reference]).pvalue))
-    verdicts = {}
-    for name, p in zip(others, adjust_by_holm(p_values), strict=True):
-        difference = paired_difference(values[name], values[reference])
-        text = "undecided"
-        if p < LEVEL:
-            text = "better" if difference.mean > 0 else "worse"
-        elif difference.low >= -EQUAL and difference.high <= EQUAL:
-            text = "equal"
-        verdicts[name] = Verdict(difference, p, text)
-    return verdicts
-
-
-def read_accuracies(cell: dict[str, Any]) -> dict[str, list[float]]:
-    """Top-1 on the test part in percent by method, seed by seed."""
-    values: dict[str, list[float]] = {}
-    for run in sorted(cell["runs"], key=lambda run: run["seed"]):
-        values.setdefault(run["method"], []).append(100 * run["test"])
-    return {name: values[name] for name in METHODS if name in values}
 
 
 _CHOSEN = ["chosen", "its validation"]
@@ -173,9 +126,7 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
         rows.append([*row, *_chosen_columns(cell, method)])
     columns = ["", "top-1 on test", "less the baseline", "p", "is", "less NKD", "p", "is"]
     columns += _CHOSEN
-    student = name.partition("/")[2]
-    absent = [METHODS[method].text for method in ORDERS[student] if method not in values]
-    is_done = set(ORDERS[student][: NEEDED[student]]) <= set(values)
+    absent = [METHODS[method].text for method in ORDERS[name.partition("/")[2]] if method not in values]
     seeds = sorted({run["seed"] for run in cell["runs"]})
     trials = sum(len(search["trials"]) for search in cell["searches"])
     hours = [sum(record["cpu"] for record in cell[key]) / 3600 for key in ("runs", "searches")]
@@ -191,7 +142,7 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
         f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
         f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's.",
         length_text(cell),
-        *([_describe_absent(absent, is_done)] if absent else []),
+        *([_describe_absent(absent, not lacks_methods(name, values))] if absent else []),
         markdown(title or name, columns, rows),
         *temperature_text(title or name, cell, every),
         *reason_text(cell, every),
@@ -222,10 +173,16 @@ def _replace(page: str, mark: str, text: str) -> str:
 def main() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"cells": {}}
     first = json.loads(FIRST.read_text(encoding="utf-8"))
-    page = make_page(PAGE.read_text(encoding="utf-8"), result, first)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if page == PAGE.read_text(encoding="utf-8") else f"{PAGE} is not what {RESULT} gives")
-    PAGE.write_text(page, encoding="utf-8")
+    which_loss = comparison_gains.PAGE.read_text(encoding="utf-8")
+    pages = {
+        PAGE: make_page(PAGE.read_text(encoding="utf-8"), result, first),
+        comparison_gains.PAGE: comparison_gains.fill(which_loss),
+    }
+    for path, text in pages.items():
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif text != path.read_text(encoding="utf-8"):
+            sys.exit(f"{path} is not what {RESULT.parent} gives")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import comparison
+import comparison_gains
 import comparison_page
 import comparison_runs
 import comparison_teacher
+import comparison_verdicts
 import evidence
 from comparison_runs import RATES, Range, draw_points
 from comparison_temperature import choose_temperature, describe_confidence
@@ -39,8 +41,8 @@ from nkd_hf.teacher_logits.store import TeacherLogits
 
 def test_holms_correction():
     # By hand: 4 * 0.01, 3 * 0.02, 2 * 0.03, and 0.04 is not below the one before it.
-    assert comparison_page.adjust_by_holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert comparison_page.adjust_by_holm([0.6, 0.9]) == [1.0, 1.0]
+    assert comparison_verdicts.adjust_by_holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert comparison_verdicts.adjust_by_holm([0.6, 0.9]) == [1.0, 1.0]
 
 
 def test_verdicts():
@@ -48,21 +50,26 @@ def test_verdicts():
     noise = np.array([0.1, -0.1, 0.2, -0.2, 0.0])
     values = {"baseline": base, "kd": base + noise + 2, "dkd": base + noise - 2, "nkd": base + noise}
     values["dist"] = base + 20 * noise
-    verdicts = comparison_page.judge({name: list(tops) for name, tops in values.items()}, "baseline")
+    verdicts = comparison_verdicts.judge({name: list(tops) for name, tops in values.items()}, "baseline")
     assert {name: verdict.text for name, verdict in verdicts.items()} == {
         "kd": "better", "dkd": "worse", "nkd": "equal", "dist": "undecided"
     }  # fmt: skip
     plain = stats.ttest_rel(values["kd"], base).pvalue
     assert verdicts["kd"].p == pytest.approx(4 * plain, rel=1e-6), "of four comparisons the first"
-    same = comparison_page.judge({"baseline": base, "nkd": base}, "baseline")["nkd"]
+    same = comparison_verdicts.judge({"baseline": base, "nkd": base}, "baseline")["nkd"]
     assert (same.p, same.text) == (1.0, "equal")
 
 
-def test_the_page_is_of_its_result(monkeypatch):
+def test_the_pages_are_of_their_results(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["comparison_page.py", "--check"])
-    with pytest.raises(SystemExit) as done:
+    comparison_page.main()
+    other = tmp_path / "which-loss.md"
+    other.write_text(
+        comparison_gains.PAGE.read_text(encoding="utf-8").replace("**+3.70 ", "**+3.71 "), encoding="utf-8"
+    )
+    monkeypatch.setattr(comparison_gains, "PAGE", other)
+    with pytest.raises(SystemExit, match="which-loss.md is not what"):
         comparison_page.main()
-    assert done.value.code == 0
 
 
 def test_the_parts_of_the_numbers_share_no_digit(tmp_path):
@@ -476,7 +483,7 @@ class TestTemperature:
         assert table.partition("\n\nfashion/cnn\n\n")[2] == without.partition("\n\nfashion/cnn\n\n")[2]
         assert "NKD, temperature 1" not in table
         [row] = [line for line in more.splitlines() if line.startswith("| NKD, temperature by confidence |")]
-        verdict = comparison_page.judge({arm: arms[arm] for arm in comparison_page.ARMS}, "nkd_temperature_1")
+        verdict = comparison_verdicts.judge({arm: arms[arm] for arm in comparison_page.ARMS}, "nkd_temperature_1")
         assert verdict["nkd_confidence"].text == "better"
         assert f"| {verdict['nkd_confidence'].difference} |" in row
         assert "a, torch 2, timm 1; b, torch 2, timm 1" in text
@@ -614,32 +621,66 @@ def test_the_page_names_trainings_that_are_too_short():
     assert comparison_page.length_text(cell).endswith("0.30 to 0.30 points. All trained long enough.")
 
 
-def test_the_gains_of_which_loss_are_those_of_the_measurements():
-    """The CNN's of COMPARISON.md, the DeiT's of EVIDENCE.md."""
-    root = Path(__file__).parents[2]
-    comparison_text, evidence_text, page = (
-        (root / name).read_text(encoding="utf-8")
-        for name in ("benchmarks/COMPARISON.md", "benchmarks/EVIDENCE.md", "docs/which-loss.md")
-    )
-    cnn = comparison_text.partition("\nfashion/cnn, first protocol\n")[2].lstrip().partition("\n\n")[0]
-    deit = evidence_text.partition("fashion, deit\n")[2].partition("<!-- end -->")[0]
-    rows = re.findall(
-        r"^\| (`\w+`[^|]*|none|label smoothing) \|.*\| (.*?) \| (.*?) \|$",
-        page.partition("## Cost")[0],
-        flags=re.MULTILINE,
-    )
-    rows = {name.replace("`", "").removesuffix(", no teacher"): gains for name, *gains in rows}
-    names = {comparison.METHODS[method].text: method for method in comparison_page.MAIN}
-    names = {"baseline": "none", "KD, standardised": "kd, standardize", "Tf-KD": "tfkd", "label smoothing": "label smoothing"} | {
-        text: text.lower() for text in names if text in ("KD", "DKD", "DIST", "WTTM", "RLD", "NKD", "USKD")
-    }  # fmt: skip
-    assert len(names) == len(comparison_page.MAIN)
-    for line in cnn.splitlines():
-        text, top1, gain = (cell.strip() for cell in line.strip("|").split("|")[:3])
-        if text in names:
-            expected = top1.partition(" ")[0] if text == "baseline" else gain
-            assert rows[names.pop(text)][0] == expected, text
-    assert not names
-    for name in ("kd", "dkd", "dist", "wttm", "nkd", "uskd"):
-        row = next(line for line in deit.splitlines() if line.startswith(f"| {name.upper()} |"))
-        assert f" | {rows[name][1]} | " in row, name
+class TestGains:
+    """The measured columns of docs/which-loss.md."""
+
+    def test_each_method_has_its_row_and_none_is_empty(self):
+        assert set(comparison_gains.ROWS.values()) == set(comparison_runs.MAIN)
+        page = comparison_gains.PAGE.read_text(encoding="utf-8")
+        for first in comparison_gains.ROWS:
+            assert page.count(f"\n| {first} |") == 1
+
+    def test_they_are_those_of_the_other_pages(self):
+        """Mean and interval, as evidence_page.py and comparison_page.py write them."""
+        root = Path(__file__).parents[2] / "benchmarks"
+        for title, page, heading in (
+            ("Fashion-MNIST, CNN [13]", "EVIDENCE.md", "\nfashion, cnn\n"),
+            ("Fashion-MNIST, DeiT [13]", "EVIDENCE.md", "\nfashion, deit\n"),
+            ("Fashion-MNIST, CNN [14]", "COMPARISON.md", "\nfashion/cnn, first protocol\n"),
+        ):
+            table = (root / page).read_text(encoding="utf-8").partition(heading)[2].lstrip().partition("\n\n")[0]
+            column = comparison_gains.read_column(*comparison_gains.COLUMNS[title])
+            for method, text in column.items():
+                name = comparison_runs.METHODS[method].text
+                top1, difference = next(
+                    [cell.strip() for cell in line.split("|")[2:4]]
+                    for line in table.splitlines()
+                    if line.startswith(f"| {name} |")
+                )
+                if method == "baseline":
+                    assert text == top1.partition(" ")[0]
+                    continue
+                mean, low, high = map(float, re.findall(r"[-+][.0-9]+", difference))
+                shown, half = map(float, text.strip("*").split(" ± "))
+                assert shown == mean
+                assert half == pytest.approx((high - low) / 2, abs=0.0101)
+
+    def test_what_is_certain_is_bold_and_a_cell_that_is_not_done_says_so(self, monkeypatch, tmp_path):
+        gains = {method: [0.1, 0.2, 0.3] for method in comparison_runs.MAIN} | {
+            "kd": [2.0, 2.1, 2.05], "dist": [-2.0, -2.1, -2.05], "dkd": [2.0, -1.0, 3.0],
+        }  # fmt: skip
+        runs = [
+            {"method": method, "seed": seed, "test": (90 + gain) / 100}
+            for method, of_seeds in gains.items()
+            for seed, gain in enumerate([0.0, 0.0, 0.0] if method == "baseline" else of_seeds)
+        ]
+        result = tmp_path / "comparison.json"
+        result.write_text(json.dumps({"cells": {"numbers/cnn": {"runs": runs}}}))
+        column = comparison_gains.read_column(result, "numbers/cnn")
+        assert column["baseline"] == "90.00"
+        assert column["kd"] == "**+2.05 ± 0.12**"
+        assert column["dist"] == "**-2.05 ± 0.12**"
+        assert column["dkd"] == "+1.33 ± 5.17"
+        result.write_text(
+            json.dumps({"cells": {"numbers/cnn": {"runs": [run for run in runs if run["method"] != "tfkd"]}}})
+        )
+        for name in ("numbers/cnn", "fashion/cnn"):
+            assert set(comparison_gains.read_column(result, name).values()) == {"not yet"}
+
+    def test_the_page_is_filled_where_the_columns_are(self):
+        page = comparison_gains.PAGE.read_text(encoding="utf-8")
+        row = next(line for line in page.splitlines() if line.startswith("| `wttm` |"))
+        cells = row.split(" | ")
+        emptied = page.replace(row, " | ".join([*cells[:4], *["?"] * 4, *cells[8:]]))
+        assert "?" in emptied.partition("<!-- end -->")[0]
+        assert comparison_gains.fill(emptied) == page

@@ -1,0 +1,65 @@
+"""The verdicts of comparison.py: which differences count, by the protocol of COMPARISON.md."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from comparison_runs import METHODS, NEEDED, ORDERS
+from evidence_page import Difference, paired_difference
+from scipy import stats
+
+RESULTS = Path(__file__).parent / "results"
+RESULT = RESULTS / "comparison.json"
+FIRST = RESULTS / "comparison-first.json"  # by the first protocol
+LEVEL, EQUAL = 0.05, 0.5  # of the test; in points
+
+
+class Verdict(NamedTuple):
+    """A method against a reference: the difference, Holm's adjusted p, and what it counts as."""
+
+    difference: Difference
+    p: float
+    text: str
+
+
+def adjust_by_holm(p_values: list[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order of the given ones."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, highest = np.empty(len(p_values)), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted.tolist()
+
+
+def judge(values: dict[str, list[float]], reference: str) -> dict[str, Verdict]:
+    """Compares all methods of a cell with one of them: top-1 in percent, seed by seed."""
+    others = [name for name in values if name != reference]
+    p_values = []
+    for name in others:
+        same = np.ptp(np.subtract(values[name], values[reference])) == 0
+        p_values.append(1.0 if same else float(stats.ttest_rel(values[name], values[reference]).pvalue))
+    verdicts = {}
+    for name, p in zip(others, adjust_by_holm(p_values), strict=True):
+        difference = paired_difference(values[name], values[reference])
+        text = "undecided"
+        if p < LEVEL:
+            text = "better" if difference.mean > 0 else "worse"
+        elif difference.low >= -EQUAL and difference.high <= EQUAL:
+            text = "equal"
+        verdicts[name] = Verdict(difference, p, text)
+    return verdicts
+
+
+def read_accuracies(cell: dict[str, Any]) -> dict[str, list[float]]:
+    """Top-1 on the test part in percent by method, seed by seed."""
+    values: dict[str, list[float]] = {}
+    for run in sorted(cell["runs"], key=lambda run: run["seed"]):
+        values.setdefault(run["method"], []).append(100 * run["test"])
+    return {name: values[name] for name in METHODS if name in values}
+
+
+def lacks_methods(name: str, values: dict[str, list[float]]) -> bool:
+    """Whether a cell does not count, since methods are missing that it must have."""
+    student = name.partition("/")[2]
+    return not set(ORDERS[student][: NEEDED[student]]) <= set(values)
