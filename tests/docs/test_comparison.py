@@ -68,7 +68,7 @@ def test_the_pages_are_of_their_results(monkeypatch, tmp_path):
         comparison_gains.PAGE.read_text(encoding="utf-8").replace("**+3.70 ", "**+3.71 "), encoding="utf-8"
     )
     monkeypatch.setattr(comparison_gains, "PAGE", other)
-    with pytest.raises(SystemExit, match="which-loss.md is not what"):
+    with pytest.raises(SystemExit, match=r"which-loss\.md is not what"):
         comparison_page.main()
 
 
