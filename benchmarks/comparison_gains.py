@@ -12,10 +12,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "which-loss.md"
 EVIDENCE = RESULTS / "evidence.json"
 # By the title of a column: the result and its cell.
 COLUMNS = {
-    "Fashion-MNIST, CNN [13]": (EVIDENCE, "fashion/cnn"),
-    "Fashion-MNIST, CNN [14]": (FIRST, "fashion/cnn"),
-    "numbers, CNN [15]": (RESULT, "numbers/cnn"),
-    "Fashion-MNIST, DeiT [13]": (EVIDENCE, "fashion/deit"),
+    "CNN [13]": (EVIDENCE, "fashion/cnn"),
+    "CNN [14]": (FIRST, "fashion/cnn"),
+    "100 classes, CNN [15]": (RESULT, "numbers/cnn"),
+    "DeiT [13]": (EVIDENCE, "fashion/deit"),
 }
 # By the first column: the method of comparison_runs.METHODS.
 ROWS = {"none": "baseline", "label smoothing": "label_smoothing", "`kd`, `standardize`": "kd_standardized"} | {

@@ -634,9 +634,9 @@ class TestGains:
         """Mean and interval, as evidence_page.py and comparison_page.py write them."""
         root = Path(__file__).parents[2] / "benchmarks"
         for title, page, heading in (
-            ("Fashion-MNIST, CNN [13]", "EVIDENCE.md", "\nfashion, cnn\n"),
-            ("Fashion-MNIST, DeiT [13]", "EVIDENCE.md", "\nfashion, deit\n"),
-            ("Fashion-MNIST, CNN [14]", "COMPARISON.md", "\nfashion/cnn, first protocol\n"),
+            ("CNN [13]", "EVIDENCE.md", "\nfashion, cnn\n"),
+            ("DeiT [13]", "EVIDENCE.md", "\nfashion, deit\n"),
+            ("CNN [14]", "COMPARISON.md", "\nfashion/cnn, first protocol\n"),
         ):
             table = (root / page).read_text(encoding="utf-8").partition(heading)[2].lstrip().partition("\n\n")[0]
             column = comparison_gains.read_column(*comparison_gains.COLUMNS[title])
