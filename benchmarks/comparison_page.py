@@ -112,6 +112,18 @@ def length_text(cell: dict[str, Any]) -> str:
     )
 
 
+def luck_text(cell: dict[str, Any]) -> str:
+    """How much of the accuracy that chose the settings was luck: the fresh seeds against the search's, on the validation part."""
+    fresh: dict[str, list[float]] = {}
+    for run in cell["runs"]:
+        fresh.setdefault(run["method"], []).append(run["validation"])
+    falls = [100 * (cell["chosen"][method]["validation"] - np.mean(values)) for method, values in fresh.items()]
+    return (
+        f"On that part the chosen settings get {np.mean(falls):.2f} points less from the fresh seeds than in the search "
+        f"({min(falls):.2f} to {max(falls):.2f}), since the best mean of a few seeds is partly luck."
+    )
+
+
 def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
     """The part of the page about a cell."""
     every = read_accuracies(cell)
@@ -141,7 +153,7 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
         f"{100 * teacher['test']:.2f} on the test part. On the training images it gives the target {confidence['target']:.2f} on "
         f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
         f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's.",
-        length_text(cell),
+        f"{length_text(cell)} {luck_text(cell)}",
         *([_describe_absent(absent, not lacks_methods(name, values))] if absent else []),
         markdown(title or name, columns, rows),
         *temperature_text(title or name, cell, every),

@@ -443,7 +443,15 @@ class TestTemperature:
     def cell(self, **tops):
         """A cell of the result with these accuracies in percent."""
         runs = [
-            {"method": method, "seed": seed, "test": top / 100, "curve": [0.7, 0.7], "cpu": 1.0, "commit": "0" * 40}
+            {
+                "method": method,
+                "seed": seed,
+                "test": top / 100,
+                "curve": [0.7, 0.7],
+                "validation": 0.78,
+                "cpu": 1.0,
+                "commit": "0" * 40,
+            }
             for method, values in tops.items()
             for seed, top in enumerate(values)
         ]
@@ -619,6 +627,19 @@ def test_the_page_names_trainings_that_are_too_short():
     )
     del cell["runs"][2]
     assert comparison_page.length_text(cell).endswith("0.30 to 0.30 points. All trained long enough.")
+
+
+def test_the_page_says_how_lucky_the_choice_was():
+    def run(method, validation):
+        return {"method": method, "validation": validation}
+
+    cell = {
+        "chosen": {"kd": {"validation": 0.9}, "nkd": {"validation": 0.91}},
+        "runs": [run("kd", 0.88), run("kd", 0.9), run("nkd", 0.89), run("nkd", 0.88)],
+    }
+    assert "get 1.75 points less from the fresh seeds than in the search (1.00 to 2.50)" in comparison_page.luck_text(
+        cell
+    )
 
 
 class TestGains:
