@@ -172,8 +172,10 @@ def make_page(page: str, result: dict[str, Any], first: dict[str, Any]) -> str:
     """The page with the results in their places, those by the first protocol last."""
     cells = result["cells"]
     texts = [*(cell_text(name, cell) for name, cell in cells.items()), *decision_text(cells)]
+    if absent := [name for name in CELLS if name not in cells]:
+        texts.insert(0, f"Cells that are not run yet: {', '.join(absent)}.")
     earlier = [cell_text(name, cell, f"{name}, first protocol") for name, cell in first["cells"].items()]
-    page = _replace(page, "results", "\n\n".join(texts) or "No cell has been run yet.")
+    page = _replace(page, "results", "\n\n".join(texts))
     return _replace(page, "first results", "\n\n".join(earlier))
 
 

@@ -185,7 +185,7 @@ class TestRun:
             "to be run again as it is"
         )
         assert str(folder) not in text
-        assert "No cell has been run yet" not in text
+        assert "\nCells that are not run yet: fashion/deit, numbers/cnn, numbers/deit, pretrained/cnn.\n" in text
         assert "first protocol\n\n|" not in text
 
     def test_what_is_done_is_in_the_result_when_a_later_method_fails(self, folder, cell, tmp_path, monkeypatch):
