@@ -94,7 +94,7 @@ METHODS = {
     "label_smoothing": Method("label smoothing", searched={"label_smoothing_factor": Range(0.02, 0.4)}),
     "kd": Method("KD", "kd", {"alpha": _SHARE, "temperature": _TEMPERATURE}),
     "kd_standardized": Method(
-        "KD, standardised", "kd", {"alpha": _SHARE, "temperature": _TEMPERATURE}, {"standardize": True}
+        "standardised KD", "kd", {"alpha": _SHARE, "temperature": _TEMPERATURE}, {"standardize": True}
     ),
     "dkd": Method("DKD", "dkd", {"beta": Range(0.5, 16.0), "temperature": _TEMPERATURE}),
     "dist": Method("DIST", "dist", {"beta": _WEIGHT, "gamma": _WEIGHT}),
