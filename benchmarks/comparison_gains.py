@@ -50,6 +50,10 @@ def fill(page: str) -> str:
     titles = _cells(header)
     columns = {titles.index(title): read_column(*source) for title, source in COLUMNS.items()}
     rows = []
+    if missing := set(ROWS) - {_cells(line)[0] for line in lines}:
+        raise ValueError(
+            f"{PAGE} must have a row for each method, lacks {', '.join(sorted(missing))}: add it to the table"
+        )
     for line in lines:
         row = _cells(line)
         for place, texts in columns.items():

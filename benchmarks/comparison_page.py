@@ -9,7 +9,7 @@ from typing import Any
 import comparison_gains
 import numpy as np
 from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, ORDERS, TEMPERATURE_1
-from comparison_verdicts import FIRST, RESULT, judge, lacks_methods, read_accuracies
+from comparison_verdicts import FIRST, RESULT, Verdict, judge, lacks_methods, read_accuracies
 from evidence_page import mean_and_deviation, paired_difference
 from tables import markdown
 
@@ -30,6 +30,12 @@ def _chosen_columns(cell: dict[str, Any], method: str) -> list[str]:
     return [settings.replace("learning_rate", "rate"), f"{100 * chosen['validation']:.2f}"]
 
 
+def _verdict_columns(verdict: Verdict, is_done: bool) -> list[str]:
+    """The difference, p and what it counts as. A cell that is not done has no verdicts, since p depends on their number."""
+    p = f"{verdict.p:.3f}" if verdict.p >= 0.0005 else "< 0.001"
+    return [f"{verdict.difference}", *([p, verdict.text] if is_done else ["", ""])]
+
+
 def temperature_text(name: str, cell: dict[str, Any], values: dict[str, list[float]]) -> list[str]:
     """The table of the arms of NKD's temperature; none where the cell lacks one of the three."""
     if not has_arms(values):
@@ -39,7 +45,7 @@ def temperature_text(name: str, cell: dict[str, Any], values: dict[str, list[flo
     for arm in ARMS:
         row = [METHODS[arm].text, mean_and_deviation(values[arm]), "", "", "", ""]
         if verdict := verdicts.get(arm):
-            row[2:5] = [f"{verdict.difference}", f"{verdict.p:.3f}", verdict.text]
+            row[2:5] = _verdict_columns(verdict, True)
         if arm == CONFIDENCE:
             row[5] = f"{paired_difference(values[arm], values['nkd'])}"
         rows.append([*row, *_chosen_columns(cell, arm)])
@@ -129,12 +135,13 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
     every = read_accuracies(cell)
     values = {method: tops for method, tops in every.items() if method in MAIN}
     against_baseline, against_nkd = (judge(values, name) if name in values else {} for name in ("baseline", "nkd"))
+    is_done = not lacks_methods(name, values)
     rows = []
     for method, tops in values.items():
         row = [METHODS[method].text, mean_and_deviation(tops)]
         for verdicts in (against_baseline, against_nkd):
             verdict = verdicts.get(method)
-            row += [f"{verdict.difference}", f"{verdict.p:.3f}", verdict.text] if verdict else ["", "", ""]
+            row += _verdict_columns(verdict, is_done) if verdict else ["", "", ""]
         rows.append([*row, *_chosen_columns(cell, method)])
     columns = ["", "top-1 on test", "less the baseline", "p", "is", "less NKD", "p", "is"]
     columns += _CHOSEN
@@ -154,7 +161,7 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
         f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
         f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's.",
         f"{length_text(cell)} {luck_text(cell)}",
-        *([_describe_absent(absent, not lacks_methods(name, values))] if absent else []),
+        *([_describe_absent(absent, is_done)] if absent else []),
         markdown(title or name, columns, rows),
         *temperature_text(title or name, cell, every),
         *reason_text(cell, every),

@@ -213,7 +213,7 @@ class ComparisonBench(Bench):
             settings["teacher"] = FINETUNING | {
                 "teacher": PACKAGE,
                 "seed": TEACHER_SEED,
-                "weights": "difference in 4 bits",
+                "weights": "convolutions as differences in 4 bits",
             }
         else:
             settings["teacher"] |= {"weights": "rounded to half precision"}

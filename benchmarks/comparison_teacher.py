@@ -3,10 +3,12 @@ does it."""
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import io
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from deploy import write_teacher
 from evidence_runs import SHARED, STUDENTS, TEACHER_SEED, Bench
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -47,7 +50,10 @@ def write_small_teacher(bench: Bench, data: str, train: Callable[[str], object])
 
 
 def write_pretrained_teacher(bench: Bench, data: str) -> str:
-    """Fine-tunes EfficientNet-Lite0, or takes the one that is kept: its difference from the package's weights, in 4 bits."""
+    """Fine-tunes EfficientNet-Lite0, or takes the one that is kept.
+
+    Of its convolutions the difference from the package's weights is kept, in 4 bits; all else has half precision.
+    """
     folder = bench.teacher_folder(data)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -77,10 +83,10 @@ def _write(
     """
     folder = bench.teacher_folder(data)
     kept, used, end = folder / "kept", folder / "run" / "teacher", folder / "rounded"
-    if end.is_file():
+    if end.is_file() and (kept / DONE).is_file():
         return f"teacher of {data}: there already"
     settings = {name: bench.settings([data])[name] for name in ("data", "shared", "teacher")}
-    known = json.loads((KEPT / data / DONE).read_text()) if (KEPT / data).is_dir() else {}
+    known = json.loads((KEPT / data / DONE).read_text()) if (KEPT / data / DONE).is_file() else {}
     with contextlib.redirect_stdout(io.StringIO()):
         if not (kept / DONE).is_file():
             if known.get("settings") == settings:
@@ -88,9 +94,11 @@ def _write(
             else:
                 train(data)
                 pack(used, kept)
-                unpack(kept, used)
                 test = DataArguments(str(bench.data_folder(data)), validation_split="test")
-                accuracy = evaluate(open_classifier(str(used)), test, batch_size=250)["top1"]
+                # Not in `used`, whose weights are packed again after a stop before the end of this block.
+                with tempfile.TemporaryDirectory(dir=folder) as measured:
+                    unpack(kept, Path(measured))
+                    accuracy = evaluate(open_classifier(measured), test, batch_size=250)["top1"]
                 known = {"accuracy": accuracy, "settings": settings}
             write_whole(kept / DONE, json.dumps(known))
         unpack(kept, used)
@@ -129,12 +137,19 @@ def _pack(start: str, trained: Path, kept: Path) -> None:
         else:
             packed[name] = weight.half() if weight.is_floating_point() else weight
     kept.mkdir(exist_ok=True)
-    save_file(packed, kept / WEIGHTS)
+    save_file(packed, kept / WEIGHTS, metadata={"start": _hash(before)})
     AutoConfig.from_pretrained(trained).save_pretrained(kept)
 
 
 def _unpack(start: str, kept: Path, target: Path) -> None:
     before, packed = open_classifier(start).state_dict(), load_file(kept / WEIGHTS)
+    with safe_open(kept / WEIGHTS, "pt") as file:
+        known = file.metadata()["start"]
+    if known != _hash(before):
+        raise SystemExit(
+            f"{kept} is the difference from other ImageNet weights than those of {PACKAGE} here: install the version of the "
+            "extra benchmarks of setup.cfg"
+        )
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(kept))
     weights = {}
     for name, weight in model.state_dict().items():
@@ -146,8 +161,15 @@ def _unpack(start: str, kept: Path, target: Path) -> None:
     model.save_pretrained(target)
 
 
+def _hash(weights: dict[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        whole.update(weights[name].numpy().tobytes())
+    return whole.hexdigest()
+
+
 def pack_difference(before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """The difference of two weights of one shape, in 15 steps from the largest below 0 to the largest above for each output.
+    """The difference of two weights of one shape, in 15 values for each output, from minus to plus its largest.
 
     Returns:
         `step` [outputs] float16, and `codes` uint8 with two of the differences in each.

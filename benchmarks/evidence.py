@@ -72,6 +72,7 @@ def _set_up_worker() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     # accelerate collects garbage several times in each training, and would look through all modules: 7% of a short one.
+    gc.collect()
     gc.freeze()
 
 

@@ -180,6 +180,8 @@ class TestRun:
         for method in self.METHODS:
             assert f"| {comparison.METHODS[method].text} | " in text
         assert "The cell is not done: KD, DKD, DIST, WTTM, RLD, NKD, USKD, Tf-KD are not run yet" in text
+        assert "better |" not in text
+        assert "undecided |" not in text
         assert "`python benchmarks/comparison.py --cells fashion/cnn --methods baseline" in text
         assert " --trials 2 --search_seeds 100 101 --seeds 0 1 --epochs 2 --images 40`: " in text, (
             "to be run again as it is"
@@ -279,6 +281,35 @@ class TestRun:
         assert comparison.hash_teacher(bench, "fashion") == cell["teacher"]["sha256"]
         with pytest.raises(TypeError):
             bench._replace(output=tmp_path / "other", epochs=3).write_teacher("fashion")
+
+    def test_a_teacher_is_the_same_after_a_stop_while_it_is_written(self, folder, tmp_path, monkeypatch):
+        bench = comparison.ComparisonBench(tmp_path, 2, 40, folder, "test", comparison.SUITE)
+        bench.write_data("fashion")
+        monkeypatch.setattr(comparison_teacher, "KEPT", tmp_path / "none")
+        teacher = tmp_path / "teachers" / "fashion"
+        weights = []
+        for name in ("evaluate", "write_whole"):
+            with monkeypatch.context() as patch:
+                patch.setattr(comparison_teacher, name, lambda *args, **kwargs: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    bench.write_teacher("fashion")
+            weights.append((teacher / "run" / "teacher" / "model.safetensors").read_bytes())
+        assert weights[0] == weights[1], "what was trained"
+        text = bench.write_teacher("fashion")
+        assert (
+            text
+            == f"teacher of fashion: to continue its cells on another machine, copy {teacher / 'kept'} to "
+            + str(tmp_path / "none" / "fashion")
+        )
+        assert (teacher / "run" / "teacher" / "model.safetensors").read_bytes() != weights[0], "rounded"
+        assert {path.name for path in teacher.iterdir() if path.is_dir()} == {"kept", "run"}
+        assert bench.write_teacher("fashion") == "teacher of fashion: there already"
+        # An older version's folder has no `kept`.
+        (teacher / "kept").rename(tmp_path / "half")
+        assert "copy" in bench.write_teacher("fashion")
+        assert (teacher / "kept" / "model.safetensors").read_bytes() == (
+            tmp_path / "half" / "model.safetensors"
+        ).read_bytes()
 
     def test_another_teacher_or_other_settings_are_refused(self, folder, cell, tmp_path):
         for change, message in (
@@ -406,6 +437,8 @@ class TestPretrainedTeacher:
         other = tmp_path / "out" / "teachers" / "pretrained" / "run" / "teacher"
         assert (other / "model.safetensors").read_bytes() == used.read_bytes()
         assert comparison.hash_teacher(bench, "pretrained") == cell["teacher"]["sha256"]
+        with pytest.raises(SystemExit, match="is the difference from other ImageNet weights"):
+            comparison_teacher._unpack(str(own / "run" / "teacher"), own / "kept", tmp_path / "no")
 
     def test_its_settings_are_recorded(self, cell):
         assert cell["settings"]["teacher"]["num_train_epochs"] == 24
@@ -736,3 +769,5 @@ class TestGains:
         emptied = page.replace(row, " | ".join([*cells[:4], *["?"] * 4, *cells[8:]]))
         assert "?" in emptied.partition("<!-- end -->")[0]
         assert comparison_gains.fill(emptied) == page
+        with pytest.raises(ValueError, match="lacks `wttm`"):
+            comparison_gains.fill(page.replace("| `wttm` |", "| `wtm` |"))
