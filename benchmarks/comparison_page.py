@@ -172,7 +172,7 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
 def _describe_absent(texts: list[str], is_done: bool) -> str:
     if is_done:
         return f"Not run, by the protocol's order: {', '.join(texts)}."
-    return f"The cell is not done: {', '.join(texts)} are not run yet, and nothing below counts."
+    return f"The cell is not done, and nothing below counts. Not run yet: {', '.join(texts)}."
 
 
 def make_page(page: str, result: dict[str, Any], first: dict[str, Any]) -> str:
