@@ -12,9 +12,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "which-loss.md"
 EVIDENCE = RESULTS / "evidence.json"
 # By the title of a column: the result and its cell.
 COLUMNS = {
-    "CNN [14]": (RESULT, "fashion/cnn"),
+    "Fashion-MNIST, CNN [14]": (RESULT, "fashion/cnn"),
     "100 classes, CNN [14]": (RESULT, "numbers/cnn"),
-    "DeiT [13]": (EVIDENCE, "fashion/deit"),
+    "Fashion-MNIST, DeiT [13]": (EVIDENCE, "fashion/deit"),
 }
 # By the first column: the method of comparison_runs.METHODS.
 ROWS = {"none": "baseline", "label smoothing": "label_smoothing", "`kd`, `standardize`": "kd_standardized"} | {

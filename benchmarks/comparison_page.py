@@ -25,9 +25,21 @@ _CHOSEN = ["chosen", "its validation"]
 
 
 def _chosen_columns(cell: dict[str, Any], method: str) -> list[str]:
-    chosen = cell["chosen"][method]
-    settings = ", ".join(f"{key} {value:.3g}" for key, value in chosen["params"].items())
+    chosen, stars = cell["chosen"][method], dict.fromkeys(find_ends(cell, method), " \\*")
+    settings = ", ".join(f"{key} {value:.3g}{stars.get(key, '')}" for key, value in chosen["params"].items())
     return [settings.replace("learning_rate", "rate"), f"{100 * chosen['validation']:.2f}"]
+
+
+def find_ends(cell: dict[str, Any], method: str) -> list[str]:
+    """The settings of a method whose chosen value is the smallest or the largest of its trials."""
+    # All seeds of the search have the same points.
+    trials = next(search["trials"] for search in cell["searches"] if search["method"] == method)
+    ends = []
+    for key, value in cell["chosen"][method]["params"].items():
+        tried = [trial["params"][key] for trial in trials]
+        if value in (min(tried), max(tried)):
+            ends.append(key)
+    return ends
 
 
 def _verdict_columns(verdict: Verdict, is_done: bool) -> list[str]:
@@ -67,10 +79,7 @@ def reason_text(cell: dict[str, Any], values: dict[str, list[float]]) -> list[st
         reasons.append("temperature")
     if verdicts[CONFIDENCE].text == "better" and cell["confidence"]["temperature"] > 1:
         reasons.append("a confident teacher")
-    # All seeds of the search have the same points.
-    search = next(search for search in cell["searches"] if search["method"] == "nkd")
-    gammas = [trial["params"]["gamma"] for trial in search["trials"]]
-    if cell["chosen"]["nkd"]["params"]["gamma"] in (min(gammas), max(gammas)):
+    if "gamma" in find_ends(cell, "nkd"):
         reasons.append("gamma")
     found = f"What may be the reason: {', '.join(reasons)}." if reasons else "The reason is not found."
     return [f"Better than NKD: {', '.join(METHODS[method].text for method in better)}. {found}"]
@@ -159,7 +168,8 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
         f"{machines}. The teacher's top-1 is {100 * teacher['validation']:.2f} on the validation part and "
         f"{100 * teacher['test']:.2f} on the test part. On the training images it gives the target {confidence['target']:.2f} on "
         f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
-        f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's.",
+        f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's. "
+        "An asterisk marks a chosen value that is the smallest or the largest of the trials.",
         f"{length_text(cell)} {luck_text(cell)}",
         *([_describe_absent(absent, is_done)] if absent else []),
         markdown(title or name, columns, rows),

@@ -105,9 +105,9 @@ METHODS = {
     "tfkd": Method(
         "Tf-KD", "tfkd", {"alpha": Range(0.01, 0.9), "temperature": Range(4.0, 40.0)}, {"multiplier": BY_CLASSES}
     ),
-    TEMPERATURE_1: Method("NKD, temperature 1", "nkd", {"gamma": GAMMA}, {"temperature": 1.0}, in_families=False),
+    TEMPERATURE_1: Method("NKD at temperature 1", "nkd", {"gamma": GAMMA}, {"temperature": 1.0}, in_families=False),
     CONFIDENCE: Method(
-        "NKD, temperature by confidence", "nkd", {"gamma": GAMMA}, {"temperature": BY_CONFIDENCE}, in_families=False
+        "NKD at the rule's temperature", "nkd", {"gamma": GAMMA}, {"temperature": BY_CONFIDENCE}, in_families=False
     ),
 }
 MAIN = [name for name, method in METHODS.items() if method.in_families]

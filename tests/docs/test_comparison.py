@@ -520,8 +520,10 @@ class TestTemperature:
             for seed, top in enumerate(values)
         ]
         chosen = {method: {"params": {"learning_rate": 0.1}, "validation": 0.8} for method in tops}
+        trials = [{"params": {"learning_rate": rate}} for rate in (0.05, 0.1, 0.2)]
+        searches = [{"method": method, "trials": trials, "cpu": 1.0, "commit": "0" * 40} for method in tops]
         return {
-            "runs": runs, "searches": [], "chosen": chosen, "command": "command",
+            "runs": runs, "searches": searches, "chosen": chosen, "command": "command",
             "machines": [{"cpu": "a", "torch": "2", "timm": "1"}, {"cpu": "b", "torch": "2", "timm": "1"}],
             "teacher": {"validation": 0.9, "test": 0.9},
             "confidence": {"temperature": 2.5, "largest_other": 0.8, "target": 0.97},
@@ -553,12 +555,19 @@ class TestTemperature:
         without = comparison_page.cell_text("fashion/cnn", self.cell(**main))
         [table, more] = text.split("\n\nfashion/cnn, NKD's temperature\n\n")
         assert table.partition("\n\nfashion/cnn\n\n")[2] == without.partition("\n\nfashion/cnn\n\n")[2]
-        assert "NKD, temperature 1" not in table
-        [row] = [line for line in more.splitlines() if line.startswith("| NKD, temperature by confidence |")]
+        assert "NKD at temperature 1" not in table
+        [row] = [line for line in more.splitlines() if line.startswith("| NKD at the rule's temperature |")]
         verdict = comparison_verdicts.judge({arm: arms[arm] for arm in comparison_page.ARMS}, "nkd_temperature_1")
         assert verdict["nkd_confidence"].text == "better"
         assert f"| {verdict['nkd_confidence'].difference} |" in row
         assert "a, torch 2, timm 1; b, torch 2, timm 1" in text
+
+    @pytest.mark.parametrize(("rate", "shown"), [(0.05, "0.05 \\*"), (0.1, "0.1"), (0.2, "0.2 \\*")])
+    def test_a_choice_at_the_end_of_what_was_tried_has_an_asterisk(self, rate, shown):
+        cell = self.cell(baseline=[80.0, 81.0], nkd=[81.0, 82.0])
+        cell["chosen"]["nkd"]["params"]["learning_rate"] = rate
+        [row] = [line for line in comparison_page.cell_text("fashion/cnn", cell).splitlines() if "| NKD |" in line]
+        assert f"| rate {shown} |" in row
 
     @pytest.mark.parametrize(
         ("gain", "temperature", "gamma", "reason"),
@@ -574,8 +583,8 @@ class TestTemperature:
         cell = self.cell(**arms | {"dist": np.add(arms["nkd"], [2, 2.1, 2.2, 1.9, 2])})
         cell["confidence"]["temperature"] = temperature
         cell["chosen"]["nkd"]["params"]["gamma"] = gamma
-        trials = [{"params": {"gamma": value}} for value in (0.3, 1.0, 3.0)]
-        cell["searches"] = [{"method": "nkd", "trials": trials, "cpu": 1.0, "commit": "0" * 40}]
+        trials = [{"params": {"learning_rate": rate, "gamma": 10 * rate}} for rate in (0.03, 0.1, 0.3)]
+        next(search for search in cell["searches"] if search["method"] == "nkd")["trials"] = trials
         assert comparison_page.cell_text("fashion/cnn", cell).endswith(f"Better than NKD: DIST. {reason}")
         assert "Better than NKD" not in comparison_page.cell_text("fashion/cnn", self.cell(**arms))
 
@@ -719,8 +728,8 @@ class TestGains:
         """Mean and interval, as evidence_page.py and comparison_page.py write them."""
         root = Path(__file__).parents[2] / "benchmarks"
         for title, page, heading in (
-            ("DeiT [13]", "EVIDENCE.md", "\nfashion, deit\n"),
-            ("CNN [14]", "COMPARISON.md", "\nfashion/cnn\n"),
+            ("Fashion-MNIST, DeiT [13]", "EVIDENCE.md", "\nfashion, deit\n"),
+            ("Fashion-MNIST, CNN [14]", "COMPARISON.md", "\nfashion/cnn\n"),
             ("100 classes, CNN [14]", "COMPARISON.md", "\nnumbers/cnn\n"),
         ):
             table = (root / page).read_text(encoding="utf-8").partition(heading)[2].lstrip().partition("\n\n")[0]
