@@ -41,7 +41,7 @@ test-gpu: $(GPU_INSTALLED)  ## run the tests that need a GPU, in less than 3 min
 
 bench-gpu: $(GPU_INSTALLED)  ## measure on a GPU, in less than 6 minutes, into benchmarks/results/*-gpu.json
 	@$(GPU_PYTHON) benchmarks/gpu/check.py
-	$(GPU_PYTHON) benchmarks/gpu/bench.py
+	$(GPU_PYTHON) benchmarks/gpu/bench.py $(if $(PARTS),--only $(PARTS))
 
 PLATFORMS = $(foreach version,_2_28 _2_27 _2_17 2014,--platform manylinux$(version)_x86_64)
 wheels: .venv/installed-test  ## download into build/wheels what test-gpu and bench-gpu need on a machine without a network

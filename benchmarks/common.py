@@ -21,7 +21,10 @@ from pathlib import Path
 
 import torch
 from scipy.stats import quantile_test
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from nkd_hf.files import write_whole
 
 WINDOW_MS = 20
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "datasets", "pillow", "numpy", "scikit-learn")
@@ -138,6 +141,22 @@ def measure_peak(run: Callable[[], object], device: str = "cpu") -> int:
     return measure_memory(run, device)[0]
 
 
+def measure_device_ms(run: Callable[[], object], device: str) -> float | None:
+    """Milliseconds that a GPU's kernels take in one call, without their launch from the host; None on the CPU."""
+    if torch.device(device).type == "cpu":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize(device)
+    kernels = [event for event in profiler.events() if event.device_type != DeviceType.CPU]
+    return sum(event.time_range.elapsed_us() for event in kernels) / 1e3
+
+
+def show_ms(ms: float) -> str:
+    """With two decimals, below a millisecond with three."""
+    return f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
 def describe_machine() -> dict[str, object]:
     """Where the figures come from."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -196,11 +215,14 @@ class Report:
         self.result["aims"].append(aim)
         print(f"\n{describe_aim(aim)}", flush=True)
 
-    def write(self) -> None:
+    def write(self, is_partial: bool = False) -> None:
+        """Writes the file of `--json`; `is_partial` if more follows, so that what stops the script leaves what is done."""
         if self.options.json:
             self.options.json.parent.mkdir(parents=True, exist_ok=True)
-            self.options.json.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
-            print(f"\nwrote {self.options.json}")
+            result = self.result | ({"is_partial": True} if is_partial else {})
+            write_whole(self.options.json, json.dumps(result, indent=1, default=str) + "\n")
+            if not is_partial:
+                print(f"\nwrote {self.options.json}")
 
 
 def describe_aim(aim: dict) -> str:

@@ -7,6 +7,7 @@ generator. ViTKD begins with the tokens of DeiT-Tiny and DeiT-Small. Steps are t
 measured in the same run with a batch of `--step_batch`, which the losses of feature maps have too.
 """
 
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
@@ -20,6 +21,7 @@ from nkd_hf import losses
 
 STEPS = {"ResNet-18": "resnet18", "DeiT-Tiny": "deit_tiny_patch16_224"}
 OF_TOKENS = "ViTKD"
+DEVICE_COLUMN = ["device ms"]  # of a GPU's kernels alone
 
 
 def make_rows(batch: int, classes: int, device: str) -> dict:
@@ -99,6 +101,11 @@ def make_steps(batch: int, device: str) -> dict:
     return {name: partial(step, create_model(model).to(device)) for name, model in STEPS.items()}
 
 
+def show_device_ms(run: Callable[[], None], device: str) -> list[str]:
+    ms = common.measure_device_ms(run, device)
+    return [] if ms is None else [f"{ms:.3f}"]
+
+
 def main() -> None:
     parser = common.make_parser(__doc__, rounds=15)
     parser.add_argument("--batch", type=int, default=256, help="of logits (default: %(default)s)")
@@ -120,23 +127,23 @@ def main() -> None:
         more = max(0.0, median(times[name]) - median(times["cross-entropy"])) / options.batch
         extra = common.measure_peak(run, options.device) / matrix - (2 if name == "USKD" else 1)
         cells = [
-            f"{median(times[name]):.2f}",
+            common.show_ms(median(times[name])),
             f"{ratio:.2f} ({low:.2f} to {high:.2f})",
             f"{100 * more / per_image:.2f}",
+            f"{extra:.1f}",
         ]
-        table.append([name, *cells, f"{extra:.1f}"])
+        table.append([name, *cells, *show_device_ms(run, options.device)])
     columns = ["", "ms", "x cross-entropy", "% of a step", "matrices of logits beyond the gradients"]
+    columns += DEVICE_COLUMN if options.device != "cpu" else []
     report.table(f"[{options.batch}, {options.classes}] float32, eager", columns, table)
     table = []
-    for name in map_rows:
+    for name, run in map_rows.items():
         step = "DeiT-Tiny" if name == OF_TOKENS else "ResNet-18"
         share, low, high = (100 * value for value in common.ratio(times[name], times[step]))
-        table.append([name, f"{median(times[name]):.2f}", step, f"{share:.1f} ({low:.1f} to {high:.1f})"])
-    report.table(
-        f"From maps and tokens of {options.step_batch} images, float32, eager",
-        ["", "ms", "step", "% of a step"],
-        table,
-    )
+        cells = [common.show_ms(median(times[name])), step, f"{share:.1f} ({low:.1f} to {high:.1f})"]
+        table.append([name, *cells, *show_device_ms(run, options.device)])
+    columns = ["", "ms", "step", "% of a step", *(DEVICE_COLUMN if options.device != "cpu" else [])]
+    report.table(f"From maps and tokens of {options.step_batch} images, float32, eager", columns, table)
     report.result["raw"] = {"ms": times}
     report.write()
 

@@ -20,7 +20,8 @@ clock, when the work is done.
 Memory: of PyTorch's allocator (see common.py). `extra` is the peak above what is allocated before the call (the logits and labels), less the gradients that the call returns, which
 are as large as the logits; in units of one matrix of logits, of the logits' own dtype. It doesn't vary.
 
-Floor: two reads of the logits and one write of the gradient, at the rate at which this process copies as much memory.
+Floor: two reads of the logits and one write of the gradient, at the rate at which this process copies as much memory; on a
+GPU at that of its memory. There the device ms stand beside the ms: what its kernels take without their launch from the host.
 """
 
 import argparse
@@ -101,7 +102,9 @@ def make_rows(
 
 
 def copy_rate(num_bytes: int, clock: Callable[[], float], device: str) -> float:
-    """Bytes per ms that a copy of this many moves, reads and writes counted."""
+    """Bytes per ms that a copy of this many moves, reads and writes counted; on a GPU, of at least 512 MiB."""
+    if device != "cpu":
+        num_bytes = max(num_bytes, 2**29)  # far beyond a GPU's cache, and longer than the launch of a kernel
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     repeats = max(3, 2**28 // num_bytes)
@@ -136,6 +139,7 @@ def measure(batch_size: int, num_classes: int, dtype: torch.dtype, compiled: boo
             "x_cross_entropy": cost(name),
             "x_floor": statistics.median(times[name]) / floor_ms,
             "extra_matrices": common.measure_peak(run, args.device) / matrix_bytes - num_gradients,
+            "device_ms": common.measure_device_ms(run, args.device),
         }
     bounds = []
     for row, (eager_bound, compiled_bound, memory_bound) in BOUNDS.items():
@@ -167,8 +171,9 @@ def show(result: dict) -> None:
     print(f"{'':22}{'ms':>9}{'x cross-entropy':>17}{'x floor':>9}{'extra matrices':>16}")
     for name, figures in result["rows"].items():
         print(
-            f"{name:22}{figures['ms']:9.2f}{figures['x_cross_entropy']:17.2f}{figures['x_floor']:9.1f}"
+            f"{name:22}{common.show_ms(figures['ms']):>9}{figures['x_cross_entropy']:17.2f}{figures['x_floor']:9.1f}"
             f"{figures['extra_matrices']:16.1f}"
+            + ("" if figures["device_ms"] is None else f"{figures['device_ms']:12.3f} device ms")
         )
     print()
     for check in result["bounds"]:
@@ -202,13 +207,14 @@ def main() -> None:
     clock = report.result["clock"]
     print(f"forward + backward, threads: {args.threads}, {clock}, medians of rounds, torch {torch.__version__}")
     results, rounds = [], args.rounds
+    report.result |= {"threads": args.threads, "tables": results}
     for shape in shapes:
         args.rounds = rounds or (3 if shape[0] * shape[1] > 2**21 else 9)
         for dtype in dtypes:
             for mode in modes:
                 results.append(measure(*shape, getattr(torch, dtype), mode == "compiled", args))
                 show(results[-1])
-    report.result |= {"threads": args.threads, "tables": results}
+                report.write(is_partial=True)
     report.write()
 
 

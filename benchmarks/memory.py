@@ -160,6 +160,7 @@ def main() -> None:
         title = f"{pair}, {options.optim}, {'bf16 autocast' if options.bf16 else 'float32'}: MB, by batch x classes"
         report.table(title, ["", *columns], rows)
         report.result["raw"][pair] = dict(zip(columns, figures, strict=True))
+        report.write(is_partial=True)
     report.write()
 
 

@@ -87,6 +87,7 @@ def launch(num_processes: int, options: argparse.Namespace) -> dict[str, list[fl
         result = Path(folder) / "times.json"
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"),
+            "--local-addr=127.0.0.1",  # a machine without a network may not resolve its own name
             *(__file__, f"--worker={result}", f"--pair={options.pair}", f"--rounds={options.rounds}"),
             *("--batch", *map(str, options.batch), "--classes", *map(str, options.classes)),
             *(f"--size={options.size}", f"--threads={options.threads}", f"--device={options.device}"),

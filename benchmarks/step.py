@@ -152,6 +152,7 @@ def main() -> None:
         value = peaks["USKD, trainer"] / peaks["CE, trainer"]
         report.aim(f"{pair}: peak memory of USKD / CE", value, MEMORY_AIM)
         report.result["raw"][pair] = {"ms": times, "peak_bytes": peaks}
+        report.write(is_partial=True)
     report.write()
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from common import describe_aim, difference, ratio
+from common import describe_aim, difference, ratio, show_ms
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "README.md"
@@ -33,7 +33,7 @@ def header(result: dict) -> str:
     figures = figures.format(**settings | {"clock": result["clock"], "rounds": settings["rounds"] or "9 or 3"})
     return (
         f"`{result['command']}`: {where}, threads: {settings['threads']}, {figures}, load average "
-        f"{machine['load_average']:.1f}, {versions}"
+        f"{machine['load_average']:.1f}, {versions}{'. **Stopped before its end**' if result.get('is_partial') else ''}"
     )
 
 
@@ -156,7 +156,7 @@ def page_of_losses(result: dict) -> str:
         if not table["compiled"]
     }
     in_memory = ("cross-entropy", *LOSSES, *SHARED, *OTHERS[2:])
-    times, floors, beside, memory, missed = [], [], [], {}, []
+    times, floors, beside, kernels, memory, missed = [], [], [], [], {}, []
     for table in result["tables"]:
         mode = "compiled" if table["compiled"] else "eager"
         setting = f"[{table['batch']}, {table['classes']}] {table['dtype']}, {mode}"
@@ -167,14 +167,16 @@ def page_of_losses(result: dict) -> str:
             name: rows[name]["ms"] / unit if table["compiled"] and unit else rows[name]["x_cross_entropy"]
             for name in ("cross-entropy", *LOSSES)
         }
-        times.append([setting, f"{ce['ms']:.2f}", f"{against_eager['cross-entropy']:.2f}"])
+        times.append([setting, show_ms(ce["ms"]), f"{against_eager['cross-entropy']:.2f}"])
         for name in LOSSES:
             times[-1] += [
-                f"{rows[name]['ms']:.2f}", f"{rows[name]['x_cross_entropy']:.2f}", f"{against_eager[name]:.2f}"
+                show_ms(rows[name]["ms"]), f"{rows[name]['x_cross_entropy']:.2f}", f"{against_eager[name]:.2f}"
             ]  # fmt: skip
         floors.append([setting, f"{table['floor_ms']:.3f}"])
         floors[-1] += [f"{rows[name]['x_floor']:.0f}" for name in ("cross-entropy", *LOSSES)]
-        beside.append([setting, *(f"{rows[name]['ms']:.2f}" if name in rows else "" for name in (*SHARED, *OTHERS))])
+        beside.append([setting, *(show_ms(rows[name]["ms"]) if name in rows else "" for name in (*SHARED, *OTHERS))])
+        if ce.get("device_ms") is not None:
+            kernels.append([setting, *(f"{rows[name]['device_ms']:.3f}" for name in ("cross-entropy", *LOSSES))])
         most = memory.setdefault(f"{table['dtype']}, {mode}", dict.fromkeys(in_memory, 0.0))  # of all shapes
         for name in most.keys() & rows.keys():
             most[name] = max(most[name], rows[name]["extra_matrices"])
@@ -187,6 +189,7 @@ def page_of_losses(result: dict) -> str:
             markdown("Forward and backward", ["", "CE ms", "x eager CE", *of_losses], times),
             markdown("Against the floor", ["", "floor ms", *(f"{name}, x floor" for name in names)], floors),
             markdown("What else was measured, in ms", ["", *SHARED, *OTHERS], beside),
+            *([markdown("The kernels alone, in ms", ["", *names], kernels)] if kernels else []),
             markdown(
                 "Peak memory beyond logits and their gradients, in matrices of logits: the most of all shapes",
                 ["", *names, *in_memory[3:]],

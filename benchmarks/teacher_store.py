@@ -81,7 +81,7 @@ def make_loops(pair: str, options: argparse.Namespace, batch: int, steps: int, f
     student = create_student(name, num_labels=CLASSES)
     model = create_student(teacher_name, num_labels=CLASSES)
     # Shared by two loops of which only one is awake: it never changes.
-    teacher = load_teacher(model)
+    teacher = load_teacher(model).to(options.device)
 
     def trained(kind: type, arguments_kind: type, data, collator: ImageCollator, **kwargs) -> Loop:
         args = training_arguments(
@@ -171,6 +171,7 @@ def main() -> None:
     report = common.Report(options)
     measure_sizes(options, report)
     for pair in options.pair or BATCHES:
+        report.write(is_partial=True)
         measure_steps(pair, options, report)
     report.write()
 

@@ -4,10 +4,13 @@
 augmentation, data loaders and optimiser. The files are JPEGs of ImageNet's usual size (500 x 375, quality 92) of crops of
 scikit-learn's photographs, in a folder for each of 1000 classes; 256 of them differ, and the others are links to them.
 
-- recipe: the student's training. The clock runs after the first steps, from one synchronisation with the device to
+- recipe: the student's training. The clock runs after the warm-up, from one synchronisation with the device to
   another, so that loading, host and device overlap as in any run.
 - loader alone: the same loader, with nobody who trains on its batches. A floor of the recipe's time.
-- compute alone: the same models and loss, with random pixels that lie in the device's memory. The other floor.
+- compute alone: the same models and loss, with one random batch that lies in the device's memory. The other floor.
+
+Each of the loader's processes loads one batch in advance, and the processes deliver in bursts. So warm-up and measured steps
+should be many times the number of processes: else the clock measures batches that were loaded before it ran.
 
 Aim: the recipe is at least 90% as fast as the slower of the two. With random weights; a trained teacher takes as long.
 """
@@ -30,7 +33,6 @@ from nkd_hf import (
     DataArguments,
     DistillationTrainer,
     DistillationTrainingArguments,
-    ImageCollator,
     NKDLoss,
     Recipe,
     RecipeArguments,
@@ -73,6 +75,7 @@ def open_recipe(folder: Path, options: argparse.Namespace) -> Recipe:
         "image_size": options.size, "output_dir": folder / "run", "max_steps": num_steps, "num_processes": 1,
         "per_device_train_batch_size": options.batch, "bf16": options.bf16, "use_cpu": options.device == "cpu",
         "dataloader_num_workers": options.workers, "dataloader_persistent_workers": options.workers > 0,
+        **({"dataloader_prefetch_factor": 1} if options.workers else {}),
         "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10**6, "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
     kinds = (RecipeArguments, DataArguments, DistillationTrainingArguments)
@@ -123,21 +126,26 @@ def measure_compute(folder: Path, options: argparse.Namespace) -> float:
         for name in (options.student, options.teacher)
     )
     num_steps = options.warmup + options.rounds
-    data = Data(Images(num_steps * options.batch, options.classes, options.size, device=options.device))
+    shape = (options.batch, 3, options.size, options.size)
+    batch = {
+        "pixel_values": torch.randn(shape, device=options.device),
+        "labels": torch.randint(options.classes, (options.batch,), device=options.device),
+    }
+    data = Data(Images(num_steps * options.batch, options.classes, size=1))  # their number alone counts
     args = training_arguments(
         DistillationTrainingArguments, str(folder), options.batch, num_steps, options.device, bf16=options.bf16,
         logging_steps=10**6, optim_args="momentum=0.9", max_grad_norm=0.0,
     )  # fmt: skip
     trainer = DistillationTrainer(
-        student, args, ImageCollator(options.classes), data, teacher=teacher, distillation_loss=NKDLoss()
+        student, args, lambda samples: dict(batch), data, teacher=teacher, distillation_loss=NKDLoss()
     )
     return measure_training(trainer, options)
 
 
 def main() -> None:
     cores = len(os.sched_getaffinity(0))
-    parser = common.make_parser(__doc__, rounds=60)
-    parser.add_argument("--warmup", type=int, default=20, help="steps before those that are measured (default: 20)")
+    parser = common.make_parser(__doc__, rounds=96)
+    parser.add_argument("--warmup", type=int, default=48, help="steps before those that are measured (default: 48)")
     parser.add_argument("--batch", type=int, default=256, help="images (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")

@@ -1,8 +1,9 @@
 """Measures on a GPU what benchmarks/README.md has of the CPU: `make bench-gpu`, in less than six minutes.
 
 Each part is one of the scripts in benchmarks/, in a process of its own, with sizes for a GPU; it writes
-benchmarks/results/PART-gpu.json, of which `python benchmarks/tables.py` makes tables. The first parts matter most: one that
-does not fit into the time that is left is stopped, its earlier file is kept, and its name stands at the end.
+benchmarks/results/PART-gpu.json, of which `python benchmarks/tables.py` makes tables. The first parts matter most. One that
+does not fit into the time that is left is stopped, and its name stands at the end. Its file has the tables that were done, and
+says so; a part without any keeps its earlier file.
 """
 
 import argparse
@@ -20,7 +21,7 @@ SECONDS = 350
 # By the name of the file: the script with its arguments, and the seconds that it may take.
 PARTS = {
     "step": ("step.py --batch 256 --bf16 --rounds 15", 90),
-    "throughput": ("throughput.py --bf16 --rounds 40 --warmup 10", 90),
+    "throughput": ("throughput.py --bf16", 90),
     "losses": ("losses.py --mode eager --rounds 7", 60),
     "loss_costs": ("loss_costs.py --step_batch 256 --rounds 7", 30),
     "memory": ("memory.py --batch 16 256 --bf16", 60),

@@ -1,6 +1,7 @@
 """benchmarks/gpu: the scripts with tiny sizes on the CPU, the commands for a GPU, the page, and a machine without torchcodec."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import runpy
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from processes import in_a_process
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -60,6 +62,103 @@ def launch_here(num_processes: int, options: argparse.Namespace) -> dict[str, li
     return json.loads(options.worker.read_text())
 
 
+# The smallest models whose mid feature is known.
+TINY = ("mobilenetv2_050", "mobilenetv2_035", 112)
+
+
+@pytest.fixture
+def meta(monkeypatch) -> str:
+    """A device beside the CPU that every machine has: a call with tensors of both fails, as one with a GPU's would."""
+    import turns
+
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # does not know it
+    monkeypatch.setattr(turns.Images.__init__, "__defaults__", (1000, 32, False, "cpu"))  # in place of 224 pixels
+    for pair in turns.PAIRS:
+        monkeypatch.setitem(turns.PAIRS, pair, TINY)
+    return "meta"
+
+
+def losses_rows(device: str, folder: Path) -> list:
+    import losses
+
+    rows = [losses.make_rows(4, 10, dtype, False, device) for dtype in (torch.float32, torch.bfloat16)]
+    # Boolean masks and timm's task (step.py) read values, which this device has not.
+    return [{name: run for name, run in each.items() if "literal" not in name} for each in rows]
+
+
+def loss_costs_rows(device: str, folder: Path) -> list:
+    import loss_costs
+
+    maps, steps = loss_costs.make_map_rows(2, 10, device), loss_costs.make_steps(1, device)
+    return [loss_costs.make_rows(4, 10, device), maps, steps]
+
+
+def step_rows(device: str, folder: Path) -> list:
+    import step
+
+    options = argparse.Namespace(device=device, batch=2, bf16=False)
+    student, teacher = (step.create_student(name, num_labels=step.CLASSES) for name in TINY[1::-1])
+    data = step.Data(step.Images(2, step.CLASSES, device=device))
+    loop = step.handwritten(step.nkd_of(student, teacher, options), student, data, options)
+    return [{"loop": lambda: loop(lambda: None)}]
+
+
+def teacher_store_rows(device: str, folder: Path) -> list:
+    import teacher_store
+
+    options = argparse.Namespace(device=device, bf16=False, top_k=[])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("Trainer", "DistillationTrainer", "trainer_loop"):  # which choose their device themselves
+            patch.setattr(teacher_store, name, lambda *args, **kwargs: None)
+        loops = teacher_store.make_loops("resnet34 -> resnet18", options, 2, 1, folder)
+    return [{"teacher": lambda: loops["teacher"](lambda: None)}]
+
+
+def memory_rows(device: str, folder: Path) -> list:
+    import memory
+
+    options = argparse.Namespace(device=device, bf16=False, optim="sgd")
+    student = memory.create_student(TINY[1], num_labels=10).to(device)
+    teacher = memory.load_teacher(memory.create_student(TINY[0], num_labels=10)).to(device)
+    return [{"parts": lambda: memory.measure_parts(student, teacher, 2, 10, options)}]
+
+
+@pytest.mark.parametrize("make", [losses_rows, loss_costs_rows, step_rows, teacher_store_rows, memory_rows])
+def test_all_that_is_measured_lies_on_the_device(meta, tmp_path, make):
+    for rows in make(meta, tmp_path):
+        for run in rows.values():
+            run()
+
+
+def test_the_time_of_a_gpus_kernels_is_theirs_alone(monkeypatch):
+    class Profile(contextlib.nullcontext):
+        def events(self):
+            kinds = [(common.DeviceType.CPU, 900.0), (common.DeviceType.CUDA, 30.0), (common.DeviceType.CUDA, 12.5)]
+            for kind, microseconds in kinds:
+                span = argparse.Namespace(elapsed_us=lambda microseconds=microseconds: microseconds)
+                yield argparse.Namespace(device_type=kind, time_range=span)
+
+    profile = Profile()
+    monkeypatch.setattr(common, "profile", lambda activities: Profile(profile))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    calls = []
+    assert common.measure_device_ms(lambda: calls.append(1), "cuda") == 0.0425
+    assert common.measure_device_ms(lambda: calls.append(1), "cpu") is None
+    assert calls == [1]
+
+
+def test_a_script_that_is_stopped_leaves_the_tables_that_were_done(tmp_path):
+    options = argparse.Namespace(json=tmp_path / "step-gpu.json", rounds=3, threads=1, device="cuda")
+    report = common.Report(options)
+    report.table("first pair", ["", "ms"], [["NKD", "1.0"]])
+    report.write(is_partial=True)
+    result = json.loads(options.json.read_text())
+    assert "**Stopped before its end**" in tables.header(result)
+    assert [table["title"] for table in result["tables"]] == ["first pair"]
+    report.write()
+    assert "Stopped" not in tables.header(json.loads(options.json.read_text()))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu-results")
@@ -67,12 +166,9 @@ def results(tmp_path_factory) -> Path:
     def work() -> None:
         import scale
         import teacher_store
-        import torch
         import turns
 
-        # The smallest models whose mid feature is known.
-        tiny = ("mobilenetv2_050", "mobilenetv2_035", 112)
-        turns.PAIRS.update(dict.fromkeys(turns.PAIRS, tiny))
+        turns.PAIRS.update(dict.fromkeys(turns.PAIRS, TINY))
         turns.Images.__init__.__defaults__ = (1000, 32, False, "cpu")  # in place of 224 pixels
         common.WINDOW_MS = 1
         scale.launch = launch_here
