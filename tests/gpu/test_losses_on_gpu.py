@@ -43,21 +43,26 @@ def evaluate(
     losses: nn.ModuleDict, inputs: dict[str, Tensor], scale: float, backend: str | None
 ) -> dict[str, list[Tensor]]:
     """Components of each loss, and its gradients with respect to what is the student's."""
-    wanted = {name: loss_inputs(loss) for name, loss in losses.items()}
-    for name, tensor in inputs.items():
-        tensor.requires_grad_(name != "labels" and not name.startswith("teacher"))
-    given = inputs | {"token_grid": (3, 3), "label_smoothing": 0.1, "logit_moments": None}
+    fixed = {"token_grid": (3, 3), "label_smoothing": 0.1, "logit_moments": None}
+    given, leaves = {}, {}
+    for name, loss in losses.items():
+        # Tensors of each loss's own, so that one backward pass gives the gradients of all.
+        own = {key: inputs[key].detach().clone() for key in loss_inputs(loss) if key in inputs}
+        leaves[name] = [tensor for key, tensor in own.items() if key != "labels" and not key.startswith("teacher")]
+        for tensor in leaves[name]:
+            tensor.requires_grad_()
+        given[name] = own | {key: fixed[key] for key in loss_inputs(loss) if key in fixed}
 
     def compute() -> dict[str, dict[str, Tensor]]:
-        return {name: loss(**{key: given[key] for key in wanted[name]}) for name, loss in losses.items()}
+        return {name: loss(**given[name]) for name, loss in losses.items()}
 
     results = (compute if backend is None else torch.compile(compute, fullgraph=True, backend=backend))()
-    values = {}
-    for name, components in results.items():
-        leaves = [inputs[key] for key in wanted[name] if key in inputs and inputs[key].requires_grad]
-        gradients = torch.autograd.grad(scale * sum(components.values()), leaves, retain_graph=True)
-        values[name] = [*components.values(), *(gradient.double() / scale for gradient in gradients)]
-    return values
+    total = sum(value for components in results.values() for value in components.values())
+    gradients = iter(torch.autograd.grad(scale * total, [leaf for of_loss in leaves.values() for leaf in of_loss]))
+    return {
+        name: [*components.values(), *(next(gradients).double() / scale for _ in leaves[name])]
+        for name, components in results.items()
+    }
 
 
 # The losses compute in float32 whatever the logits' precision is, so that one graph says enough of compiled ones.
