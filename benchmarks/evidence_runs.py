@@ -218,13 +218,13 @@ class Bench(NamedTuple):
             "validation": TeacherLogits(self.store_folder(data, student, seed)).info.teacher_accuracy,
         }
 
-    def write_store(self, data: str, student: str, seed: int, images: tuple) -> str:
-        """Stores the teacher's logits on the images of all epochs of a seed."""
+    def write_store(self, data: str, student: str, seed: int, images: tuple, **settings: Any) -> str:
+        """Stores the teacher's logits on the images of all epochs of a seed; `settings` are those of the command."""
         folder = self.store_folder(data, student, seed)
         if not (folder / "done").is_file():
             args = self.recipe_args(
                 data, seed, folder, validation_split="validation", eval_strategy="no", distillation_loss="nkd",
-                teacher=str(self.teacher_folder(data) / "run" / "teacher"), **STUDENTS["cnn"],
+                teacher=str(self.teacher_folder(data) / "run" / "teacher"), **STUDENTS["cnn"], **settings,
             )  # fmt: skip
             epochs = str(self.epochs_of(data, student))
             command = ["teacher-logits", *args, "--output", str(folder), "--epochs", epochs, "--batch_size", "64"]
