@@ -1,34 +1,37 @@
-"""The measured columns of docs/which-loss.md, from the results of evidence.py and comparison.py; comparison_page.py writes them."""
+"""The measured gains of docs/which-loss.md and of the README, from the result of comparison.py; comparison_page.py writes them."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from comparison_runs import MAIN
-from comparison_verdicts import LEVEL, RESULT, RESULTS, judge, lacks_methods, read_accuracies
+from comparison_runs import MAIN, METHODS
+from comparison_verdicts import LEVEL, RESULT, judge, lacks_methods, read_accuracies
 
-PAGE = Path(__file__).parents[1] / "docs" / "which-loss.md"
-EVIDENCE = RESULTS / "evidence.json"
-# By the title of a column: the result and its cell.
-COLUMNS = {
-    "Fashion-MNIST, CNN [14]": (RESULT, "fashion/cnn"),
-    "100 classes, CNN [14]": (RESULT, "numbers/cnn"),
-    "Fashion-MNIST, DeiT [13]": (EVIDENCE, "fashion/deit"),
+ROOT = Path(__file__).parents[1]
+README, WHICH_LOSS = ROOT / "README.md", ROOT / "docs" / "which-loss.md"
+# The titles of the cells: in the README of rows, in which-loss.md, with the number of the source, of columns.
+TITLES = {
+    "fashion/cnn": "Fashion-MNIST, CNN",
+    "pretrained/cnn": "Fashion-MNIST, CNN, ImageNet teacher",
+    "numbers/cnn": "100 classes, CNN",
+    "fashion/deit": "Fashion-MNIST, DeiT",
+    "numbers/deit": "100 classes, DeiT",
 }
-# By the first column: the method of comparison_runs.METHODS.
+SOURCE, NOT_YET = "[14]", "not yet"
+# By the first column of which-loss.md: the method of comparison_runs.METHODS.
 ROWS = {"none": "baseline", "label smoothing": "label_smoothing", "`kd`, `standardize`": "kd_standardized"} | {
     f"`{name}`": name for name in ("kd", "dkd", "dist", "wttm", "rld", "nkd", "uskd", "tfkd")
 }
+# The columns of the README's table.
+SHOWN = ("baseline", "nkd", "dkd", "dist", "kd", "uskd")
 
 
-def read_column(path: Path, name: str) -> dict[str, str]:
+def read_cell(name: str, path: Path = RESULT) -> dict[str, str]:
     """The text of each method: the baseline's top-1, the others' gain with half its interval, bold where it is certain."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    cell = _evidence_cell(result, name) if path == EVIDENCE else result["cells"].get(name, {"runs": []})
+    cell = json.loads(path.read_text(encoding="utf-8"))["cells"].get(name, {"runs": []})
     values = {method: tops for method, tops in read_accuracies(cell).items() if method in MAIN}
-    if path != EVIDENCE and lacks_methods(name, values):
-        return dict.fromkeys(MAIN, "not yet")
+    if lacks_methods(name, values):
+        return dict.fromkeys(MAIN, NOT_YET)
     texts = {"baseline": f"{sum(values['baseline']) / len(values['baseline']):.2f}"}
     for method, (difference, p, _) in judge(values, "baseline").items():
         text = f"{difference.mean:+.2f} ± {(difference.high - difference.low) / 2:.2f}"
@@ -36,29 +39,48 @@ def read_column(path: Path, name: str) -> dict[str, str]:
     return texts
 
 
-def _evidence_cell(result: dict[str, Any], name: str) -> dict[str, Any]:
-    # Its ablations are methods that METHODS lacks, and some of its trainings are the choice of a seed apart.
-    runs = [run for run in result["runs"] if "test" in run and f"{run['data']}/{run['student']}" == name]
-    return {"runs": [run for run in runs if run["method"] in MAIN]}
+def fill_which_loss(page: str) -> str:
+    """docs/which-loss.md with the columns of the cells filled.
 
-
-def fill(page: str) -> str:
-    """The page with the columns of COLUMNS filled."""
-    match = re.search(r"<!-- gains -->\n\n(.*?)\n\n<!-- end -->", page, flags=re.DOTALL)
-    header, rule, *lines = match[1].split("\n")
+    Raises:
+        ValueError: its table lacks the row of a method.
+    """
+    before, (header, rule, *lines), after = _split_table(page)
     titles = _cells(header)
-    columns = {titles.index(title): read_column(*source) for title, source in COLUMNS.items()}
+    columns = {titles.index(f"{TITLES[name]} {SOURCE}"): read_cell(name) for name in TITLES}
     rows = []
     if missing := set(ROWS) - {_cells(line)[0] for line in lines}:
         raise ValueError(
-            f"{PAGE} must have a row for each method, lacks {', '.join(sorted(missing))}: add it to the table"
+            f"{WHICH_LOSS} must have a row for each method, lacks {', '.join(sorted(missing))}: add it to the table"
         )
     for line in lines:
         row = _cells(line)
         for place, texts in columns.items():
             row[place] = texts.get(ROWS.get(row[0], ""), "")
-        rows.append(f"| {' | '.join(row)} |")
-    return page[: match.start(1)] + "\n".join([header, rule, *rows]) + page[match.end(1) :]
+        rows.append(_row(row))
+    return before + "\n".join([header, rule, *rows]) + after
+
+
+def fill_readme(page: str) -> str:
+    """The README with its table of the cells that count."""
+    before, _, after = _split_table(page)
+    header = ["student, data", *(METHODS[method].text for method in SHOWN)]
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for name, title in TITLES.items():
+        texts = read_cell(name)
+        if texts["baseline"] == NOT_YET:
+            continue
+        lines.append(_row([title, *(texts.get(method, "not run") for method in SHOWN)]))
+    return before + "\n".join(lines) + after
+
+
+def _split_table(page: str) -> tuple[str, list[str], str]:
+    match = re.search(r"(?<=<!-- gains -->\n\n)(.*?)(?=\n\n<!-- end -->)", page, flags=re.DOTALL)
+    return page[: match.start()], match[0].split("\n"), page[match.end() :]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cells(line: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes the results of comparison.py into COMPARISON.md and which-loss.md: `python benchmarks/comparison_page.py [--check]`."""
+"""Writes the results of comparison.py into COMPARISON.md, docs/which-loss.md and the README: `python benchmarks/comparison_page.py [--check]`."""
 
 import json
 import re
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import comparison_gains
 import numpy as np
+from comparison_gains import README, WHICH_LOSS, fill_readme, fill_which_loss
 from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, ORDERS, TEMPERATURE_1
 from comparison_verdicts import FIRST, RESULT, Verdict, judge, lacks_methods, read_accuracies
 from evidence_page import mean_and_deviation, paired_difference
@@ -204,15 +204,17 @@ def _replace(page: str, mark: str, text: str) -> str:
 def main() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"cells": {}}
     first = json.loads(FIRST.read_text(encoding="utf-8"))
-    which_loss = comparison_gains.PAGE.read_text(encoding="utf-8")
-    pages = {
-        PAGE: make_page(PAGE.read_text(encoding="utf-8"), result, first),
-        comparison_gains.PAGE: comparison_gains.fill(which_loss),
+    writers = {
+        PAGE: lambda page: make_page(page, result, first),
+        WHICH_LOSS: fill_which_loss,
+        README: fill_readme,
     }
-    for path, text in pages.items():
+    for path, write in writers.items():
+        page = path.read_text(encoding="utf-8")
+        text = write(page)
         if "--check" not in sys.argv[1:]:
             path.write_text(text, encoding="utf-8")
-        elif text != path.read_text(encoding="utf-8"):
+        elif text != page:
             sys.exit(f"{path} is not what {RESULT.parent} gives")
 
 

@@ -63,13 +63,14 @@ def test_verdicts():
 def test_the_pages_are_of_their_results(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["comparison_page.py", "--check"])
     comparison_page.main()
-    other = tmp_path / "which-loss.md"
-    other.write_text(
-        comparison_gains.PAGE.read_text(encoding="utf-8").replace("**+3.70 ", "**+3.71 "), encoding="utf-8"
-    )
-    monkeypatch.setattr(comparison_gains, "PAGE", other)
-    with pytest.raises(SystemExit, match=r"which-loss\.md is not what"):
-        comparison_page.main()
+    for name in ("README", "WHICH_LOSS"):
+        with monkeypatch.context() as patch:
+            page = getattr(comparison_page, name)
+            other = tmp_path / page.name
+            other.write_text(page.read_text(encoding="utf-8").replace("**+1.21 ", "**+1.22 "), encoding="utf-8")
+            patch.setattr(comparison_page, name, other)
+            with pytest.raises(SystemExit, match=rf"{page.name} is not what"):
+                comparison_page.main()
 
 
 def test_the_parts_of_the_numbers_share_no_digit(tmp_path):
@@ -716,30 +717,26 @@ def test_the_page_says_how_lucky_the_choice_was():
 
 
 class TestGains:
-    """The measured columns of docs/which-loss.md."""
+    """The measured gains of docs/which-loss.md and of the README."""
 
     def test_each_method_has_its_row_and_none_is_empty(self):
         assert set(comparison_gains.ROWS.values()) == set(comparison_runs.MAIN)
-        page = comparison_gains.PAGE.read_text(encoding="utf-8")
+        page = comparison_gains.WHICH_LOSS.read_text(encoding="utf-8")
         for first in comparison_gains.ROWS:
             assert page.count(f"\n| {first} |") == 1
 
-    def test_they_are_those_of_the_other_pages(self):
-        """Mean and interval, as evidence_page.py and comparison_page.py write them."""
-        root = Path(__file__).parents[2] / "benchmarks"
-        for title, page, heading in (
-            ("Fashion-MNIST, DeiT [13]", "EVIDENCE.md", "\nfashion, deit\n"),
-            ("Fashion-MNIST, CNN [14]", "COMPARISON.md", "\nfashion/cnn\n"),
-            ("100 classes, CNN [14]", "COMPARISON.md", "\nnumbers/cnn\n"),
-        ):
-            table = (root / page).read_text(encoding="utf-8").partition(heading)[2].lstrip().partition("\n\n")[0]
-            column = comparison_gains.read_column(*comparison_gains.COLUMNS[title])
-            for method, text in column.items():
-                name = comparison_runs.METHODS[method].text
+    def test_they_are_those_of_the_comparisons_page(self):
+        page = comparison_page.PAGE.read_text(encoding="utf-8").partition("<!-- results -->")[2]
+        assert set(comparison_gains.TITLES) == set(comparison_runs.CELLS)
+        for name in json.loads(comparison_gains.RESULT.read_text(encoding="utf-8"))["cells"]:
+            table = page.partition(f"\n{name}\n")[2].lstrip().partition("\n\n")[0]
+            for method, text in comparison_gains.read_cell(name).items():
+                if text == "not yet":
+                    continue
                 top1, difference = next(
                     [cell.strip() for cell in line.split("|")[2:4]]
                     for line in table.splitlines()
-                    if line.startswith(f"| {name} |")
+                    if line.startswith(f"| {comparison_runs.METHODS[method].text} |")
                 )
                 if method == "baseline":
                     assert text == top1.partition(" ")[0]
@@ -760,7 +757,7 @@ class TestGains:
         ]
         result = tmp_path / "comparison.json"
         result.write_text(json.dumps({"cells": {"numbers/cnn": {"runs": runs}}}))
-        column = comparison_gains.read_column(result, "numbers/cnn")
+        column = comparison_gains.read_cell("numbers/cnn", result)
         assert column["baseline"] == "90.00"
         assert column["kd"] == "**+2.05 ± 0.12**"
         assert column["dist"] == "**-2.05 ± 0.12**"
@@ -769,15 +766,29 @@ class TestGains:
             json.dumps({"cells": {"numbers/cnn": {"runs": [run for run in runs if run["method"] != "tfkd"]}}})
         )
         for name in ("numbers/cnn", "fashion/cnn"):
-            assert set(comparison_gains.read_column(result, name).values()) == {"not yet"}
+            assert set(comparison_gains.read_cell(name, result).values()) == {"not yet"}
 
     def test_the_page_is_filled_where_the_columns_are(self):
-        page = comparison_gains.PAGE.read_text(encoding="utf-8")
+        page = comparison_gains.WHICH_LOSS.read_text(encoding="utf-8")
         row = next(line for line in page.splitlines() if line.startswith("| `wttm` |"))
         cells = row.split(" | ")
-        number = len(comparison_gains.COLUMNS)
+        number = len(comparison_gains.TITLES)
         emptied = page.replace(row, " | ".join([*cells[:4], *["?"] * number, *cells[4 + number :]]))
         assert "?" in emptied.partition("<!-- end -->")[0]
-        assert comparison_gains.fill(emptied) == page
+        assert comparison_gains.fill_which_loss(emptied) == page
         with pytest.raises(ValueError, match="lacks `wttm`"):
-            comparison_gains.fill(page.replace("| `wttm` |", "| `wtm` |"))
+            comparison_gains.fill_which_loss(page.replace("| `wttm` |", "| `wtm` |"))
+
+    @pytest.mark.parametrize("name", ["README", "WHICH_LOSS"])
+    def test_gains_that_the_text_tells_are_in_a_table(self, name):
+        """A sentence must not outlive the result that it tells."""
+        text = getattr(comparison_gains, name).read_text(encoding="utf-8").partition("<!-- end -->")[2]
+        tables = "".join(
+            line
+            for page in ("COMPARISON.md", "EVIDENCE.md")
+            for line in (Path(__file__).parents[2] / "benchmarks" / page).read_text(encoding="utf-8").splitlines()
+            if line.startswith("|")
+        )
+        gains = set(re.findall(r"[-+]\d+\.\d\d", text))
+        assert gains
+        assert gains <= set(re.findall(r"[-+]\d+\.\d\d", tables))
