@@ -35,7 +35,7 @@ GPU_INSTALLED = .venv/installed-test
 GPU_PYTHON = .venv/bin/python
 endif
 
-test-gpu: $(GPU_INSTALLED)  ## run the tests that need a GPU, in less than 3 minutes
+test-gpu: $(GPU_INSTALLED)  ## run the tests that need a GPU: made for less than 3 minutes
 	@$(GPU_PYTHON) benchmarks/gpu/check.py
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu --numprocesses 4 --dist worksteal --durations 5
 

@@ -55,13 +55,16 @@ def temperature_text(name: str, cell: dict[str, Any], values: dict[str, list[flo
     verdicts = judge({arm: values[arm] for arm in ARMS}, TEMPERATURE_1)
     rows = []
     for arm in ARMS:
-        row = [METHODS[arm].text, mean_and_deviation(values[arm]), "", "", "", ""]
-        if verdict := verdicts.get(arm):
-            row[2:5] = _verdict_columns(verdict, True)
-        if arm == CONFIDENCE:
-            row[5] = f"{paired_difference(values[arm], values['nkd'])}"
+        row = [
+            METHODS[arm].text,
+            mean_and_deviation(values[arm]),
+            f"{paired_difference(values[arm], values['baseline'])}",
+        ]
+        verdict = verdicts.get(arm)
+        row += _verdict_columns(verdict, True) if verdict else ["", "", ""]
+        row.append(f"{paired_difference(values[arm], values['nkd'])}" if arm == CONFIDENCE else "")
         rows.append([*row, *_chosen_columns(cell, arm)])
-    columns = ["", "top-1 on test", "less temperature 1", "p", "is", "less NKD", *_CHOSEN]
+    columns = ["", "top-1 on test", "less the baseline", "less temperature 1", "p", "is", "less NKD", *_CHOSEN]
     return [markdown(f"{name}, NKD's temperature", columns, rows)]
 
 

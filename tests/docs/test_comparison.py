@@ -33,6 +33,7 @@ from evidence_data import write_numbers
 from evidence_runs import SHARED, Job
 
 from nkd_hf import DataArguments, DistillationTrainingArguments, RecipeArguments, load_image_dataset
+from nkd_hf.losses.registry import LOSSES
 from nkd_hf.models.loading import open_classifier
 from nkd_hf.models.preprocessing import load_image_processor, read_preprocessing
 from nkd_hf.recipe.defaults import fixed_defaults, set_defaults
@@ -722,7 +723,7 @@ class TestGains:
     def test_each_method_has_its_row_and_none_is_empty(self):
         assert set(comparison_gains.ROWS.values()) == set(comparison_runs.MAIN)
         page = comparison_gains.WHICH_LOSS.read_text(encoding="utf-8")
-        for first in comparison_gains.ROWS:
+        for first in {*comparison_gains.ROWS, *(f"`{name}`" for name in LOSSES)}:
             assert page.count(f"\n| {first} |") == 1
 
     def test_they_are_those_of_the_comparisons_page(self):

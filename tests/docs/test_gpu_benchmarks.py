@@ -22,7 +22,8 @@ import tables  # noqa: E402
 
 BENCH = runpy.run_path(str(BENCHMARKS / "gpu" / "bench.py"))
 CHECK = runpy.run_path(str(BENCHMARKS / "gpu" / "check.py"))
-# Of each script one part.
+# Of each script one part, and those that compile, which takes a minute.
+COMPILED = ["losses_compiled", "teacher_compiled"]
 PARTS = ["step", "throughput", "losses", "loss_costs", "memory", "scale", "teacher", "teacher_store"]
 
 
@@ -44,6 +45,7 @@ def test_the_commands_for_a_gpu_are_read(monkeypatch, part):
 
 def test_all_parts_may_take_their_time():
     assert len({command.split()[0] for command, _ in BENCH["PARTS"].values()}) == len(PARTS)
+    assert {*PARTS, *COMPILED} == set(BENCH["PARTS"])
     assert BENCH["SECONDS"] < 360
 
 
@@ -159,9 +161,8 @@ def test_a_script_that_is_stopped_leaves_the_tables_that_were_done(tmp_path):
     assert "Stopped" not in tables.header(json.loads(options.json.read_text()))
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu-results")
+def measure(folder: Path, parts: list[str]) -> None:
+    """Runs parts with tiny sizes on the CPU, in a process of its own."""
 
     def work() -> None:
         import scale
@@ -178,11 +179,26 @@ def results(tmp_path_factory) -> Path:
             patch.setenv("RANK", "0")
             patch.setenv("WORLD_SIZE", "1")
             patch.setitem(BENCH["measure"].__globals__, "SECONDS", 600)  # of a machine that does much else
-            faults = BENCH["measure"](folder, "cpu", PARTS, run_here)
+            faults = BENCH["measure"](folder, "cpu", parts, run_here)
         assert faults == []
 
     assert in_a_process(work, folder / "log") == 0, (folder / "log").read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu-results")
+    measure(folder, PARTS)
     return folder
+
+
+@pytest.mark.slow
+def test_the_parts_that_compile_write_their_figures(tmp_path):
+    measure(tmp_path, COMPILED)
+    losses, teacher = (json.loads((tmp_path / f"{part}-gpu.json").read_text())["tables"] for part in COMPILED)
+    assert [table["compiled"] for table in losses] == [True]
+    assert {"NKD", "USKD"} <= set(losses[0]["rows"])
+    assert {"float32, compiled", "bf16, compiled", "fp16, compiled"} <= {row[0] for row in teacher[0]["rows"]}
 
 
 @pytest.mark.runs
@@ -284,7 +300,7 @@ assert decoding.decode_jpeg is None
 """
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_all_is_there_without_torchcodec():
     scripts = [Path(command.split()[0]).stem for command, _ in BENCH["PARTS"].values()]
     command = [sys.executable, "-c", WITHOUT_TORCHCODEC, *scripts]
