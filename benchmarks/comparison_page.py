@@ -137,8 +137,8 @@ def luck_text(cell: dict[str, Any]) -> str:
         fresh.setdefault(run["method"], []).append(run["validation"])
     falls = [100 * (cell["chosen"][method]["validation"] - np.mean(values)) for method, values in fresh.items()]
     return (
-        f"On that part the chosen settings get {np.mean(falls):.2f} points less from the fresh seeds than in the search "
-        f"({min(falls):.2f} to {max(falls):.2f}), since the best mean of a few seeds is partly luck."
+        f"On that part the chosen settings reach {np.mean(falls):.2f} points less with the fresh seeds than they did in the "
+        f"search (by method {min(falls):.2f} to {max(falls):.2f}): the best mean of a few seeds is partly luck."
     )
 
 
