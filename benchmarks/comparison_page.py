@@ -21,7 +21,7 @@ DECIDING = tuple(
 )  # whether the rule for NKD's temperature becomes an option
 
 
-_CHOSEN = ["chosen", "its validation"]
+_CHOSEN = ["chosen", "top-1 of the search"]
 
 
 def _chosen_columns(cell: dict[str, Any], method: str) -> list[str]:
@@ -64,7 +64,7 @@ def temperature_text(name: str, cell: dict[str, Any], values: dict[str, list[flo
         row += _verdict_columns(verdict, True) if verdict else ["", "", ""]
         row.append(f"{paired_difference(values[arm], values['nkd'])}" if arm == CONFIDENCE else "")
         rows.append([*row, *_chosen_columns(cell, arm)])
-    columns = ["", "top-1 on test", "less the baseline", "less temperature 1", "p", "is", "less NKD", *_CHOSEN]
+    columns = ["", "top-1 on test", "less the baseline", "less temperature 1", "p", "verdict", "less NKD", *_CHOSEN]
     return [markdown(f"{name}, NKD's temperature", columns, rows)]
 
 
@@ -138,7 +138,7 @@ def luck_text(cell: dict[str, Any]) -> str:
     falls = [100 * (cell["chosen"][method]["validation"] - np.mean(values)) for method, values in fresh.items()]
     return (
         f"On that part the chosen settings reach {np.mean(falls):.2f} points less with the fresh seeds than they did in the "
-        f"search (by method {min(falls):.2f} to {max(falls):.2f}): the best mean of a few seeds is partly luck."
+        f"search (by method {min(falls):.2f} to {max(falls):.2f}): the best mean of a few seeds may be luck."
     )
 
 
@@ -155,7 +155,7 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
             verdict = verdicts.get(method)
             row += _verdict_columns(verdict, is_done) if verdict else ["", "", ""]
         rows.append([*row, *_chosen_columns(cell, method)])
-    columns = ["", "top-1 on test", "less the baseline", "p", "is", "less NKD", "p", "is"]
+    columns = ["", "top-1 on test", "less the baseline", "p", "verdict", "less NKD", "p", "verdict"]
     columns += _CHOSEN
     absent = [METHODS[method].text for method in ORDERS[name.partition("/")[2]] if method not in values]
     seeds = sorted({run["seed"] for run in cell["runs"]})

@@ -1,6 +1,7 @@
 """docs/losses.md: its table is the classes', and its loss of one's own works in trainer, recipe, plan and card."""
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 from processes import in_a_process
 from recipe_runs import FEW, IN_PROCESS
 
-from nkd_hf import RecipeArguments
+from nkd_hf import RecipeArguments, parse_args
 from nkd_hf.losses.base import loss_inputs, teacher_inputs
 from nkd_hf.losses.registry import LOSSES
 from nkd_hf.recipe.report import print_table
@@ -49,13 +50,34 @@ def run(folder: Path, script: Path, *arguments: str) -> str:
 
 
 def test_table():
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*?) \| \[.*?\]\((.*?)\) \|$", PAGE, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*?) \| (.*?) \| \[.*?\]\((.*?)\) \|$", PAGE, flags=re.MULTILINE)
     needs = {name: set(teacher_inputs(loss)) for name, loss in LOSSES.items()}
     words = {
         name: "a teacher and its features" if inputs - {"teacher_logits"} else "a teacher" if inputs else "nothing"
         for name, inputs in needs.items()
     }
-    assert rows == [(name, loss.__name__, words[name], loss.paper) for name, loss in LOSSES.items()]
+    assert rows == [
+        (name, loss.__name__, words[name], describe_defaults(loss), loss.paper) for name, loss in LOSSES.items()
+    ]
+
+
+def describe_defaults(loss: type) -> str:
+    """The arguments that have a default; the model gives the others."""
+    arguments = inspect.signature(loss).parameters.values()
+    return ", ".join(f"{each.name} {each.default}" for each in arguments if each.default not in (each.empty, None))
+
+
+@pytest.mark.parametrize("page", ["losses", "which-loss"])
+def test_command_line(page):
+    """Each `--loss_args` of a page is that of its loss."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    commands = re.findall(r"--distillation_loss (\S+) --loss_args '(.*?)'", text)
+    assert commands
+    for loss, text in commands:
+        recipe = parse_args(
+            (RecipeArguments,), args=["--student", "resnet18", "--distillation_loss", loss, "--loss_args", text]
+        )[0]
+        assert set(recipe.loss_args) <= set(inspect.signature(LOSSES[loss]).parameters)
 
 
 def test_blocks_with_the_loss_in_a_file_of_its_own(folder, monkeypatch):
