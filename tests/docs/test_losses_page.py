@@ -75,7 +75,8 @@ def test_command_line(page):
     assert commands
     for loss, text in commands:
         recipe = parse_args(
-            (RecipeArguments,), args=["--student", "resnet18", "--distillation_loss", loss, "--loss_args", text]
+            (RecipeArguments,),
+            args=["--student", "resnet18", "--teacher", "resnet34", "--distillation_loss", loss, "--loss_args", text],
         )[0]
         assert set(recipe.loss_args) <= set(inspect.signature(LOSSES[loss]).parameters)
 
