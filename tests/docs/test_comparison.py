@@ -1,5 +1,6 @@
 """The comparison of losses: its statistics, its page, and a tiny real run of search and trainings."""
 
+import dataclasses
 import json
 import math
 import re
@@ -791,3 +792,29 @@ class TestGains:
         gains = set(re.findall(r"[-+]\d+\.\d\d", text))
         assert gains
         assert gains <= set(re.findall(r"[-+]\d+\.\d\d", tables))
+
+    def test_the_readme_has_the_cells_that_count(self, monkeypatch, tmp_path):
+        page = comparison_gains.README.read_text(encoding="utf-8")
+        rows = [
+            line
+            for line in page.splitlines()
+            if line.startswith(tuple(f"| {t} |" for t in comparison_gains.TITLES.values()))
+        ]
+        assert len(rows) == len(comparison_gains.TITLES)
+        place = comparison_gains.SHOWN.index("nkd") + 1
+        assert "NKD's gain is certain in each row" in page
+        assert all(row.strip("| ").split(" | ")[place].startswith("**+") for row in rows)
+        # The text of a cell that is not done would be "not yet" in each place.
+        cells = {"fashion/cnn": {"baseline": "80.00", "nkd": "+1.00 ± 0.10"}}
+        absent = {"baseline": comparison_gains.NOT_YET}
+        monkeypatch.setattr(comparison_gains, "read_cell", lambda name: cells.get(name, absent))
+        filled = comparison_gains.fill_readme(page)
+        assert "| Fashion-MNIST, CNN | 80.00 | +1.00 ± 0.10 | not run | not run | not run | not run |" in filled
+        assert not any(f"| {title} |" in filled for title in list(comparison_gains.TITLES.values())[1:])
+
+    def test_the_help_names_the_losses_of_the_advice(self):
+        page = comparison_gains.WHICH_LOSS.read_text(encoding="utf-8")
+        loss = next(field for field in dataclasses.fields(RecipeArguments) if field.name == "distillation_loss")
+        for student in ("CNN", "DeiT"):
+            (advice,) = re.findall(rf"- \*\*For a {student} start with (`\w+` or `\w+`)", page)
+            assert f"{advice} for a {student} student" in loss.metadata["help"]
