@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from comparison_gains import README, WHICH_LOSS, fill_readme, fill_which_loss
 from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, ORDERS, TEMPERATURE_1
-from comparison_verdicts import FIRST, RESULT, Verdict, judge, lacks_methods, read_accuracies
+from comparison_verdicts import FIRST, LONGER, RESULT, Verdict, judge, lacks_methods, read_accuracies
 from evidence_page import mean_and_deviation, paired_difference
 from tables import markdown
 
@@ -46,6 +46,20 @@ def _verdict_columns(verdict: Verdict, is_done: bool) -> list[str]:
     """The difference, p and what it counts as. A cell that is not done has no verdicts, since p depends on their number."""
     p = f"{verdict.p:.3f}" if verdict.p >= 0.0005 else "< 0.001"
     return [f"{verdict.difference}", *([p, verdict.text] if is_done else ["", ""])]
+
+
+_COMPARED = ["", "top-1 on test", "less the baseline", "p", "verdict", "less NKD", "p", "verdict"]
+
+
+def _compare(values: dict[str, list[float]], is_done: bool) -> dict[str, list[str]]:
+    """The row of each method: its accuracy, and its verdicts against the baseline and NKD."""
+    against = [judge(values, name) if name in values else {} for name in ("baseline", "nkd")]
+    rows = {}
+    for method, tops in values.items():
+        rows[method] = [METHODS[method].text, mean_and_deviation(tops)]
+        for verdicts in against:
+            rows[method] += _verdict_columns(verdicts[method], is_done) if method in verdicts else ["", "", ""]
+    return rows
 
 
 def temperature_text(name: str, cell: dict[str, Any], values: dict[str, list[float]]) -> list[str]:
@@ -146,38 +160,51 @@ def cell_text(name: str, cell: dict[str, Any], title: str | None = None) -> str:
     """The part of the page about a cell."""
     every = read_accuracies(cell)
     values = {method: tops for method, tops in every.items() if method in MAIN}
-    against_baseline, against_nkd = (judge(values, name) if name in values else {} for name in ("baseline", "nkd"))
     is_done = not lacks_methods(name, values)
-    rows = []
-    for method, tops in values.items():
-        row = [METHODS[method].text, mean_and_deviation(tops)]
-        for verdicts in (against_baseline, against_nkd):
-            verdict = verdicts.get(method)
-            row += _verdict_columns(verdict, is_done) if verdict else ["", "", ""]
-        rows.append([*row, *_chosen_columns(cell, method)])
-    columns = ["", "top-1 on test", "less the baseline", "p", "verdict", "less NKD", "p", "verdict"]
-    columns += _CHOSEN
+    rows = [[*row, *_chosen_columns(cell, method)] for method, row in _compare(values, is_done).items()]
     absent = [METHODS[method].text for method in ORDERS[name.partition("/")[2]] if method not in values]
     seeds = sorted({run["seed"] for run in cell["runs"]})
     trials = sum(len(search["trials"]) for search in cell["searches"])
     hours = [sum(record["cpu"] for record in cell[key]) / 3600 for key in ("runs", "searches")]
     teacher, confidence = cell["teacher"], cell["confidence"]
-    machines = "; ".join(f"{each['cpu']}, torch {each['torch']}, timm {each['timm']}" for each in cell["machines"])
-    commits = sorted({record["commit"][:12] + record["commit"][40:] for record in [*cell["searches"], *cell["runs"]]})
     lines = [
         f"### {title or name}",
         f"`{cell['command']}`: {len(cell['runs'])} trainings on {len(seeds)} seeds in {hours[0]:.1f} hours of CPU time, "
-        f"and {trials} for the choice of the settings in {hours[1]:.1f}; at commit {', '.join(commits)}; "
-        f"{machines}. The teacher's top-1 is {100 * teacher['validation']:.2f} on the validation part and "
+        f"and {trials} for the choice of the settings in {hours[1]:.1f}; {_describe_origin(cell)}. The teacher's top-1 is {100 * teacher['validation']:.2f} on the validation part and "
         f"{100 * teacher['test']:.2f} on the test part. On the training images it gives the target {confidence['target']:.2f} on "
         f"average, and of the rest {confidence['largest_other']:.2f} to the largest other class; the rule's temperature is "
         f"{confidence['temperature']:g}. Intervals are those of one comparison, at 95%; p is Holm's. "
         "An asterisk marks a chosen value that is the smallest or the largest of the trials.",
         f"{length_text(cell)} {luck_text(cell)}",
         *([_describe_absent(absent, is_done)] if absent else []),
-        markdown(title or name, columns, rows),
+        markdown(title or name, [*_COMPARED, *_CHOSEN], rows),
         *temperature_text(title or name, cell, every),
         *reason_text(cell, every),
+    ]
+    return "\n\n".join(lines)
+
+
+def _describe_origin(cell: dict[str, Any]) -> str:
+    machines = "; ".join(f"{each['cpu']}, torch {each['torch']}, timm {each['timm']}" for each in cell["machines"])
+    commits = sorted({record["commit"][:12] + record["commit"][40:] for record in [*cell["searches"], *cell["runs"]]})
+    return f"at commit {', '.join(commits)}; {machines}"
+
+
+def longer_text(name: str, cell: dict[str, Any], before: dict[str, Any]) -> str:
+    """The part of the page about a cell whose students trained longer than those of `before`."""
+    values, earlier = read_accuracies(cell), read_accuracies(before)
+    gains = {method: paired_difference(tops, earlier["baseline"]) for method, tops in earlier.items()}
+    rows = [
+        [*row, f"{np.mean(earlier[method]):.2f}", "" if method == "baseline" else f"{gains[method]}"]
+        for method, row in _compare(values, not lacks_methods(name, values)).items()
+    ]
+    epochs, shorter = (len(each["runs"][0]["curve"]) for each in (cell, before))
+    columns = [*_COMPARED, f"top-1 after {shorter}", f"less the baseline after {shorter}"]
+    lines = [
+        f"#### {name}, {epochs} epochs",
+        f"`{cell['command']}`: {len(cell['runs'])} trainings in {sum(run['cpu'] for run in cell['runs']) / 3600:.1f} hours of CPU "
+        f"time; {_describe_origin(cell)}. {length_text(cell)}",
+        markdown(f"{name}, {epochs} epochs", columns, rows),
     ]
     return "\n\n".join(lines)
 
@@ -188,14 +215,16 @@ def _describe_absent(texts: list[str], is_done: bool) -> str:
     return f"The cell is not done, and nothing below counts. Not run yet: {', '.join(texts)}."
 
 
-def make_page(page: str, result: dict[str, Any], first: dict[str, Any]) -> str:
-    """The page with the results in their places, those by the first protocol last."""
+def make_page(page: str, result: dict[str, Any], longer: dict[str, Any], first: dict[str, Any]) -> str:
+    """The page with the results in their places: those of the protocol, of longer trainings, and by the first protocol."""
     cells = result["cells"]
     texts = [*(cell_text(name, cell) for name, cell in cells.items()), *decision_text(cells)]
     if absent := [name for name in CELLS if name not in cells]:
         texts.insert(0, f"Cells that are not run yet: {', '.join(absent)}.")
     earlier = [cell_text(name, cell, f"{name}, first protocol") for name, cell in first["cells"].items()]
     page = _replace(page, "results", "\n\n".join(texts))
+    more = [longer_text(name, cell, cells[name]) for name, cell in longer["cells"].items()]
+    page = _replace(page, "longer results", "\n\n".join(more) or "Not run yet.")
     return _replace(page, "first results", "\n\n".join(earlier))
 
 
@@ -205,10 +234,12 @@ def _replace(page: str, mark: str, text: str) -> str:
 
 
 def main() -> None:
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"cells": {}}
-    first = json.loads(FIRST.read_text(encoding="utf-8"))
+    result, longer, first = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": {}}
+        for path in (RESULT, LONGER, FIRST)
+    )
     writers = {
-        PAGE: lambda page: make_page(page, result, first),
+        PAGE: lambda page: make_page(page, result, longer, first),
         WHICH_LOSS: fill_which_loss,
         README: fill_readme,
     }

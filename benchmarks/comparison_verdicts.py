@@ -10,6 +10,7 @@ from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
 RESULT = RESULTS / "comparison.json"
+LONGER = RESULTS / "comparison-longer.json"  # by comparison_longer.py
 FIRST = RESULTS / "comparison-first.json"  # by the first protocol
 LEVEL, EQUAL = 0.05, 0.5  # of the test; in points
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import comparison
 import comparison_gains
+import comparison_longer
 import comparison_page
 import comparison_runs
 import comparison_teacher
@@ -179,7 +180,9 @@ class TestRun:
 
     def test_the_page_has_a_row_for_each_method(self, folder, cell):
         page = comparison_page.PAGE.read_text(encoding="utf-8")
-        text = comparison_page.make_page(page, json.loads((folder / "comparison.json").read_text()), {"cells": {}})
+        text = comparison_page.make_page(
+            page, json.loads((folder / "comparison.json").read_text()), {"cells": {}}, {"cells": {}}
+        )
         for method in self.METHODS:
             assert f"| {comparison.METHODS[method].text} | " in text
         assert "Not run yet: KD, DKD, DIST, WTTM, RLD, NKD, USKD, Tf-KD." in text
@@ -326,6 +329,121 @@ class TestRun:
             args[-1] = str(other)
             with pytest.raises(SystemExit, match=message):
                 comparison.main(args)
+
+
+@pytest.mark.runs
+class TestTwiceAsLong:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("longer")
+        write_fashion_files(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SHARED, "per_device_train_batch_size", 10)
+            patch.setattr(evidence, "_set_up_worker", lambda: None)
+            trial = ["--epochs", "2", "--images", "20", "--jobs", "1", "--trials", "1"]
+            seeds = ["--search_seeds", "100", "--seeds", "0", "1"]
+            places = ["--fashion", str(folder), "--output", str(folder / "out"), "--json", str(folder / "result.json")]
+            methods = ["--methods", "baseline", "nkd", "dist", "kd"]
+            comparison.main(["--cells", "fashion/deit", *methods, *trial, *seeds, *places])
+            comparison_longer.main(cls.arguments(folder))
+            yield folder
+
+    @classmethod
+    def arguments(cls, folder, json_path=None):
+        places = ["--output", str(folder / "longer"), "--json", str(json_path or folder / "longer.json")]
+        result = ["--result", str(folder / "result.json"), "--fashion", str(folder)]
+        return ["--cells", "fashion/deit", "--jobs", "1", *result, *places]
+
+    @pytest.fixture
+    def cells(self, folder):
+        return [
+            json.loads((folder / name).read_text())["cells"]["fashion/deit"] for name in ("result.json", "longer.json")
+        ]
+
+    def test_only_the_epochs_differ(self, folder, cells):
+        before, longer = cells
+        assert longer["teacher"]["sha256"] == before["teacher"]["sha256"]
+        assert longer["chosen"] == before["chosen"]
+        fields = ("method", "seed", "learning_rate", "loss_args")
+        of_both = [[tuple(str(run[field]) for field in fields) for run in cell["runs"]] for cell in cells]
+        assert sorted(of_both[0]) == sorted(of_both[1])
+        assert {len(run["curve"]) for run in before["runs"]} == {2}
+        assert {len(run["curve"]) for run in longer["runs"]} == {4}
+        assert len({run["test_loss"] for run in [*before["runs"], *longer["runs"]]}) == 16, "each is another training"
+        same = [
+            {key: value for key, value in cell["settings"].items() if key != "data"}
+            | cell["settings"]["data"]["fashion"]
+            for cell in cells
+        ]
+        assert same[0].pop("epochs") == 2
+        assert same[1].pop("epochs") == {"deit": 4}
+        assert same[0] == same[1]
+        images = [
+            np.load(path)
+            for path in (
+                folder / "out/images/fashion-2epochs-seed0.npy",
+                folder / "longer/images/fashion-4epochs-seed0.npy",
+            )
+        ]
+        assert len(images[1]) == 2 * len(images[0])
+        np.testing.assert_array_equal(images[1][: len(images[0])], images[0])
+
+    def test_the_page(self, cells):
+        text = comparison_page.longer_text("fashion/deit", cells[1], cells[0])
+        tops = comparison_verdicts.read_accuracies(cells[0])
+        [row] = [line for line in text.splitlines() if line.startswith("| NKD |")]
+        assert row.count("|") == 11
+        assert row.endswith(
+            f"| {np.mean(tops['nkd']):.2f} | {comparison_page.paired_difference(tops['nkd'], tops['baseline'])} |"
+        )
+        assert "top-1 after 2 | less the baseline after 2 |" in text
+        assert "`python benchmarks/comparison_longer.py --cells fashion/deit`: 8 trainings" in text
+        assert "#### fashion/deit, 4 epochs" in text
+
+    def test_what_is_done_is_not_trained_again(self, folder, cells, tmp_path, monkeypatch):
+        """Neither where all is done, nor after a stop, on another machine."""
+        train = comparison_longer.ComparisonBench.train
+        monkeypatch.setattr(comparison_longer.ComparisonBench, "train", None)
+        comparison_longer.main(self.arguments(folder))
+        done = cells[1]
+        kept = [run for run in done["runs"] if run["method"] in ("baseline", "nkd")]
+        chosen = {method: done["chosen"][method] for method in ("baseline", "nkd")}
+        (tmp_path / "longer.json").write_text(
+            json.dumps({"cells": {"fashion/deit": done | {"runs": kept, "chosen": chosen}}})
+        )
+        shutil.copytree(folder / "out" / "teachers", tmp_path / "teachers")
+        trained = []
+
+        def count(bench, job, *rest):
+            if not bench.path_of(job).is_file():
+                trained.append(job.method)
+            return train(bench, job, *rest)
+
+        monkeypatch.setattr(comparison_longer.ComparisonBench, "train", count)
+        args = self.arguments(folder, tmp_path / "longer.json")
+        args[args.index("--output") + 1] = str(tmp_path)
+        comparison_longer.main(args)
+        assert trained == ["dist", "dist", "kd", "kd"]
+        again = json.loads((tmp_path / "longer.json").read_text())["cells"]["fashion/deit"]
+        times = ("seconds", "cpu", "commit")
+        assert [{key: run[key] for key in run if key not in times} for run in again["runs"]] == [
+            {key: run[key] for key in run if key not in times} for run in done["runs"]
+        ]
+
+    def test_another_result_is_refused(self, folder, cells, tmp_path):
+        before, longer = cells
+        chosen = longer["chosen"] | {"kd": longer["chosen"]["kd"] | {"trial": 7}}
+        for change in ({"chosen": chosen}, {"teacher": {"sha256": "0"}}, {"settings": {}}):
+            (tmp_path / "longer.json").write_text(json.dumps({"cells": {"fashion/deit": longer | change}}))
+            with pytest.raises(SystemExit, match="has it with other settings or another teacher: name another --json"):
+                comparison_longer.main(self.arguments(folder, tmp_path / "longer.json"))
+        other = before | {"settings": before["settings"] | {"students": {}}}
+        (tmp_path / "result.json").write_text(json.dumps({"cells": {"fashion/deit": other}}))
+        args = self.arguments(folder)
+        args[args.index("--result") + 1] = str(tmp_path / "result.json")
+        with pytest.raises(SystemExit, match="has other settings than this code"):
+            comparison_longer.main(args)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2, 2), (5, 1, 3, 3), (1, 1)])
