@@ -112,7 +112,7 @@ def check_teacher(bench: ComparisonBench, name: str, known: dict[str, Any] | Non
             f"{name}: the teacher in {folder} is not the result's: on another kind of processor its weights differ in "
             f"their last bits. {result} is unchanged. Put the folder teachers/{data} of the --output that the result came "
             f"from in place of {folder}, and start again: the cell goes on. If that folder is lost and {KEPT / data} has no "
-            "teacher, name another --json, which begins the cell again."
+            "teacher, give comparison.py another --json, which begins the cell again."
         )
     record = bench.output / f"{data}-teacher.txt"
     if record.is_file() and record.read_text() != own:

@@ -58,7 +58,7 @@ def run_cell(
     longer.check_settings([data])
     in_parallel([(bench.write_data, data)], options.jobs, "data")
     in_parallel([(bench.write_teacher, data)], options.jobs, "teacher")
-    check_teacher(bench, name, result, options.json)
+    check_teacher(bench, name, result, options.result)
     done = list(known["chosen"]) if known else []
     own = {"teacher": {"sha256": hash_teacher(bench, data)}, "settings": longer.settings([data])}
     if known and (
@@ -103,7 +103,7 @@ def main(args: list[str] | None = None) -> None:
     results = json.loads(options.result.read_text(encoding="utf-8"))["cells"]
     longer = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {"cells": {}}
     for name in options.cells:
-        bench = open_bench(name, results[name], options)
+        bench = open_bench(name, results.get(name), options)
         for cell in run_cell(bench, name, results[name], longer["cells"].get(name), options):
             longer["cells"][name] = cell
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -111,13 +111,16 @@ def main(args: list[str] | None = None) -> None:
             print(f"wrote {', '.join(cell['chosen'])} of {name} to {options.json}", flush=True)
 
 
-def open_bench(name: str, result: dict[str, Any], options: argparse.Namespace) -> ComparisonBench:
+def open_bench(name: str, result: dict[str, Any] | None, options: argparse.Namespace) -> ComparisonBench:
     """The bench with the settings of a cell of the result, which may be those of a trial.
 
     Raises:
-        SystemExit: this code has others.
+        SystemExit: this code has others, or the result lacks a method that is trained longer.
     """
-    data = name.partition("/")[0]
+    data, student = name.split("/")
+    methods = ORDERS[student][: NEEDED[student]]
+    if result is None or not set(methods) <= set(result["chosen"]):
+        raise SystemExit(f"{name}: {options.result} must have {', '.join(methods)}: run comparison.py first")
     settings = result["settings"]["data"][data]
     epochs = settings["epochs"] if isinstance(settings["epochs"], int) else None
     images = max(settings["images"].values())

@@ -1,4 +1,4 @@
-"""Writes the results of comparison.py into COMPARISON.md, docs/which-loss.md and the README: `python benchmarks/comparison_page.py [--check]`."""
+"""Writes the results of comparison.py and comparison_longer.py into COMPARISON.md, docs/which-loss.md and the README: `python benchmarks/comparison_page.py [--check]`."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from comparison_gains import README, WHICH_LOSS, fill_readme, fill_which_loss
-from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, ORDERS, TEMPERATURE_1
+from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, NEEDED, ORDERS, TEMPERATURE_1
 from comparison_verdicts import FIRST, LONGER, RESULT, Verdict, judge, lacks_methods, read_accuracies
 from evidence_page import mean_and_deviation, paired_difference
 from tables import markdown
@@ -193,6 +193,8 @@ def _describe_origin(cell: dict[str, Any]) -> str:
 def longer_text(name: str, cell: dict[str, Any], before: dict[str, Any]) -> str:
     """The part of the page about a cell whose students trained longer than those of `before`."""
     values, earlier = read_accuracies(cell), read_accuracies(before)
+    student = name.partition("/")[2]
+    absent = [METHODS[method].text for method in ORDERS[student][: NEEDED[student]] if method not in values]
     gains = {method: paired_difference(tops, earlier["baseline"]) for method, tops in earlier.items()}
     rows = [
         [*row, f"{np.mean(earlier[method]):.2f}", "" if method == "baseline" else f"{gains[method]}"]
@@ -204,6 +206,7 @@ def longer_text(name: str, cell: dict[str, Any], before: dict[str, Any]) -> str:
         f"#### {name}, {epochs} epochs",
         f"`{cell['command']}`: {len(cell['runs'])} trainings in {sum(run['cpu'] for run in cell['runs']) / 3600:.1f} hours of CPU "
         f"time; {_describe_origin(cell)}. {length_text(cell)}",
+        *([_describe_absent(absent, False)] if absent else []),
         markdown(f"{name}, {epochs} epochs", columns, rows),
     ]
     return "\n\n".join(lines)
@@ -234,10 +237,10 @@ def _replace(page: str, mark: str, text: str) -> str:
 
 
 def main() -> None:
-    result, longer, first = (
-        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": {}}
-        for path in (RESULT, LONGER, FIRST)
+    result, longer = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cells": {}} for path in (RESULT, LONGER)
     )
+    first = json.loads(FIRST.read_text(encoding="utf-8"))
     writers = {
         PAGE: lambda page: make_page(page, result, longer, first),
         WHICH_LOSS: fill_which_loss,

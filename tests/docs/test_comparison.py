@@ -389,17 +389,14 @@ class TestTwiceAsLong:
         assert len(images[1]) == 2 * len(images[0])
         np.testing.assert_array_equal(images[1][: len(images[0])], images[0])
 
-    def test_the_page(self, cells):
-        text = comparison_page.longer_text("fashion/deit", cells[1], cells[0])
-        tops = comparison_verdicts.read_accuracies(cells[0])
-        [row] = [line for line in text.splitlines() if line.startswith("| NKD |")]
-        assert row.count("|") == 11
-        assert row.endswith(
-            f"| {np.mean(tops['nkd']):.2f} | {comparison_page.paired_difference(tops['nkd'], tops['baseline'])} |"
-        )
+    def test_the_page_tells_the_trainings_and_their_number(self, folder, cells):
+        results = {"cells": {"fashion/deit": cells[0]}}, {"cells": {"fashion/deit": cells[1]}}
+        page = comparison_page.make_page(comparison_page.PAGE.read_text(encoding="utf-8"), *results, {"cells": {}})
+        text = page.partition("<!-- longer results -->")[2].partition("<!-- end -->")[0]
         assert "top-1 after 2 | less the baseline after 2 |" in text
         assert "`python benchmarks/comparison_longer.py --cells fashion/deit`: 8 trainings" in text
         assert "#### fashion/deit, 4 epochs" in text
+        assert str(folder) not in text
 
     def test_what_is_done_is_not_trained_again(self, folder, cells, tmp_path, monkeypatch):
         """Neither where all is done, nor after a stop, on another machine."""
@@ -438,12 +435,25 @@ class TestTwiceAsLong:
             (tmp_path / "longer.json").write_text(json.dumps({"cells": {"fashion/deit": longer | change}}))
             with pytest.raises(SystemExit, match="has it with other settings or another teacher: name another --json"):
                 comparison_longer.main(self.arguments(folder, tmp_path / "longer.json"))
-        other = before | {"settings": before["settings"] | {"students": {}}}
-        (tmp_path / "result.json").write_text(json.dumps({"cells": {"fashion/deit": other}}))
-        args = self.arguments(folder)
+        args = self.arguments(folder, tmp_path / "none.json")
         args[args.index("--result") + 1] = str(tmp_path / "result.json")
-        with pytest.raises(SystemExit, match="has other settings than this code"):
-            comparison_longer.main(args)
+        fewer = {method: chosen for method, chosen in before["chosen"].items() if method != "kd"}
+        for other, message in (
+            (
+                {"fashion/deit": before | {"settings": before["settings"] | {"students": {}}}},
+                "other settings than this",
+            ),
+            ({"fashion/deit": before | {"teacher": {"sha256": "0"}}}, "is not the result's"),
+            (
+                {"fashion/deit": before | {"chosen": fewer}},
+                "must have baseline, nkd, dist, kd: run comparison.py first",
+            ),
+            ({}, "must have baseline, nkd, dist, kd: run comparison.py first"),
+        ):
+            (tmp_path / "result.json").write_text(json.dumps({"cells": other}))
+            with pytest.raises(SystemExit, match=message):
+                comparison_longer.main(args)
+        assert not (tmp_path / "none.json").exists()
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2, 2), (5, 1, 3, 3), (1, 1)])
@@ -668,6 +678,34 @@ class TestTemperature:
         assert "is not done" not in text
         text = comparison_page.cell_text("numbers/cnn", self.cell(**first, kd=base))
         assert "Not run yet: label smoothing" in text
+
+    def test_longer_trainings_stand_beside_the_shorter_ones(self):
+        base = np.array([80.0, 81.0, 80.5, 79.5, 80.2])
+        noise = np.array([0.1, -0.1, 0.2, -0.2, 0.05])
+        shorter = {"baseline": base - 3, "nkd": base - 2 + noise, "dist": base - 2.5, "kd": base - 1.5 + 2 * noise}
+        longer = {"baseline": base, "nkd": base + 2 - noise, "dist": base + 1, "kd": base + noise}
+        before, after = self.cell(**shorter), self.cell(**longer)
+        text = comparison_page.longer_text("fashion/deit", after, before)
+        [row] = [line for line in text.splitlines() if line.startswith("| NKD |")]
+        verdict = comparison_verdicts.judge(longer, "baseline")["nkd"]
+        figures = [f"{verdict.difference}", f"{verdict.p:.3f}" if verdict.p >= 0.0005 else "< 0.001", verdict.text]
+        first = ["NKD", comparison_page.mean_and_deviation(longer["nkd"]), *figures, "", "", ""]
+        last = [
+            f"{np.mean(shorter['nkd']):.2f}",
+            f"{comparison_page.paired_difference(shorter['nkd'], shorter['baseline'])}",
+        ]
+        assert [cell.strip() for cell in row.strip("|").split("|")] == [*first, *last]
+        assert "is not done" not in text
+        del longer["kd"]
+        part = comparison_page.longer_text("fashion/deit", self.cell(**longer), before)
+        assert "The cell is not done, and nothing below counts. Not run yet: KD." in part
+        assert "| better |" not in part
+
+    def test_longer_trainings_double_the_deit_s_epochs_alone(self):
+        bench = comparison.ComparisonBench(Path("out"), suite=comparison.SUITE)
+        longer = comparison_longer.with_longer_trainings(bench, "fashion/deit")
+        assert (bench.epochs_of("fashion", "deit"), longer.epochs_of("fashion", "deit")) == (40, 80)
+        assert longer.settings(["numbers"]) == bench.settings(["numbers"])
 
     def test_the_arms_leave_the_families_as_they_are(self):
         arms = self.arms(1)
