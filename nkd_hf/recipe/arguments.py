@@ -120,7 +120,7 @@ class RecipeArguments:
         metadata={
             "help": f"{_WITH_TEACHER} (need a teacher), {_WITHOUT_TEACHER} (has none), a loss of your own by module and class "
             "(`my_losses.MyLoss`, which is imported), several joined by + (`nkd+vitkd`), or `none`: the same recipe's baseline. "
-            "docs/which-loss.md compares them, and says what to try first: `dkd` or `nkd` for a CNN student, `nkd` or `kd` for a DeiT student."
+            "docs/which-loss.md compares them, and says what to try first: `dkd` or `nkd` for a CNN student, `wttm` or `nkd` for a DeiT student."
         },
     )
     loss_args: dict | None = field(
