@@ -1,11 +1,11 @@
 """The measured gains of docs/which-loss.md and of the README, from the result of comparison.py; comparison_page.py writes them."""
 
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 from comparison_runs import MAIN, METHODS
-from comparison_verdicts import LEVEL, RESULT, judge, lacks_methods, read_accuracies
+from comparison_verdicts import FLAT, LEVEL, LONGER, RESULT, judge, lacks_methods, measure_rises, read_accuracies
 
 ROOT = Path(__file__).parents[1]
 README, WHICH_LOSS = ROOT / "README.md", ROOT / "docs" / "which-loss.md"
@@ -23,13 +23,21 @@ ROWS = {"none": "baseline", "label smoothing": "label_smoothing", "`kd`, `standa
     f"`{name}`": name for name in ("kd", "dkd", "dist", "wttm", "rld", "nkd", "uskd", "tfkd")
 }
 # The columns of the README's table.
-SHOWN = ("baseline", "nkd", "dkd", "dist", "kd", "uskd")
+SHOWN = ("baseline", "nkd", "dkd", "wttm", "dist", "kd", "uskd")
+# The columns of which-loss.md's table of what is certain.
+VERDICTS = {
+    "better than the student alone": ("baseline", "better"),
+    "better than `nkd`": ("nkd", "better"),
+    "equal to `nkd`": ("nkd", "equal"),
+    "worse than `nkd`": ("nkd", "worse"),
+}
+RISING = "still improving at the end"
 
 
 def read_cell(name: str, path: Path = RESULT) -> dict[str, str]:
     """The text of each method: the baseline's top-1, the others' gain with half its interval, bold where it is certain."""
     cell = json.loads(path.read_text(encoding="utf-8"))["cells"].get(name, {"runs": []})
-    values = {method: tops for method, tops in read_accuracies(cell).items() if method in MAIN}
+    values = _read_main(cell)
     if lacks_methods(name, values):
         return dict.fromkeys(MAIN, NOT_YET)
     texts = {"baseline": f"{sum(values['baseline']) / len(values['baseline']):.2f}"}
@@ -45,7 +53,8 @@ def fill_which_loss(page: str) -> str:
     Raises:
         ValueError: its table lacks the row of a method.
     """
-    before, (header, rule, *lines), after = _split_table(page)
+    start, end = _find_block(page, "gains")
+    header, rule, *lines = page[start:end].split("\n")
     titles = _cells(header)
     columns = {titles.index(f"{TITLES[name]} {SOURCE}"): read_cell(name) for name in TITLES}
     rows = []
@@ -58,12 +67,11 @@ def fill_which_loss(page: str) -> str:
         for place, texts in columns.items():
             row[place] = texts.get(ROWS.get(row[0], ""), "")
         rows.append(_row(row))
-    return before + "\n".join([header, rule, *rows]) + after
+    return fill_block(fill_block(page, "gains", "\n".join([header, rule, *rows])), "verdicts", write_verdicts())
 
 
 def fill_readme(page: str) -> str:
     """The README with its table of the cells that count."""
-    before, _, after = _split_table(page)
     header = ["student, data", *(METHODS[method].text for method in SHOWN)]
     lines = [_row(header), "|---" * len(header) + "|"]
     for name, title in TITLES.items():
@@ -71,12 +79,45 @@ def fill_readme(page: str) -> str:
         if texts["baseline"] == NOT_YET:
             continue
         lines.append(_row([title, *(texts.get(method, "not run") for method in SHOWN)]))
-    return before + "\n".join(lines) + after
+    return fill_block(page, "gains", "\n".join(lines))
 
 
-def _split_table(page: str) -> tuple[str, list[str], str]:
-    match = re.search(r"(?<=<!-- gains -->\n\n)(.*?)(?=\n\n<!-- end -->)", page, flags=re.DOTALL)
-    return page[: match.start()], match[0].split("\n"), page[match.end() :]
+def write_verdicts() -> str:
+    """The table of what counts in each cell, with the students that were still improving at its end."""
+    names = {method: row.replace(", ", " with ") for row, method in ROWS.items()} | {"baseline": "the student alone"}
+    header = ["student, data", *VERDICTS, RISING]
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for path, title in ((RESULT, "{}"), (LONGER, "{}, twice the epochs")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for name in TITLES:
+            values = _read_main(cells.get(name, {"runs": []}))
+            if lacks_methods(name, values):
+                continue
+            columns = [
+                [method for method, verdict in judge(values, reference).items() if verdict.text == text]
+                for reference, text in VERDICTS.values()
+            ]
+            rises = measure_rises(cells[name])
+            columns.append([method for method in values if rises[method] >= FLAT])
+            texts = [", ".join(names[method] for method in methods) or "none" for methods in columns]
+            lines.append(_row([title.format(TITLES[name]), *texts]))
+    return "\n".join(lines)
+
+
+def _read_main(cell: dict[str, Any]) -> dict[str, list[float]]:
+    """The accuracies without the arms of NKD's temperature."""
+    return {method: tops for method, tops in read_accuracies(cell).items() if method in MAIN}
+
+
+def fill_block(page: str, mark: str, text: str) -> str:
+    """A page with a text between `<!-- mark -->` and the next `<!-- end -->`."""
+    start, end = _find_block(page, mark)
+    return page[:start] + text + page[end:]
+
+
+def _find_block(page: str, mark: str) -> tuple[int, int]:
+    start = page.index(f"<!-- {mark} -->\n\n") + len(f"<!-- {mark} -->\n\n")
+    return start, page.index("\n\n<!-- end -->", start)
 
 
 def _row(cells: list[str]) -> str:

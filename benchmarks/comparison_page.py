@@ -1,20 +1,28 @@
 """Writes the results of comparison.py and comparison_longer.py into COMPARISON.md, docs/which-loss.md and the README: `python benchmarks/comparison_page.py [--check]`."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison_gains import README, WHICH_LOSS, fill_readme, fill_which_loss
+from comparison_gains import README, WHICH_LOSS, fill_block, fill_readme, fill_which_loss
 from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, NEEDED, ORDERS, TEMPERATURE_1
-from comparison_verdicts import FIRST, LONGER, RESULT, Verdict, judge, lacks_methods, read_accuracies
+from comparison_verdicts import (
+    FIRST,
+    FLAT,
+    LONGER,
+    RESULT,
+    Verdict,
+    judge,
+    lacks_methods,
+    measure_rises,
+    read_accuracies,
+)
 from evidence_page import mean_and_deviation, paired_difference
 from tables import markdown
 
 PAGE = Path(__file__).parent / "COMPARISON.md"
-FLAT, LAST = 0.5, 0.2  # points; share of the epochs
 ARMS = (TEMPERATURE_1, "nkd", CONFIDENCE)
 DECIDING = tuple(
     name for name in CELLS if name.endswith("/cnn")
@@ -129,14 +137,8 @@ def decision_text(cells: dict[str, dict[str, Any]]) -> list[str]:
 
 def length_text(cell: dict[str, Any]) -> str:
     """Whether the trainings of a cell were long enough, by the protocol's rule."""
-    curves: dict[str, list[list[float]]] = {}
-    for run in cell["runs"]:
-        curves.setdefault(run["method"], []).append(run["curve"])
-    rises = {}
-    for method, of_seeds in curves.items():
-        mean = 100 * np.mean(of_seeds, axis=0)
-        rises[method] = mean[-1] - mean[max(0, len(mean) - 1 - max(1, round(LAST * len(mean))))]
-    rising = [METHODS[method].text for method in METHODS if rises.get(method, 0) >= FLAT]
+    rises = measure_rises(cell)
+    rising = [METHODS[method].text for method, rise in rises.items() if rise >= FLAT]
     verdict = f"Half a point or more, and so too short: {', '.join(rising)}." if rising else "All trained long enough."
     return (
         f"In the last fifth of the epochs the accuracy on the validation part rises by {min(rises.values()):.2f} to "
@@ -225,15 +227,10 @@ def make_page(page: str, result: dict[str, Any], longer: dict[str, Any], first: 
     if absent := [name for name in CELLS if name not in cells]:
         texts.insert(0, f"Cells that are not run yet: {', '.join(absent)}.")
     earlier = [cell_text(name, cell, f"{name}, first protocol") for name, cell in first["cells"].items()]
-    page = _replace(page, "results", "\n\n".join(texts))
+    page = fill_block(page, "results", "\n\n".join(texts))
     more = [longer_text(name, cell, cells[name]) for name, cell in longer["cells"].items()]
-    page = _replace(page, "longer results", "\n\n".join(more) or "Not run yet.")
-    return _replace(page, "first results", "\n\n".join(earlier))
-
-
-def _replace(page: str, mark: str, text: str) -> str:
-    pattern = rf"(<!-- {mark} -->\n\n).*?(\n\n<!-- end -->)"
-    return re.sub(pattern, lambda match: match[1] + text + match[2], page, flags=re.DOTALL)
+    page = fill_block(page, "longer results", "\n\n".join(more) or "Not run yet.")
+    return fill_block(page, "first results", "\n\n".join(earlier))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ RESULT = RESULTS / "comparison.json"
 LONGER = RESULTS / "comparison-longer.json"  # by comparison_longer.py
 FIRST = RESULTS / "comparison-first.json"  # by the first protocol
 LEVEL, EQUAL = 0.05, 0.5  # of the test; in points
+FLAT, LAST = 0.5, 0.2  # in points; share of the epochs
 
 
 class Verdict(NamedTuple):
@@ -38,8 +39,9 @@ def judge(values: dict[str, list[float]], reference: str) -> dict[str, Verdict]:
     others = [name for name in values if name != reference]
     p_values = []
     for name in others:
-        same = np.ptp(np.subtract(values[name], values[reference])) == 0
-        p_values.append(1.0 if same else float(stats.ttest_rel(values[name], values[reference]).pvalue))
+        differences = np.subtract(values[name], values[reference])
+        is_constant = np.ptp(differences) == 0  # No t: the test would divide by 0.
+        p_values.append(float(differences[0] == 0 if is_constant else stats.ttest_1samp(differences, 0).pvalue))
     verdicts = {}
     for name, p in zip(others, adjust_by_holm(p_values), strict=True):
         difference = paired_difference(values[name], values[reference])
@@ -58,6 +60,19 @@ def read_accuracies(cell: dict[str, Any]) -> dict[str, list[float]]:
     for run in sorted(cell["runs"], key=lambda run: run["seed"]):
         values.setdefault(run["method"], []).append(100 * run["test"])
     return {name: values[name] for name in METHODS if name in values}
+
+
+def measure_rises(cell: dict[str, Any]) -> dict[str, float]:
+    """By method: the points that the mean curve on the validation part gains in the last fifth of the epochs."""
+    curves: dict[str, list[list[float]]] = {}
+    for run in cell["runs"]:
+        curves.setdefault(run["method"], []).append(run["curve"])
+    rises = {}
+    for method in METHODS:
+        if method in curves:
+            mean = 100 * np.mean(curves[method], axis=0)
+            rises[method] = float(mean[-1] - mean[max(0, len(mean) - 1 - max(1, round(LAST * len(mean))))])
+    return rises
 
 
 def lacks_methods(name: str, values: dict[str, list[float]]) -> bool:

@@ -61,6 +61,8 @@ def test_verdicts():
     assert verdicts["kd"].p == pytest.approx(4 * plain, rel=1e-6), "of four comparisons the first"
     same = comparison_verdicts.judge({"baseline": base, "nkd": base}, "baseline")["nkd"]
     assert (same.p, same.text) == (1.0, "equal")
+    above = comparison_verdicts.judge({"baseline": [80.0, 81.0], "nkd": [81.0, 82.0]}, "baseline")["nkd"]
+    assert (above.p, above.text) == (0.0, "better"), "the same difference on each seed"
 
 
 def test_the_pages_are_of_their_results(monkeypatch, tmp_path):
@@ -965,8 +967,45 @@ class TestGains:
         absent = {"baseline": comparison_gains.NOT_YET}
         monkeypatch.setattr(comparison_gains, "read_cell", lambda name: cells.get(name, absent))
         filled = comparison_gains.fill_readme(page)
-        assert "| Fashion-MNIST, CNN | 80.00 | +1.00 ± 0.10 | not run | not run | not run | not run |" in filled
+        assert (
+            "| Fashion-MNIST, CNN | 80.00 | +1.00 ± 0.10 | not run | not run | not run | not run | not run |" in filled
+        )
         assert not any(f"| {title} |" in filled for title in list(comparison_gains.TITLES.values())[1:])
+
+    def test_the_advice_rests_on_what_is_certain(self):
+        page = comparison_gains.WHICH_LOSS.read_text(encoding="utf-8")
+        for name in comparison_gains.TITLES:
+            column, student = comparison_gains.read_cell(name), {"cnn": "CNN", "deit": "DeiT"}[name.partition("/")[2]]
+            (advice,) = re.findall(rf"- \*\*For a {student} start with `(\w+)` or `(\w+)`", page)
+            assert all(column[loss].startswith("**+") for loss in advice)
+            assert not any(column.get(method, "").startswith("**") for method in ("label_smoothing", "uskd", "tfkd"))
+        assert "- **Without a teacher expect little**: " in page
+
+    def test_what_counts_is_told_by_cell(self, monkeypatch, tmp_path):
+        """A student alone of 90 %, and by cell other methods: a few better, one equal to NKD, one that improves at the end."""
+        tops = {"baseline": 90.0, "nkd": 91.0, "dist": 91.0, "kd": 93.0, "wttm": 90.1}
+        noise = {"dist": [0.0, 0.1, -0.1], "wttm": [3.0, -3.0, 0.0], "kd": [0.0, 0.1, 0.0]}
+        runs = [
+            {
+                "method": method,
+                "seed": seed,
+                "test": (top + noise.get(method, [0.1, 0.0, 0.1])[seed]) / 100,
+                "curve": curve,
+            }
+            for method, top in tops.items()
+            for curve in [[0.8, 0.9, 0.9, 0.9, 0.91 if method == "kd" else 0.9]]
+            for seed in range(3)
+        ]
+        result, longer = tmp_path / "comparison.json", tmp_path / "longer.json"
+        result.write_text(json.dumps({"cells": {"fashion/deit": {"runs": runs}, "fashion/cnn": {"runs": runs}}}))
+        longer.write_text(json.dumps({"cells": {"fashion/deit": {"runs": runs}}}))
+        monkeypatch.setattr(comparison_gains, "RESULT", result)
+        monkeypatch.setattr(comparison_gains, "LONGER", longer)
+        counts = "`kd`, `dist`, `nkd` | `kd` | `dist` | the student alone | `kd` |"
+        assert comparison_gains.write_verdicts().splitlines()[2:] == [
+            f"| Fashion-MNIST, DeiT | {counts}",
+            f"| Fashion-MNIST, DeiT, twice the epochs | {counts}",
+        ]
 
     def test_the_help_names_the_losses_of_the_advice(self):
         page = comparison_gains.WHICH_LOSS.read_text(encoding="utf-8")
