@@ -31,6 +31,8 @@ VERDICTS = {
     "equal to `nkd`": ("nkd", "equal"),
     "worse than `nkd`": ("nkd", "worse"),
 }
+# The losses of which-loss.md's table of settings.
+ADVISED = ("dkd", "nkd", "wttm")
 RISING = "still improving at the end"
 
 
@@ -67,7 +69,8 @@ def fill_which_loss(page: str) -> str:
         for place, texts in columns.items():
             row[place] = texts.get(ROWS.get(row[0], ""), "")
         rows.append(_row(row))
-    return fill_block(fill_block(page, "gains", "\n".join([header, rule, *rows])), "verdicts", write_verdicts())
+    page = fill_block(page, "gains", "\n".join([header, rule, *rows]))
+    return fill_block(fill_block(page, "settings", write_settings()), "verdicts", write_verdicts())
 
 
 def fill_readme(page: str) -> str:
@@ -102,6 +105,35 @@ def write_verdicts() -> str:
             texts = [", ".join(names[method] for method in methods) or "none" for methods in columns]
             lines.append(_row([title.format(TITLES[name]), *texts]))
     return "\n".join(lines)
+
+
+def write_settings() -> str:
+    """The table of the settings that won, for the losses of the advice."""
+    lines = [_row(["student, data", *(f"`{method}`" for method in ADVISED)]), "|---" * (1 + len(ADVISED)) + "|"]
+    cells = json.loads(RESULT.read_text(encoding="utf-8"))["cells"]
+    for name, title in TITLES.items():
+        if name in cells and set(ADVISED) <= set(cells[name]["chosen"]):
+            lines.append(_row([title, *(describe_settings(cells[name], method) for method in ADVISED)]))
+    return "\n".join(lines)
+
+
+def describe_settings(cell: dict[str, Any], method: str) -> str:
+    """The chosen settings of a method; an asterisk marks the smallest and the largest value of the trials."""
+    stars = dict.fromkeys(find_ends(cell, method), " \\*")
+    texts = [f"{key} {value:.3g}{stars.get(key, '')}" for key, value in cell["chosen"][method]["params"].items()]
+    return ", ".join(texts).replace("learning_rate", "rate")
+
+
+def find_ends(cell: dict[str, Any], method: str) -> list[str]:
+    """The settings of a method whose chosen value is the smallest or the largest of its trials."""
+    # All seeds of the search have the same points.
+    trials = next(search["trials"] for search in cell["searches"] if search["method"] == method)
+    ends = []
+    for key, value in cell["chosen"][method]["params"].items():
+        tried = [trial["params"][key] for trial in trials]
+        if value in (min(tried), max(tried)):
+            ends.append(key)
+    return ends
 
 
 def _read_main(cell: dict[str, Any]) -> dict[str, list[float]]:

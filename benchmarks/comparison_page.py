@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison_gains import README, WHICH_LOSS, fill_block, fill_readme, fill_which_loss
+from comparison_gains import (
+    README,
+    WHICH_LOSS,
+    describe_settings,
+    fill_block,
+    fill_readme,
+    fill_which_loss,
+    find_ends,
+)
 from comparison_runs import CELLS, CONFIDENCE, MAIN, METHODS, NEEDED, ORDERS, TEMPERATURE_1
 from comparison_verdicts import (
     FIRST,
@@ -33,21 +41,7 @@ _CHOSEN = ["chosen", "top-1 of the search"]
 
 
 def _chosen_columns(cell: dict[str, Any], method: str) -> list[str]:
-    chosen, stars = cell["chosen"][method], dict.fromkeys(find_ends(cell, method), " \\*")
-    settings = ", ".join(f"{key} {value:.3g}{stars.get(key, '')}" for key, value in chosen["params"].items())
-    return [settings.replace("learning_rate", "rate"), f"{100 * chosen['validation']:.2f}"]
-
-
-def find_ends(cell: dict[str, Any], method: str) -> list[str]:
-    """The settings of a method whose chosen value is the smallest or the largest of its trials."""
-    # All seeds of the search have the same points.
-    trials = next(search["trials"] for search in cell["searches"] if search["method"] == method)
-    ends = []
-    for key, value in cell["chosen"][method]["params"].items():
-        tried = [trial["params"][key] for trial in trials]
-        if value in (min(tried), max(tried)):
-            ends.append(key)
-    return ends
+    return [describe_settings(cell, method), f"{100 * cell['chosen'][method]['validation']:.2f}"]
 
 
 def _verdict_columns(verdict: Verdict, is_done: bool) -> list[str]:
