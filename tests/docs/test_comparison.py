@@ -978,8 +978,13 @@ class TestGains:
             column, student = comparison_gains.read_cell(name), {"cnn": "CNN", "deit": "DeiT"}[name.partition("/")[2]]
             (advice,) = re.findall(rf"- \*\*For a {student} start with `(\w+)` or `(\w+)`", page)
             assert all(column[loss].startswith("**+") for loss in advice)
-            assert not any(column.get(method, "").startswith("**") for method in ("label_smoothing", "uskd", "tfkd"))
-        assert "- **Without a teacher expect little**: " in page
+            without_teacher = [
+                method for method in ("label_smoothing", "uskd", "tfkd") if column.get(method, "").startswith("**")
+            ]
+            assert without_teacher == (["tfkd"] if name == "numbers/deit" else [])
+        assert (
+            "`tfkd` was certainly above the student alone for the DeiT with 100 classes, and otherwise neither" in page
+        )
 
     def test_what_counts_is_told_by_cell(self, monkeypatch, tmp_path):
         """A student alone of 90 %, and by cell other methods: a few better, one equal to NKD, one that improves at the end."""
