@@ -986,6 +986,13 @@ class TestGains:
             "`tfkd` was certainly above the student alone for the DeiT with 100 classes, and otherwise neither" in page
         )
 
+    def test_nkd_alone_is_certain_in_all_columns(self):
+        page = comparison_gains.WHICH_LOSS.read_text(encoding="utf-8")
+        assert "`nkd` is the one loss whose gain is certain\n  in all five columns" in page
+        columns = [comparison_gains.read_cell(name) for name in comparison_gains.TITLES]
+        assert len(columns) == 5
+        assert [m for m in comparison_runs.MAIN if all(c.get(m, "").startswith("**+") for c in columns)] == ["nkd"]
+
     def test_what_counts_is_told_by_cell(self, monkeypatch, tmp_path):
         """A student alone of 90 %, and by cell other methods: a few better, one equal to NKD, one that improves at the end."""
         tops = {"baseline": 90.0, "nkd": 91.0, "dist": 91.0, "kd": 93.0, "wttm": 90.1}
