@@ -935,6 +935,9 @@ class TestGains:
         emptied = page.replace(row, " | ".join([*cells[:4], *["?"] * number, *cells[4 + number :]]))
         assert "?" in emptied.partition("<!-- end -->")[0]
         assert comparison_gains.fill_which_loss(emptied) == page
+        for written in ("rate 0.0224, beta 0.532", "| `dkd`, `nkd` | none |"):
+            assert page.count(written) == 1, "a cell of the settings, and one of what is certain"
+            assert comparison_gains.fill_which_loss(page.replace(written, "?")) == page
         with pytest.raises(ValueError, match="lacks `wttm`"):
             comparison_gains.fill_which_loss(page.replace("| `wttm` |", "| `wtm` |"))
 
@@ -992,6 +995,17 @@ class TestGains:
         columns = [comparison_gains.read_cell(name) for name in comparison_gains.TITLES]
         assert len(columns) == 5
         assert [m for m in comparison_runs.MAIN if all(c.get(m, "").startswith("**+") for c in columns)] == ["nkd"]
+
+    def test_the_reasons_of_the_advice(self):
+        """Which losses are certain in all columns of a student, and which has the highest mean for the DeiT."""
+        certain, means = {}, {}
+        for student in ("cnn", "deit"):
+            columns = [comparison_gains.read_cell(name) for name in comparison_gains.TITLES if name.endswith(student)]
+            methods = [method for method in comparison_runs.MAIN if method != "baseline"]
+            certain[student] = {m for m in methods if all(column[m].startswith("**+") for column in columns)}
+            means[student] = {m: sum(float(c[m].strip("*").split()[0]) for c in columns) for m in methods}
+        assert certain == {"cnn": {"dkd", "nkd"}, "deit": {"kd", "kd_standardized", "wttm", "rld", "nkd"}}
+        assert max(means["deit"], key=means["deit"].get) == "wttm"
 
     def test_what_counts_is_told_by_cell(self, monkeypatch, tmp_path):
         """A student alone of 90 %, and by cell other methods: a few better, one equal to NKD, one that improves at the end."""
